@@ -39,8 +39,8 @@ class UnknownKey(UserError):
 def build(cls: type[T], mapping: Mapping[str, Any] | None, where: str) -> T:
     """An instance of the dataclass `cls` from a mapping; `where` is its dotted name in messages.
 
-    A `cls` checks ranges in its `__post_init__` by raising ValueError("lr must be above 0, got -1."): a message
-    that begins with a field's name is completed to "optim.lr must be ...".
+    A `cls` checks ranges in its `__post_init__` by raising ValueError("lr must be above 0, got -1."); if
+    the message begins with a field's name, it is completed to "optim.lr must be ...".
 
     Raises:
         UserError: an unknown key, a wrong type, a missing required field, or what `cls` itself refuses.

@@ -11,8 +11,8 @@ from stepdistill.errors import UserError, nearest
 def resolve(name: str, table: Mapping[str, str], what: str) -> type:
     """The class called `name` in `table`, whose values read "package.module:Class".
 
-    A `name` that is itself of that form is imported as given, so one's own class needs no entry. `what` is the
-    noun for messages: "method", "family", ...
+    A `name` that is itself of that form is imported as given, so one's own class needs no entry. `what` is
+    the noun for messages: "method", "family", ...
 
     Raises:
         UserError: the name is in no table, or the module or class it points at does not exist.
