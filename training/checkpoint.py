@@ -1,0 +1,307 @@
+"""The run directory: what a run leaves behind, written so that no crash or full disk costs a finished part.
+
+    recipe.yaml metrics.jsonl previews/ checkpoints/<step>/ student/ results/
+
+A checkpoint is a directory of safetensors and JSON; nothing is ever pickled. It is written under a temporary
+name and renamed when complete; `state.json`, written last, lists the other files with their sizes.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from stepdistill.config import dump, read_yaml
+from stepdistill.errors import UserError, atomic_write
+from training.recipe import Recipe, differences
+
+_OWN = ("recipe.yaml", "metrics.jsonl", "tensorboard", "previews", "checkpoints", "student", "results")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `RunDirectory.save` was given; tensors are on the CPU."""
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    optimizers: dict[str, dict[str, Any]]
+    extra: dict[str, Any]
+
+
+class RunDirectory:
+    """The directory of one run. With several processes, the main one alone writes; all may read.
+
+    Attributes:
+        keep: how many checkpoints are kept, beside the best one.
+    """
+
+    def __init__(self, out: str | Path, keep: int = 2) -> None:
+        self.path = Path(out).expanduser()
+        self.keep = keep
+        self.recipe = self.path / "recipe.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.previews = self.path / "previews"
+        self.checkpoints = self.path / "checkpoints"
+        self.student = self.path / "student"
+        self.results = self.path / "results"
+
+    def begin(self, recipe: Recipe, fresh: bool = False) -> int:
+        """Make the directory ready for `recipe` and return how many steps of it are done: 0 for a new run.
+
+        Raises:
+            UserError: the directory holds another run, or one that `run.resume=false` forbids to go on with.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"run.out={self.path} is a file; name a directory.")
+        if fresh:
+            self.clear()
+        step = self.latest()
+        if step is not None or self.student.exists():
+            self.check(recipe)
+            if not recipe.run.resume:
+                raise UserError(
+                    f"{self.path} holds a run already and run.resume is false; choose another directory"
+                    " with run.out=..., or start over with --fresh."
+                )
+        try:
+            self.previews.mkdir(parents=True, exist_ok=True)
+            self.checkpoints.mkdir(exist_ok=True)
+        except PermissionError:
+            raise UserError(f"run.out={self.path} cannot be written to; choose another directory.") from None
+        for left_over in self.checkpoints.glob(".*"):  # of a save that was killed
+            shutil.rmtree(left_over, ignore_errors=True)
+        with atomic_write(self.recipe) as temporary:
+            temporary.write_text(dump(recipe), encoding="utf-8")
+        return step or 0
+
+    def check(self, recipe: Recipe) -> None:
+        """UserError when the run in the directory is of another family, method or student than `recipe`."""
+        if not self.recipe.exists():
+            return
+        old, new = read_yaml(self.recipe), yaml.safe_load(dump(recipe))
+        found = differences(_identity(old), _identity(new))
+        if found:
+            name, before, now = found[0]
+            raise UserError(
+                f"{self.path} holds a run with {name}={_shown(before)}, and this recipe has {_shown(now)};"
+                " choose another directory with run.out=..., or start over with --fresh."
+            )
+
+    def clear(self) -> None:
+        """Remove what a run left here; anything else in the directory stays."""
+        if not self.recipe.exists():
+            return  # not the directory of a run: nothing here is ours
+        for name in _OWN:
+            path = self.path / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        optimizers: Mapping[str, Mapping[str, Any]],
+        extra: Mapping[str, Any],
+    ) -> Path:
+        """Write checkpoints/<step>/, then remove the ones that are no longer kept.
+
+        tensors: a state dict per network ("student", "student_ema", "ladd/discriminator", ...).
+        optimizers: their `state_dict()` by name. extra: anything `pack_state` knows.
+        If writing fails, the older checkpoints are as they were; a full disk raises OSError(ENOSPC).
+        """
+        if "extra" in tensors:
+            raise ValueError("no network can be called 'extra': its file would be that of the counters.")
+        target = self.checkpoints / str(step)
+        with atomic_write(target) as folder:
+            folder.mkdir()
+            for name, state in tensors.items():
+                _write_tensors(folder / f"{_stem(name)}.safetensors", state)
+            plain = {f"{_stem(name)}.optimizer": state for name, state in optimizers.items()}
+            for stem, state in {**plain, "extra": extra}.items():
+                packed, tree = pack_state(state)
+                _write_tensors(folder / f"{stem}.safetensors", packed)
+                _write_json(folder / f"{stem}.json", tree)
+            files = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+            names = {"networks": list(tensors), "optimizers": list(optimizers)}
+            _write_json(folder / "state.json", {"format": 1, "step": step, **names, "files": files})
+        self._prune()
+        return target
+
+    def steps(self) -> list[int]:
+        """Steps of all complete checkpoints, ascending."""
+        if not self.checkpoints.is_dir():
+            return []
+        numbered = [path for path in self.checkpoints.iterdir() if path.name.isdecimal()]
+        return sorted(int(path.name) for path in numbered if _complete(path))
+
+    def latest(self) -> int | None:
+        """Step of the newest complete checkpoint."""
+        return max(self.steps(), default=None)
+
+    def load(self, step: int) -> Checkpoint:
+        """The checkpoint of `step`.
+
+        Raises:
+            UserError: there is none, or it is damaged.
+        """
+        folder = self.checkpoints / str(step)
+        if not _complete(folder):
+            raise UserError(
+                f"there is no complete checkpoint {folder}; complete are the steps {self.steps()}."
+            )
+        try:
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            tensors = {name: load_file(folder / f"{_stem(name)}.safetensors") for name in state["networks"]}
+            optimizers = {
+                name: _read_packed(folder, f"{_stem(name)}.optimizer") for name in state["optimizers"]
+            }
+            return Checkpoint(state["step"], tensors, optimizers, _read_packed(folder, "extra"))
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise UserError(
+                f"the checkpoint {folder} is damaged ({error}); remove it to go on from the one before."
+            ) from None
+
+    def record_best(self, step: int, metric: float, lower_is_better: bool = True) -> bool:
+        """Note the metric of `step`. True if it is the best yet, whose checkpoint is never pruned."""
+        best = self.best()
+        if math.isnan(metric):
+            return False
+        if best is not None and (metric >= best[1] if lower_is_better else metric <= best[1]):
+            return False
+        with atomic_write(self.checkpoints / "best.json") as temporary:
+            _write_json(temporary, {"step": step, "metric": metric})
+        return True
+
+    def best(self) -> tuple[int, float] | None:
+        """(step, metric) of the best measurement so far."""
+        try:
+            best = json.loads((self.checkpoints / "best.json").read_text(encoding="utf-8"))
+            return best["step"], best["metric"]
+        except (FileNotFoundError, ValueError, KeyError):
+            return None
+
+    def _prune(self) -> None:
+        steps, best = self.steps(), self.best()
+        for step in steps[: -self.keep]:
+            if best is None or step != best[0]:
+                shutil.rmtree(self.checkpoints / str(step))
+
+
+def pack_state(state: Any) -> tuple[dict[str, Tensor], Any]:
+    """A nested state as (tensors by name, a tree for JSON that refers to them); `unpack_state` undoes it.
+
+    A state is made of dicts (with numbers as keys, too), lists, tuples, tensors, numbers, text, bools, None.
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def pack(value: Any, name: str) -> Any:
+        if isinstance(value, Tensor):
+            while not name or name in tensors:  # "a.b" may be a key beside a: {b}
+                name += "_"
+            tensors[name] = value
+            return {"__tensor__": name}
+        if isinstance(value, Mapping):
+            packed = [(key, pack(item, f"{name}.{key}" if name else str(key))) for key, item in value.items()]
+            if all(isinstance(key, str) and not key.startswith("__") for key in value):
+                return dict(packed)
+            return {
+                "__items__": packed
+            }  # an optimiser's state is keyed by whole numbers, which JSON would not keep
+        if isinstance(value, (list, tuple)):
+            items = [pack(item, f"{name}.{i}" if name else str(i)) for i, item in enumerate(value)]
+            return {"__tuple__": items} if isinstance(value, tuple) else items
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        raise TypeError(
+            f"cannot save {name or 'the state'}: {type(value).__name__} is neither a tensor nor plain data"
+        )
+
+    return tensors, pack(state, "")
+
+
+def unpack_state(tensors: Mapping[str, Tensor], tree: Any) -> Any:
+    """The state that `pack_state` took apart."""
+    if isinstance(tree, list):
+        return [unpack_state(tensors, item) for item in tree]
+    if not isinstance(tree, dict):
+        return tree
+    if "__tensor__" in tree:
+        return tensors[tree["__tensor__"]]
+    if "__tuple__" in tree:
+        return tuple(unpack_state(tensors, item) for item in tree["__tuple__"])
+    pairs = tree["__items__"] if "__items__" in tree else tree.items()
+    return {key: unpack_state(tensors, item) for key, item in pairs}
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    ready, seen = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().to("cpu").contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        ready[name] = (
+            tensor.clone() if storage in seen else tensor
+        )  # safetensors refuses tensors that share memory
+        seen.add(storage)
+    try:
+        save_file(ready, str(path))
+    except SafetensorError as error:
+        if f"os error {errno.ENOSPC}" not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
+    _flush(path)
+
+
+def _write_json(path: Path, tree: Any) -> None:
+    path.write_text(json.dumps(tree), encoding="utf-8")
+    _flush(path)
+
+
+def _flush(path: Path) -> None:
+    """Onto the disk before the rename: after a power cut, a checkpoint that has its name has its content."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _stem(network: str) -> str:
+    """A composition's networks are called "part/name"; a file cannot be."""
+    return network.replace("/", "+")
+
+
+def _read_packed(folder: Path, name: str) -> Any:
+    tree = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    return unpack_state(load_file(folder / f"{name}.safetensors"), tree)
+
+
+def _complete(folder: Path) -> bool:
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        return all((folder / name).stat().st_size == size for name, size in state["files"].items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _identity(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a written recipe that a checkpoint depends on."""
+    parts = {name: recipe.get(name) or {} for name in ("family", "method", "student")}
+    stages = recipe.get("stages") or []
+    for i, stage in enumerate(stages):
+        parts[f"stages.{i}"] = {name: stage.get(name) or {} for name in ("method", "student")}
+    return parts
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value is None else str(value)
