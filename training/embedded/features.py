@@ -1,0 +1,231 @@
+"""Train a feature net: on scenes for the embedded metrics, or on any labelled Parquet file.
+
+    python -m training.embedded.features --data scenes --out assets/scenes-v1
+    python -m training.embedded.features --data parquet --path train.parquet --name cifar10-v1 --out
+    assets/cifar10-v1
+
+Scenes ask eight questions at once (shape, colour and size of each object, relation, background); a Parquet
+file in the layout of Hugging Face data sets (`image.bytes`, `label`) asks one. The length is given in steps,
+so a seed gives the same weights on the same machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stepdistill import scenes
+from stepdistill.errors import UserError, cli_errors
+from training.embedded import common
+
+if TYPE_CHECKING:
+    from evaluation.feature_net import FeatureNet
+
+DIM = 128
+HELD_OUT = 0.1  # share of a Parquet file's images that only measure
+STEPS = {"scenes": 2500, "parquet": 4500}
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What to learn: images, uint8 (N, 3, H, W), and the right answers (N, questions), drawn and held out."""
+
+    resolution: int
+    labels: dict[str, list[str]]
+    draw: Callable[[int], tuple[Tensor, Tensor]]  # batch size -> a training batch
+    held_out: tuple[Tensor, Tensor]
+
+
+def scene_lesson(seed: int) -> Lesson:
+    """Scenes without end for training, 1,024 of the evaluation's seed to measure with."""
+    rng = np.random.default_rng(seed)
+
+    def draw(count: int) -> tuple[Tensor, Tensor]:
+        drawn = [scenes.sample_scene(rng) for _ in range(count)]
+        images = np.stack([scenes.render(scene, rng) for scene in drawn])
+        return torch.from_numpy(images).permute(0, 3, 1, 2), torch.tensor(
+            [common.answers(scene) for scene in drawn]
+        )
+
+    held, images = common.scene_pool(1024, seed=common.HELD_OUT_SEED)
+    truth = torch.tensor([common.answers(scene) for scene in held])
+    labels = {question: list(choices) for question, choices in common.QUESTIONS.items()}
+    return Lesson(64, labels, draw, (images, truth))
+
+
+def parquet_lesson(path: str, resolution: int, seed: int) -> Lesson:
+    """Images and labels of a Parquet file; training batches are mirrored and shifted at random.
+
+    Raises:
+        UserError: the file is missing or has no `image.bytes` and `label`, or an image cannot be read.
+    """
+    images, labels, names = read_parquet(path, resolution)
+    draw_from = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(images), generator=draw_from)
+    held, kept = order[: int(HELD_OUT * len(order))], order[int(HELD_OUT * len(order)) :]
+    shift = resolution // 8
+
+    def draw(count: int) -> tuple[Tensor, Tensor]:
+        chosen = kept[torch.randint(len(kept), (count,), generator=draw_from)]
+        padded = F.pad(images[chosen].float(), (shift,) * 4, mode="reflect").to(torch.uint8)
+        offsets = torch.randint(2 * shift + 1, (count, 2), generator=draw_from).tolist()
+        mirrored = (torch.rand(count, generator=draw_from) < 0.5).tolist()
+        batch = [
+            image[:, top : top + resolution, left : left + resolution].flip(2)
+            if flip
+            else image[:, top : top + resolution, left : left + resolution]
+            for image, (top, left), flip in zip(padded, offsets, mirrored, strict=True)
+        ]
+        return torch.stack(batch), labels[chosen, None]
+
+    return Lesson(resolution, {"label": names}, draw, (images[held], labels[held, None]))
+
+
+def read_parquet(path: str, resolution: int) -> tuple[Tensor, Tensor, list[str]]:
+    """Images uint8 (N, 3, resolution, resolution), labels (N,) and their names, from a file in the layout of
+    HF.
+
+    Raises:
+        UserError: see `parquet_lesson`.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    try:
+        table = pq.read_table(path, columns=["image", "label"])
+        encoded = table["image"].combine_chunks().field("bytes").to_pylist()
+        labels = torch.tensor(table["label"].to_pylist())
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"--path {path} cannot be read as Parquet with the columns image.bytes and label "
+            f"({type(error).__name__})."
+        ) from error
+    images = np.empty((len(encoded), resolution, resolution, 3), np.uint8)
+    for row, data in enumerate(encoded):
+        try:
+            image = Image.open(io.BytesIO(data)).convert("RGB")
+        except (OSError, TypeError) as error:
+            raise UserError(
+                f"--path {path}: the image in row {row} cannot be read; remove the row."
+            ) from error
+        if image.size != (resolution, resolution):
+            image = image.resize((resolution, resolution), Image.Resampling.LANCZOS)
+        images[row] = np.asarray(image)
+    if len(images) < 20:
+        raise UserError(f"--path {path} holds {len(images)} images; a feature net needs at least 20.")
+    if labels.dtype != torch.int64 or labels.min() < 0:
+        raise UserError(f"--path {path}: the column label must hold whole numbers from 0 on.")
+    names = _class_names(table.schema.metadata, int(labels.max()) + 1)
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels, names
+
+
+def _class_names(metadata: dict[bytes, bytes] | None, count: int) -> list[str]:
+    """The names a Hugging Face data set keeps in the file's schema, or the numbers where it has none."""
+    try:
+        names = json.loads(metadata[b"huggingface"])["info"]["features"]["label"]["names"]
+    except (TypeError, KeyError, ValueError):
+        names = []
+    return names if len(names) >= count else [str(number) for number in range(count)]
+
+
+def loss_of(net: FeatureNet, images: Tensor, truth: Tensor) -> Tensor:
+    """Mean cross-entropy over the questions."""
+    logits = net.logits(net(images))
+    return torch.stack([F.cross_entropy(part, truth[:, k]) for k, part in enumerate(logits.values())]).mean()
+
+
+@torch.no_grad()
+def accuracy(net: FeatureNet, images: Tensor, truth: Tensor) -> dict[str, float]:
+    """Share of right answers to each question, and to all of them together."""
+    training = net.training
+    net.eval()
+    chosen = []
+    for part in images.split(256):
+        chosen.append(torch.stack([logits.argmax(1) for logits in net.logits(net(part)).values()], 1))
+    net.train(training)
+    right = torch.cat(chosen) == truth
+    each = {question: round(right[:, k].float().mean().item(), 4) for k, question in enumerate(net.labels)}
+    return each | {"all": round(right.all(1).float().mean().item(), 4)}
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train, save, measure; see the module's docstring."""
+    from evaluation.feature_net import FeatureNet
+
+    started = time.monotonic()
+    common.prepare(args.threads, args.seed)
+    parquet = args.data == "parquet"
+    lesson = parquet_lesson(args.path, args.resolution, args.seed) if parquet else scene_lesson(args.seed)
+    steps = args.steps or STEPS[args.data]
+    net = FeatureNet(args.name, lesson.resolution, DIM, lesson.labels)
+    optimiser = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=0.05)
+    logged = time.monotonic()
+    for step in range(steps):
+        images, truth = lesson.draw(args.batch)
+        for group in optimiser.param_groups:
+            group["lr"] = args.lr * common.cosine(step, steps, args.warmup)
+        with torch.autocast("cpu", torch.bfloat16, enabled=not args.fp32):
+            loss = loss_of(net, images, truth)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        if time.monotonic() - logged > 60:
+            logged = time.monotonic()
+            scores = accuracy(net, lesson.held_out[0][:512], lesson.held_out[1][:512])
+            print(
+                f"{logged - started:6.0f} s  step {step + 1}/{steps}  loss {loss.item():.4f}  {scores}",
+                flush=True,
+            )
+    net.save(args.out)
+    reread = FeatureNet.load(args.out)  # measured is what was written, in half precision
+    common.write_report(
+        Path(args.out) / "training.json",
+        started,
+        command=f"python -m training.embedded.features --data {args.data} --name {args.name} --steps {steps} "
+        f"--seed {args.seed}",
+        steps=steps,
+        batch=args.batch,
+        held_out=accuracy(reread, *lesson.held_out),
+        parameters=sum(p.numel() for p in net.parameters()),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", choices=("scenes", "parquet"), required=True)
+    parser.add_argument("--path", default="", help="the Parquet file")
+    parser.add_argument("--name", default="scenes-v1", help="what metrics call the net")
+    parser.add_argument("--out", required=True, help="directory for the net")
+    parser.add_argument("--resolution", type=int, default=32, help="side of a Parquet file's images")
+    parser.add_argument("--steps", type=int, default=0, help=f"0 means {STEPS}")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--warmup", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--fp32", action="store_true", help="no bfloat16 in the network passes")
+    args = parser.parse_args()
+    with cli_errors():
+        for name in ("batch", "warmup", "threads"):
+            common.positive(name, getattr(args, name))
+        if args.steps < 0:
+            raise UserError(f"--steps is {args.steps}; give 1 or more.")
+        if args.data == "parquet" and not args.path:
+            raise UserError("--data parquet needs --path FILE.")
+        train(args)
+
+
+if __name__ == "__main__":
+    main()
