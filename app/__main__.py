@@ -1,0 +1,240 @@
+"""python -m app: the page, the HTTP API, and a check of both models.
+
+The page answers while the models load in the background; /healthz says 503 until they are ready.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ipaddress
+import os
+import socket
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stepdistill.errors import UserError, cli_errors
+
+if TYPE_CHECKING:
+    import uvicorn
+
+    from app.engine import Engine
+
+EXAMPLES = """\
+examples:
+  python -m app                                  the embedded student beside its teacher, at
+  http://127.0.0.1:7860 python -m app --check                          load both, make one image with each,
+  print the report, exit python -m app --student runs/dmd2/student      a student you distilled, beside the
+  embedded teacher python -m app --student S --no-teacher         a student alone
+  curl http://127.0.0.1:7860/v1/images/generations -H 'content-type: application/json' \\
+       -d '{"prompt": "a large green star on a black background", "seed": 7, "steps": 1}'
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        prog="python -m app",
+        description="Serve a few-step student and its teacher side by side: a web page and an HTTP API.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--student", metavar="DIR", help="student directory (default: the embedded student)")
+    p.add_argument(
+        "--teacher", metavar="DIR", help="teacher pipeline directory (default: the embedded teacher)"
+    )
+    p.add_argument("--no-teacher", action="store_true", help="serve the student alone")
+    p.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
+    )
+    p.add_argument(
+        "--port", type=int, default=7860, help="port to listen on; 0 takes a free one (default: 7860)"
+    )
+    p.add_argument(
+        "--allow-host",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="a further name this server is reached by",
+    )
+    p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    p.add_argument(
+        "--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"),
+        help="number format of the networks (default: float16 on cuda, float32 on cpu)",
+    )  # fmt: skip
+    p.add_argument(
+        "--attention",
+        default="auto",
+        help="auto, xformers, flash, sdpa or math; one that cannot run is an error",
+    )
+    p.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads of the networks (default: torch's choice)"
+    )
+    p.add_argument(
+        "--check", action="store_true", help="load, make one image with each model, print the report, exit"
+    )
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    args = parser().parse_args(argv)
+    if not 0 <= args.port <= 65535:
+        raise UserError(f"--port must be 0 to 65535, got {args.port}.")
+    if args.threads is not None and not 1 <= args.threads <= 1024:
+        raise UserError(f"--threads must be 1 to 1024, got {args.threads}.")
+    if args.no_teacher and args.teacher:
+        raise UserError("--teacher and --no-teacher contradict each other; give one of them.")
+    for name in ("student", "teacher"):
+        path = getattr(args, name)
+        if path is not None and not Path(path).is_dir():
+            raise UserError(f"--{name} {path} is not a directory; give a diffusers pipeline directory.")
+    listener = None if args.check else _listen(args.host, args.port)
+
+    from app.engine import Engine
+    from stepdistill.attention import BACKENDS
+
+    if args.attention not in BACKENDS:
+        raise UserError(f"--attention must be one of {', '.join(BACKENDS)}, got {args.attention!r}.")
+    engine = Engine(
+        args.student,
+        False if args.no_teacher else args.teacher,
+        device=args.device,
+        dtype=args.dtype,
+        attention=args.attention,
+        threads=args.threads,
+    )
+    return check(engine) if listener is None else serve(engine, listener, args.host, args.allow_host)
+
+
+def check(engine: Engine) -> int:
+    """Load, make one image with each model from the same noise, and say what was found."""
+    from app.schema import Request
+
+    engine.start().wait()
+    limits = engine.limits
+    prompt = limits.class_names[0] if limits.conditions == "class" and limits.class_names else ""
+    prompt = prompt or "a small red circle above a large blue square on a yellow background"
+    result = engine.generate(Request(prompt, seed=0, model="both" if limits.teacher else "student"))
+    for key, value in engine.report().items():
+        if key != "counts":
+            print(f"{key}: {value}")
+    for shot in result.shots.values():
+        split = ", ".join(f"{name} {value:.4f} s" for name, value in shot.timings.items())
+        print(f"{shot.model} {shot.steps} steps: {split}")
+    if result.speedup is not None:
+        print(f"speed-up: {result.speedup:.1f}x")
+    engine.close()
+    return 0
+
+
+def serve(engine: Engine, listener: socket.socket, host: str, names: list[str]) -> int:
+    """Serve until interrupted. Returns 0 after Ctrl-C, 2 when the models could not be loaded."""
+    from app.http import LOOPBACK, create_app, offline
+
+    offline()
+    with tempfile.TemporaryDirectory(prefix="stepdistill-app-") as cache:
+        # Gradio keeps served images in files; in a directory of our own they go when the server goes.
+        os.environ["GRADIO_TEMP_DIR"] = cache
+        engine.start()
+
+        import uvicorn
+
+        from app import ui
+
+        port = listener.getsockname()[1]
+        everywhere = host in ("0.0.0.0", "::", "")
+        if not _is_loopback(host):
+            print(
+                f"warning: listening on {host}: whoever reaches this address can use it; there is no login.",
+                file=sys.stderr,
+            )
+        app = create_app(
+            engine,
+            ui.build(engine),
+            hosts=[*LOOPBACK, host, socket.gethostname(), *names],
+            any_address=everywhere,
+        )
+        url = f"http://{_in_url('127.0.0.1' if everywhere else host)}:{port}"
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, timeout_graceful_shutdown=3, timeout_keep_alive=30,
+            limit_concurrency=256, server_header=False,
+        )  # fmt: skip
+        server = uvicorn.Server(config)
+        threading.Thread(target=_announce, args=(engine, server, url), daemon=True).start()
+        with contextlib.suppress(KeyboardInterrupt):  # uvicorn passes the signal on once it has stopped
+            server.run(sockets=[listener])
+        engine.close()
+    if engine.problem:
+        raise UserError(engine.problem)
+    print("stopped")
+    return 0
+
+
+def _announce(engine: Engine, server: uvicorn.Server, url: str) -> None:
+    """Print the URL once the page answers, the report once the models do; end the server when they cannot
+    be loaded.
+    """
+    while not server.started and not server.should_exit:
+        time.sleep(0.05)
+    print(
+        f"page: {url} (the models are loading)" if engine.state == "loading" else f"page: {url}", flush=True
+    )
+    try:
+        engine.wait()
+    except UserError:
+        server.should_exit = True
+        return
+    if engine.state == "ready":
+        report = engine.report()
+        about = ", ".join(report[key] for key in ("device", "dtype", "attention"))
+        print(f"ready: {url} ({report['student']}, {about})", flush=True)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket, taken before anything heavy is loaded, so a busy port is known at once."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError:
+        raise UserError(f"--host {host!r} is not an address of this machine.") from None
+    listener = socket.socket(family, kind, protocol)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+        listener.listen(128)
+    except OverflowError:
+        raise UserError(f"--port must be 0 to 65535, got {port}.") from None
+    except PermissionError:
+        raise UserError(
+            f"port {port} needs more rights than you have; give another with --port, such as --port 7861."
+        ) from None
+    except OSError as error:
+        listener.close()
+        if error.errno == 98 or "in use" in str(error):
+            raise UserError(
+                f"port {port} is in use; give another with --port, such as --port {port + 1}."
+            ) from None
+        raise UserError(f"cannot listen on --host {host} ({error.strerror}).") from None
+    return listener
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+if __name__ == "__main__":
+    with cli_errors():
+        raise SystemExit(main())

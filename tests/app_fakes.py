@@ -1,0 +1,113 @@
+"""A sampler with the interface of stepdistill.ImageSampler and no weights, for the tests of the app."""
+
+from __future__ import annotations
+
+import threading
+import time
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+from stepdistill.errors import UserError
+
+
+class Network(nn.Module):
+    """Stands for a denoiser: one attention layer of diffusers, and NaN on demand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from diffusers.models.attention_processor import Attention
+
+        torch.manual_seed(0)
+        self.attention = Attention(8, heads=2, dim_head=4)
+        self.nan = False
+
+    def forward(self, x):
+        out = self.attention(x)
+        return out * float("nan") if self.nan else out
+
+
+class FakeSampler:
+    """Draws noise that depends on (prompt, seed, steps, guidance, negative prompt).
+
+    A prompt with "poison" raises, one with "overflow" gives NaN. `gate` holds every step until it is set, so
+    a test decides when a run goes on; `began` is set when a step starts.
+    """
+
+    def __init__(
+        self, kind="student", delay=0.0, guidance_free=None, conditions="prompt", class_names=None
+    ) -> None:
+        self.name, self.path, self.family, self.kind = f"fake-{kind}", Path("/nowhere") / kind, "sd", kind
+        student = kind == "student"
+        self.steps = (1, 2, 4) if student else None
+        self.default_steps = 1 if student else 50
+        self.guidance_free = student if guidance_free is None else guidance_free
+        self.default_guidance = 1.0 if self.guidance_free else 3.0
+        self.resolution, self.conditions, self.class_names = (64, 64), conditions, class_names
+        self.parameters, self.card = {"denoiser": 1000, "text": 10, "decoder": 10}, {}
+        self.pipeline = SimpleNamespace(unet=Network().eval())
+        self.delay, self.gate, self.began = delay, threading.Event(), threading.Event()
+        self.gate.set()
+        self.calls, self.threads = [], set()
+
+    def __call__(
+        self, prompts, seeds, *, steps=None, guidance_scale=None, negative_prompts=None, chunk=16, timings=None,
+        on_step=None,
+    ):  # fmt: skip
+        steps = steps or self.default_steps
+        if self.steps and steps not in self.steps:
+            raise UserError(f"steps={steps}")
+        if self.guidance_free and (negative_prompts or guidance_scale not in (None, 1.0)):
+            raise UserError("guidance on a guidance-free student")
+        assert chunk == 1
+        self.threads.add(threading.get_ident())
+        self.calls.append((prompts[0], seeds[0], steps))
+        began = time.perf_counter()
+        self.pipeline.unet.nan = "overflow" in str(prompts[0])
+        for i in range(steps):
+            self.began.set()
+            assert self.gate.wait(10), "a test forgot to open the gate"
+            time.sleep(self.delay)
+            with torch.no_grad():
+                self.pipeline.unet(torch.ones(1, 4, 8))
+            if "poison" in str(prompts[0]):
+                raise RuntimeError("secret /path/of/ours")
+            if on_step:
+                on_step(i + 1, steps)
+        if timings is not None:
+            timings["text"] = timings.get("text", 0.0) + 0.001
+            self.spent = time.perf_counter() - began
+            timings["denoise"] = timings.get("denoise", 0.0) + self.spent
+            timings["decode"] = timings.get("decode", 0.0) + 0.002
+        images = []
+        for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            negative = negative_prompts[i] if negative_prompts else ""
+            key = f"{self.kind}|{prompt}|{seed}|{steps}|{guidance_scale}|{negative}".encode()
+            generator = torch.Generator().manual_seed(zlib.crc32(key))
+            images.append(torch.randint(0, 256, (3, *self.resolution), generator=generator).to(torch.uint8))
+        return torch.stack(images)
+
+
+def engine_of(student=None, teacher=None, **options):
+    """A ready engine around fake samplers; `teacher=False` serves the student alone."""
+    from app.engine import Engine
+
+    student = student or FakeSampler("student")
+    made = {"S": student}
+    if teacher is not False:
+        made["T"] = teacher or FakeSampler("teacher")
+    engine = Engine(
+        "S",
+        "T" if teacher is not False else False,
+        load=lambda path, **_: made[str(path)],
+        device="cpu",
+        **options,
+    )
+    engine.start().wait(30)
+    student.calls.clear()
+    if "T" in made:
+        made["T"].calls.clear()
+    return engine
