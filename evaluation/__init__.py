@@ -1,0 +1,90 @@
+"""How good and how fast a sampler is: Fréchet distance, CLIP score, attribute accuracy and latency under named protocols.
+
+`evaluate` measures any function that draws images; `run` measures pipeline directories beside their teacher
+and writes a report. The command line is `python -m evaluation --help`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from evaluation.extractors import Extractor
+    from evaluation.protocols import Protocol
+    from evaluation.stats import FeatureStats
+
+
+def evaluate(
+    sampler_fn: Callable[[Sequence[str] | Sequence[int], Sequence[int]], Tensor],
+    *,
+    protocol: str | Protocol = "scenes-2k",
+    n: int | None = None,
+    metrics: Sequence[str] = ("fd", "clip", "attributes"),
+    extractor: str | Extractor | None = None,
+    reference: str | os.PathLike[str] | FeatureStats | None = None,
+    classes: int = 0,
+    batch: int = 64,
+) -> dict[str, Any]:
+    """Draw the samples of a protocol and measure them. Prints and writes nothing.
+
+    Args:
+        sampler_fn: `sampler_fn(prompts, seeds) -> uint8 (N, 3, H, W)`, called with up to `batch` of each.
+            Prompts are
+            captions, or class numbers where `reference` is a folder or Parquet file.
+        protocol: its name, or a `Protocol`.
+        n: number of samples; None is the protocol's own. Fewer are marked in the result: "scenes-2k[n=500]".
+        metrics: names in `evaluation.metrics.METRICS`. Latency needs a pipeline directory: see `run`.
+        extractor: "scenes-v1", a directory, or an `Extractor`; None is the protocol's.
+        reference: a folder or Parquet file of real images instead of the protocol's reference (only "fd" can
+            then be
+            measured), or statistics made by the same extractor.
+        classes: number of classes of a class-conditional sampler; image i has the class i mod `classes`.
+
+    Returns:
+        Metric values by name ("fd:scenes-v1", "clip:scenes-v1", "attributes/all", ... and standard errors
+        "<name>/se"), with "n" and "protocol".
+
+    Raises:
+        UserError: unknown names, n below 2, a reference of another extractor, or images that are not as
+            promised.
+    """
+    from evaluation.extractors import load_extractor
+    from evaluation.generate import drawn
+    from evaluation.images import MemoryImages
+    from evaluation.metrics import get_metrics
+    from evaluation.metrics.base import Inputs
+    from evaluation.protocols import checked_n, get_protocol, real_images
+    from evaluation.reference import reference_stats
+    from evaluation.stats import FeatureStats
+
+    if reference is not None and not isinstance(reference, FeatureStats):
+        protocol = real_images(reference, classes=classes)
+    protocol = get_protocol(protocol)
+    computed = get_metrics(metrics, [name for name in protocol.metrics if name != "latency"])
+    n = checked_n(n, protocol)
+    inputs = Inputs()
+    needs = set().union(*(metric.needs for metric in computed.values()))
+    if "extractor" in needs:
+        wanted = extractor if extractor is not None else protocol.extractor
+        inputs.extractor = load_extractor(wanted) if isinstance(wanted, (str, os.PathLike)) else wanted
+        given = isinstance(reference, FeatureStats)
+        inputs.reference = reference if given else reference_stats(protocol, inputs.extractor)
+    prompts, seeds = protocol.prompts(n), protocol.seeds(n)
+    inputs.captions = prompts if protocol.conditions == "scenes" else None
+    parts = (slice(start, start + batch) for start in range(0, n, batch))
+    inputs.images = MemoryImages(drawn(sampler_fn, prompts[part], seeds[part]) for part in parts)
+    found: dict[str, Any] = {}
+    for metric in computed.values():
+        found |= metric.compute(inputs)
+    return found | {"n": n, "protocol": protocol.label(n)}
+
+
+def run(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Measure pipeline directories beside their teacher and write a report; see `evaluation.runner.run`."""
+    from evaluation import runner
+
+    return runner.run(*args, **kwargs)

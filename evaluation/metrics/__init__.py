@@ -1,0 +1,37 @@
+"""All metrics by the name a command uses. Adding one is one file and one line here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from stepdistill.errors import UserError
+from stepdistill.registry import resolve
+
+if TYPE_CHECKING:
+    from evaluation.metrics.base import Metric
+
+METRICS = {
+    "fd": "evaluation.metrics.fd:FrechetDistance",
+    "clip": "evaluation.metrics.clip_score:ClipScore",
+    "attributes": "evaluation.metrics.attributes:Attributes",
+    "latency": "evaluation.metrics.latency:Latency",
+}
+
+
+def get_metrics(names: Iterable[str], allowed: Iterable[str]) -> dict[str, Metric]:
+    """The metrics of these names, ready to compute. One's own is written my_package.my_file:MyMetric.
+
+    Raises:
+        UserError: there is no such metric, or it is one of ours and not among `allowed`, which the protocol
+            says.
+    """
+    found, allowed = {}, tuple(allowed)
+    for name in names:
+        metric = resolve(name, METRICS, "metric")
+        if name in METRICS and name not in allowed:
+            raise UserError(
+                f"the metric {name!r} cannot be measured here; this protocol has {', '.join(allowed)}."
+            )
+        found[name] = metric()
+    return found

@@ -1,0 +1,143 @@
+"""Drawing a protocol's samples, kept on disk so that a killed run goes on where it was."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from evaluation.images import Images, as_images, sha256_of_files
+from stepdistill.errors import UserError, atomic_write
+
+if TYPE_CHECKING:
+    from stepdistill.sampling import ImageSampler
+
+SHARD = 128  # images per file: what a killed run loses at most
+SamplerFn = Callable[[Sequence[str] | Sequence[int], Sequence[int]], Tensor]
+Progress = Callable[[int], None]  # called with the number of images that became ready
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Everything the pixels of a sample depend on, beside its index."""
+
+    pipeline: str  # name, for people
+    pipeline_sha256: str
+    protocol: str  # hash
+    steps: int
+    guidance: float
+    chunk: int  # batch size of the networks
+    device: str
+
+    @property
+    def key(self) -> str:
+        """Name of the folder these samples are kept in."""
+        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+        return f"{self.pipeline}-{self.steps}-steps-g{self.guidance:g}-{digest}"
+
+
+class Shards(Images):
+    """The first `count` samples in a folder of shards."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        self.folder, self.count = folder, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for start in range(0, self.count, SHARD):
+            yield _read(_shard(self.folder, start))[: self.count - start]
+
+    def first(self, count: int) -> Images:
+        return Shards(self.folder, min(count, self.count))
+
+
+def generate(
+    sample: SamplerFn,
+    configuration: Configuration,
+    prompts: Sequence[str] | Sequence[int],
+    seeds: Sequence[int],
+    folder: Path,
+    *,
+    force: bool = False,
+    progress: Progress = lambda count: None,
+) -> Shards:
+    """Draw one image per prompt and seed into `folder`/<key>/, skipping what is there already.
+
+    A shard that was cut short, or holds fewer images than are wanted now, is completed. `force` draws all
+    again.
+
+    Raises:
+        UserError: the sampler returned something else than one uint8 image per prompt.
+    """
+    folder = folder / configuration.key
+    if force:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_write(folder / "configuration.json") as temporary:
+        temporary.write_text(json.dumps(asdict(configuration), indent=2) + "\n")
+    for start in range(0, len(prompts), SHARD):
+        stop = min(start + SHARD, len(prompts))
+        path = _shard(folder, start)
+        parts = _present(path)
+        have = sum(map(len, parts))
+        progress(min(have, stop - start))
+        for at in range(start + have, stop, configuration.chunk):
+            until = min(at + configuration.chunk, stop)
+            parts.append(drawn(sample, prompts[at:until], seeds[at:until]))
+            progress(until - at)
+        if start + have < stop:
+            with atomic_write(path) as temporary:
+                save_file({"images": torch.cat(parts)}, temporary)
+    return Shards(folder, len(prompts))
+
+
+def drawn(sample: SamplerFn, prompts: Sequence[str] | Sequence[int], seeds: Sequence[int]) -> Tensor:
+    """One image per prompt, uint8 (N, 3, H, W). Raises UserError when the sampler returns anything else."""
+    images = as_images(sample(prompts, seeds)).cpu().contiguous()
+    if len(images) != len(prompts):
+        raise UserError(
+            f"the sampler returned {len(images)} images for {len(prompts)} prompts; it must return one each."
+        )
+    return images
+
+
+def draw_with(sampler: ImageSampler, steps: int, guidance: float, chunk: int) -> SamplerFn:
+    """`sampler` at fixed settings."""
+    return functools.partial(sampler, steps=steps, guidance_scale=guidance, chunk=chunk)
+
+
+def pipeline_sha256(path: Path) -> str:
+    """Of weights, configurations and tokenizers of a pipeline directory; cards and pictures don't count."""
+    kinds = {".safetensors", ".json", ".txt", ".model"}
+    return sha256_of_files(sorted(f for f in path.rglob("*") if f.suffix in kinds and f.is_file()), path)
+
+
+def _shard(folder: Path, start: int) -> Path:
+    return folder / f"{start:07d}.safetensors"
+
+
+def _read(path: Path) -> Tensor:
+    with safe_open(path, framework="pt") as file:
+        return as_images(file.get_tensor("images"))
+
+
+def _present(path: Path) -> list[Tensor]:
+    """The images in a shard, in a list; empty when it is missing or cannot be read (it is then drawn again)."""
+    if not path.is_file():
+        return []
+    try:
+        return [_read(path)]
+    except (SafetensorError, OSError, UserError):
+        return []

@@ -1,0 +1,132 @@
+"""Results as a table for people and as files."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from stepdistill.errors import UserError, atomic_write
+
+Cell = Callable[[dict[str, Any], dict[str, float | None]], str]
+
+
+def check_writable(out: Path) -> None:
+    """Raises UserError when nothing can be written into `out`; makes it otherwise."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except (OSError, FileExistsError) as error:
+        raise UserError(
+            f"--out {out} cannot be written to ({error.strerror}); give another directory."
+        ) from None
+
+
+def write(results: dict[str, Any], out: Path) -> None:
+    """Write results.json and results.md."""
+    for name, content in (
+        ("results.json", json.dumps(results, indent=2) + "\n"),
+        ("results.md", markdown(results)),
+    ):
+        with atomic_write(out / name) as temporary:
+            temporary.write_text(content)
+
+
+def columns(results: dict[str, Any]) -> list[tuple[str, Cell]]:
+    """Headings and what stands under them, for the metrics that were computed."""
+    measured = {name for row in results["rows"] for name in row["metrics"]}
+    found: list[tuple[str, Cell]] = [
+        ("model", lambda row, m: row["name"] + (f" ({row['role']})" if row["role"] != "student" else "")),
+        ("steps", lambda row, m: str(row["steps"])),
+        ("guidance", lambda row, m: f"{row['guidance']:g}"),
+        ("NFE", lambda row, m: str(row["nfe"])),
+    ]
+    if len({row["n"] for row in results["rows"]}) > 1:
+        found.append(("n", lambda row, m: str(row["n"])))
+    for name in sorted(measured):
+        if name.startswith("fd:") and not name.endswith("/se"):
+            found.append((f"{name} ↓", _with_error(name, "{:.3f}")))
+    if "fd_ratio" in measured:
+        found.append(("FD / teacher's", _with_error("fd_ratio", "{:.2f}")))
+    if "attributes/all" in measured:
+        found.append(("attributes all ↑", _with_error("attributes/all", "{:.1%}")))
+    for name in sorted(measured):
+        if name.startswith("clip:") and not name.endswith("/se"):
+            found.append((f"{name} ↑", _with_error(name, "{:.2f}")))
+    if "latency/ms" in measured:
+        found.append(("ms/image", lambda row, m: _number(m.get("latency/ms"), "{:.1f}")))
+    if "latency/speedup" in measured:
+        found.append(
+            ("speed-up denoiser", lambda row, m: _number(m.get("latency/speedup_denoise"), "{:.1f}x"))
+        )
+        found.append(("speed-up end to end", lambda row, m: _number(m.get("latency/speedup"), "{:.1f}x")))
+    return found
+
+
+def cells(results: dict[str, Any]) -> list[list[str]]:
+    """Heading and rows of the table."""
+    shown = columns(results)
+    return [[heading for heading, _ in shown]] + [
+        [cell(row, row["metrics"]) for _, cell in shown] for row in results["rows"]
+    ]
+
+
+def table(results: dict[str, Any]) -> str:
+    """The table for a terminal."""
+    lines = cells(results)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    ]
+    return "\n".join([text[0], "  ".join("-" * width for width in widths), *text[1:]])
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The table with everything one needs to repeat it."""
+    lines = cells(results)
+    rows = ["| " + " | ".join(line) + " |" for line in lines]
+    extractor, where = results["extractor"], results["machine"]
+    facts = [
+        f"protocol `{results['protocol']}` version {results['protocol_version']}, hash `{results['protocol_hash']}`; "
+        f"seeds {results['seeds'][0]} to {results['seeds'][1]}",
+        "± is one standard error: delete-one-fold jackknife over 10 folds of samples for distances and their ratios",
+        f"{where['device']}, {where['cpu']}, {where['cores']} cores, {where['threads']} threads; "
+        f"torch {results['versions']['torch']}, diffusers {results['versions']['diffusers']}",
+        f"commit `{results['git_commit']}`, {results['date']}, {results['seconds']:.0f} s: `{results['command']}`",
+    ]
+    if extractor:
+        facts.insert(
+            1, f"features `{extractor['name']}`, sha256 `{extractor['sha256'][:16]}` (this is not FID)"
+        )
+    if any("latency/ms" in row["metrics"] for row in results["rows"]):
+        facts.append("ms/image: batch of one, prompt to pixels, median, all models in turns in one process")
+    sweeps = [
+        f"{row['name']} at {row['steps']} steps: "
+        + ", ".join(f"{entry['guidance']:g}: {entry['fd']:.3f}" for entry in row["sweep"]["tried"])
+        + f" (n = {row['sweep']['n']})"
+        for row in results["rows"]
+        if row["sweep"]
+    ]
+    text = [f"# {results['protocol']}", "", rows[0], "|" + "---|" * len(lines[0]), *rows[1:], ""]
+    text += [f"- {fact}" for fact in facts]
+    text += [f"- guidance sweep, {sweep}" for sweep in sweeps]
+    text += [f"- warning: {warning}" for warning in results["warnings"]]
+    return "\n".join(text) + "\n"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
+
+
+def _with_error(name: str, form: str) -> Cell:
+    def cell(row: dict[str, Any], metrics: dict[str, float | None]) -> str:
+        value, error = metrics.get(name), metrics.get(f"{name}/se")
+        return _number(value, form) + (
+            f" ± {form.format(error)}" if value is not None and error is not None else ""
+        )
+
+    return cell

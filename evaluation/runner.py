@@ -1,0 +1,403 @@
+"""`python -m evaluation run`: students beside their teacher, measured on the same prompts, noise and reference."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from evaluation import report
+from evaluation.extractors import load_extractor
+from evaluation.generate import Configuration, draw_with, generate, pipeline_sha256
+from evaluation.metrics import get_metrics
+from evaluation.metrics.base import Inputs
+from evaluation.metrics.latency import IMAGES, Timed, measure, speedups
+from evaluation.protocols import Protocol, checked_n, get_protocol, real_images
+from evaluation.reference import reference_stats
+from evaluation.stats import frechet_ratio_with_error
+from stepdistill.errors import UserError
+
+if TYPE_CHECKING:
+    from stepdistill.sampling import ImageSampler
+
+SWEEP_N = 500  # samples a sweep over many scales chooses by
+SWEEP_SCALES = 4  # from this many scales on
+METRICS = ("fd", "clip", "attributes", "latency")
+
+
+@dataclass
+class Row:
+    """One line of the report: a sampler at one setting."""
+
+    role: str  # "teacher", "teacher at the student's steps", "student"
+    sampler: ImageSampler
+    sha256: str
+    steps: int
+    guidance: float
+    n: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    sweep: dict[str, Any] | None = None
+    inputs: Inputs | None = None
+    seconds: float = 0.0
+
+
+def run(
+    pipelines: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    teacher: str | os.PathLike[str] | None = None,
+    steps: Sequence[int] | None = None,
+    guidance: float | None = None,
+    teacher_steps: int | None = None,
+    teacher_guidance: Sequence[float] = (1.0, 1.5, 2.0, 3.0, 5.0),
+    n: int | None = None,
+    teacher_n: int | None = None,
+    metrics: Sequence[str] | None = None,
+    protocol: str | Protocol = "scenes-2k",
+    reference: str | os.PathLike[str] | None = None,
+    extractor: str | os.PathLike[str] | None = None,
+    batch: int = 64,
+    device: str = "cpu",
+    latency_images: int = IMAGES,
+    force: bool = False,
+    bar: Callable[..., Any] | None = None,
+) -> dict[str, Any]:
+    """Measure pipeline directories and write `out`/results.json and `out`/results.md.
+
+    Args:
+        pipelines: directories to measure, usually students.
+        teacher: directory of what they are compared with. Its guidance is swept and the least distance taken;
+            it is also
+            measured at the students' own step counts, which is what distillation starts from.
+        steps: step counts; None is what each pipeline was trained for.
+        guidance: of `pipelines`; None is each one's default.
+        teacher_steps: None is the teacher's default.
+        n, teacher_n: numbers of samples; None is the protocol's. A ratio uses the first min(n, teacher_n) of
+            both.
+        metrics: names in METRICS; None is all the protocol has.
+        reference: folder or Parquet file of real images instead of a protocol.
+        extractor: "scenes-v1" or a directory; None is the protocol's.
+        batch: batch size of the networks.
+        force: draw again what is kept under `out`/samples.
+        bar: makes a progress bar from `total` and `desc` (tqdm); None shows nothing.
+
+    Returns:
+        What is written to results.json.
+
+    Raises:
+        UserError: wrong input, found before anything is drawn.
+    """
+    began = time.time()
+    session = _Session(Path(out), batch, device, force, bar or _NoBar)
+    samplers = [_load(path, device) for path in pipelines]
+    teacher_sampler = _load(teacher, device) if teacher is not None else None
+    everyone = [*samplers, *([teacher_sampler] if teacher_sampler else [])]
+    session.protocol = chosen = _protocol(protocol, reference, extractor, everyone)
+    n = checked_n(n, chosen)
+    teacher_n = n if teacher_n is None else checked_n(teacher_n, chosen)
+    names = [name for name in METRICS if name in chosen.metrics] if metrics is None else list(metrics)
+    session.computed = get_metrics(names, chosen.metrics)
+    timed = session.computed.pop("latency", None) is not None
+    if teacher_sampler and "fd" not in session.computed:
+        raise UserError(
+            f"comparing with a teacher needs the metric 'fd', got {', '.join(names)}; add it to --metrics."
+        )
+    rows = [
+        Row("student" if sampler.kind == "student" else "model", sampler, "", count, scale, n)
+        for sampler in samplers
+        for count, scale in _settings(sampler, steps, guidance)
+    ]
+    report.check_writable(Path(out))
+    if "fd" in session.computed:
+        session.extractor = load_extractor(extractor or chosen.extractor, device)
+        session.reference = reference_stats(chosen, session.extractor)
+    session.check(everyone, n, teacher_n)
+
+    best = None
+    if teacher_sampler:
+        scales = [1.0] if teacher_sampler.guidance_free else list(dict.fromkeys(map(float, teacher_guidance)))
+        full = teacher_steps or teacher_sampler.default_steps
+        best = session.swept("teacher", teacher_sampler, full, scales, teacher_n)
+        few = sorted({row.steps for row in rows} - {full})
+        before = [
+            session.swept("teacher, few steps", teacher_sampler, count, scales, teacher_n) for count in few
+        ]
+        rows = [best, *before, *rows]
+    for row in rows:
+        if not row.metrics:
+            session.measured(row)
+        if best is not None and row is not best:
+            session.compared(row, best)
+    if timed:
+        entries = [Timed(row.sampler, row.steps, row.guidance) for row in rows]
+        times = measure(entries, chosen.prompts(latency_images), latency_images)
+        for row, found in zip(rows, times, strict=True):
+            row.metrics |= {f"latency/{name}": value for name, value in found.items()}
+            if best is not None and row is not best:
+                row.metrics |= {f"latency/{name}": value for name, value in speedups(found, times[0]).items()}
+    results = session.results(rows, n, time.time() - began)
+    report.write(results, Path(out))
+    return results
+
+
+class _Session:
+    """What the rows of one run share."""
+
+    def __init__(self, out: Path, batch: int, device: str, force: bool, bar: Callable[..., Any]) -> None:
+        self.out, self.batch, self.device, self.force, self.bar = out, batch, device, force, bar
+        self.protocol: Protocol
+        self.computed: dict[str, Any] = {}
+        self.extractor = self.reference = None
+        self.warnings: list[str] = []
+        self.hashes: dict[Path, str] = {}
+        self.drawn: set[str] = set()
+
+    def check(self, samplers: Sequence[ImageSampler], n: int, teacher_n: int) -> None:
+        """Note what a reader of the numbers has to know."""
+        if n != self.protocol.n:
+            self.warnings.append(
+                f"measured on {n} samples where {self.protocol.name} has {self.protocol.n}: a distance of fewer samples is "
+                "biased upwards and compares only with others of the same number."
+            )
+        if teacher_n != n:
+            self.warnings.append(
+                f"the teacher was measured on {teacher_n} samples and the others on {n}; ratios use the first "
+                f"{min(n, teacher_n)} of both."
+            )
+        if self.extractor is not None and min(n, teacher_n) <= self.extractor.dim:
+            self.warnings.append(
+                f"no more samples than the {self.extractor.dim} features: the covariance has no full rank."
+            )
+        sizes = {sampler.resolution for sampler in samplers}
+        if len(sizes) > 1:
+            self.warnings.append(f"the pipelines draw images of different sizes: {sorted(sizes)}.")
+
+    def samples(self, row: Row, n: int):
+        """The first n samples of a row, drawn or found."""
+        path = Path(row.sampler.path)
+        if path not in self.hashes:
+            self.hashes[path] = pipeline_sha256(path)
+        row.sha256 = self.hashes[path]
+        configuration = Configuration(
+            path.name, row.sha256, self.protocol.hash, row.steps, row.guidance, self.batch, self.device
+        )
+        # A sweep's samples are part of the full set: --force draws them again once, not twice.
+        force = self.force and configuration.key not in self.drawn
+        self.drawn.add(configuration.key)
+        prompts, seeds = self.protocol.prompts(n), self.protocol.seeds(n)
+        with self.bar(total=n, desc=f"{path.name}, {row.steps} steps, guidance {row.guidance:g}") as bar:
+            return generate(
+                draw_with(row.sampler, row.steps, row.guidance, self.batch),
+                configuration, prompts, seeds, self.out / "samples", force=force, progress=bar.update,
+            )  # fmt: skip
+
+    def inputs(self, row: Row, n: int) -> Inputs:
+        captions = self.protocol.prompts(n) if self.protocol.conditions == "scenes" else None
+        return Inputs(self.samples(row, n), captions, self.extractor, self.reference)
+
+    def measured(self, row: Row) -> Row:
+        """Draw the row's samples and compute every metric but latency."""
+        began = time.time()
+        row.inputs = self.inputs(row, row.n)
+        for metric in self.computed.values():
+            row.metrics |= metric.compute(row.inputs)
+        row.seconds = time.time() - began
+        return row
+
+    def swept(self, role: str, sampler: ImageSampler, steps: int, scales: Sequence[float], n: int) -> Row:
+        """The row with the least distance over `scales`, measured on n samples; the sweep is kept in it.
+
+        With many scales and many samples the choice is made on the first SWEEP_N. The error of the minimum is
+        that of a fixed choice: choosing by the samples measured makes it look better by a fraction of its
+        standard error.
+        """
+        if len(scales) == 1:
+            return self.measured(Row(role, sampler, "", steps, scales[0], n))
+        began = time.time()
+        n_sweep = SWEEP_N if len(scales) >= SWEEP_SCALES and n > SWEEP_N else n
+        tried = []
+        for scale in scales:
+            row = Row(role, sampler, "", steps, scale, n_sweep)
+            found = self.computed["fd"].compute(self.inputs(row, n_sweep))
+            value, error = found.values()
+            tried.append({"guidance": scale, "fd": value, "se": error})
+        chosen = min(tried, key=lambda entry: entry["fd"])["guidance"]
+        best = self.measured(Row(role, sampler, "", steps, chosen, n))
+        best.sweep = {"n": n_sweep, "chosen_on_a_subset": n_sweep != n, "chosen": chosen, "tried": tried}
+        best.seconds = time.time() - began
+        return best
+
+    def compared(self, row: Row, teacher: Row) -> None:
+        """Add the ratio of the row's distance to the teacher's, on samples both have."""
+        count = min(row.n, teacher.n)
+        sides = [one.inputs if one.n == count else self.inputs(one, count) for one in (row, teacher)]
+        ratio, error = frechet_ratio_with_error(sides[0].folds, sides[1].folds, self.reference)
+        row.metrics |= {"fd_ratio": ratio, "fd_ratio/se": error, "fd_ratio/n": float(count)}
+
+    def results(self, rows: Sequence[Row], n: int, seconds: float) -> dict[str, Any]:
+        """Everything results.json holds."""
+        import diffusers
+        import transformers
+
+        known = self.extractor
+        return {
+            "format": "stepdistill-results-1",
+            "protocol": self.protocol.label(n),
+            "protocol_version": self.protocol.version,
+            "protocol_hash": self.protocol.hash,
+            "protocol_definition": self.protocol.describe(),
+            "reference_sha256": self.protocol.reference.sha256(),
+            "n": n,
+            "seeds": [self.protocol.first_seed, self.protocol.first_seed + n - 1],
+            "extractor": None
+            if known is None
+            else {"name": known.name, "sha256": known.sha256, "resize": known.resize},
+            "rows": [
+                {
+                    "role": row.role,
+                    "name": Path(row.sampler.path).name,
+                    "path": str(row.sampler.path),
+                    "sha256": row.sha256,
+                    "method": row.sampler.card.get("method"),
+                    "steps": row.steps,
+                    "guidance": row.guidance,
+                    "nfe": Timed(row.sampler, row.steps, row.guidance).nfe,
+                    "n": row.n,
+                    "parameters": row.sampler.parameters,
+                    "metrics": {
+                        name: value if math.isfinite(value) else None for name, value in row.metrics.items()
+                    },
+                    "sweep": row.sweep,
+                    "seconds": round(row.seconds, 2),
+                }
+                for row in rows
+            ],
+            "batch": self.batch,
+            "dtype": "float32",
+            "machine": machine(self.device),
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "diffusers": diffusers.__version__,
+                "transformers": transformers.__version__,
+            },
+            "git_commit": git_commit(),
+            "command": " ".join(sys.argv),
+            "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "seconds": round(seconds, 1),
+            "warnings": self.warnings,
+        }
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the times were measured on."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return {
+        "device": torch.cuda.get_device_name(device) if str(device).startswith("cuda") else "cpu",
+        "cpu": name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "system": platform.platform(terse=True),
+    }
+
+
+def git_commit() -> str | None:
+    """The commit this code is at, with "+" when the tree was changed; None outside a repository."""
+    here = Path(__file__).resolve().parent
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+        ).stdout
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.strip() + ("+" if changed.strip() else "")
+
+
+def _load(path: str | os.PathLike[str], device: str) -> ImageSampler:
+    from stepdistill import load
+
+    return load(path, device=device)
+
+
+def _protocol(protocol, reference, extractor, samplers: Sequence[ImageSampler]) -> Protocol:
+    """The named protocol, or that of a set of real images; every sampler has to fit it."""
+    kinds = {sampler.conditions for sampler in samplers}
+    if len(kinds) > 1:
+        raise UserError(
+            f"the pipelines take different conditions ({', '.join(sorted(kinds))}); measure them apart."
+        )
+    kind = kinds.pop()
+    if reference is None:
+        chosen = get_protocol(protocol)
+        if kind != "prompt":
+            raise UserError(
+                f"the protocol {chosen.name} needs a pipeline with prompts, but {samplers[0].path} takes "
+                f"{'a class' if kind == 'class' else 'no condition'}; give --reference with real images."
+            )
+        return chosen
+    if kind == "prompt":
+        raise UserError(
+            f"{samplers[0].path} takes prompts, which a folder of images does not have; leave --reference out to use "
+            "a protocol with prompts."
+        )
+    classes = {len(sampler.class_names or ()) for sampler in samplers}
+    if len(classes) > 1:
+        raise UserError(
+            f"the pipelines have different numbers of classes {sorted(classes)}; measure them apart."
+        )
+    return real_images(reference, classes=classes.pop(), extractor=str(extractor or "scenes-v1"))
+
+
+def _settings(
+    sampler: ImageSampler, steps: Sequence[int] | None, guidance: float | None
+) -> list[tuple[int, float]]:
+    """(steps, guidance) a pipeline is measured at. Raises UserError for what it cannot do."""
+    counts = tuple(steps) if steps else sampler.steps or (sampler.default_steps,)
+    for count in counts:
+        if count < 1 or (sampler.steps and count not in sampler.steps):
+            known = ", ".join(map(str, sampler.steps or ("1 or more",)))
+            raise UserError(f"--steps {count} is not what {sampler.path} was trained for; it has {known}.")
+    if guidance is not None and guidance != 1 and sampler.guidance_free:
+        raise UserError(
+            f"--guidance {guidance:g} has no effect: {sampler.path} has its guidance distilled in; leave it out."
+        )
+    scale = sampler.default_guidance if guidance is None else guidance
+    return [(count, scale) for count in dict.fromkeys(counts)]
+
+
+class _NoBar:
+    """A progress bar that shows nothing."""
+
+    def __init__(self, total: int, desc: str) -> None:
+        pass
+
+    def __enter__(self) -> _NoBar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def update(self, count: int) -> None:
+        """Take `count` more."""
