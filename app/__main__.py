@@ -191,7 +191,7 @@ def _announce(engine: Engine, server: uvicorn.Server, url: str) -> None:
         return
     if engine.state == "ready":
         report = engine.report()
-        about = ", ".join(report[key] for key in ("device", "dtype", "attention"))
+        about = f"{report['device']}, {report['dtype']}, attention {report['attention']}"
         print(f"ready: {url} ({report['student']}, {about})", flush=True)
 
 

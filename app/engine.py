@@ -16,6 +16,7 @@ import logging
 import secrets
 import threading
 import time
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -34,6 +35,8 @@ from stepdistill.errors import UserError
 log = logging.getLogger("stepdistill.app")
 
 QUEUE = 64
+STOPPED = "stopped."
+REPLACED = "a newer request took the place of this one."
 PER_SESSION = 2
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -51,6 +54,7 @@ class Job:
     stop: threading.Event = field(default_factory=threading.Event)
     progress: tuple[int, int] = (0, 0)
     asked: float = field(default_factory=time.perf_counter)
+    why: str = STOPPED  # what a cancelled request is told
     lent: float = 0.0  # seconds of this run in which requests of the other lane were served
 
     def cancel(self) -> None:
@@ -181,7 +185,7 @@ class Engine:
             self._change.notify()
         if replaced is not None:
             self.counts["replaced"] += 1
-            _refuse(replaced, Cancelled("a newer request took the place of this one."))
+            _refuse(replaced, Cancelled(REPLACED))
         return job
 
     def generate(
@@ -190,7 +194,7 @@ class Engine:
         """`submit` and wait for the images."""
         return self.submit(asked, session).future.result(timeout)
 
-    def cancel(self, session: str | None) -> int:
+    def cancel(self, session: str | None, why: str = STOPPED) -> int:
         """Drop the waiting requests of a session and stop its running one at the next step.
 
         Returns how many.
@@ -203,9 +207,10 @@ class Engine:
                 self._lane(job).remove(job)
             running = [job for job in self._running if job.session == session]
             for job in running:
+                job.why = why
                 job.stop.set()
         for job in dropped:
-            _refuse(job, Cancelled("stopped."))
+            _refuse(job, Cancelled(why))
         return len(dropped) + len(running)
 
     def _lane(self, job: Job) -> deque[Job]:
@@ -242,7 +247,9 @@ class Engine:
             "counts": dict(self.counts),
         }
         for model, chosen in self._reports.items():
-            about["attention" if model == "student" else "teacher_attention"] = str(chosen)
+            prefix = "" if model == "student" else "teacher_"
+            about[f"{prefix}attention"] = str(chosen).removeprefix("attention: ")
+            about[f"{prefix}attention_why"] = chosen.why
             about[f"{model}_parameters"] = dict(self._samplers[model].parameters)
         return about
 
@@ -297,6 +304,7 @@ class Engine:
             torch.set_num_threads(self._threads)
         from stepdistill.attention import choose
 
+        _quiet()
         load = self._load
         if load is None:
             from stepdistill import load
@@ -396,12 +404,12 @@ class Engine:
                 return
             job.progress = (done, total)
             if job.stop.is_set():
-                raise Cancelled("stopped.")
+                raise Cancelled(job.why)
             if not is_student:
                 self._give_way(job)
 
         if job is not None and job.stop.is_set():
-            raise Cancelled("stopped.")
+            raise Cancelled(job.why)
         watch.reset()
         images = sampler(
             [prompt],
@@ -445,6 +453,17 @@ class Engine:
             served += 1
         if served:
             job.lent += time.perf_counter() - began
+
+
+def _quiet() -> None:
+    """No progress bars and no upgrade advice of the libraries on the console of a server."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
 
 
 def _refuse(job: Job, error: Exception) -> None:

@@ -250,8 +250,8 @@ def _negative(asked: Request, limits: Limits) -> str:
     if text and asked.model != "teacher" and limits.guidance_free:
         raise Invalid(
             "negative_prompt",
-            f"negative_prompt has no effect on {limits.student}: it was distilled without guidance, so there "
-            "is no unconditional pass to steer away from; leave it empty or use model=teacher.",
+            "negative_prompt cannot work with this student: it was distilled without guidance, so it has no "
+            "second pass to steer away from; leave it empty or ask the teacher alone (model=teacher).",
         )
     return text
 

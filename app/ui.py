@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from app import schema
-from app.engine import Engine, Job
+from app.engine import REPLACED, Engine, Job
 from stepdistill import scenes
 from stepdistill.errors import UserError
 
@@ -93,9 +93,9 @@ def build(engine: Engine) -> gr.Blocks:
                         scale=3,
                         min_width=90,
                     )
-                    dice = gr.Button("🎲", scale=0, min_width=44, elem_id="dice")
+                    dice = gr.Button("Draw a seed", scale=0, min_width=44, elem_id="dice")
                 fresh = gr.Checkbox(value=True, label="New seed every time")
-                alone = gr.Checkbox(value=False, label="Student only (the teacher is slow)")
+                alone = gr.Checkbox(value=False, label="Student only (no waiting)")
                 live = gr.Checkbox(value=False, label="Live: draw while I type")
                 with gr.Accordion("Advanced", open=False):
                     negative = gr.Textbox(
@@ -104,9 +104,7 @@ def build(engine: Engine) -> gr.Blocks:
                         max_length=schema.Limits.max_prompt,
                         info="Needs a model with guidance; a guidance-free student refuses it.",
                     )
-                    guidance = gr.Number(
-                        value=None, label="Teacher guidance", info="Empty: the teacher's own."
-                    )
+                    guidance = gr.Slider(1, 15, value=7.5, step=0.5, label="Teacher guidance", visible=False)
                 with gr.Accordion("Settings from an image", open=False):
                     drop = gr.File(
                         label="A PNG downloaded here", file_types=[".png"], type="binary", height=110
@@ -121,22 +119,21 @@ def build(engine: Engine) -> gr.Blocks:
                         student_head = gr.HTML(_head("Student", ""))
                         student = _picture("Student image")
                 verdict = gr.HTML(_hint(), elem_classes="verdict")
-                gallery = gr.Gallery(
-                    label="This session (click one to get its settings back)",
-                    format="png",
-                    columns=8,
-                    height="auto",
-                    allow_preview=False,
-                    buttons=[],
-                    object_fit="contain",
-                    visible=False,
-                    elem_classes="history",
-                )
+                with gr.Column(visible=False, elem_classes="album") as album:
+                    gr.HTML('<p class="past">This session. Click an image to get its settings back.</p>')
+                    gallery = gr.Gallery(
+                        label="This session",
+                        show_label=False,
+                        format="png",
+                        allow_preview=False,
+                        buttons=[],
+                        elem_classes="history",
+                    )
         footer = gr.HTML(_footer(engine), elem_classes="report")
         past = gr.State([], time_to_live=3600)
         clock = gr.Timer(1.0)
 
-        shown = [teacher, student, teacher_head, student_head, verdict, seed, past, gallery]
+        shown = [teacher, student, teacher_head, student_head, verdict, seed, past, gallery, album]
         form = [prompt, steps, seed, fresh, alone, negative, guidance, past]
 
         async def make(
@@ -152,15 +149,17 @@ def build(engine: Engine) -> gr.Blocks:
         ) -> AsyncIterator[dict]:
             """Student first, shown at once; then the teacher from the same seed."""
             session = request.session_hash
-            engine.cancel(session)
+            engine.cancel(session, REPLACED)
             alone = alone or engine.limits is None or engine.limits.teacher is None
-            asked = schema.Request(
-                prompt, negative or "", -1 if fresh else seed, steps, guidance, "student" if alone else "both"
-            )
+            students = _students(engine, guidance)
+            seed = -1 if fresh else seed
+            asked = schema.Request(prompt, negative or "", seed, steps, guidance, "both")
+            if alone:
+                asked = replace(asked, model="student", guidance_scale=students)
             try:
                 if engine.limits is not None:
                     asked = schema.validate(asked, engine.limits)
-                one = replace(asked, model="student", guidance_scale=_students(engine, guidance))
+                one = replace(asked, model="student", guidance_scale=students)
                 first = await _result(engine.submit(one, session))
                 past = [*past, _entry(first, "student")][-HISTORY:]
                 yield {
@@ -170,6 +169,7 @@ def build(engine: Engine) -> gr.Blocks:
                     verdict: _verdict(first.shots),
                     past_state: past,
                     gallery: _gallery(past),
+                    album: gr.Column(visible=True),
                     teacher: None if alone else gr.skip(),
                     teacher_head: _head("Teacher", "" if alone else "waiting"),
                 }
@@ -194,11 +194,13 @@ def build(engine: Engine) -> gr.Blocks:
                     verdict: _verdict(shots),
                     past_state: past,
                     gallery: _gallery(past),
+                    album: gr.Column(visible=True),
                 }
-            except schema.Cancelled:
-                return
+            except schema.Cancelled as stopped:
+                if str(stopped) != REPLACED:  # then the newer request's handler owns the page
+                    yield {teacher_head: _head("Teacher", "stopped")}
             except UserError as error:
-                raise gr.Error(str(error), title=_title(error), duration=8, print_exception=False) from None
+                raise gr.Error(str(error), duration=8, print_exception=False) from None
 
         # Inside `make` the names of the form's components are its values.
         seed_box, past_state = seed, past
@@ -237,11 +239,10 @@ def build(engine: Engine) -> gr.Blocks:
             **options,
         )
 
-        def halt(request: gr.Request) -> Any:
-            stopped = engine.cancel(request.session_hash)
-            return (_head("Teacher", "stopped"), gr.skip()) if stopped else (gr.skip(), gr.skip())
+        def halt(request: gr.Request) -> None:
+            engine.cancel(request.session_hash)
 
-        stop.click(halt, None, [teacher_head, verdict], **options)
+        stop.click(halt, None, None, **options)
         dice.click(lambda: (secrets.randbelow(schema.MAX_SEED + 1), False), None, [seed, fresh], **options)
         drop.upload(lambda data: _read(data, engine), drop, [prompt, steps, seed, fresh, told], **options)
         gallery.select(_recall, past, [prompt, steps, seed, fresh], **options)
@@ -268,12 +269,16 @@ def build(engine: Engine) -> gr.Blocks:
                 steps: gr.Radio(list(limits.steps), value=limits.default_steps),
                 alone: gr.Checkbox(visible=limits.teacher is not None),
                 teacher_card: gr.Column(visible=limits.teacher is not None),
+                guidance: gr.Slider(
+                    value=limits.teacher_guidance,
+                    visible=limits.teacher is not None and limits.teacher_guidance > 1,
+                ),
                 prompt: gr.Textbox(value=classes[0], placeholder=", ".join(classes[:12]))
                 if classes
                 else gr.skip(),
             }
 
-        fresh_parts = [status, footer, clock, steps, alone, teacher_card, prompt]
+        fresh_parts = [status, footer, clock, steps, alone, teacher_card, guidance, prompt]
         page.load(refresh, None, fresh_parts, **options)
         clock.tick(refresh, None, fresh_parts, **options)
     return page
@@ -320,12 +325,10 @@ def _entry(result: schema.Result, model: str) -> dict[str, Any]:
     return {"image": _pil(result, model), "settings": result.settings(model)}
 
 
-def _gallery(past: list[dict[str, Any]]) -> Any:
-    items = [
-        (entry["image"], f"{entry['settings']['model']} {entry['settings']['steps']}")
-        for entry in reversed(past)
-    ]
-    return gr.Gallery(items, visible=bool(items))
+def _gallery(past: list[dict[str, Any]]) -> list[tuple[Image.Image, str]]:
+    """The newest first, captioned S1 for one step of the student and T50 for fifty of the teacher."""
+    told = [(entry["image"], entry["settings"]) for entry in reversed(past)]
+    return [(image, f"{settings['model'][0].upper()}{settings['steps']}") for image, settings in told]
 
 
 def _recall(past: list[dict[str, Any]], event: gr.SelectData) -> Any:
@@ -346,7 +349,7 @@ def _read(data: bytes | None, engine: Engine) -> tuple[Any, ...]:
             raise UserError("this PNG carries no settings; only images downloaded from this page do.")
         request = schema.from_settings(text, engine.limits)
     except UserError as error:
-        raise gr.Error(str(error), title="Cannot read it", duration=8, print_exception=False) from None
+        raise gr.Error(str(error), duration=8, print_exception=False) from None
     values = schema.settings(request)
     said = f"{request.model}, {request.steps} steps, seed {request.seed}\n{request.prompt}"
     return *_fill(values), gr.Textbox(said, visible=True)
@@ -354,12 +357,6 @@ def _read(data: bytes | None, engine: Engine) -> tuple[Any, ...]:
 
 def _scene() -> str:
     return scenes.sample_scene(np.random.default_rng()).caption
-
-
-def _title(error: UserError) -> str:
-    if isinstance(error, schema.Invalid):
-        return "Please change the request"
-    return "Try again in a moment" if isinstance(error, schema.Busy) else "No image"
 
 
 # Text of gr.HTML: numbers and escaped names only ------------------------------------------------------------
@@ -375,7 +372,7 @@ def _steps(count: int) -> str:
 
 def _head(name: str, facts: str, part: float | None = None) -> str:
     bar = "" if part is None else f'<i class="bar"><i style="width:{100 * part:.0f}%"></i></i>'
-    return f'<div class="head"><b>{name}</b><span>{html.escape(facts)}</span>{bar}</div>'
+    return f'<div class="model-head"><b>{name}</b><span>{html.escape(facts)}</span>{bar}</div>'
 
 
 def _facts(result: schema.Result, model: str) -> str:
@@ -434,10 +431,15 @@ def _footer(engine: Engine) -> str:
     for model in ("student", "teacher"):
         if about.get(model):
             count = sum(about.get(f"{model}_parameters", {}).values())
-            facts.append(f"{model}: {about[model]}" + (f" ({count / 1e6:.1f} M)" if count else ""))
+            name = model if about[model] == model else f"{model}: {about[model]}"
+            facts.append(f"{name} ({_count(count)} parameters)" if count else name)
     facts.append(f"{about.get('device_name', about['device'])}, {about['dtype']}")
     if "attention" in about:
-        facts.append(about["attention"])
+        facts.append(f"attention: {about['attention']}")
     if about["device"] == "cpu" and "threads" in about:
         facts.append(f"{about['threads']} thread" + ("s" if about["threads"] != 1 else ""))
     return '<div class="facts">' + "".join(f"<span>{html.escape(fact)}</span>" for fact in facts) + "</div>"
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e6:.1f} M" if number >= 1e5 else f"{number:,}"

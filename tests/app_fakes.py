@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 import zlib
@@ -54,9 +55,17 @@ class FakeSampler:
         self.calls, self.threads = [], set()
 
     def __call__(
-        self, prompts, seeds, *, steps=None, guidance_scale=None, negative_prompts=None, chunk=16, timings=None,
+        self,
+        prompts,
+        seeds,
+        *,
+        steps=None,
+        guidance_scale=None,
+        negative_prompts=None,
+        chunk=16,
+        timings=None,
         on_step=None,
-    ):  # fmt: skip
+    ):
         steps = steps or self.default_steps
         if self.steps and steps not in self.steps:
             raise UserError(f"steps={steps}")
@@ -111,3 +120,53 @@ def engine_of(student=None, teacher=None, **options):
     if "T" in made:
         made["T"].calls.clear()
     return engine
+
+
+def tiny_pair(root):
+    """Stock Stable Diffusion directories with random weights, root/teacher and root/student (64x64, 0.2 M UNet)."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from training.embedded.clip import build_tokenizer
+    from training.embedded.vae import build
+
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    words = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        **words,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=build(),
+        text_encoder=CLIPTextModel(text),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=DDIMScheduler(prediction_type="v_prediction", clip_sample=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(root / "teacher")
+    pipeline.save_pretrained(root / "student")
+    card = {"kind": "student", "family": "sd", "name": "tiny", "steps": [1, 2, 4], "guidance_free": True}
+    (root / "student" / "stepdistill.json").write_text(
+        json.dumps(card | {"rule": "renoise", "init_noise": "unit"})
+    )

@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from app_fakes import FakeSampler, engine_of
+from app_fakes import FakeSampler, engine_of, tiny_pair
 
 from app.engine import PER_SESSION, QUEUE, Engine
 from app.schema import Busy, Cancelled, Invalid, NumericalFailure, Request
@@ -214,7 +214,7 @@ def test_a_model_that_cannot_be_loaded_is_said_once_and_for_all():
 
 def test_the_report_says_what_is_in_effect(pair):
     report = pair[0].report()
-    assert report["attention"] == "attention: sdpa (1/1 layers)"
+    assert report["attention"] == "sdpa (1/1 layers)"
     assert (report["student"], report["teacher"], report["steps"]) == (
         "fake-student",
         "fake-teacher",
@@ -222,6 +222,43 @@ def test_the_report_says_what_is_in_effect(pair):
     )
     with pytest.raises(UserError, match="xformers"):
         engine_of(attention="xformers")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tiny")
+    tiny_pair(root)
+    return root
+
+
+def test_real_pipelines_are_served_as_the_sampler_draws_them(tiny):
+    import stepdistill
+
+    engine = Engine(tiny / "student", tiny / "teacher", device="cpu", attention="flash").start().wait(60)
+    result = engine.generate(Request(A, seed=3, steps=2))
+    engine.close()
+    direct = stepdistill.load(tiny / "student")([A], [3], steps=2, chunk=1)[0].permute(1, 2, 0).numpy()
+    # Another attention kernel may round a grey level differently, no more.
+    assert np.abs(result.shots["student"].image.astype(int) - direct).max() <= 1
+    assert result.about["attention"] == "flash (8/8 layers)"
+    assert engine.limits.steps == (1, 2, 4) and engine.limits.teacher_guidance == 3.0
+    assert min(result.shots["student"].timings.values()) > 0
+
+
+def test_weights_that_overflow_are_noticed(tiny, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    broken = shutil.copytree(tiny / "student", tmp_path / "broken")
+    file = broken / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["conv_out.bias"] += float("inf")
+    save_file(weights, file)
+    engine = Engine(broken, False, device="cpu").start()
+    with pytest.raises(UserError, match="NaN or infinite"):
+        engine.wait(60)
+    engine.close()
 
 
 def test_classes_reach_the_sampler_as_numbers():

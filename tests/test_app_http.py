@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import socket
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -129,7 +126,7 @@ def test_health_is_503_until_the_models_answer():
         engine.wait(30)
         answer = client.get("/healthz")
     assert answer.status_code == 200
-    assert answer.json()["attention"] == "attention: sdpa (1/1 layers)"
+    assert answer.json()["attention"] == "sdpa (1/1 layers)"
     engine.close()
 
 
@@ -257,24 +254,21 @@ def test_the_examples_are_scenes():
 # ------------------------------------------------------------------------------------------------------
 
 
-def run(*arguments, **options):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", "app", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60,
-        **options,
-    )  # fmt: skip
+def test_a_busy_port_is_one_sentence(capsys):
+    from app.__main__ import main
+    from stepdistill.errors import cli_errors
 
-
-def test_a_busy_port_is_one_sentence():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        done = run("--port", str(taken.getsockname()[1]))
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1 and "--port" in done.stderr and "in use" in done.stderr
+        with pytest.raises(SystemExit) as stopped, cli_errors():
+            main(["--port", str(taken.getsockname()[1])])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert said.count("\n") == 1 and "--port" in said and "in use" in said
 
 
-def test_mistakes_on_the_command_line_are_one_sentence(capsys):
+def test_mistakes_on_the_command_line_are_one_sentence():
     from app.__main__ import main
     from stepdistill.errors import UserError
 
