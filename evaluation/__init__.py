@@ -1,4 +1,4 @@
-"""How good and how fast a sampler is: Fréchet distance, CLIP score, attribute accuracy and latency under named protocols.
+"""How good and how fast a sampler is: Fréchet distance, CLIP score, attributes and latency, by protocols.
 
 `evaluate` measures any function that draws images; `run` measures pipeline directories beside their teacher
 and writes a report. The command line is `python -m evaluation --help`.

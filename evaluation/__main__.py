@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     with cli_errors():
         args.do(args)
+
+
+def _quieten() -> None:
+    """Keep the loading bars and deprecation notes of the libraries below out of the report."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    warnings.simplefilter("ignore", FutureWarning)
+    for logging in (diffusers_logging, transformers_logging):
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -133,8 +144,8 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument(
         "--teacher-guidance", type=_numbers(float), default=[1.0, 1.5, 2.0, 3.0, 5.0], metavar="1,1.5,2,3,5",
-        help="guidance scales to try; the one with the least distance counts (default: 1,1.5,2,3,5). With 4 or more and "
-        "over 500 samples the choice is made on the first 500",
+        help="guidance scales to try; the one with the least distance counts (default: 1,1.5,2,3,5). With 4 "
+        "or more and over 500 samples the choice is made on the first 500",
     )  # fmt: skip
     how = parser.add_argument_group("how it is measured")
     how.add_argument(
@@ -145,7 +156,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--teacher-n", type=int, metavar="N", help="number of samples of the teacher (default: --n)"
     )
     how.add_argument(
-        "--metrics", type=lambda text: [part.strip() for part in text.split(",") if part.strip()], metavar="fd,clip,...",
+        "--metrics", type=_names, metavar="fd,clip,...",
         help="some of fd, clip, attributes, latency (default: all the protocol has)",
     )  # fmt: skip
     how.add_argument(
@@ -211,6 +222,7 @@ def _run(args: argparse.Namespace) -> None:
     for name in ("batch", "latency_images"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}.")
+    _quieten()
     # Into a log file a line every half minute is enough; a terminal wants it to move.
     interval = 0.5 if sys.stderr.isatty() else 30
 
@@ -218,9 +230,10 @@ def _run(args: argparse.Namespace) -> None:
         return tqdm(total=total, desc=desc, unit="image", mininterval=interval, dynamic_ncols=True)
 
     results = run(
-        args.pipeline, args.out, teacher=args.teacher, steps=args.steps, guidance=args.guidance,
-        teacher_steps=args.teacher_steps, teacher_guidance=args.teacher_guidance, n=args.n, teacher_n=args.teacher_n,
-        metrics=args.metrics, protocol=args.protocol, reference=args.reference, extractor=args.extractor, batch=args.batch,
+        args.pipeline, args.out,
+        teacher=args.teacher, steps=args.steps, guidance=args.guidance, teacher_steps=args.teacher_steps,
+        teacher_guidance=args.teacher_guidance, n=args.n, teacher_n=args.teacher_n, metrics=args.metrics,
+        protocol=args.protocol, reference=args.reference, extractor=args.extractor, batch=args.batch,
         device=args.device, latency_images=args.latency_images, force=args.force, bar=bar,
     )  # fmt: skip
     print(f"\n{results['protocol']} (hash {results['protocol_hash']}, n = {results['n']})\n")
@@ -235,15 +248,14 @@ def _picture(args: argparse.Namespace) -> None:
     from evaluation.protocols import get_protocol
     from stepdistill import load
 
-    target = Path(args.out)
-    if not os.access(target.parent if target.parent.is_dir() else ".", os.W_OK) or target.is_dir():
-        raise UserError(f"--out {target} cannot be written to; give the path of a PNG file.")
+    target = _target(args.out)
+    _quieten()
     if args.rows < 1:
         raise UserError(f"--rows must be at least 1, got {args.rows}.")
     teacher, student = load(args.teacher, device=args.device), load(args.student, device=args.device)
     if teacher.conditions != student.conditions:
         raise UserError(
-            f"the teacher takes a {teacher.conditions} and the student a {student.conditions}; they cannot be compared."
+            f"the teacher takes a {teacher.conditions}, the student a {student.conditions}; compare others."
         )
     if teacher.conditions == "prompt":
         prompts: list[Any] = args.prompt or get_protocol("scenes-2k").prompts(args.rows)
@@ -272,6 +284,7 @@ def _images(args: argparse.Namespace) -> None:
     from evaluation.metrics.fd import FrechetDistance
     from evaluation.stats import FeatureStats
 
+    target = _target(args.out) if args.out else None
     images = open_images(args.images)
     reference = Path(args.ref)
     against = None if reference.suffix == ".npz" else open_images(reference)
@@ -283,23 +296,22 @@ def _images(args: argparse.Namespace) -> None:
     inputs = Inputs(images=images, extractor=extractor, reference=stats)
     found = FrechetDistance().compute(inputs)
     name = f"fd:{extractor.name}"
-    print(
-        f"{name} {found[name]:.4f} ± {found[name + '/se']:.4f}  (n = {inputs.folds.n}, reference n = {stats.n})"
-    )
+    counts = f"n = {inputs.folds.n}, reference n = {stats.n}"
+    print(f"{name} {found[name]:.6g} ± {found[name + '/se']:.2g}  ({counts})")
     if Path(args.images).resolve() == reference.resolve():
         print("warning: the images were compared with themselves.")
     if min(inputs.folds.n, stats.n) <= extractor.dim:
         print(
-            f"warning: no more images than the {extractor.dim} features; the distance is strongly biased upwards."
+            f"warning: no more images than the {extractor.dim} features; the distance is biased far upwards."
         )
-    if args.out:
+    if target:
         content = found | {
             "n": inputs.folds.n,
             "reference_n": stats.n,
             "extractor": extractor.name,
             "sha256": extractor.sha256,
         }
-        with atomic_write(args.out) as temporary:
+        with atomic_write(target) as temporary:
             temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -307,10 +319,10 @@ def _stats(args: argparse.Namespace) -> None:
     from evaluation.extractors import load_extractor
     from evaluation.images import open_images
 
+    target = _target(args.out)
     stats = _statistics(open_images(args.images), load_extractor(args.extractor))
-    print(
-        f"written: {stats.save(args.out)} (n = {stats.n}, {stats.dim} features of {stats.source.extractor})"
-    )
+    stats.save(target)
+    print(f"written: {target} (n = {stats.n}, {stats.dim} features of {stats.source.extractor})")
 
 
 def _statistics(images: Any, extractor: Any) -> Any:
@@ -333,6 +345,20 @@ def _protocols(args: argparse.Namespace) -> None:
         raise UserError(f"say which protocol to show: {', '.join(PROTOCOLS)}.")
     protocol = get_protocol(args.name)
     print(json.dumps(protocol.describe() | {"hash": protocol.hash, "about": protocol.about}, indent=2))
+
+
+def _target(path: str) -> Path:
+    """A file that can be written. Raises UserError otherwise."""
+    from evaluation.report import check_writable
+
+    if Path(path).is_dir():
+        raise UserError(f"--out {path} is a directory; give the path of the file to write.")
+    check_writable(Path(path).parent)
+    return Path(path)
+
+
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _numbers(kind: type) -> Callable[[str], list[Any]]:

@@ -45,7 +45,7 @@ class Extractor:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Features float32 (N, dim) of images uint8 (N, 3, H, W). Raises UserError for any other kind of tensor."""
+        """Features float32 (N, dim) of images uint8 (N, 3, H, W). Raises UserError for other tensors."""
         rows = [
             padded(self.network, part, self.chunk)
             for part in as_images(images).split(self.chunk)
@@ -54,7 +54,7 @@ class Extractor:
         return torch.cat(rows).float().cpu() if rows else torch.empty(0, self.dim)
 
     def stream(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Features of all batches in order. Chunks are formed by index: the batches' sizes don't change a bit."""
+        """Features of all batches in order. Chunks are formed by index: batch sizes don't change a bit."""
         for chunk in rechunked(batches, self.chunk):
             yield self(chunk)
 
@@ -70,8 +70,8 @@ def load_extractor(name: str | os.PathLike[str] = "scenes-v1", device: str = "cp
     path = assets.path(str(name)) if str(name) in EMBEDDED else Path(name)
     if not path.is_dir():
         raise UserError(
-            f"there is no extractor {str(name)!r}; use {', '.join(EMBEDDED)} or a directory with config.json and "
-            f"model.safetensors.{nearest(str(name), EMBEDDED)}"
+            f"there is no extractor {str(name)!r}; use {', '.join(EMBEDDED)} or a directory with config.json "
+            f"and model.safetensors.{nearest(str(name), EMBEDDED)}"
         )
     network = FeatureNet.load(path).to(device)
     sha256 = hashlib.sha256(

@@ -134,7 +134,7 @@ def _read(path: Path) -> Tensor:
 
 
 def _present(path: Path) -> list[Tensor]:
-    """The images in a shard, in a list; empty when it is missing or cannot be read (it is then drawn again)."""
+    """The images in a shard, in a list; empty when it is missing or damaged (it is then drawn again)."""
     if not path.is_file():
         return []
     try:

@@ -1,4 +1,4 @@
-"""Sets of images, always as uint8 (N, 3, H, W) batches: in memory, in a folder, or in Parquet files (Hugging Face layout).
+"""Sets of images, always as uint8 (N, 3, H, W) batches: in memory, in a folder, or in Parquet files.
 
 A set has one size of image. Files are taken in the order of their names. What is lossless to turn into RGB is
 turned (greyscale, palette, an opaque alpha channel); everything else is refused by name, because a silent
@@ -83,7 +83,7 @@ class FolderImages(Images):
 
 
 class ParquetImages(Images):
-    """The `image` column (struct with `bytes`, or bytes) of one Parquet file or of all in a folder, ordered by name.
+    """The column `image` (a struct with `bytes`, or bytes) of a Parquet file or of all in a folder.
 
     Raises:
         UserError: no such column, or as for `FolderImages`.

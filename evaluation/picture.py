@@ -1,4 +1,4 @@
-"""One picture that shows what distillation gained and lost: the same prompts and noise through teacher and student."""
+"""One picture of what distillation gains and loses: the same prompts and noise for both."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def columns_of(
 def draw(
     columns: Sequence[Column], prompts: Sequence[str] | Sequence[int], seeds: Sequence[int]
 ) -> tuple[list[list[np.ndarray]], list[list[float]]]:
-    """Images uint8 (H, W, 3) and seconds, [row][column]: one image at a time, columns in turns, after a warm-up."""
+    """Images uint8 (H, W, 3) and seconds, [row][column]: one at a time, columns in turns, after a warm-up."""
     for column in columns:
         column.sampler(prompts[:1], seeds[:1], steps=column.steps, guidance_scale=column.guidance, chunk=1)
     images: list[list[np.ndarray]] = []

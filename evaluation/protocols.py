@@ -1,4 +1,4 @@
-"""Protocols: everything that changes a number without changing the model, in one small object with a name and a hash.
+"""Protocols: all that changes a number but not the model, in one small object with a name and a hash.
 
 Two results may be compared only if their protocols' hashes agree. A result from fewer samples than the
 protocol says carries that in its name, "scenes-2k[n=500]", because the Fréchet distance of fewer samples is
@@ -135,7 +135,7 @@ PROTOCOLS = {
         conditions="scenes",
         reference=SceneReference(),
         metrics=("fd", "clip", "attributes", "latency"),
-        about="2,000 captions of scenes no training saw, one image each, against 4,000 rendered scenes of the same kind.",
+        about="2,000 captions of scenes no training saw, an image each, against 4,000 other rendered scenes.",
     )
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -28,8 +29,13 @@ def reference_stats(protocol: Protocol, extractor: Extractor) -> FeatureStats:
     Raises:
         UserError: a reference image is damaged or of another size than the others.
     """
-    key = f"{protocol.name.replace(':', '-')}-{protocol.hash}-{protocol.reference.sha256()[:16]}-{extractor.sha256[:16]}"
-    path = cache_directory() / f"{key}.npz"
+    parts = (
+        protocol.name.replace(":", "-"),
+        protocol.hash,
+        protocol.reference.sha256()[:16],
+        extractor.sha256[:16],
+    )
+    path = cache_directory() / f"{'-'.join(parts)}.npz"
     if path.is_file():
         try:
             return FeatureStats.load(path, expect=extractor.source)
@@ -38,8 +44,6 @@ def reference_stats(protocol: Protocol, extractor: Extractor) -> FeatureStats:
     stats = FeatureStats(extractor.dim, extractor.source)
     for features in extractor.stream(protocol.reference):
         stats.add(features)
-    try:
+    with contextlib.suppress(PermissionError):
         stats.save(path)
-    except PermissionError:
-        pass
     return stats

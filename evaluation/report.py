@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -48,9 +49,9 @@ def columns(results: dict[str, Any]) -> list[tuple[str, Cell]]:
         found.append(("n", lambda row, m: str(row["n"])))
     for name in sorted(measured):
         if name.startswith("fd:") and not name.endswith("/se"):
-            found.append((f"{name} ↓", _with_error(name, "{:.3f}")))
+            found.append((f"{name} ↓", _distance(name)))
     if "fd_ratio" in measured:
-        found.append(("FD / teacher's", _with_error("fd_ratio", "{:.2f}")))
+        found.append(("FD / teacher's", _distance("fd_ratio")))
     if "attributes/all" in measured:
         found.append(("attributes all ↑", _with_error("attributes/all", "{:.1%}")))
     for name in sorted(measured):
@@ -91,12 +92,13 @@ def markdown(results: dict[str, Any]) -> str:
     rows = ["| " + " | ".join(line) + " |" for line in lines]
     extractor, where = results["extractor"], results["machine"]
     facts = [
-        f"protocol `{results['protocol']}` version {results['protocol_version']}, hash `{results['protocol_hash']}`; "
-        f"seeds {results['seeds'][0]} to {results['seeds'][1]}",
-        "± is one standard error: delete-one-fold jackknife over 10 folds of samples for distances and their ratios",
+        f"protocol `{results['protocol']}` version {results['protocol_version']}, "
+        f"hash `{results['protocol_hash']}`; seeds {results['seeds'][0]} to {results['seeds'][1]}",
+        "± is one standard error; for distances and ratios by the jackknife over 10 folds of samples",
         f"{where['device']}, {where['cpu']}, {where['cores']} cores, {where['threads']} threads; "
         f"torch {results['versions']['torch']}, diffusers {results['versions']['diffusers']}",
-        f"commit `{results['git_commit']}`, {results['date']}, {results['seconds']:.0f} s: `{results['command']}`",
+        f"commit `{results['git_commit']}`, {results['date']}, {results['seconds']:.0f} s:",
+        f"`{results['command']}`",
     ]
     if extractor:
         facts.insert(
@@ -120,6 +122,21 @@ def markdown(results: dict[str, Any]) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else form.format(value)
+
+
+def _distance(name: str) -> Cell:
+    """With as many decimals as its standard error has two significant digits in."""
+
+    def cell(row: dict[str, Any], metrics: dict[str, float | None]) -> str:
+        value, error = metrics.get(name), metrics.get(f"{name}/se")
+        if value is None:
+            return ""
+        if not error:
+            return f"{value:.4g}"
+        decimals = max(0, 1 - math.floor(math.log10(error)))
+        return f"{value:.{decimals}f} ± {error:.{decimals}f}"
+
+    return cell
 
 
 def _with_error(name: str, form: str) -> Cell:

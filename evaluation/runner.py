@@ -1,15 +1,18 @@
-"""`python -m evaluation run`: students beside their teacher, measured on the same prompts, noise and reference."""
+"""`python -m evaluation run`: students beside their teacher, on the same prompts, noise and reference."""
 
 from __future__ import annotations
 
 import math
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +20,8 @@ import torch
 
 from evaluation import report
 from evaluation.extractors import load_extractor
-from evaluation.generate import Configuration, draw_with, generate, pipeline_sha256
+from evaluation.generate import Configuration, Shards, draw_with, generate, pipeline_sha256
+from evaluation.images import Images
 from evaluation.metrics import get_metrics
 from evaluation.metrics.base import Inputs
 from evaluation.metrics.latency import IMAGES, Timed, measure, speedups
@@ -159,18 +163,19 @@ class _Session:
         self.extractor = self.reference = None
         self.warnings: list[str] = []
         self.hashes: dict[Path, str] = {}
-        self.drawn: set[str] = set()
+        self.drawn: dict[str, Shards] = {}  # by key, as far as this run has come
 
     def check(self, samplers: Sequence[ImageSampler], n: int, teacher_n: int) -> None:
         """Note what a reader of the numbers has to know."""
-        if n != self.protocol.n:
+        name, full = self.protocol.name, self.protocol.n
+        if n != full:
             self.warnings.append(
-                f"measured on {n} samples where {self.protocol.name} has {self.protocol.n}: a distance of fewer samples is "
-                "biased upwards and compares only with others of the same number."
+                f"measured on {n} samples where {name} has {full}: a distance of fewer samples is biased "
+                "upwards and compares only with others of the same number."
             )
         if teacher_n != n:
             self.warnings.append(
-                f"the teacher was measured on {teacher_n} samples and the others on {n}; ratios use the first "
+                f"the teacher was measured on {teacher_n} samples, the others on {n}; ratios use the first "
                 f"{min(n, teacher_n)} of both."
             )
         if self.extractor is not None and min(n, teacher_n) <= self.extractor.dim:
@@ -181,7 +186,7 @@ class _Session:
         if len(sizes) > 1:
             self.warnings.append(f"the pipelines draw images of different sizes: {sorted(sizes)}.")
 
-    def samples(self, row: Row, n: int):
+    def samples(self, row: Row, n: int) -> Images:
         """The first n samples of a row, drawn or found."""
         path = Path(row.sampler.path)
         if path not in self.hashes:
@@ -190,15 +195,21 @@ class _Session:
         configuration = Configuration(
             path.name, row.sha256, self.protocol.hash, row.steps, row.guidance, self.batch, self.device
         )
-        # A sweep's samples are part of the full set: --force draws them again once, not twice.
-        force = self.force and configuration.key not in self.drawn
-        self.drawn.add(configuration.key)
-        prompts, seeds = self.protocol.prompts(n), self.protocol.seeds(n)
-        with self.bar(total=n, desc=f"{path.name}, {row.steps} steps, guidance {row.guidance:g}") as bar:
-            return generate(
-                draw_with(row.sampler, row.steps, row.guidance, self.batch),
-                configuration, prompts, seeds, self.out / "samples", force=force, progress=bar.update,
-            )  # fmt: skip
+        # A sweep's samples are part of the full set: what this run has drawn is never drawn again, even with
+        # --force.
+        known = self.drawn.get(configuration.key)
+        if known is None or len(known) < n:
+            with self.bar(total=n, desc=f"{path.name}, {row.steps} steps, guidance {row.guidance:g}") as bar:
+                known = self.drawn[configuration.key] = generate(
+                    draw_with(row.sampler, row.steps, row.guidance, self.batch),
+                    configuration,
+                    self.protocol.prompts(n),
+                    self.protocol.seeds(n),
+                    self.out / "samples",
+                    force=self.force and known is None,
+                    progress=bar.update,
+                )
+        return known.first(n)
 
     def inputs(self, row: Row, n: int) -> Inputs:
         captions = self.protocol.prompts(n) if self.protocol.conditions == "scenes" else None
@@ -245,10 +256,8 @@ class _Session:
 
     def results(self, rows: Sequence[Row], n: int, seconds: float) -> dict[str, Any]:
         """Everything results.json holds."""
-        import diffusers
-        import transformers
-
         known = self.extractor
+        names = _names([row.sampler.path for row in rows])
         return {
             "format": "stepdistill-results-1",
             "protocol": self.protocol.label(n),
@@ -264,7 +273,7 @@ class _Session:
             "rows": [
                 {
                     "role": row.role,
-                    "name": Path(row.sampler.path).name,
+                    "name": names[row.sampler.path],
                     "path": str(row.sampler.path),
                     "sha256": row.sha256,
                     "method": row.sampler.card.get("method"),
@@ -287,11 +296,11 @@ class _Session:
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,
-                "diffusers": diffusers.__version__,
-                "transformers": transformers.__version__,
+                "diffusers": version("diffusers"),
+                "transformers": version("transformers"),
             },
             "git_commit": git_commit(),
-            "command": " ".join(sys.argv),
+            "command": command(),
             "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "seconds": round(seconds, 1),
             "warnings": self.warnings,
@@ -316,6 +325,17 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
+def command() -> str:
+    """The command line of this process, as one would type it again."""
+    program = Path(sys.argv[0])
+    typed = (
+        "python -m evaluation"
+        if (program.parent.name, program.name) == ("evaluation", "__main__.py")
+        else str(program)
+    )
+    return " ".join([typed, *map(shlex.quote, sys.argv[1:])])
+
+
 def git_commit() -> str | None:
     """The commit this code is at, with "+" when the tree was changed; None outside a repository."""
     here = Path(__file__).resolve().parent
@@ -333,6 +353,12 @@ def git_commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit.strip() + ("+" if changed.strip() else "")
+
+
+def _names(paths: Sequence[Path]) -> dict[Path, str]:
+    """What each pipeline is called: its directory's name, or its whole path where two share a name."""
+    called = Counter(path.name for path in set(paths))
+    return {path: path.name if called[path.name] == 1 else str(path) for path in paths}
 
 
 def _load(path: str | os.PathLike[str], device: str) -> ImageSampler:
@@ -359,8 +385,8 @@ def _protocol(protocol, reference, extractor, samplers: Sequence[ImageSampler]) 
         return chosen
     if kind == "prompt":
         raise UserError(
-            f"{samplers[0].path} takes prompts, which a folder of images does not have; leave --reference out to use "
-            "a protocol with prompts."
+            f"{samplers[0].path} takes prompts, which a folder of images does not have; leave --reference "
+            "out to use a protocol with prompts."
         )
     classes = {len(sampler.class_names or ()) for sampler in samplers}
     if len(classes) > 1:
@@ -381,7 +407,7 @@ def _settings(
             raise UserError(f"--steps {count} is not what {sampler.path} was trained for; it has {known}.")
     if guidance is not None and guidance != 1 and sampler.guidance_free:
         raise UserError(
-            f"--guidance {guidance:g} has no effect: {sampler.path} has its guidance distilled in; leave it out."
+            f"--guidance {guidance:g} has no effect: {sampler.path} needs no guidance; leave it out."
         )
     scale = sampler.default_guidance if guidance is None else guidance
     return [(count, scale) for count in dict.fromkeys(counts)]

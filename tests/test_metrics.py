@@ -68,15 +68,19 @@ def data() -> tuple[Tensor, Tensor]:
     return pictures(0, 400), pictures(400, 400)
 
 
-# ------------------------------------------------------------------------------------------------ batches
+# -------------------------------------------------------------------------------- batches
 
 
 @pytest.mark.parametrize("batch", [1, 7, 64])
 def test_distance_has_the_same_bits_for_every_batch_size(batch: int, extractor: Extractor, data) -> None:
     images, reference = data[0][:203], stats_of(data[1], extractor)
-    whole = FrechetDistance().compute(Inputs(images=MemoryImages([images]), extractor=extractor, reference=reference))
-    parts = Inputs(images=MemoryImages(images.split(batch)), extractor=extractor, reference=reference)
-    assert FrechetDistance().compute(parts) == whole
+
+    def measured(batches) -> dict[str, float]:
+        inputs = Inputs(images=MemoryImages(batches), extractor=extractor, reference=reference)
+        return FrechetDistance().compute(inputs)
+
+    whole = measured([images])
+    assert measured(images.split(batch)) == whole
     assert set(whole) == {"fd:tiny", "fd:tiny/se"} and whole["fd:tiny/se"] > 0
 
 
@@ -99,7 +103,7 @@ def test_first_takes_exactly_so_many(data) -> None:
     assert images.first(1000) is images
 
 
-# ------------------------------------------------------------------------------------------------ calibration
+# -------------------------------------------------------------------------------- calibration
 
 
 def rising(levels: list[Tensor], reference: FeatureStats, extractor: Extractor) -> list[float]:
@@ -139,13 +143,14 @@ def test_distance_rises_with_dropped_classes(extractor: Extractor, data) -> None
     assert found == sorted(found) and found[-1] > 3 * found[0]
 
 
-# ------------------------------------------------------------------------------------------------ attributes and CLIP
+# -------------------------------------------------------------------------------- attributes and CLIP
 
 
 def test_attributes_of_rendered_scenes_and_of_the_wrong_captions() -> None:
     captions = [scenes.scene_at(index, 7).caption for index in range(60)]
     right = Attributes().compute(Inputs(images=MemoryImages(pictures(0, 60).split(9)), captions=captions))
-    wrong = Attributes().compute(Inputs(images=MemoryImages([pictures(0, 60)]), captions=captions[1:] + captions[:1]))
+    moved = captions[1:] + captions[:1]
+    wrong = Attributes().compute(Inputs(images=MemoryImages([pictures(0, 60)]), captions=moved))
     assert right["attributes/all"] > 0.95 and wrong["attributes/all"] < 0.1
     assert {f"attributes/{name}" for name in (*scenes.ATTRIBUTES, "all")} < set(right)
     share = wrong["attributes/all"]
@@ -164,7 +169,8 @@ def clip_directory(tmp_path_factory) -> Path:
     from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
     path = tmp_path_factory.mktemp("clip")
-    ids = {word: index for index, word in enumerate(("<pad>", "<start>", "<unk>", "<end>", *scenes.VOCABULARY))}
+    words = ("<pad>", "<start>", "<unk>", "<end>", *scenes.VOCABULARY)
+    ids = {word: index for index, word in enumerate(words)}
     tokens = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokens.post_processor = processors.TemplateProcessing(
@@ -176,13 +182,15 @@ def clip_directory(tmp_path_factory) -> Path:
     )  # fmt: skip
     tokenizer.save_pretrained(path)
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {"vocab_size": len(ids), "max_position_embeddings": 24, "bos_token_id": 1, "eos_token_id": 3, "pad_token_id": 0}
+    text = {"vocab_size": len(ids), "max_position_embeddings": 24}
+    text |= {"bos_token_id": 1, "eos_token_id": 3, "pad_token_id": 0}
+    vision = {"image_size": 64, "patch_size": 16}
     torch.manual_seed(0)
-    model = CLIPModel(
-        CLIPConfig(text_config=small | text, vision_config=small | {"image_size": 64, "patch_size": 16}, projection_dim=8)
-    )
+    config = CLIPConfig(text_config=small | text, vision_config=small | vision, projection_dim=8)
+    model = CLIPModel(config)
     model.save_pretrained(path)
-    (path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.25] * 3}))
+    processor = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+    (path / "preprocessor_config.json").write_text(json.dumps(processor))
     return path
 
 
@@ -190,14 +198,15 @@ def test_clip_score_is_the_mean_cosine(clip_directory: Path) -> None:
     from transformers import AutoTokenizer, CLIPModel
 
     images, captions = pictures(0, 70), [scenes.scene_at(index, 7).caption for index in range(70)]
-    found = ClipScore(clip_directory, "tiny").compute(Inputs(images=MemoryImages(images.split(33)), captions=captions))
-    model, tokenizer = CLIPModel.from_pretrained(clip_directory), AutoTokenizer.from_pretrained(clip_directory)
+    inputs = Inputs(images=MemoryImages(images.split(33)), captions=captions)
+    found = ClipScore(clip_directory, "tiny").compute(inputs)
+    model = CLIPModel.from_pretrained(clip_directory)
+    tokenizer = AutoTokenizer.from_pretrained(clip_directory)
     pixels = (images.float() / 255 - 0.5) / 0.25
     with torch.no_grad():  # the definition, through the towers themselves, one caption at a time
         pictured = model.visual_projection(model.vision_model(pixels).pooler_output)
-        spoken = torch.cat(
-            [model.text_projection(model.text_model(**tokenizer(c, return_tensors="pt")).pooler_output) for c in captions]
-        )
+        pooled = [model.text_model(**tokenizer(text, return_tensors="pt")).pooler_output for text in captions]
+        spoken = model.text_projection(torch.cat(pooled))
     cosine = (F.normalize(pictured, dim=1) * F.normalize(spoken, dim=1)).sum(1).double()
     assert found["clip:tiny"] == pytest.approx(100 * cosine.mean().item(), abs=1e-4)
     assert found["clip:tiny/se"] == pytest.approx(100 * cosine.std().item() / 70**0.5, abs=1e-4)
@@ -227,7 +236,7 @@ def test_clip_score_does_not_depend_on_the_batch_and_wants_one_caption_each(clip
         score.cosines([images], captions[:59])
 
 
-# ------------------------------------------------------------------------------------------------ latency
+# -------------------------------------------------------------------------------- latency
 
 
 class Sleeper:
@@ -242,7 +251,8 @@ class Sleeper:
 
     def __call__(self, prompts, seeds, *, steps, guidance_scale, chunk, timings) -> Tensor:
         self.asked.append((tuple(prompts), tuple(seeds), steps, guidance_scale, chunk))
-        timings |= {"text": 0.001, "denoise": self.per_call * steps * self.calls(guidance_scale), "decode": 0.002}
+        denoise = self.per_call * steps * self.calls(guidance_scale)
+        timings |= {"text": 0.001, "denoise": denoise, "decode": 0.002}
         return torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
 
 
@@ -255,13 +265,14 @@ def test_latency_splits_stages_and_takes_turns() -> None:
     assert (own["text_ms"], own["decode_ms"]) == pytest.approx((1, 2))
     assert own["ms_p90"] >= own["ms"] > 0
     assert [asked[0] for asked in student.asked] == [("a",), ("a",), ("b",), ("a",)]  # a warm-up comes first
-    assert [asked[1] for asked in student.asked] == [asked[1] for asked in teacher.asked] == [(0,), (0,), (1,), (2,)]
+    for sampler in (student, teacher):
+        assert [asked[1] for asked in sampler.asked] == [(0,), (0,), (1,), (2,)]
     assert all(asked[4] == 1 for asked in student.asked)
     found = Latency().compute(Inputs(timed=entries, captions=["a"]))
     assert found["latency/speedup_denoise"] == pytest.approx(300 / 8)
 
 
-# ------------------------------------------------------------------------------------------------ protocols
+# -------------------------------------------------------------------------------- protocols
 
 
 def test_protocol_hash_covers_what_changes_a_number() -> None:
@@ -284,7 +295,7 @@ def test_scenes_2k_asks_for_scenes_its_reference_has_not() -> None:
     assert np.array_equal(first.permute(1, 2, 0).numpy(), scenes.image_at(10_000, 1_000_003)[1])
 
 
-def test_reference_statistics_are_kept_and_made_again_when_damaged(tmp_path, monkeypatch, extractor: Extractor) -> None:
+def test_reference_statistics_are_kept_and_made_again_when_damaged(tmp_path, monkeypatch, extractor) -> None:
     from dataclasses import replace
 
     monkeypatch.setenv("STEPDISTILL_CACHE", str(tmp_path))
@@ -309,7 +320,7 @@ def test_changed_pixels_are_another_reference(tmp_path) -> None:
     assert FileReference.open(tmp_path).sha256() != before.sha256()
 
 
-# ------------------------------------------------------------------------------------------------ evaluate
+# -------------------------------------------------------------------------------- evaluate
 
 
 def test_evaluate_a_perfect_and_a_bad_sampler(tmp_path, monkeypatch) -> None:
@@ -321,7 +332,10 @@ def test_evaluate_a_perfect_and_a_bad_sampler(tmp_path, monkeypatch) -> None:
 
     def perfect(prompts, seeds) -> Tensor:
         asked.append(len(prompts))
-        drawn = [scenes.render(scenes.parse_caption(p), np.random.default_rng(s)) for p, s in zip(prompts, seeds, strict=True)]
+        wanted = map(scenes.parse_caption, prompts)
+        drawn = [
+            scenes.render(scene, np.random.default_rng(s)) for scene, s in zip(wanted, seeds, strict=True)
+        ]
         return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2)
 
     def grey(prompts, seeds) -> Tensor:
@@ -351,7 +365,7 @@ def test_evaluate_class_conditional_against_real_images(tmp_path, monkeypatch) -
     assert asked == [index % 4 for index in range(30)]
     assert found["protocol"] == "images:real" and found["fd:tiny"] < 1e-8
     with pytest.raises(UserError, match="'clip' cannot be measured here"):
-        evaluation.evaluate(sampler, reference=tmp_path / "real", metrics=("fd", "clip"), extractor=tiny_extractor())
+        evaluation.evaluate(sampler, reference=tmp_path / "real", metrics=("fd", "clip"))
 
 
 def test_evaluate_refuses_what_makes_no_sense() -> None:
@@ -363,7 +377,7 @@ def test_evaluate_refuses_what_makes_no_sense() -> None:
 
     with pytest.raises(UserError, match="at least 2 samples, got 1"):
         evaluation.evaluate(wrong, n=1, metrics=("attributes",))
-    with pytest.raises(UserError, match="'atributes'. Did you mean 'attributes'"):
+    with pytest.raises(UserError, match=r"'atributes'\. Did you mean 'attributes'"):
         evaluation.evaluate(wrong, n=4, metrics=("atributes",))
     with pytest.raises(UserError, match="no protocol 'scenes'"):
         evaluation.evaluate(wrong, protocol="scenes")
@@ -382,14 +396,12 @@ def test_every_metric_says_what_it_needs() -> None:
         assert metric.needs and metric.needs <= fields
 
 
-# ------------------------------------------------------------------------------------------------ kept samples
+# -------------------------------------------------------------------------------- kept samples
 
 
 def configuration(**changes) -> Configuration:
-    return Configuration(
-        **({"pipeline": "student", "pipeline_sha256": "0", "protocol": "p", "steps": 1, "guidance": 1.0, "chunk": 50,
-            "device": "cpu"} | changes)
-    )  # fmt: skip
+    usual = {"pipeline": "student", "pipeline_sha256": "0", "protocol": "p", "steps": 1, "guidance": 1.0}
+    return Configuration(**(usual | {"chunk": 50, "device": "cpu"} | changes))
 
 
 def test_samples_are_resumed_extended_and_forced(tmp_path) -> None:
@@ -425,11 +437,19 @@ def test_samples_are_resumed_extended_and_forced(tmp_path) -> None:
 
 
 def test_every_setting_has_its_own_samples() -> None:
-    changes = [{}, {"steps": 2}, {"guidance": 2.0}, {"pipeline_sha256": "1"}, {"protocol": "q"}, {"chunk": 1}, {"device": "cuda"}]
-    assert len({configuration(**change).key for change in changes}) == len(changes)
+    changes = {
+        "steps": 2,
+        "guidance": 2.0,
+        "pipeline_sha256": "1",
+        "protocol": "q",
+        "chunk": 1,
+        "device": "cuda",
+    }
+    keys = {configuration(**{name: value}).key for name, value in changes.items()}
+    assert len(keys | {configuration().key}) == len(changes) + 1
 
 
-# ------------------------------------------------------------------------------------------------ files
+# -------------------------------------------------------------------------------- files
 
 
 def save_images(folder: Path, images: Tensor) -> None:
@@ -450,8 +470,10 @@ def test_folder_and_parquet_give_the_same_images(tmp_path) -> None:
 
     images = pictures(0, 70)
     save_images(tmp_path / "folder", images)
-    cells = [{"bytes": file.read_bytes(), "path": file.name} for file in sorted((tmp_path / "folder").iterdir())]
-    pq.write_table(pa.table({"image": cells, "label": list(range(70))}), tmp_path / "data.parquet", row_group_size=20)
+    files = sorted((tmp_path / "folder").iterdir())
+    cells = [{"bytes": file.read_bytes(), "path": file.name} for file in files]
+    table = pa.table({"image": cells, "label": list(range(70))})
+    pq.write_table(table, tmp_path / "data.parquet", row_group_size=20)
     for path in (tmp_path / "folder", tmp_path / "data.parquet"):
         opened = open_images(path)
         assert len(opened) == 70 and torch.equal(torch.cat(list(opened)), images)
@@ -476,7 +498,8 @@ def test_images_that_cannot_be_used(tmp_path) -> None:
     with pytest.raises(UserError, match="pixel format CMYK"):
         decode(encoded(Image.new("CMYK", (8, 8)), "JPEG"), "x")
     with pytest.raises(UserError, match="cannot be read as an image"):
-        decode(encoded(Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)))[:900], "x")
+        noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+        decode(encoded(Image.fromarray(noise))[:900], "x")
     with pytest.raises(UserError, match="there is nothing at"):
         open_images(tmp_path / "missing")
     with pytest.raises(UserError, match="there is no image"):
@@ -501,7 +524,7 @@ def test_extractor_from_a_directory(tmp_path) -> None:
         nn.init.ones_(net.head.weight)
     net.save(tmp_path / "net")
     assert load_extractor(tmp_path / "net").sha256 != first.sha256
-    with pytest.raises(UserError, match="no extractor 'scenes-v2'.*Did you mean 'scenes-v1'"):
+    with pytest.raises(UserError, match=r"no extractor 'scenes-v2'.*Did you mean 'scenes-v1'"):
         load_extractor("scenes-v2")
 
 

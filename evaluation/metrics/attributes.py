@@ -10,7 +10,7 @@ from stepdistill.errors import UserError
 
 
 class Attributes:
-    """`attributes/<name>` in 0 .. 1 for every attribute of a scene and for `all` of them together; higher is better."""
+    """`attributes/<name>`, in 0 .. 1, for each attribute of a scene and `all` together; higher is better."""
 
     needs = frozenset({"images", "captions"})
 

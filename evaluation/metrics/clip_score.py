@@ -1,4 +1,4 @@
-"""CLIP score: 100 times the mean cosine of image and caption (Hessel et al. 2021, arXiv 2104.08718, unclipped)."""
+"""CLIP score: 100 times the mean cosine of image and caption (Hessel et al. 2021, arXiv 2104.08718)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class _Clip:
 class ClipScore:
     """`clip:<model>`, higher is better. Scores of two models don't compare, so the name says which it was.
 
-    `directory` holds a transformers CLIPModel, its tokenizer and preprocessor_config.json; None is the embedded one.
+    `directory`: a CLIPModel with its tokenizer and preprocessor_config.json; None is the embedded one.
     """
 
     needs = frozenset({"images", "captions"})
@@ -62,12 +62,15 @@ class ClipScore:
 
         def pictured(chunk: Tensor) -> Tensor:
             side = clip.model.config.vision_config.image_size
-            return _embedding(clip.model.get_image_features(pixel_values=_pixels(chunk, clip.mean, clip.std, side)))
+            pixels = _pixels(chunk, clip.mean, clip.std, side)
+            return _embedding(clip.model.get_image_features(pixel_values=pixels))
 
         pictures = [padded(pictured, chunk, _CHUNK) for chunk in rechunked(images, _CHUNK)]
         count = sum(map(len, pictures))
         if count != len(captions) or not count:
-            raise UserError(f"a CLIP score needs one caption per image, got {count} images and {len(captions)} captions.")
+            raise UserError(
+                f"a CLIP score needs a caption per image, got {count} images and {len(captions)} captions."
+            )
         spoken = [
             padded(lambda ids: _embedding(clip.model.get_text_features(input_ids=ids)), ids, _CHUNK)
             for ids in self._tokens(captions).split(_CHUNK)
@@ -76,9 +79,13 @@ class ClipScore:
 
     def _tokens(self, captions: Sequence[str]) -> Tensor:
         # The text tower is causal and pools at the end token, so what follows it needs no mask.
-        length = min(self._clip.tokenizer.model_max_length, self._clip.model.config.text_config.max_position_embeddings)
+        tokenizer, positions = (
+            self._clip.tokenizer,
+            self._clip.model.config.text_config.max_position_embeddings,
+        )
+        length = min(tokenizer.model_max_length, positions)
         options = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
-        return self._clip.tokenizer(list(captions), **options).input_ids
+        return tokenizer(list(captions), **options).input_ids
 
     @functools.cached_property
     def _clip(self) -> _Clip:

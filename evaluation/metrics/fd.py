@@ -1,4 +1,4 @@
-"""Fréchet distance of the samples' features to the reference's. Named after the extractor: this is not FID."""
+"""Fréchet distance of samples' features to a reference's. Named after the extractor: this is not FID."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class Timed:
 
 
 class Latency:
-    """`latency/...`: milliseconds per image, lower is better, and `speedup` over the teacher when one is given."""
+    """`latency/...`: milliseconds per image, lower is better, and `speedup` over a teacher if given."""
 
     needs = frozenset({"timed", "captions"})
 

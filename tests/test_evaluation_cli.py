@@ -1,0 +1,298 @@
+"""The command line: a whole run with a tiny teacher and student, and one sentence for every wrong input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import stepdistill
+from evaluation import protocols
+from evaluation.__main__ import main
+from evaluation.feature_net import FeatureNet
+from evaluation.protocols import PROTOCOLS, SceneReference
+from evaluation.stats import FeatureStats
+from stepdistill import scenes
+from stepdistill.errors import UserError
+
+
+class Painter:
+    """Stands for an ImageSampler: renders the caption; fewer steps and other guidance than 2 add noise."""
+
+    resolution, class_names, family, parameters = (
+        (64, 64),
+        None,
+        "sd",
+        {"denoiser": 1, "text": 1, "decoder": 1},
+    )
+    default_steps = 1
+
+    def __init__(self, path: Path, kind: str) -> None:
+        self.path, self.name, self.kind = path, path.name, kind
+        self.steps = (1, 2) if kind == "student" else None
+        self.guidance_free = kind == "student"
+        self.default_guidance = 1.0 if self.guidance_free else 3.0
+        self.card = {"method": "dmd2"} if kind == "student" else {}
+        self.conditions = "prompt"
+        self.drawn = 0
+
+    def calls(self, guidance: float) -> int:
+        return 1 if guidance == 1 else 2
+
+    def __call__(
+        self, prompts, seeds, *, steps, guidance_scale, chunk=16, timings=None, on_step=None
+    ) -> Tensor:
+        self.drawn += len(prompts)
+        images = []
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            rng = np.random.default_rng(seed)
+            image = scenes.render(scenes.parse_caption(prompt), rng).astype(float)
+            amount = 60 / steps + (0 if self.guidance_free else 60 * abs(guidance_scale - 2))
+            images.append(np.clip(image + amount * rng.standard_normal(image.shape), 0, 255).astype(np.uint8))
+        for name in ("text", "denoise", "decode"):
+            timings is not None and timings.update({name: timings.get(name, 0) + 0.001 * steps})
+        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("extractor") / "tiny"
+    torch.manual_seed(0)
+    FeatureNet("tiny", 32, 16, {"label": ["a", "b"]}).save(path)
+    return path
+
+
+@pytest.fixture
+def painters(tmp_path, monkeypatch) -> dict[str, Painter]:
+    """`stepdistill.load` finds a teacher and a student under tmp_path; the reference is small."""
+    found = {}
+    for kind in ("teacher", "student"):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / "model_index.json").write_text("{}")
+        found[kind] = Painter(tmp_path / kind, kind)
+
+    def load(path, device="cpu", dtype=torch.float32) -> Painter:
+        if Path(path).name not in found:
+            raise UserError(f"{path} does not exist.")
+        return found[Path(path).name]
+
+    monkeypatch.setattr(stepdistill, "load", load)
+    monkeypatch.setattr("evaluation.__main__._quieten", lambda: None)  # spares importing diffusers
+    monkeypatch.setenv("STEPDISTILL_CACHE", str(tmp_path / "cache"))
+    small = replace(PROTOCOLS["scenes-2k"], reference=SceneReference(n=100))
+    monkeypatch.setitem(protocols.PROTOCOLS, "scenes-2k", small)
+    return found
+
+
+def save_images(folder: Path, count: int = 6, size: int = 64) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        Image.fromarray(scenes.image_at(index, 3)[1][:size, :size]).save(folder / f"{index}.png")
+    return folder
+
+
+def refused(capsys, *arguments: object) -> str:
+    """The one sentence a wrong command ends with."""
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    message = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert message.startswith("error: ") and message.count("\n") == 1, message
+    return message
+
+
+# -------------------------------------------------------------------------------- run
+
+
+def run(tmp_path: Path, net: Path, *more: object) -> dict:
+    command = [
+        "run",
+        "--pipeline",
+        tmp_path / "student",
+        "--teacher",
+        tmp_path / "teacher",
+        "--teacher-steps",
+        8,
+    ]
+    command += ["--metrics", "fd,attributes,latency", "--extractor", net, "--out", tmp_path / "out"]
+    main([str(part) for part in (*command, "--latency-images", 2, *more)])
+    return json.loads((tmp_path / "out" / "results.json").read_text())
+
+
+def test_run_compares_students_with_their_teacher(tmp_path, painters, net, capsys) -> None:
+    results = run(tmp_path, net, "--teacher-guidance", "1,2,3", "--n", 40)
+    rows = {(row["role"], row["steps"]): row for row in results["rows"]}
+    assert list(rows) == [
+        ("teacher", 8), ("teacher, few steps", 1), ("teacher, few steps", 2), ("student", 1), ("student", 2)
+    ]  # fmt: skip
+    teacher, student = rows["teacher", 8], rows["student", 1]
+    assert teacher["guidance"] == 2 and [entry["guidance"] for entry in teacher["sweep"]["tried"]] == [
+        1,
+        2,
+        3,
+    ]
+    assert teacher["metrics"]["fd:tiny"] == min(entry["fd"] for entry in teacher["sweep"]["tried"])
+    assert teacher["nfe"] == 16 and student["nfe"] == 1
+    ratio = student["metrics"]["fd:tiny"] / teacher["metrics"]["fd:tiny"]
+    assert student["metrics"]["fd_ratio"] == pytest.approx(ratio) and ratio > 1
+    assert student["metrics"]["fd_ratio/se"] > 0 and student["metrics"][
+        "latency/speedup_denoise"
+    ] == pytest.approx(8)
+    assert results["protocol"] == "scenes-2k[n=40]" and results["seeds"] == [0, 39]
+    assert results["extractor"]["name"] == "tiny" and len(results["extractor"]["sha256"]) == 64
+    assert any("biased upwards" in warning for warning in results["warnings"])
+    shown = capsys.readouterr().out
+    text = (tmp_path / "out" / "results.md").read_text()
+    for part in ("fd:tiny", "speed-up", "±", "scenes-2k[n=40]"):
+        assert part in shown and part in text
+    assert "FID" not in shown
+
+    # The same command again draws nothing but what is timed; --force draws everything.
+    drawn = painters["teacher"].drawn
+    again = run(tmp_path, net, "--teacher-guidance", "1,2,3", "--n", 40)
+    assert painters["teacher"].drawn - drawn == 3 * 3
+    for row, other in zip(results["rows"], again["rows"], strict=True):
+        for name in ("fd:tiny", "fd:tiny/se", "attributes/all"):
+            assert row["metrics"][name] == other["metrics"][name]
+    drawn = painters["teacher"].drawn
+    run(tmp_path, net, "--teacher-guidance", "1,2,3", "--n", 40, "--force")
+    assert painters["teacher"].drawn - drawn == 3 * 3 * 40 + 3 * 3
+
+
+def test_run_with_fewer_teacher_samples_compares_the_first_of_both(tmp_path, painters, net) -> None:
+    results = run(tmp_path, net, "--teacher-guidance", "2", "--n", 40, "--teacher-n", 24, "--steps", "1")
+    teacher, _, student = results["rows"]
+    alone = run(tmp_path, net, "--teacher-guidance", "2", "--n", 24, "--steps", "1")["rows"][2]
+    assert (teacher["n"], student["n"], student["metrics"]["fd_ratio/n"]) == (24, 40, 24)
+    assert student["metrics"]["fd_ratio"] == alone["metrics"]["fd_ratio"]
+    assert any("first 24 of both" in warning for warning in results["warnings"])
+
+
+def test_a_long_sweep_chooses_on_a_subset_and_measures_on_all(tmp_path, painters, net, monkeypatch) -> None:
+    monkeypatch.setattr("evaluation.runner.SWEEP_N", 30)
+    results = run(tmp_path, net, "--teacher-guidance", "1,1.5,2,3", "--n", 50, "--steps", "2")
+    sweep = results["rows"][0]["sweep"]
+    assert (sweep["n"], sweep["chosen_on_a_subset"], sweep["chosen"]) == (30, True, 2)
+    assert results["rows"][0]["n"] == 50
+    # 4 scales of 30, then 20 more of the best, at 8 and at 2 steps; and 2 x 3 timed
+    assert painters["teacher"].drawn == 2 * (4 * 30 + 20) + 6
+
+
+def test_run_refuses_wrong_input_before_drawing(tmp_path, painters, net, capsys) -> None:
+    def wrong(*more: object) -> str:
+        out = [] if "--out" in more else ["--out", tmp_path / "out"]
+        return refused(capsys, "run", "--pipeline", tmp_path / "student", "--extractor", net, *out, *more)
+
+    assert "at least 2 samples, got 0" in wrong("--n", 0)
+    assert "at least 2 samples, got 1" in wrong("--n", 1)
+    assert "Did you mean 'attributes'?" in wrong("--n", 9, "--metrics", "fd,attribute")
+    assert "--steps 3 is not what" in wrong("--steps", "1,3")
+    assert "needs no guidance" in wrong("--guidance", 3)
+    assert "no protocol 'scenes-3k'" in wrong("--protocol", "scenes-3k")
+    assert "--batch must be at least 1" in wrong("--batch", 0)
+    assert "does not exist" in wrong("--teacher", tmp_path / "nowhere")
+    assert "takes prompts" in wrong("--reference", tmp_path)
+    assert "needs the metric 'fd'" in wrong("--teacher", tmp_path / "teacher", "--metrics", "attributes")
+    assert "cannot be written to" in wrong(
+        "--n", 9, "--out", tmp_path / "student" / "model_index.json" / "out"
+    )
+    assert painters["student"].drawn == painters["teacher"].drawn == 0
+
+
+def test_picture_has_a_row_per_prompt_and_a_column_per_sampler(tmp_path, painters, capsys) -> None:
+    prompt = "a large red star on a black background"
+    command = ["picture", "--teacher", tmp_path / "teacher", "--student", tmp_path / "student", "--before"]
+    sizes = []
+    for prompts in ([prompt], [prompt, "a small cyan circle on a white background"]):
+        asked = [part for text in prompts for part in ("--prompt", text)]
+        main([*map(str, command), "--out", str(tmp_path / "p.png"), "--student-steps", "1,2", *asked])
+        with Image.open(tmp_path / "p.png") as image:
+            sizes.append(image.size)
+    # teacher, student at 2, student at 1, teacher at 1: each 192 wide
+    assert sizes[0][0] == sizes[1][0] > 4 * 192 and sizes[1][1] - sizes[0][1] >= 192
+    assert "is a directory" in refused(capsys, *command, "--out", tmp_path)
+    assert "--student-steps 4 is not" in refused(
+        capsys, *command, "--out", tmp_path / "q.png", "--student-steps", 4
+    )
+
+
+# -------------------------------------------------------------------------------- images, stats, protocols
+
+
+def test_images_against_a_folder_and_against_statistics(tmp_path, net, capsys) -> None:
+    one, other = save_images(tmp_path / "one", 30), save_images(tmp_path / "other", 40)
+    main(["stats", str(other), "-o", str(tmp_path / "ref.npz"), "--extractor", str(net)])
+    assert FeatureStats.load(tmp_path / "ref.npz").n == 40
+    found = []
+    for reference in (other, tmp_path / "ref.npz"):
+        main(
+            [
+                "images",
+                str(one),
+                "--ref",
+                str(reference),
+                "--extractor",
+                str(net),
+                "-o",
+                str(tmp_path / "r.json"),
+            ]
+        )
+        found.append(json.loads((tmp_path / "r.json").read_text()))
+    assert found[0] == found[1] and found[0]["fd:tiny"] > 0 and found[0]["reference_n"] == 40
+    assert "fd:tiny" in capsys.readouterr().out
+    main(["images", str(one), "--ref", str(one), "--extractor", str(net)])
+    assert "compared with themselves" in capsys.readouterr().out
+
+
+def test_images_that_cannot_be_measured(tmp_path, net, capsys) -> None:
+    good = save_images(tmp_path / "good")
+
+    def wrong(images: Path, *more: object, reference: Path = good) -> str:
+        return refused(capsys, "images", images, "--ref", reference, "--extractor", net, *more)
+
+    assert "there is nothing at" in wrong(tmp_path / "missing")
+    (tmp_path / "empty").mkdir()
+    assert "there is no image" in wrong(tmp_path / "empty")
+    cut = save_images(tmp_path / "cut")
+    (cut / "3.png").write_bytes((cut / "3.png").read_bytes()[:150])
+    assert "3.png cannot be read as an image" in wrong(cut)
+    mixed = save_images(tmp_path / "mixed")
+    Image.new("RGB", (32, 32)).save(mixed / "9.png")
+    assert "9.png is 32x32 but" in wrong(mixed)
+    assert "at least 2 images, got 1" in wrong(save_images(tmp_path / "single", 1))
+    torch.manual_seed(1)
+    FeatureNet("other", 32, 16, {"label": ["a", "b"]}).save(tmp_path / "net")
+    main(["stats", str(good), "-o", str(tmp_path / "ref.npz"), "--extractor", str(tmp_path / "net")])
+    assert "extractor 'other', but 'tiny'" in wrong(good, reference=tmp_path / "ref.npz")
+    assert "no statistics file" in wrong(good, reference=tmp_path / "none.npz")
+    assert "is a directory" in wrong(good, "-o", tmp_path)
+
+
+def test_protocols_are_listed_and_shown(capsys) -> None:
+    main(["protocols"])
+    assert "scenes-2k" in capsys.readouterr().out
+    main(["protocols", "show", "scenes-2k"])
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["hash"] == PROTOCOLS["scenes-2k"].hash and shown["reference"]["first"] == 10_000
+    assert "Did you mean 'scenes-2k'" in refused(capsys, "protocols", "show", "scene-2k")
+
+
+def test_help_and_exit_code_in_a_process_of_its_own(tmp_path) -> None:
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "evaluation", *arguments], capture_output=True, text=True
+        )
+
+    helped = call("run", "--help")
+    assert helped.returncode == 0 and "--teacher-guidance" in helped.stdout and "examples:" in helped.stdout
+    wrong = call("run", "--pipeline", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out"))
+    assert wrong.returncode == 2 and "Traceback" not in wrong.stderr
+    assert wrong.stderr.strip().splitlines()[-1].startswith("error: ") and "nowhere" in wrong.stderr
