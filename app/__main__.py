@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import ipaddress
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -166,7 +167,9 @@ def serve(engine: Engine, listener: socket.socket, host: str, names: list[str]) 
         )  # fmt: skip
         server = uvicorn.Server(config)
         threading.Thread(target=_announce, args=(engine, server, url), daemon=True).start()
-        with contextlib.suppress(KeyboardInterrupt):  # uvicorn passes the signal on once it has stopped
+        # uvicorn passes the signal on once it has stopped; SIGTERM too must come back here to tidy up.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with contextlib.suppress(KeyboardInterrupt):
             server.run(sockets=[listener])
         engine.close()
     if engine.problem:

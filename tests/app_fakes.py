@@ -123,7 +123,7 @@ def engine_of(student=None, teacher=None, **options):
 
 
 def tiny_pair(root):
-    """Stock Stable Diffusion directories with random weights, root/teacher and root/student (64x64, 0.2 M UNet)."""
+    """Stock Stable Diffusion directories of random weights (64x64): root/teacher and root/student."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
