@@ -316,14 +316,13 @@ def _trace_of_root(cov_a: np.ndarray, n_a: int, factor_b: np.ndarray) -> float:
     """T = Tr (Sa Sb)^(1/2), given Sb = factor_b factor_b^T."""
     dim = len(cov_a)
     if n_a > dim and factor_b.shape[1] == dim:
-        # Five times cheaper than singular values, but an eigenvalue near zero carries an error of eps *
-        # largest into its square root. Taken only where the sum of these errors is bounded well below what is
-        # promised.
+        # Several times cheaper than singular values, but every eigenvalue carries an error of eps * largest, of
+        # either sign, which its root magnifies. Taken where these add up to far less than 1e-9.
         values = np.linalg.eigvalsh(factor_b.T @ cov_a @ factor_b)
         if values[0] > 0:
-            roots = np.sqrt(values)
-            if 4 * _EPS * values[-1] * float((1 / roots).sum()) < 1e-10 * float(roots.sum()):
-                return float(roots.sum())
+            total = float(np.sqrt(values).sum())
+            if _EPS * values[-1] * float(np.sqrt((1 / values).sum())) < 1e-11 * total:
+                return total
     return float(np.linalg.svd(_factor(cov_a, n_a).T @ factor_b, compute_uv=False).sum())
 
 

@@ -93,9 +93,17 @@ def test_agrees_with_scipy_when_there_are_enough_samples() -> None:
 
 @pytest.mark.parametrize(
     ("n", "m", "dim"),
-    [(40, 40, 128), (40, 900, 128), (900, 40, 128), (2, 2, 16), (129, 130, 128), (200, 200, 400)],
+    [
+        (40, 40, 128),
+        (40, 900, 128),
+        (900, 40, 128),
+        (2, 2, 16),
+        (129, 130, 128),
+        (200, 200, 400),
+        (900, 800, 128),
+    ],
 )
-def test_fewer_samples_than_features(n: int, m: int, dim: int) -> None:
+def test_definition_holds_for_few_and_for_many_samples(n: int, m: int, dim: int) -> None:
     rng = np.random.default_rng(n + m)
     x, y = correlated(rng, n, dim), correlated(rng, m, dim, 0.05)
     assert frechet_distance(stats_of(x), stats_of(y)) == pytest.approx(nuclear_truth(x, y), abs=1e-9)
