@@ -316,7 +316,7 @@ def _trace_of_root(cov_a: np.ndarray, n_a: int, factor_b: np.ndarray) -> float:
     """T = Tr (Sa Sb)^(1/2), given Sb = factor_b factor_b^T."""
     dim = len(cov_a)
     if n_a > dim and factor_b.shape[1] == dim:
-        # Several times cheaper than singular values, but every eigenvalue carries an error of eps * largest, of
+        # Several times cheaper than singular values, but each eigenvalue has an error of eps * largest, of
         # either sign, which its root magnifies. Taken where these add up to far less than 1e-9.
         values = np.linalg.eigvalsh(factor_b.T @ cov_a @ factor_b)
         if values[0] > 0:

@@ -389,6 +389,10 @@ def test_evaluate_refuses_what_makes_no_sense() -> None:
         evaluation.evaluate(floats, n=4, metrics=("attributes",))
 
 
+def test_a_value_stands_for_its_metric() -> None:
+    assert list(get_metrics(["attributes/all", "attributes", "attributes/count"], METRICS)) == ["attributes"]
+
+
 def test_every_metric_says_what_it_needs() -> None:
     fields = set(Inputs.__dataclass_fields__)
     for name in ("fd", "attributes", "latency"):

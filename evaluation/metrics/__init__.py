@@ -22,12 +22,14 @@ METRICS = {
 def get_metrics(names: Iterable[str], allowed: Iterable[str]) -> dict[str, Metric]:
     """The metrics of these names, ready to compute. One's own is written my_package.my_file:MyMetric.
 
+    The name of a single value, "attributes/all", stands for the metric that has it.
+
     Raises:
         UserError: there is no such metric, or it is one of ours and not among `allowed`, which the protocol
             says.
     """
     found, allowed = {}, tuple(allowed)
-    for name in names:
+    for name in dict.fromkeys(name.partition("/")[0] for name in names):
         metric = resolve(name, METRICS, "metric")
         if name in METRICS and name not in allowed:
             raise UserError(
