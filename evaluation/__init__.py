@@ -33,14 +33,12 @@ def evaluate(
 
     Args:
         sampler_fn: `sampler_fn(prompts, seeds) -> uint8 (N, 3, H, W)`, called with up to `batch` of each.
-            Prompts are
-            captions, or class numbers where `reference` is a folder or Parquet file.
+            Prompts are captions, or class numbers where `reference` is a folder or Parquet file.
         protocol: its name, or a `Protocol`.
         n: number of samples; None is the protocol's own. Fewer are marked in the result: "scenes-2k[n=500]".
         metrics: names in `evaluation.metrics.METRICS`. Latency needs a pipeline directory: see `run`.
-        extractor: "scenes-v1", a directory, or an `Extractor`; None is the protocol's.
-        reference: a folder or Parquet file of real images instead of the protocol's reference (only "fd" can
-            then be
+        extractor: "scenes-v1", a directory, or an `Extractor`; None is the protocol's. reference: a folder
+        or Parquet file of real images instead of the protocol's reference (only "fd" can then be
             measured), or statistics made by the same extractor.
         classes: number of classes of a class-conditional sampler; image i has the class i mod `classes`.
 

@@ -31,14 +31,13 @@ what it does:
   results.json (everything) and results.md.
 
 examples:
-  # everything about the embedded student, next to its teacher (long: the teacher needs 50 steps for 2,000
-  # prompts)
+  # everything about the embedded student, next to its teacher (long: 50 steps for each of 2,000 prompts)
   python -m evaluation run --pipeline assets/student --teacher assets/teacher --steps 1,2,4 --out runs/eval
   # a quick look: 200 prompts, no teacher. Its numbers are marked scenes-2k[n=200] and compare only with such
   python -m evaluation run --pipeline assets/student --n 200 --out /tmp/quick
   # a class-conditional student against real images (classes are taken in turn)
-  python -m evaluation run --pipeline STUDENT --reference train.parquet --extractor FEATURE_NET --n 10000
-  --out OUT""",
+  python -m evaluation run --pipeline STUDENT --reference train.parquet --extractor FEATURE_NET --n 10000 \\
+      --out OUT""",
     "picture": """\
 example:
   python -m evaluation picture --teacher assets/teacher --student assets/student --out picture.png --before \\
@@ -49,9 +48,8 @@ examples:
   python -m evaluation images MY_SAMPLES --ref MY_DATASET
   python -m evaluation stats MY_DATASET -o ref.npz && python -m evaluation images MY_SAMPLES --ref ref.npz
 
-A set of images is a folder with PNG, JPEG, WebP or BMP files, or a Parquet file with a column `image`. All
-images of a
-set must have one size. The distance is named after its feature net (fd:scenes-v1); it is not FID.""",
+A set of images is a folder with PNG, JPEG, WebP or BMP files, or a Parquet file with a column `image`.
+All images of a set must have one size. The distance is named after its feature net; it is not FID.""",
     "stats": """\
 example:
   python -m evaluation stats MY_DATASET -o ref.npz""",

@@ -59,8 +59,7 @@ class FolderImages(Images):
 
     Raises:
         UserError: the folder holds none (on creation); a file is damaged, has another size than the first or
-            cannot be
-            turned into RGB without loss (on iteration).
+            cannot be turned into RGB without loss (on iteration).
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

@@ -79,8 +79,8 @@ class Protocol:
     """How a number is measured.
 
     `conditions`: "scenes": sample i is drawn for the caption of scene `first_prompt + i` of the data set
-    `prompt_seed`;
-    "classes": for class i mod `classes`; "none": for nothing. Its noise has the seed `first_seed + i`.
+    `prompt_seed`; "classes": for class i mod `classes`; "none": for nothing. Its noise has the seed
+    `first_seed + i`.
     """
 
     name: str

@@ -79,9 +79,9 @@ def run(
 
     Args:
         pipelines: directories to measure, usually students.
-        teacher: directory of what they are compared with. Its guidance is swept and the least distance taken;
-            it is also
-            measured at the students' own step counts, which is what distillation starts from.
+        teacher: directory of what they are compared with. Its guidance is swept and the least distance
+            taken; it is also measured at the students' own step counts, which is what distillation starts
+            from.
         steps: step counts; None is what each pipeline was trained for.
         guidance: of `pipelines`; None is each one's default.
         teacher_steps: None is the teacher's default.

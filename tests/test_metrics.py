@@ -27,6 +27,7 @@ from evaluation.protocols import PROTOCOLS, FileReference, SceneReference, get_p
 from evaluation.reference import reference_stats
 from evaluation.stats import FeatureStats, frechet_distance
 from stepdistill import scenes
+from stepdistill.assets import ROOT
 from stepdistill.errors import UserError
 
 
@@ -391,6 +392,34 @@ def test_evaluate_refuses_what_makes_no_sense() -> None:
 
 def test_a_value_stands_for_its_metric() -> None:
     assert list(get_metrics(["attributes/all", "attributes", "attributes/count"], METRICS)) == ["attributes"]
+
+
+@pytest.mark.skipif(
+    not all((ROOT / name).is_dir() for name in ("scenes-v1", "clip")),
+    reason="needs assets/scenes-v1 and assets/clip",
+)
+def test_embedded_networks_tell_right_from_wrong(tmp_path, monkeypatch) -> None:
+    from dataclasses import replace
+
+    monkeypatch.setenv("STEPDISTILL_CACHE", str(tmp_path))
+    protocol = replace(PROTOCOLS["scenes-2k"], reference=SceneReference(n=400))
+
+    def draw(shift: int, noise: float):
+        def sampler(prompts, seeds) -> Tensor:
+            drawn = np.stack([scenes.image_at(seed + shift, protocol.prompt_seed)[1] for seed in seeds])
+            noisy = drawn + noise * np.random.default_rng(int(seeds[0])).standard_normal(drawn.shape)
+            return torch.from_numpy(np.clip(noisy, 0, 255).astype(np.uint8)).permute(0, 3, 1, 2)
+
+        return sampler
+
+    right, noisy, moved = (
+        evaluation.evaluate(draw(shift, noise), protocol=protocol, n=200)
+        for shift, noise in ((0, 0), (0, 40), (1, 0))
+    )
+    assert right["fd:scenes-v1"] < 0.2 * noisy["fd:scenes-v1"]
+    assert moved["fd:scenes-v1"] == pytest.approx(right["fd:scenes-v1"], abs=5 * right["fd:scenes-v1/se"])
+    assert right["clip:scenes-v1"] > moved["clip:scenes-v1"] + 30
+    assert right["attributes/all"] > 0.95 and moved["attributes/all"] < 0.1
 
 
 def test_every_metric_says_what_it_needs() -> None:

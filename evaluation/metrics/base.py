@@ -20,8 +20,7 @@ class Inputs:
     """What metrics are computed from. Only the fields a metric names in `needs` have to be there.
 
     images: the samples, in order of index; captions: theirs, one each; extractor and reference: for
-    distances;
-    timed: the sampler with its settings, and, when there is one, its teacher after it.
+    distances; timed: the sampler with its settings, and, when there is one, its teacher after it.
     """
 
     images: Images | None = None

@@ -90,8 +90,11 @@ class ClipScore:
     @functools.cached_property
     def _clip(self) -> _Clip:
         from transformers import AutoTokenizer, CLIPModel
+        from transformers.utils import logging
 
         path = self.directory or assets.path("clip")
+        shown = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
         try:
             processor = json.loads((path / "preprocessor_config.json").read_text())
             mean, std = (torch.tensor(processor[key]).view(3, 1, 1) for key in ("image_mean", "image_std"))
@@ -101,6 +104,9 @@ class ClipScore:
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"the CLIP model in {path} cannot be loaded ({reason}).") from None
+        finally:
+            if shown:
+                logging.enable_progress_bar()
         return _Clip(model.eval().requires_grad_(False), tokenizer, mean, std)
 
 
