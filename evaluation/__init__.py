@@ -37,9 +37,9 @@ def evaluate(
         protocol: its name, or a `Protocol`.
         n: number of samples; None is the protocol's own. Fewer are marked in the result: "scenes-2k[n=500]".
         metrics: names in `evaluation.metrics.METRICS`. Latency needs a pipeline directory: see `run`.
-        extractor: "scenes-v1", a directory, or an `Extractor`; None is the protocol's. reference: a folder
-        or Parquet file of real images instead of the protocol's reference (only "fd" can then be
-            measured), or statistics made by the same extractor.
+        extractor: "scenes-v1", a directory, or an `Extractor`; None is the protocol's.
+        reference: a folder or Parquet file of real images instead of the protocol's reference (only "fd" can
+            then be measured), or statistics made by the same extractor.
         classes: number of classes of a class-conditional sampler; image i has the class i mod `classes`.
 
     Returns:
