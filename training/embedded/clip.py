@@ -348,6 +348,8 @@ def train(args: argparse.Namespace) -> None:
     started = time.monotonic()
     common.prepare(args.threads, args.seed)
     tokenizer, model, reader, pointer = build_tokenizer(), build_model(), Reader(), Pointer()
+    if args.init:  # the auxiliary heads are not kept, and learn anew in the first hundred steps
+        model = type(model).from_pretrained(args.init, dtype=torch.float32)
     average = common.Average(model, 0.998)
     parameters = [*model.parameters(), *reader.parameters(), *pointer.parameters()]
     decayed = [p for p in parameters if p.ndim > 1]
@@ -359,7 +361,7 @@ def train(args: argparse.Namespace) -> None:
     )
     rng = np.random.default_rng(args.seed)
     logged = time.monotonic()
-    for step in range(args.steps):
+    for step in range(args.stop or args.steps):
         drawn, images, same = draw_batch(rng, args.batch // 2)
         ids = tokenize(tokenizer, [caption_with_noise(scene, rng) for scene in drawn])
         truth = torch.tensor([common.answers(scene) for scene in drawn])
@@ -394,7 +396,7 @@ def train(args: argparse.Namespace) -> None:
     common.write_report(
         clip / "training.json",
         started,
-        command=f"python -m training.embedded.clip --steps {args.steps} --seed {args.seed}",
+        command=common.command(__spec__.name, args, ("init", "steps", "stop", "lr", "seed")),
         steps=args.steps,
         retrieval=retrieval(reread, tokenizer, 512),
         parameters={
@@ -411,6 +413,8 @@ def main() -> None:
         "--teacher", required=True, help="pipeline directory that receives text_encoder and tokenizer"
     )
     parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--stop", type=int, default=0, help="leave the schedule of --steps at this step; 0 = at its end")
+    parser.add_argument("--init", default="", help="directory of a CLIP model to start from")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=64, help="images per step")

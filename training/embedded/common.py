@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import math
@@ -142,3 +143,9 @@ def write_report(path: str | os.PathLike[str], started: float, **values: Any) ->
     with atomic_write(path) as temporary:
         Path(temporary).write_text(text + "\n")
     print(text, flush=True)
+
+
+def command(module: str, args: argparse.Namespace, names: Sequence[str]) -> str:
+    """The command line that repeats a training, for its report."""
+    given = {name: getattr(args, name) for name in names}
+    return " ".join([f"python -m {module}", *(f"--{name} {value}" for name, value in given.items() if value)])

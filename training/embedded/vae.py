@@ -88,12 +88,12 @@ def train(args: argparse.Namespace) -> None:
     common.prepare(args.threads, args.seed)
     _, pool = common.scene_pool(args.pool, seed=args.seed)
     held_out, held_images = common.scene_pool(256, seed=common.HELD_OUT_SEED)
-    vae = build()
+    vae = type(build()).from_pretrained(args.init, torch_dtype=torch.float32) if args.init else build()
     average = common.Average(vae, 0.998)
     optimiser = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-4)
     draw = torch.Generator().manual_seed(args.seed)
     logged = saved = time.monotonic()
-    for step in range(args.steps):
+    for step in range(args.stop or args.steps):
         small = step < CROPS * args.steps
         indices = torch.randint(len(pool), (args.batch if small else args.full_batch,), generator=draw)
         images = common.to_unit(crops(pool[indices], draw) if small else pool[indices])
@@ -126,7 +126,7 @@ def train(args: argparse.Namespace) -> None:
     common.write_report(
         Path(args.out) / "training.json",
         started,
-        command=f"python -m training.embedded.vae --steps {args.steps} --seed {args.seed}",
+        command=common.command(__spec__.name, args, ("init", "steps", "stop", "lr", "seed")),
         steps=args.steps,
         psnr=round(common.psnr(reconstructed, held_images), 2),
         checker=common.checker_accuracy(reconstructed, held_out),
@@ -146,6 +146,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", required=True, help="directory for the autoencoder")
     parser.add_argument("--steps", type=int, default=12000)
+    parser.add_argument("--stop", type=int, default=0, help="leave the schedule of --steps at this step; 0 = at its end")
+    parser.add_argument("--init", default="", help="directory of an autoencoder to start from")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=32, help="crops per step")

@@ -1,0 +1,120 @@
+"""One face for student, teacher and fake score: `denoiser(x_t, t, cond) -> Prediction`, in any schedule."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.prediction import Prediction
+from stepdistill.schedule import Schedule, expand
+
+# What a network is told besides x_t and t: a tensor, a dict of tensors (all with the batch first), or nothing.
+Cond = Tensor | dict[str, Tensor] | None
+
+
+class Denoiser(nn.Module):
+    """A network together with the schedule and the kind of quantity it was trained for.
+
+    Args:
+        network: `network(x_t, t, cond, **extras) -> raw`, with x_t (B, ...) and t (B,) in `native` time.
+        kind: what `raw` is, one of `prediction.KINDS`.
+        native: the schedule the network was trained under.
+        schedule: the schedule callers speak; `native` when not given.
+
+    Called under another schedule, the state is moved to the native time of equal rho and rescaled to its norm; x0 is
+    the same picture in both, so it alone is carried back (methods.md frame, "model wrapping between schedules").
+    """
+
+    def __init__(self, network: nn.Module, kind: str, native: Schedule, schedule: Schedule | None = None):
+        super().__init__()
+        self.network = network
+        self.kind = kind
+        self.native = native
+        self.schedule = schedule or native
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None, **extras: Tensor) -> Prediction:
+        """x_t: (B, ...); t: (B,) in `self.schedule`; extras: what the student alone is told, such as `guidance` (B,).
+
+        The raw output is brought to at least float32 before any algebra.
+        """
+        if self.schedule is self.native:
+            return Prediction(self._raw(x_t, t, cond, extras), self.kind, x_t, t, self.native)
+        ours, native = self.schedule, self.native
+        t_native = native.t_of_rho(ours.rho(t))
+        # Same ratio, and stable as alpha goes to 0: both norms are taken of (alpha, sigma).
+        norm = torch.hypot(native.alpha(t_native), native.sigma(t_native)) / torch.hypot(ours.alpha(t), ours.sigma(t))
+        x_native = x_t * expand(norm, x_t)
+        x0 = Prediction(self._raw(x_native, t_native, cond, extras), self.kind, x_native, t_native, native).x0
+        return Prediction(x0, "x0", x_t, t, ours)
+
+    def _raw(self, x_t: Tensor, t: Tensor, cond: Cond, extras: dict[str, Tensor]) -> Tensor:
+        raw = self.network(x_t, t, cond, **extras)
+        return raw if raw.dtype == torch.float64 else raw.float()
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        """Blocks worth tapping in forward order, name -> channels (`features.tap`)."""
+        return {f"network.{name}": channels for name, channels in self.network.blocks.items()}
+
+    @property
+    def middle(self) -> str:
+        """The bottleneck among `blocks`."""
+        return f"network.{self.network.middle}"
+
+    def under(self, schedule: Schedule) -> Denoiser:
+        """The same network (shared, not copied) spoken to in another schedule."""
+        return Denoiser(self.network, self.kind, self.native, schedule)
+
+    def clone(self) -> Denoiser:
+        """A copy with its own trainable parameters: how a student or a fake score starts from the teacher."""
+        twin = copy.deepcopy(self)
+        return twin.requires_grad_(True)
+
+
+def guided(
+    denoiser: Callable[..., Prediction], x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, scale: float | Tensor
+) -> Prediction:
+    """Classifier-free guidance, uncond + scale (cond - uncond); scale 1 is off and costs one call.
+
+    Guidance is linear, so guiding x0, eps, v or flow at the same (x_t, t) is the same thing (Ho & Salimans 2022).
+    scale: a number, or (B,) one per sample. Both halves run in one call of batch 2B.
+    """
+    if not isinstance(scale, Tensor) and scale == 1:
+        return denoiser(x_t, t, cond)
+    both = denoiser(torch.cat((x_t, x_t)), torch.cat((t, t)), map_cond(lambda u, c: torch.cat((u, c)), uncond, cond))
+    unconditional, conditional = both.raw.chunk(2)
+    if isinstance(scale, Tensor):
+        scale = expand(scale, x_t)
+    raw = unconditional + scale * (conditional - unconditional)
+    return Prediction(raw, both.kind, x_t, t, both.schedule)
+
+
+def map_cond(function: Callable[..., Any], *conds: Cond) -> Any:
+    """Apply `function` to the matching tensors of one or more conditions; None stays None.
+
+    Raises:
+        ValueError: the conditions are not of one form (a guided call without `uncond`, say).
+    """
+    first = conds[0]
+    if any(type(cond) is not type(first) for cond in conds):
+        raise ValueError("cond and uncond must have the same form; guidance needs both")
+    if first is None:
+        return None
+    if isinstance(first, dict):
+        return {key: function(*(cond[key] for cond in conds)) for key in first}
+    return function(*conds)
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel and friends; hooks and attributes live there."""
+    while isinstance(getattr(module, "module", None), nn.Module):
+        module = module.module
+    return getattr(module, "_orig_mod", module)
+
+
+def parameter_count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,66 @@
+"""Exponential moving average of a network's trainable parameters."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """ema <- d ema + (1 - d) parameter, kept in float32 beside the network.
+
+    Args:
+        module: the network followed; its trainable parameters and nothing else.
+        decay: the final d; 0 keeps no memory (the average is the network itself).
+
+    The decay in force is min(decay, (1 + n) / (10 + n)) after n updates, so that a short run is not an average of its
+    initialisation.
+    """
+
+    def __init__(self, module: nn.Module, decay: float):
+        if not 0 <= decay < 1:
+            raise ValueError(f"ema decay must be in [0, 1), got {decay}")
+        self.decay, self.updates = decay, 0
+        self.shadow = {name: p.detach().float().clone() for name, p in module.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        parameters = dict(module.named_parameters())
+        for name, average in self.shadow.items():
+            average.lerp_(parameters[name].detach().float(), 1 - decay)
+
+    @contextlib.contextmanager
+    def applied(self, module: nn.Module) -> Iterator[None]:
+        """Put the average into `module` for the length of the block."""
+        parameters = dict(module.named_parameters())
+        kept = {name: parameters[name].detach().clone() for name in self.shadow}
+        try:
+            self._write(parameters, self.shadow)
+            yield
+        finally:
+            self._write(parameters, kept)
+
+    def put(self, module: nn.Module) -> None:
+        """Put the average into `module` for good."""
+        self._write(dict(module.named_parameters()), self.shadow)
+
+    @staticmethod
+    @torch.no_grad()
+    def _write(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            parameters[name].copy_(value)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return dict(self.shadow) | {"updates": torch.tensor(self.updates)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        if missing := set(self.shadow) ^ (set(state) - {"updates"}):
+            raise ValueError(f"the saved average does not fit this network: {sorted(missing)[:3]} differ")
+        self.updates = int(state["updates"])
+        for name in self.shadow:
+            self.shadow[name] = state[name].float().clone()

@@ -1,0 +1,68 @@
+"""What every command does with wrong input and half-written files.
+
+A mistake of the user is a `UserError`: one sentence that names the field, the value and what to do. Commands wrap their
+`main` in `cli_errors()`, so such a mistake ends with exit code 2 and no traceback, and an interruption with 130.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import errno
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+
+class UserError(Exception):
+    """Wrong input. The message is one sentence for the person who typed it."""
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """The sentence " Did you mean 'x'?" for the closest of `choices`, or "" when nothing is close."""
+    match = difflib.get_close_matches(str(name), [str(choice) for choice in choices], n=1, cutoff=0.5)
+    return f" Did you mean {match[0]!r}?" if match else ""
+
+
+@contextlib.contextmanager
+def cli_errors() -> Iterator[None]:
+    """Turn the failures a person can act on into one line on stderr and an exit code.
+
+    `UserError` and a full disk exit 2, Ctrl-C exits 130. Anything else is a defect of ours and keeps its traceback.
+    """
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" while writing {error.filename}" if error.filename else ""
+        print(f"error: the disk is full{where}; free some space and run the same command again.", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside `path` (file or directory) and rename it onto `path` if the block succeeds.
+
+    A reader therefore sees the old content or the new one, never half of it. On failure the temporary is removed and
+    `path` is as it was. A directory that exists already is replaced.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    holder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield holder / path.name
+        if (holder / path.name).is_dir() and path.is_dir():
+            os.replace(path, holder / "replaced")
+        os.replace(holder / path.name, path)
+    finally:
+        shutil.rmtree(holder, ignore_errors=True)

@@ -1,0 +1,121 @@
+"""A trained student as a stock diffusers pipeline directory that knows its own sampling and carries a model card.
+
+The directory loads by `DiffusionPipeline.from_pretrained` where this package is not installed. What the stock files cannot
+hold (the step counts it was trained for, timesteps that are call arguments, where it came from) is in `stepdistill.json` and in
+the README.md beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from stepdistill import __version__
+from stepdistill.denoiser import Denoiser, unwrap
+from stepdistill.errors import atomic_write
+from stepdistill.families.base import Family
+from stepdistill.methods.base import Method
+from stepdistill.sampling import CARD
+
+
+def card_of(family: Family, method: Method, recipe: dict[str, Any], **facts: Any) -> dict[str, Any]:
+    """What a student directory says of itself; `ImageSampler` samples by it.
+
+    recipe: the resolved recipe as plain values. facts: further entries, such as `step` and `weights`.
+    """
+    kind = "student" if method.needs_teacher else "teacher"
+    card: dict[str, Any] = {
+        "format": 1,
+        "stepdistill": __version__,
+        "kind": kind,
+        "name": Path(recipe["run"]["out"]).name,
+        "family": family.name,
+        "method": recipe["method"]["name"],
+        "rule": method.rule,
+        "init_noise": "unit",
+        "extras": list(method.student_extras),
+        "guidance_free": method.guidance_free,
+        "guidance_scale": method.guidance_scale,
+        "teacher": recipe["family"].get("teacher", ""),
+        "recipe": recipe,
+        "commit": commit(),
+    }
+    if kind == "student":
+        times = {str(n): method.grid(family.schedule, n) for n in method.steps}
+        card |= {"steps": list(method.steps), "finest": method.finest, "timesteps": times}
+    return card | facts
+
+
+def write(family: Family, student: Denoiser, directory: Path, card: dict[str, Any]) -> None:
+    """Write the pipeline, stepdistill.json and the model card; `directory` appears whole or not at all."""
+    with atomic_write(directory) as temporary:
+        family.export(unwrap(student), temporary, card)
+        temporary.joinpath(CARD).write_text(json.dumps(card, indent=2) + "\n")
+        temporary.joinpath("README.md").write_text(readme(family, card))
+
+
+def readme(family: Family, card: dict[str, Any]) -> str:
+    """The model card, with code that runs where this package is not installed."""
+    student = card["kind"] == "student"
+    lines = [
+        "---", "library_name: diffusers", "tags: [stepdistill]", "---",
+        f"# {card['name']}",
+        "",
+        f"A {card['method']} student in {' / '.join(map(str, card['steps']))} steps, distilled from `{card['teacher']}`."
+        if student
+        else "A multi-step teacher.",
+        "",
+        "```python",
+        "import torch",
+        "from diffusers import DiffusionPipeline",
+        "",
+        'pipeline = DiffusionPipeline.from_pretrained("PATH_TO_THIS_DIRECTORY")',
+        *_call(family, card),
+        "```",
+        "",
+        "| | |",
+        "|---|---|",
+    ]  # fmt: skip
+    rows = {"method": card["method"], "teacher": card["teacher"] or "none (trained from data)"}
+    if student:
+        rows["steps"] = "; ".join(f"{n}: t = {', '.join(f'{t:g}' for t in ts)}" for n, ts in card["timesteps"].items())
+        rows["sampling rule"] = f"{card['rule']}, first input {card['init_noise']} noise"
+    if card["guidance_free"]:
+        rows["guidance"] = "none at sampling: it is distilled into the weights, and a negative prompt has no effect"
+    else:
+        rows["guidance"] = f"guidance_scale g in uncond + g (cond - uncond), 1 = off; default {card['guidance_scale']:g}"
+    rows |= {
+        "weights": card.get("weights", "raw"),
+        "optimiser steps": card.get("step", "unknown"),
+        "made at commit": card["commit"],
+        "licence": "that of the teacher and its data",
+    }
+    lines += [f"| {key} | {value} |" for key, value in rows.items()]
+    for name, value in card.get("metrics", {}).items():
+        lines.append(f"| {name} | {value} |")
+    return "\n".join([*lines, "", "The resolved recipe is in `stepdistill.json`.", ""])
+
+
+def _call(family: Family, card: dict[str, Any]) -> list[str]:
+    """The lines of the card that draw an image."""
+    steps = min(card.get("steps", [50]))
+    if family.conditions == "prompt":
+        guidance = "" if card["guidance_free"] else f", guidance_scale={card['guidance_scale']:g}"
+        return [f'image = pipeline("PROMPT", num_inference_steps={steps}{guidance}).images[0]']
+    label = ", class_labels=0" if family.conditions == "class" else ""
+    return [f"image = pipeline(num_inference_steps={steps}{label}).images[0]"]
+
+
+def commit() -> str:
+    """The commit this package runs at, "+" when its files differ from it; "unknown" outside a checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")

@@ -1,0 +1,9 @@
+"""All model families by the name a recipe uses. Adding one is one file and one line here."""
+
+from __future__ import annotations
+
+FAMILIES = {
+    "toy": "stepdistill.families.toy:Toy",
+    "sd": "stepdistill.families.sd:SD",
+    "pixel": "stepdistill.families.pixel:Pixel",
+}

@@ -1,0 +1,203 @@
+"""The contract of a family: a diffusers pipeline in, denoisers and an exported pipeline out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from stepdistill.denoiser import Cond, Denoiser, parameter_count
+from stepdistill.errors import UserError
+from stepdistill.schedule import VP, Flow, Schedule
+
+# Pipeline classes (the `_class_name` of model_index.json) and the family that serves them.
+PIPELINES = {
+    "StableDiffusionPipeline": "sd",
+    "LatentConsistencyModelPipeline": "sd",
+    "ConsistencyModelPipeline": "pixel",
+    "DDPMPipeline": "pixel",
+    "DDIMPipeline": "pixel",
+}
+
+
+class Family:
+    """Turns a diffusers pipeline into a `Denoiser` and a trained student back into a pipeline directory.
+
+    Attributes every family sets:
+        teacher: the pipeline's denoiser, or None when a fresh network is to be trained.
+        shape: of one x0, such as (4, 64, 64). resolution: (H, W) of images.
+        conditions: "prompt", "class" or "none"; class_names when known.
+        pipeline: the diffusers pipeline behind it, None for the toy.
+    """
+
+    name: ClassVar[str] = ""
+    default_guidance: float = 1.0
+    teacher: Denoiser | None
+    shape: tuple[int, ...]
+    resolution: tuple[int, int]
+    conditions: str
+    class_names: tuple[str, ...] | None = None
+    pipeline: Any = None
+    latent: bool = False  # x0 is the output of an encoder, worth computing once per data set
+    metrics: dict[str, Callable[[Callable[[int], Tensor]], float]]  # the family's own, {} for most
+
+    @classmethod
+    def from_directory(cls, path: Path) -> Family:
+        """The family around a saved pipeline, teacher or student. Raises UserError as `read_pipeline` does."""
+        raise NotImplementedError
+
+    def fresh(self) -> Denoiser:
+        """A network with random weights, for `student.init=random`."""
+        raise UserError(f"student.init=random: the family {self.name!r} has no network to start from; use student.init=teacher.")
+
+    def student(self, init: str, extras: Sequence[str]) -> Denoiser:
+        """The network a run trains.
+
+        init: "teacher" (a copy), "random", or a saved student directory. extras: what it is told besides x_t, t, cond.
+        """
+        if init == "random":
+            student = self.fresh()
+        elif init == "teacher":
+            if self.teacher is None:
+                raise UserError("student.init=teacher needs family.teacher; give its directory or use student.init=random.")
+            student = self.teacher.clone()
+        else:
+            student = type(self).from_directory(Path(init)).teacher.clone()
+        for extra in extras:
+            if extra not in getattr(student.network, "extras", {}):
+                raise UserError(f"the family {self.name!r} cannot tell its student the {extra!r} this method needs.")
+            student.network.extras[extra]()
+        return student
+
+    def told(self, source: Any, indices: Sequence[int]) -> list:
+        """What `encode` is given for the examples `indices` of a data source: captions, class indices, or anything."""
+        listed = {"prompt": source.captions, "class": source.labels}.get(self.conditions)
+        return [listed[i] for i in indices] if listed is not None else list(indices)
+
+    def encode(self, prompts: Sequence[str] | Sequence[int]) -> Cond:
+        """Captions or class indices -> condition, batch first."""
+        raise NotImplementedError
+
+    def uncond(self, count: int) -> Cond:
+        """The condition that stands for none."""
+        raise NotImplementedError
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """uint8 (N, 3, H, W) -> x0 (N, *shape)."""
+        raise NotImplementedError
+
+    def examples(self, source: Any, indices: Sequence[int]) -> Tensor:
+        """x0 of the images `indices` of a data source."""
+        return self.encode_images(torch.from_numpy(source.images(indices)).permute(0, 3, 1, 2))
+
+    def latent_key(self) -> str:
+        """Names the encoder and its weights, for caches of x0."""
+        raise NotImplementedError
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """x0 (N, *shape) -> images in about [0, 1] (N, 3, H, W); differentiable."""
+        raise NotImplementedError
+
+    def picture(self, x0: Tensor) -> np.ndarray:
+        """x0 (N, *shape) as one row of images, uint8 (H, W, 3), for previews."""
+        with torch.no_grad():
+            images = self.decode(x0).clamp(0, 1).mul(255).round().to(torch.uint8).cpu()
+        return torch.cat(list(images), 2).permute(1, 2, 0).numpy()
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Frozen helpers besides the denoiser (VAE, text encoder), by component name."""
+        return {}
+
+    def to(self, device: str | torch.device, dtype: torch.dtype = torch.float32) -> Family:
+        """Move teacher and helpers."""
+        for module in (self.teacher, *self.modules().values()):
+            if module is not None:
+                module.to(device, dtype)
+        return self
+
+    def parameters(self) -> dict[str, int]:
+        """Parameter counts of the helpers a generated image costs, by stage."""
+        return {name: parameter_count(module) for name, module in self.modules().items()}
+
+    def export(self, student: Denoiser, directory: Path, card: dict[str, Any]) -> None:
+        """Write a stock diffusers pipeline directory with the student's few-step scheduler.
+
+        card: what `export.write` knows of the run; steps, finest, init_noise, rule, guidance_free, extras, kind.
+        """
+        raise UserError(f"the family {self.name!r} has no pipeline to export to.")
+
+
+def family_of(path: Path) -> str:
+    """The family that serves a pipeline directory, told by its model_index.json."""
+    name = read_index(path)["_class_name"]
+    if name not in PIPELINES:
+        raise UserError(f"{path} is a {name}, which no family serves yet; supported are {', '.join(sorted(PIPELINES))}.")
+    return PIPELINES[name]
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """model_index.json of a pipeline directory, with a clear sentence when it is not one."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give the directory of a diffusers pipeline.")
+    index = path / "model_index.json"
+    if not index.is_file():
+        raise UserError(f"{path} is not a diffusers pipeline directory: it has no model_index.json.")
+    try:
+        content = json.loads(index.read_text())
+        content["_class_name"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{index} is damaged: not a JSON object naming a pipeline class; fetch or export it again.") from None
+    return content
+
+
+def refuse_pickles(path: Path) -> None:
+    """Weights are safetensors. A pickle runs code when it is opened, so none is, and the way out is named."""
+    for folder in (path, *(p for p in path.iterdir() if p.is_dir())):
+        pickles = [p for suffix in ("bin", "ckpt", "pt", "pth", "pkl") for p in folder.glob(f"*.{suffix}")]
+        if pickles and not any(folder.glob("*.safetensors")):
+            raise UserError(
+                f"{pickles[0]} holds pickled weights, which are never loaded; convert them to safetensors "
+                "(pipeline.save_pretrained(..., safe_serialization=True)) and point at the result."
+            )
+
+
+def read_pipeline(path: Path, **components: Any) -> Any:
+    """`DiffusionPipeline.from_pretrained` on a directory or hub id, float32, safetensors only, failing in one sentence."""
+    from diffusers import DiffusionPipeline
+
+    text = str(path)
+    local = path.exists() or text.startswith((".", "/", "~")) or text.count("/") != 1
+    if local:
+        read_index(path)
+        refuse_pickles(path)
+    try:
+        return DiffusionPipeline.from_pretrained(text, torch_dtype=torch.float32, use_safetensors=True, **components)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise UserError(f"the pipeline at {text} cannot be loaded: {first_line(error)}") from None
+
+
+def first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no details'}"
+
+
+def schedule_of(scheduler: Any) -> tuple[Schedule, str]:
+    """A diffusers scheduler's noise process and the kind its network predicts.
+
+    Raises:
+        UserError: a scheduler whose process is none of ours.
+    """
+    kinds = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+    if hasattr(scheduler, "alphas_cumprod"):
+        kind = getattr(scheduler.config, "prediction_type", "epsilon")
+        if kind not in kinds:
+            raise UserError(f"the teacher's scheduler predicts {kind!r}; supported are {', '.join(kinds)}.")
+        return VP(scheduler.alphas_cumprod), kinds[kind]
+    if type(scheduler).__name__.startswith("FlowMatch"):
+        return Flow(), "flow"
+    raise UserError(f"the teacher's scheduler {type(scheduler).__name__} has no noise process this library knows.")

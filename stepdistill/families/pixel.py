@@ -1,0 +1,155 @@
+"""Pixel-space UNet2DModel, class-conditional or not.
+
+Two layouts are read: `ConsistencyModelPipeline` (EDM scalings; takes labels) and `DDPMPipeline` / `DDIMPipeline` (a DDPM table,
+no labels). A fresh network is made in the first, because it is the stock pipeline that takes class labels and steps a few-step
+student: teacher and student then differ in nothing but their weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.denoiser import Cond, Denoiser
+from stepdistill.errors import UserError
+from stepdistill.families.base import Family, first_line, read_pipeline, schedule_of
+from stepdistill.schedule import EDM, expand
+
+
+class PixelUNet(nn.Module):
+    """The face of a UNet2DModel; cond is class indices (B,) int64, the last one meaning "no class", or None.
+
+    With `sigma_data` the network is preconditioned as `CMStochasticIterativeScheduler` does it (Song et al. 2023, App. C):
+    x0 = c_skip x_t + c_out unet(c_in x_t, 250 log sigma), and x0 = x_t at sigma_min exactly.
+    """
+
+    middle = "unet.mid_block"
+
+    def __init__(self, unet: nn.Module, sigma_data: float | None = None, sigma_min: float = 0.002):
+        super().__init__()
+        self.unet, self.sigma_data, self.sigma_min = unet, sigma_data, sigma_min
+
+    @property
+    def extras(self) -> dict[str, Callable[[], None]]:
+        return {}
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        widths = list(self.unet.config.block_out_channels)
+        down = {f"unet.down_blocks.{i}": width for i, width in enumerate(widths)}
+        up = {f"unet.up_blocks.{i}": width for i, width in enumerate(reversed(widths))}
+        return down | {self.middle: widths[-1]} | up
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+        dtype = self.unet.dtype
+        if self.sigma_data is None:
+            return self.unet(x_t.to(dtype), t.to(x_t.device, torch.float32), class_labels=cond).sample
+        data, sigma = self.sigma_data, t.double()
+        norm = (sigma**2 + data**2).sqrt()
+        c_skip = expand(data**2 / ((sigma - self.sigma_min) ** 2 + data**2), x_t)
+        c_out, c_in = expand((sigma - self.sigma_min) * data / norm, x_t), expand(1 / norm, x_t)
+        noise = (250 * sigma.clamp(min=1e-20).log()).to(x_t.device, torch.float32)
+        raw = self.unet((c_in * x_t).to(dtype), noise, class_labels=cond).sample
+        return c_skip * x_t + c_out * raw.to(x_t.dtype)
+
+
+class Pixel(Family):
+    """x0 is the image itself in [-1, 1]."""
+
+    name = "pixel"
+
+    @dataclass
+    class Config:
+        teacher: str = ""  # pipeline directory or hub id
+        # Only for student.init=random: the UNet2DModel's configuration; num_class_embeds counts the classes, without
+        # the extra "no class" entry, which is added.
+        unet: dict[str, Any] = field(default_factory=dict)
+        class_names: tuple[str, ...] = ()
+
+    def __init__(self, config: Pixel.Config):
+        self.config, self.metrics = config, {}
+        if config.unet:
+            self.teacher, self.schedule, self.kind, self.pipeline = None, EDM(), "x0", None
+            self._describe(config.unet.get("sample_size", 32), config.unet.get("num_class_embeds"))
+        elif config.teacher:
+            self._set_pipeline(read_pipeline(Path(config.teacher)))
+        else:
+            raise UserError("family.teacher is missing; give a pipeline directory, or family.unet to train a fresh network.")
+        self.class_names = tuple(config.class_names) or self.class_names
+
+    @classmethod
+    def from_directory(cls, path: Path) -> Pixel:
+        return cls(cls.Config(teacher=str(path)))
+
+    def _set_pipeline(self, pipeline: Any) -> None:
+        self.pipeline, scheduler, unet = pipeline, pipeline.scheduler, pipeline.unet
+        if type(scheduler).__name__ == "CMStochasticIterativeScheduler":
+            config = scheduler.config
+            self.schedule, self.kind = EDM(config.sigma_min, config.sigma_max), "x0"
+            network = PixelUNet(unet, config.sigma_data, config.sigma_min)
+        else:
+            self.schedule, self.kind = schedule_of(scheduler)
+            network = PixelUNet(unet)
+        self.teacher = Denoiser(network, self.kind, self.schedule).eval().requires_grad_(False)
+        embeds = unet.config.num_class_embeds
+        self._describe(unet.config.sample_size, embeds - 1 if embeds else None)
+
+    def _describe(self, size: int | Sequence[int], classes: int | None) -> None:
+        self.resolution = (size, size) if isinstance(size, int) else tuple(size)
+        self.shape = (3, *self.resolution)
+        self.classes = classes
+        self.conditions = "class" if classes else "none"
+        self.class_names = tuple(str(i) for i in range(classes)) if classes else None
+
+    def fresh(self) -> Denoiser:
+        from diffusers import UNet2DModel
+
+        if not self.config.unet:
+            raise UserError("student.init=random needs family.unet, the configuration of the UNet2DModel to train.")
+        settings = dict(self.config.unet)
+        if self.classes:
+            settings["num_class_embeds"] = self.classes + 1
+        try:
+            unet = UNet2DModel.from_config(settings)
+        except (ValueError, TypeError, IndexError) as error:
+            raise UserError(f"family.unet is no valid UNet2DModel configuration: {first_line(error)}") from None
+        return Denoiser(PixelUNet(unet, sigma_data=0.5), "x0", self.schedule)
+
+    def encode(self, prompts: Sequence[int]) -> Cond:
+        if self.conditions == "none":
+            return None
+        labels = torch.as_tensor([int(label) for label in prompts])
+        if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) < self.classes):
+            raise UserError(f"class labels must be between 0 and {self.classes - 1}, got {int(labels.min())}..{int(labels.max())}.")
+        return labels
+
+    def uncond(self, count: int) -> Cond:
+        return torch.full((count,), self.classes) if self.classes else None
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        return images.float() / 127.5 - 1
+
+    def decode(self, x0: Tensor) -> Tensor:
+        return x0 / 2 + 0.5
+
+    def export(self, student: Denoiser, directory: Path, card: dict[str, Any]) -> None:
+        from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, DDPMPipeline
+
+        network = student.network
+        if network.sigma_data is not None:
+            scheduler = CMStochasticIterativeScheduler(
+                num_train_timesteps=40, sigma_min=self.schedule.t_min, sigma_max=self.schedule.t_max, sigma_data=network.sigma_data
+            )
+            pipeline = ConsistencyModelPipeline(network.unet, scheduler)
+        else:
+            from stepdistill.families.sd import few_step_scheduler
+
+            stock = self.pipeline.scheduler
+            scheduler = stock if card["kind"] == "teacher" else few_step_scheduler(stock, card)
+            pipeline = DDPMPipeline(network.unet, scheduler)
+        pipeline.save_pretrained(directory, safe_serialization=True)

@@ -1,0 +1,237 @@
+"""Stable Diffusion 1.x / 2.x: UNet2DConditionModel + CLIPTextModel + AutoencoderKL, eps or v prediction.
+
+The embedded miniature has the same layout, so what works on it works on the full-size models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill import assets
+from stepdistill.denoiser import Cond, Denoiser
+from stepdistill.errors import UserError
+from stepdistill.families.base import Family, first_line, read_pipeline, refuse_pickles, schedule_of
+
+GUIDANCE_DIM = 256  # of the embedded guidance scale, LCM's time_cond_proj_dim
+
+
+class ConditionedUNet(nn.Module):
+    """The face of a UNet2DConditionModel; cond is the text encoder's states (B, tokens, width)."""
+
+    def __init__(self, unet: nn.Module):
+        super().__init__()
+        self.unet = unet
+
+    @property
+    def extras(self) -> dict[str, Callable[[], None]]:
+        return {"guidance": self.add_guidance}
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        widths = list(self.unet.config.block_out_channels)
+        down = {f"unet.down_blocks.{i}": width for i, width in enumerate(widths)}
+        up = {f"unet.up_blocks.{i}": width for i, width in enumerate(reversed(widths))}
+        return down | {self.middle: widths[-1]} | up
+
+    middle = "unet.mid_block"
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor, guidance: Tensor | None = None) -> Tensor:
+        """guidance: (B,) the scale g; the embedding is of w = g - 1, as the exported pipeline makes it."""
+        dtype = self.unet.dtype
+        embedded = None
+        if guidance is not None:
+            embedded = guidance_embedding(guidance - 1, self.unet.config.time_cond_proj_dim).to(x_t.device, dtype)
+        return self.unet(x_t.to(dtype), t.to(x_t.device, torch.float32), cond.to(dtype), timestep_cond=embedded).sample
+
+    def add_guidance(self) -> None:
+        """Give the UNet an embedded guidance scale; its projection starts at zero, so nothing changes at first."""
+        if self.unet.config.time_cond_proj_dim is None:
+            self.unet = with_guidance(self.unet).train(self.unet.training)
+
+
+def guidance_embedding(w: Tensor, dim: int) -> Tensor:
+    """Sinusoids of 1000 w, (B,) -> (B, dim), the formula stock pipelines embed `guidance_scale - 1` with."""
+    half = dim // 2
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -(math.log(10000.0) / (half - 1)))
+    angles = 1000 * w.float()[:, None] * frequencies.to(w.device)[None]
+    return torch.cat((angles.sin(), angles.cos()), 1)
+
+
+def with_guidance(unet: nn.Module) -> nn.Module:
+    """A copy of `unet` with a zero time_cond_proj.
+
+    A stock pipeline never runs classifier-free guidance on such a UNet, which is what a guidance-free student wants too.
+    """
+    config = dict(unet.config) | {"time_cond_proj_dim": GUIDANCE_DIM}
+    twin = type(unet).from_config(config).to(unet.device, unet.dtype)
+    missing, unexpected = twin.load_state_dict(unet.state_dict(), strict=False)
+    assert missing == ["time_embedding.cond_proj.weight"] and not unexpected, (missing, unexpected)
+    nn.init.zeros_(twin.time_embedding.cond_proj.weight)
+    return twin
+
+
+class SD(Family):
+    """Prompts, latents of the pipeline's VAE, classifier-free guidance with the empty prompt."""
+
+    name = "sd"
+    conditions = "prompt"
+    default_guidance = 3.0
+    latent = True
+
+    @dataclass
+    class Config:
+        teacher: str = "assets/teacher"  # pipeline directory or hub id; "assets/..." is found wherever the package lies
+        # Only for student.init=random: the UNet2DConditionModel's configuration and what it learns to predict.
+        unet: dict[str, Any] = field(default_factory=dict)
+        prediction_type: Literal["v_prediction", "epsilon"] = "v_prediction"
+
+    def __init__(self, config: SD.Config):
+        self.config, self.metrics = config, {}
+        path = Path(config.teacher)
+        if path.parts[:1] == ("assets",) and not path.exists():
+            path = assets.path(path.parts[1])
+        self.path = path
+        if config.unet:
+            self._set_components(_components(path))
+            self.teacher, self.pipeline = None, None
+            self.scheduler = _teacher_scheduler(config.prediction_type)
+            self.schedule, self.kind = schedule_of(self.scheduler)
+            self.shape = (config.unet.get("in_channels", 4), *self._latent_size())
+        else:
+            self._set_pipeline(read_pipeline(path, safety_checker=None, requires_safety_checker=False))
+
+    @classmethod
+    def from_directory(cls, path: Path) -> SD:
+        return cls(cls.Config(teacher=str(path)))
+
+    def _set_pipeline(self, pipeline: Any) -> None:
+        self.pipeline, self.scheduler = pipeline, pipeline.scheduler
+        self._set_components({name: getattr(pipeline, name) for name in ("vae", "text_encoder", "tokenizer")})
+        self.schedule, self.kind = schedule_of(pipeline.scheduler)
+        self.teacher = Denoiser(ConditionedUNet(pipeline.unet), self.kind, self.schedule).eval().requires_grad_(False)
+        size = pipeline.unet.config.sample_size
+        self.shape = (pipeline.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+        self.resolution = tuple(side * self.vae_scale for side in self.shape[1:])
+
+    def _set_components(self, parts: dict[str, Any]) -> None:
+        self.vae, self.text_encoder, self.tokenizer = parts["vae"], parts["text_encoder"], parts["tokenizer"]
+        for module in (self.vae, self.text_encoder):
+            module.eval().requires_grad_(False)
+        self.vae_scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def _latent_size(self) -> tuple[int, int]:
+        size = self.config.unet.get("sample_size", 8)
+        self.resolution = (size * self.vae_scale,) * 2
+        return size, size
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"text": self.text_encoder, "decoder": self.vae}
+
+    def parameters(self) -> dict[str, int]:
+        decoder = sum(p.numel() for part in (self.vae.decoder, self.vae.post_quant_conv) if part for p in part.parameters())
+        return super().parameters() | {"decoder": decoder}
+
+    def fresh(self) -> Denoiser:
+        from diffusers import UNet2DConditionModel
+
+        if not self.config.unet:
+            raise UserError("student.init=random needs family.unet, the configuration of the UNet2DConditionModel to train.")
+        try:
+            unet = UNet2DConditionModel.from_config(
+                dict(self.config.unet) | {"cross_attention_dim": self.text_encoder.config.hidden_size}
+            )
+        except (ValueError, TypeError, IndexError) as error:
+            raise UserError(f"family.unet is no valid UNet2DConditionModel configuration: {first_line(error)}") from None
+        return Denoiser(ConditionedUNet(unet), self.kind, self.schedule)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Cond:
+        """(N, tokens, width) states of the text encoder; prompts longer than the tokenizer's limit are cut."""
+        tokens = self.tokenizer(
+            list(prompts), padding="max_length", max_length=self.tokenizer.model_max_length, truncation=True, return_tensors="pt"
+        )
+        mask = tokens.attention_mask if getattr(self.text_encoder.config, "use_attention_mask", False) else None
+        mask = mask.to(self.text_encoder.device) if mask is not None else None
+        return self.text_encoder(tokens.input_ids.to(self.text_encoder.device), attention_mask=mask)[0]
+
+    def uncond(self, count: int) -> Cond:
+        return self.encode([""]).expand(count, -1, -1)
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        pixels = images.to(self.vae.device, self.vae.dtype) / 127.5 - 1
+        # The mean, not a draw: a sample's latent must not depend on when it was encoded.
+        return self.vae.encode(pixels).latent_dist.mean.float() * self.vae.config.scaling_factor
+
+    def latent_key(self) -> str:
+        digest = hashlib.sha256()
+        for name, parameter in sorted(self.vae.state_dict().items()):
+            digest.update(name.encode() + parameter.float().cpu().numpy().tobytes())
+        return f"mean {self.vae.config.scaling_factor} {digest.hexdigest()}"
+
+    def decode(self, x0: Tensor) -> Tensor:
+        return self.vae.decode(x0.to(self.vae.dtype) / self.vae.config.scaling_factor).sample / 2 + 0.5
+
+    def export(self, student: Denoiser, directory: Path, card: dict[str, Any]) -> None:
+        from diffusers import StableDiffusionPipeline
+
+        unet = student.network.unet
+        if card["kind"] == "teacher":
+            scheduler = self.scheduler
+        else:
+            unet = unet if unet.config.time_cond_proj_dim else with_guidance(unet)
+            scheduler = few_step_scheduler(self.scheduler, card)
+        pipeline = StableDiffusionPipeline(
+            vae=self.vae, text_encoder=self.text_encoder, tokenizer=self.tokenizer, unet=unet, scheduler=scheduler,
+            safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        )  # fmt: skip
+        pipeline.save_pretrained(directory, safe_serialization=True)
+
+
+def few_step_scheduler(scheduler: Any, card: dict[str, Any]) -> Any:
+    """The stock scheduler whose rule and timesteps are the student's.
+
+    `LCMScheduler` keeps no `timesteps` in its config; a uniform grid of `finest` points lives in
+    `original_inference_steps`, which also makes a call with the pipeline's default 50 steps a clear error.
+    """
+    from diffusers import LCMScheduler
+
+    names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+    kept = {name: scheduler.config[name] for name in names if name in scheduler.config}
+    return LCMScheduler(
+        **kept, original_inference_steps=card["finest"], clip_sample=False, set_alpha_to_one=True, rescale_betas_zero_snr=False
+    )
+
+
+def _teacher_scheduler(prediction_type: str) -> Any:
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=True,
+        prediction_type=prediction_type, timestep_spacing="trailing",
+    )  # fmt: skip
+
+
+def _components(path: Path) -> dict[str, Any]:
+    """vae, text_encoder and tokenizer of a directory that has no UNet yet."""
+    from diffusers import AutoencoderKL
+    from transformers import AutoTokenizer, CLIPTextModel
+
+    if path.is_dir():
+        refuse_pickles(path)
+    try:
+        return {
+            "vae": AutoencoderKL.from_pretrained(path, subfolder="vae", torch_dtype=torch.float32),
+            "text_encoder": CLIPTextModel.from_pretrained(path, subfolder="text_encoder", dtype=torch.float32),
+            "tokenizer": AutoTokenizer.from_pretrained(path, subfolder="tokenizer"),
+        }
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"family.teacher={path}: cannot load vae, text_encoder and tokenizer: {first_line(error)}") from None

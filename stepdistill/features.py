@@ -1,0 +1,65 @@
+"""Activations of named blocks of any network, by forward hooks; no upstream forward is typed again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor, nn
+
+from stepdistill.denoiser import Cond, Denoiser, unwrap
+
+
+class _Enough(Exception):
+    """Raised by the last tap: nothing behind it is wanted, so nothing behind it is computed."""
+
+
+@contextlib.contextmanager
+def tap(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Collect the outputs of the sub-modules `names` during the block, in a dict filled by each forward.
+
+    A block that returns a tuple (a UNet's down block) gives its first tensor.
+
+    Raises:
+        ValueError: a name is not a sub-module; the nearest ones are listed.
+    """
+    collected: dict[str, Tensor] = {}
+    found = dict(unwrap(module).named_modules())
+    for name in names:
+        if name not in found:
+            close = [known for known in found if known.split(".")[-1] == name.split(".")[-1]][:5]
+            raise ValueError(f"no block {name!r} to tap in {type(unwrap(module)).__name__}; it has {', '.join(close) or 'others'}")
+
+    def keep(name: str):
+        def hook(_module: nn.Module, _inputs: tuple, output: Tensor | tuple) -> None:
+            collected[name] = output if isinstance(output, Tensor) else output[0]
+
+        return hook
+
+    handles = [found[name].register_forward_hook(keep(name)) for name in names]
+    try:
+        yield collected
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def block_features(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, names: Sequence[str]) -> list[Tensor]:
+    """The activations of `names` (in forward order) at (x_t, t, cond), leaving the network after the last one.
+
+    Half of a UNet lies behind its middle block: a discriminator there costs half a forward and half a backward.
+    """
+    inner = unwrap(denoiser)
+
+    def stop(*_: object) -> None:
+        raise _Enough
+
+    with tap(inner, names) as collected:
+        handle = dict(inner.named_modules())[names[-1]].register_forward_hook(stop)
+        try:
+            inner(x_t, t, cond)
+        except _Enough:
+            pass
+        finally:
+            handle.remove()
+    return [collected[name].float() for name in names]

@@ -1,0 +1,249 @@
+"""The contract of a method: which networks it needs, and in which order which of them train on what.
+
+A method is a config dataclass, a few loss functions in the paper's order, and `phases`, which says whose turn it is. It never
+sees accelerate, devices, autocast, files or loggers; if it needs one, the trainer is missing a feature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill import config as configuration
+from stepdistill.denoiser import Cond, Denoiser
+from stepdistill.errors import UserError
+from stepdistill.noise import SampleNoise
+from stepdistill.registry import resolve
+from stepdistill.sampling import first_input, walk
+from stepdistill.schedule import Schedule
+from stepdistill.timesteps import few_step_grid
+
+# Named values, each a scalar or one number per sample (B,). "total" is back-propagated, the rest is logged.
+Losses = dict[str, Tensor]
+
+
+@dataclass
+class Batch:
+    """One process's part of one phase's fresh batch. Conditions arrive encoded.
+
+    index: positions in the global batch (B,), from which `generator` draws; x0: real data (B, *shape) or None when the
+    run has none.
+    """
+
+    cond: Cond
+    uncond: Cond
+    shape: tuple[int, ...]
+    index: Tensor
+    generator: SampleNoise
+    x0: Tensor | None = None
+
+    def randn(self) -> Tensor:
+        """Fresh standard normal noise in the shape of x0."""
+        return self.generator.randn(*self.shape)
+
+
+class Networks:
+    """The denoisers and extras of a run by name, as attributes, plus what the family offers.
+
+    schedule: what all denoisers are spoken to in. decode: x0 -> images in [0, 1], differentiable.
+    """
+
+    def __init__(self, modules: dict[str, nn.Module], schedule: Schedule, decode: Callable[[Tensor], Tensor] | None = None):
+        self.modules, self.schedule, self.decode = modules, schedule, decode
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.__dict__["modules"][name]
+        except KeyError:
+            raise AttributeError(f"no network {name!r}; there are {', '.join(self.__dict__['modules'])}") from None
+
+    def scoped(self, scope: str) -> Networks:
+        """The view a part of a composition has: its own "scope/name" networks by their plain names, and the common ones."""
+        own = {name.split("/", 1)[1]: module for name, module in self.modules.items() if name.startswith(f"{scope}/")}
+        return Networks(self.modules | own, self.schedule, self.decode)
+
+
+LossFn = Callable[[Networks, Batch], Losses]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One optimiser step: train `trains` on the weighted sum of `terms`, everything else frozen.
+
+    name is the log prefix and the timer: "student", "critic". Terms are back-propagated one after another, so only one
+    of their graphs is alive at a time.
+    """
+
+    name: str
+    trains: tuple[str, ...]
+    terms: tuple[tuple[float, LossFn], ...]
+
+
+class Method:
+    """Base of all methods.
+
+    Args:
+        config: this class's `Config`.
+        steps: the numbers of sampling steps the student is to serve, such as (1, 2, 4).
+    """
+
+    @dataclass
+    class Config:
+        pass
+
+    needs_teacher: ClassVar[bool] = True
+    # What the student alone is told besides x_t, t and cond: "guidance" (LCM's embedded scale).
+    student_extras: ClassVar[tuple[str, ...]] = ()
+    rule: ClassVar[str] = "renoise"  # how its student is sampled, one of sampling.RULES
+    # Its student was taught one guidance scale and takes none; otherwise the scale is an argument at sampling.
+    guidance_free: ClassVar[bool] = True
+
+    def __init__(self, config: Any, steps: Sequence[int] = (1,)):
+        self.config, self.steps = config, tuple(steps)
+        if not self.steps or min(self.steps) < 1:
+            raise UserError(f"student.steps must list whole numbers of at least 1, got {list(self.steps)}.")
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether batches must carry real x0."""
+        return False
+
+    @property
+    def guidance_scale(self) -> float:
+        """The scale previews and the exported card use by default."""
+        return 1.0
+
+    @property
+    def finest(self) -> int:
+        """Points of the grid all step counts are taken from (a scheduler's `original_inference_steps`)."""
+        return max(self.steps)
+
+    def grid(self, schedule: Schedule, steps: int) -> tuple[float, ...]:
+        """The times a student of `steps` steps is called at."""
+        return few_step_grid(schedule, steps, self.finest)
+
+    def networks(self, teacher: Denoiser | None, student: Denoiser) -> dict[str, nn.Module]:
+        """Extra networks by name, made from the teacher or the student at the start of the run."""
+        return {}
+
+    def phases(self, step: int) -> Iterator[Phase]:
+        """Whose turn it is in loop iteration `step`; the order is the order of updates."""
+        raise NotImplementedError
+
+    def after_step(self, nets: Networks, step: int, ran: tuple[str, ...]) -> None:
+        """Curriculum: called after every iteration with the names of the phases that ran."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whatever a curriculum must remember; tensors and plain values."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+def simulate(method: Method, nets: Networks, batch: Batch, **extras: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Backward simulation (DMD2, arXiv 2405.14867, Sec. 4.5): the state the student meets at one of its own sampling steps.
+
+    Draws a step count of `method.steps` and a position K in its grid, both shared by the whole global batch, and rolls the
+    student out to there without gradient, by the very rule that samples it later. K = 0 is pure noise.
+
+    Returns:
+        x_t (B, ...), t (B,) and t as a number.
+    """
+    schedule = nets.schedule
+    count = method.steps[batch.generator.shared_randint(0, len(method.steps))]
+    grid = method.grid(schedule, count)
+    grid = grid[: 1 + batch.generator.shared_randint(0, len(grid))]
+    with torch.no_grad():
+        x = first_input(schedule, batch.randn(), grid[0], "unit")
+        x_t = walk(nets.student, x, grid, lambda _: batch.randn(), batch.cond, rule="renoise", **extras)
+    return x_t, torch.full((x_t.shape[0],), grid[-1], dtype=torch.float64, device=x_t.device), grid[-1]
+
+
+class Compose(Method):
+    """Several methods at once: phases that train the same networks become one optimiser step on the sum of their losses.
+
+    Extras are named "part/name", so two parts may both have a discriminator. SANA-Sprint is
+    `parts: [{name: scm}, {name: ladd, weight: 0.5}]`.
+    """
+
+    @dataclass
+    class Config:
+        parts: list[dict] = field(default_factory=list)  # each a method section: name, its keys, and weight (default 1)
+
+    def __init__(self, config: Any, steps: Sequence[int] = (1,)):
+        super().__init__(config, steps)
+        from stepdistill.methods import METHODS
+
+        if len(config.parts) < 2:
+            raise UserError(f"method.parts must list at least two methods to compose, got {len(config.parts)}.")
+        self.parts: list[tuple[str, float, Method]] = []
+        for number, part in enumerate(config.parts):
+            section = dict(part)
+            name, weight = section.pop("name", ""), float(section.pop("weight", 1.0))
+            cls = resolve(name, METHODS, "method")
+            where = f"method.parts.{number}"
+            scope = name.split(":")[-1] if name not in (taken for taken, *_ in self.parts) else f"{name}{number}"
+            self.parts.append((scope, weight, cls(configuration.build(cls.Config, section, where), steps)))
+        extras = {part.student_extras for _, _, part in self.parts}
+        rules = {part.rule for _, _, part in self.parts}
+        if len(extras) > 1 or len(rules) > 1:
+            raise UserError("method.parts cannot be composed: their students take different inputs or sampling rules.")
+        self.student_extras, self.rule = extras.pop(), rules.pop()
+        self.guidance_free = all(part.guidance_free for _, _, part in self.parts)
+        self.needs_teacher = any(part.needs_teacher for _, _, part in self.parts)
+
+    @property
+    def needs_images(self) -> bool:
+        return any(part.needs_images for _, _, part in self.parts)
+
+    @property
+    def guidance_scale(self) -> float:
+        return self.parts[0][2].guidance_scale
+
+    @property
+    def finest(self) -> int:
+        return max(part.finest for _, _, part in self.parts)
+
+    def networks(self, teacher: Denoiser | None, student: Denoiser) -> dict[str, nn.Module]:
+        return {
+            f"{scope}/{name}": network
+            for scope, _, part in self.parts
+            for name, network in part.networks(teacher, student).items()
+        }
+
+    def phases(self, step: int) -> Iterator[Phase]:
+        merged: dict[tuple[str, ...], Phase] = {}
+        for scope, weight, part in self.parts:
+            for phase in part.phases(step):
+                trains = tuple(name if name == "student" else f"{scope}/{name}" for name in phase.trains)
+                terms = tuple((weight * w, _scope_loss(loss, scope)) for w, loss in phase.terms)
+                if trains in merged:
+                    merged[trains] = Phase(merged[trains].name, trains, merged[trains].terms + terms)
+                else:
+                    name = phase.name if phase.name == "student" else f"{scope}/{phase.name}"
+                    merged[trains] = Phase(name, trains, terms)
+        yield from merged.values()
+
+    def after_step(self, nets: Networks, step: int, ran: tuple[str, ...]) -> None:
+        for scope, _, part in self.parts:
+            part.after_step(nets.scoped(scope), step, tuple(name.removeprefix(f"{scope}/") for name in ran))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {f"{scope}/{key}": value for scope, _, part in self.parts for key, value in part.state_dict().items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for scope, _, part in self.parts:
+            own = {key.split("/", 1)[1]: value for key, value in state.items() if key.startswith(f"{scope}/")}
+            part.load_state_dict(own)
+
+
+def _scope_loss(loss: LossFn, scope: str) -> LossFn:
+    def scoped(nets: Networks, batch: Batch) -> Losses:
+        return loss(nets.scoped(scope), batch)
+
+    return scoped

@@ -1,0 +1,97 @@
+"""LCM: latent consistency models (Luo et al. 2023, arXiv 2310.04378).
+
+A consistency function f(x_t, t) maps every point of a probability-flow ODE trajectory to its end. LCM learns the trajectories
+of the *guided* teacher, and the guidance scale is an input of the student, so that sampling needs no second network call:
+
+    augmented ODE step   x_s = DDIM( x_t, t -> s ) on  c + w (c - u)  of both x0 and eps               (Eqs. 11, 17)
+    boundary             f(x, t, w) = c_skip(t) x + c_out(t) x0_theta(x, t, w),  f(x, 0) = x            (Eq. 5, Sec. 4.1)
+    loss                 d( f_theta(x_t, t, w), sg f_ema(x_s, s, w) ),  d pseudo-Huber                  (Eq. 14)
+
+t and s are neighbours on the teacher's grid of `ddim_steps` points ("skipping-step", Sec. 4.3). The paper's w is g - 1; here
+guidance is g everywhere, and w exists only inside the student's embedding and in the exported pipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.denoiser import Denoiser, guided, unwrap
+from stepdistill.errors import UserError
+from stepdistill.losses import pseudo_huber
+from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase
+from stepdistill.prediction import Prediction
+from stepdistill.schedule import VP, Schedule, expand
+from stepdistill.timesteps import few_step_grid
+
+
+class LCM(Method):
+    student_extras = ("guidance",)
+    needs_images = True
+    guidance_free = False
+
+    @dataclass
+    class Config:
+        guidance_low: float = 3.0  # g, drawn uniformly per sample (paper: w in [2, 14])
+        guidance_high: float = 15.0
+        ddim_steps: int = 50  # points of the teacher's grid, the N of the skipping-step
+        target_ema: float = 0.95  # of f_ema, the target network
+        huber_c: float = 1e-3
+        sigma_data: float = 0.5
+        timestep_scaling: float = 10.0  # in c_skip and c_out; LCMScheduler's default
+
+    def __init__(self, config: Any, steps: tuple[int, ...] = (1,)):
+        super().__init__(config, steps)
+        if max(self.steps) > config.ddim_steps:
+            raise UserError(f"student.steps must be at most method.ddim_steps = {config.ddim_steps}, got {max(self.steps)}.")
+
+    @property
+    def guidance_scale(self) -> float:
+        return (self.config.guidance_low + self.config.guidance_high) / 2
+
+    @property
+    def finest(self) -> int:
+        return self.config.ddim_steps
+
+    def networks(self, teacher: Denoiser, student: Denoiser) -> dict[str, nn.Module]:
+        return {"target": unwrap(student).clone()}
+
+    def phases(self, step: int) -> Iterator[Phase]:
+        yield Phase("student", ("student",), ((1.0, self.loss),))
+
+    def after_step(self, nets: Networks, step: int, ran: tuple[str, ...]) -> None:
+        with torch.no_grad():
+            for average, parameter in zip(nets.target.parameters(), nets.student.parameters(), strict=True):
+                average.lerp_(parameter.detach(), 1 - self.config.target_ema)
+
+    def boundary(self, prediction: Prediction) -> Tensor:
+        """f = c_skip x + c_out x0; c_skip = 1 at the least noise. On whole VP timesteps it is a switch at t = 0."""
+        config, schedule = self.config, prediction.schedule
+        # The paper scales time in units of the DDPM table; other schedules are put on its 0 .. 999.
+        unit = 1.0 if isinstance(schedule, VP) else 999 / (schedule.t_max - schedule.t_min)
+        t = expand((prediction.t - schedule.t_min) * unit * config.timestep_scaling, prediction.x_t)
+        c_skip = config.sigma_data**2 / (t**2 + config.sigma_data**2)
+        c_out = t / (t**2 + config.sigma_data**2).sqrt()
+        return c_skip * prediction.x_t + c_out * prediction.x0
+
+    def loss(self, nets: Networks, batch: Batch) -> Losses:
+        config, noise = self.config, batch.generator
+        grid = self.ode_times(nets.schedule).to(batch.index.device)
+        i = noise.randint(0, config.ddim_steps)
+        t, s = grid[i], grid[i + 1]
+        g = config.guidance_low + (config.guidance_high - config.guidance_low) * noise.rand()
+        x_t = nets.schedule.add_noise(batch.x0, batch.randn(), t)
+        online = self.boundary(nets.student(x_t, t, batch.cond, guidance=g))
+        with torch.no_grad():  # teacher step and target, Eq. 14
+            x_s = guided(nets.teacher, x_t, t, batch.cond, batch.uncond, g).at(s).to(x_t.dtype)
+            target = self.boundary(nets.target(x_s, s, batch.cond, guidance=g))
+        return {"total": pseudo_huber(online, target, config.huber_c)}
+
+    def ode_times(self, schedule: Schedule) -> Tensor:
+        """The teacher's grid, falling, with the data end appended: (ddim_steps + 1,)."""
+        grid = few_step_grid(schedule, self.config.ddim_steps)
+        return torch.tensor((*grid, schedule.t_min), dtype=torch.float64)

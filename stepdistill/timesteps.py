@@ -1,0 +1,95 @@
+"""Where on the schedule to look: densities p(t) for training, grids for few-step sampling.
+
+A density is a function of a batch's `SampleNoise`; every one returns (B,) float64 times of the given schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from stepdistill.noise import SampleNoise
+from stepdistill.schedule import EDM, VP, Schedule
+
+
+def uniform(schedule: Schedule, noise: SampleNoise, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """Uniform over the fraction [low, high] of the schedule's time.
+
+    Under a VP table times are whole, as networks of that kind were trained on whole timesteps only.
+    """
+    span = schedule.t_max - schedule.t_min
+    if isinstance(schedule, VP):
+        first, last = round(low * (span + 1)), min(round(high * (span + 1)), int(span) + 1)
+        return noise.randint(first, max(last, first + 1)).double()
+    return schedule.t_min + span * (low + (high - low) * noise.rand())
+
+
+def karras(schedule: Schedule, noise: SampleNoise, low: float = 0.0, high: float = 1.0, power: float = 7.0) -> Tensor:
+    """Uniform over rho^(1/power) between the ends of the schedule (Karras et al. 2022, Eq. 5), 0 = least noise."""
+    ends = schedule.rho(torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64)).clamp(1e-3, 1e3) ** (1 / power)
+    u = low + (high - low) * noise.rand()
+    return schedule.t_of_rho((ends[0] + u * (ends[1] - ends[0])) ** power)
+
+
+def lognormal(schedule: Schedule, noise: SampleNoise, mean: float = -1.2, std: float = 1.2) -> Tensor:
+    """log rho ~ N(mean, std^2) (Karras et al. 2022, Table 1). Under flow this is the logit-normal time of Esser et al. 2024."""
+    return schedule.t_of_rho((mean + std * noise.randn(dtype=torch.float64)).exp())
+
+
+DENSITIES = ("uniform", "karras", "lognormal")
+
+
+def draw(
+    density: str, schedule: Schedule, noise: SampleNoise, low: float = 0.0, high: float = 1.0, mean: float = -1.2, std: float = 1.2
+) -> Tensor:
+    """One of `DENSITIES` by name; low and high belong to the first two, mean and std to the last."""
+    if density == "lognormal":
+        return lognormal(schedule, noise, mean, std)
+    return {"uniform": uniform, "karras": karras}[density](schedule, noise, low, high)
+
+
+def few_step_grid(schedule: Schedule, steps: int, finest: int | None = None) -> tuple[float, ...]:
+    """The times a student of `steps` steps is called at, falling from t_max.
+
+    Under a VP table of T entries: i T / steps - 1 for i = steps .. 1, which is 999, 749, 499, 249 at 4 and is what
+    `LCMScheduler` lists, so the student leaves with a stock scheduler. `finest` (default: `steps`) is the scheduler's
+    `original_inference_steps`: with it the grid is every (finest / steps)-th of the finest one. Under EDM: taken likewise
+    from the 40 Karras times `CMStochasticIterativeScheduler` has. Elsewhere: even in t.
+
+    Raises:
+        ValueError: steps is not at least 1 or exceeds `finest`.
+    """
+    finest = finest or steps
+    if not 1 <= steps <= finest:
+        raise ValueError(f"steps must be between 1 and {finest}, got {steps}")
+    if isinstance(schedule, VP):
+        stride = (int(schedule.t_max) + 1) // finest
+        grid = [i * stride - 1 for i in range(finest, 0, -1)]
+        # LCMScheduler picks floor(i * finest / steps), i = 0 .. steps - 1.
+        return tuple(float(grid[i * finest // steps]) for i in range(steps))
+    if isinstance(schedule, EDM):
+        points = max(40, finest)
+        karras_times = ode_grid(schedule, points - 1, "karras").tolist()
+        return tuple(karras_times[i * points // steps] for i in range(steps))
+    span = schedule.t_max - schedule.t_min
+    return tuple(schedule.t_max - span * (i * finest // steps) / finest for i in range(steps))
+
+
+def ode_grid(schedule: Schedule, steps: int, spacing: str = "trailing", power: float = 7.0) -> Tensor:
+    """`steps` + 1 falling times for an ODE solver, from t_max to t_min.
+
+    spacing: "trailing" (even in t, starting at t_max) or "karras" (even in rho^(1/power)).
+    """
+    if spacing == "trailing":
+        return torch.linspace(schedule.t_max, schedule.t_min, steps + 1, dtype=torch.float64)
+    ends = schedule.rho(torch.tensor([schedule.t_max, schedule.t_min], dtype=torch.float64)).clamp(1e-3, 1e3) ** (1 / power)
+    ramp = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    return schedule.t_of_rho((ends[0] + ramp * (ends[1] - ends[0])) ** power)
+
+
+def times_like(values: Sequence[float] | float, x: Tensor) -> Tensor:
+    """(B,) float64 on x's device, for one number or one per sample."""
+    t = torch.as_tensor(values, dtype=torch.float64, device=x.device)
+    return t.expand(x.shape[0]) if t.ndim == 0 else t

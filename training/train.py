@@ -1,0 +1,52 @@
+"""Train by a recipe: `accelerate launch -m training.train training/recipes/toy_dmd2.yaml [section.key=value ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import warnings
+from collections.abc import Sequence
+
+EPILOG = """\
+examples:
+  accelerate launch -m training.train training/recipes/toy_dmd2.yaml
+  accelerate launch -m training.train training/recipes/scenes_dmd2.yaml optim.lr=2e-4 run.out=runs/mine
+  python -m training.train training/recipes/toy_dmd2.yaml --dry-run        (one process needs no launcher)
+
+To resume, run the same command again. The run directory (run.out) gets recipe.yaml, metrics.jsonl, previews/,
+checkpoints/ and, at the end, student/: an ordinary diffusers pipeline directory.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="training.train", description="Distil a few-step student, or pretrain a teacher, as a recipe says.",
+        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("recipe", help="a YAML file, such as those in training/recipes/, or a run's own recipe.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the recipe")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe, data counts and a memory estimate; train nothing")
+    parser.add_argument("--fresh", action="store_true", help="start over instead of resuming; removes what the run directory holds of the run")
+    parser.add_argument("--export", metavar="STEP", help="train nothing; export the weights of checkpoint STEP, or of the 'best' or 'latest' one")
+    from stepdistill.errors import cli_errors
+
+    with cli_errors():
+        given = parser.parse_intermixed_args(arguments)
+        # Quiet before the libraries load: their progress bars and notices would bury the run's own.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        warnings.filterwarnings("ignore", message=".*pin_memory.*")
+        from training.recipe import load_recipe
+        from training.run import dry_run, export_checkpoint, run
+
+        recipe = load_recipe(given.recipe, given.overrides)
+        if given.dry_run:
+            print(dry_run(recipe))
+        elif given.export:
+            print(export_checkpoint(recipe, given.export))
+        else:
+            run(recipe, fresh=given.fresh)
+
+
+if __name__ == "__main__":
+    main()
