@@ -11,8 +11,7 @@ from torch import Tensor, nn
 class Head(nn.Module):
     """One tapped block -> logits. (B, C, H, W) maps, (B, N, C) tokens or (B, C) vectors.
 
-    A local head gives one logit per place (LADD); a global one, the mean over places first, gives one per sample, which
-    is what a class of vectors allows anyway.
+    One logit per place (LADD); a vector has one place.
     """
 
     def __init__(self, channels: int, width: int = 128):

@@ -63,4 +63,4 @@ class EMA:
             raise ValueError(f"the saved average does not fit this network: {sorted(missing)[:3]} differ")
         self.updates = int(state["updates"])
         for name in self.shadow:
-            self.shadow[name] = state[name].float().clone()
+            self.shadow[name].copy_(state[name])  # in place: the average stays on the network's device

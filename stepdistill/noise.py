@@ -64,7 +64,7 @@ class SampleNoise:
 
     def rand(self, *shape: int) -> Tensor:
         """(B, *shape) uniform on (0, 1), float64."""
-        return ((self._words(math.prod(shape)) + 0.5) / 2**32).reshape(-1, *shape)
+        return ((self._words(math.prod(shape)).to(torch.float64) + 0.5) / 2**32).reshape(-1, *shape)
 
     def randn(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """(B, *shape) standard normal (Box-Muller)."""

@@ -68,13 +68,17 @@ class Prediction:
     @cached_property
     def eps(self) -> Tensor:
         """The unit noise estimate (x_t - alpha x0) / sigma, meaningless at sigma = 0."""
-        # eps, v and flow do not go through x0: at small sigma the subtraction would lose every digit.
+        # Only x0 itself is subtracted from x_t: at small sigma the difference loses every digit.
         if self.kind == "eps":
             return self.raw
         if self.kind == "v":
             return (self._sigma * self.x_t + self._alpha * self.raw) / (self._alpha**2 + self._sigma**2)
         if self.kind == "flow":
             return (self.x_t + self._alpha * self.raw) / (self._alpha + self._sigma)
+        if self.kind == "F":
+            return self._sigma * self.x_t / _sigma_data(self.schedule) ** 2 + self._alpha * self.raw
+        if self.kind == "score":
+            return -self._sigma * self.raw
         return (self.x_t - self._alpha * self.x0) / self._sigma.clamp(min=1e-8)
 
     @property
@@ -90,7 +94,7 @@ class Prediction:
     @property
     def score(self) -> Tensor:
         """-eps / sigma = (alpha x0 - x_t) / sigma^2, the estimate of grad log p_t(x_t)."""
-        return self.raw if self.kind == "score" else (self._alpha * self.x0 - self.x_t) / self._sigma**2
+        return self.raw if self.kind == "score" else -self.eps / self._sigma
 
     @property
     def F(self) -> Tensor:

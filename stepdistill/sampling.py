@@ -20,7 +20,7 @@ from stepdistill.errors import UserError
 from stepdistill.prediction import Prediction
 from stepdistill.registry import resolve
 from stepdistill.schedule import VP, Schedule, expand
-from stepdistill.timesteps import few_step_grid, times_like
+from stepdistill.timesteps import few_step_grid, teacher_grid, times_like
 
 if TYPE_CHECKING:
     from stepdistill.families.base import Family
@@ -119,6 +119,8 @@ class ImageSampler:
 
     def times(self, steps: int) -> tuple[float, ...]:
         """The times the denoiser is called at."""
+        if self.kind == "teacher":
+            return teacher_grid(self.denoiser.schedule, steps)
         return few_step_grid(self.denoiser.schedule, steps, self.card.get("finest", steps))
 
     def calls(self, guidance_scale: float) -> int:

@@ -72,9 +72,23 @@ def few_step_grid(schedule: Schedule, steps: int, finest: int | None = None) -> 
     if isinstance(schedule, EDM):
         points = max(40, finest)
         karras_times = ode_grid(schedule, points - 1, "karras").tolist()
-        return tuple(karras_times[i * points // steps] for i in range(steps))
+        # CMStochasticIterativeScheduler strides by floor(points / steps).
+        return tuple(karras_times[i * (points // steps)] for i in range(steps))
     span = schedule.t_max - schedule.t_min
     return tuple(schedule.t_max - span * (i * finest // steps) / finest for i in range(steps))
+
+
+def teacher_grid(schedule: Schedule, steps: int) -> tuple[float, ...]:
+    """The times a teacher is called at in `steps` steps of DDIM, falling from t_max, whatever `steps` is.
+
+    VP: `DDIMScheduler`'s "trailing" spacing, round(i T / steps) - 1. EDM: even in rho^(1/7). Elsewhere: even in t.
+    """
+    if isinstance(schedule, VP):
+        count = int(schedule.t_max) + 1
+        if not 1 <= steps <= count:
+            raise ValueError(f"steps must be between 1 and {count}, got {steps}")
+        return tuple(float(round(count - i * count / steps) - 1) for i in range(steps))
+    return tuple(ode_grid(schedule, steps, "karras" if isinstance(schedule, EDM) else "trailing")[:-1].tolist())
 
 
 def ode_grid(schedule: Schedule, steps: int, spacing: str = "trailing", power: float = 7.0) -> Tensor:

@@ -130,9 +130,9 @@ class MLP(nn.Module):
         state = x_t / norm
         h = self.enter(torch.cat((state, log_rho, angles.sin(), angles.cos()), 1))
         if self.label is not None:
-            h = h + self.label(cond if cond is not None else torch.full((len(x_t),), self.label.num_embeddings - 1))
+            h = h + self.label(x_t.new_full((len(x_t),), self.label.num_embeddings - 1, dtype=torch.long) if cond is None else cond)
         if self.guidance is not None and guidance is not None:
-            h = h + self.guidance(guidance[:, None].to(h.dtype) / 10)
+            h = h + self.guidance(guidance[:, None].to(h) / 10)
         for layer in self.hidden:
             h = h + layer(h)
         # x0 = (alpha x_t + sigma F) / (alpha^2 + sigma^2)^(1/2) on the unit-norm state: exact at sigma = 0.

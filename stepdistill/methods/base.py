@@ -187,12 +187,15 @@ class Compose(Method):
             name, weight = section.pop("name", ""), float(section.pop("weight", 1.0))
             cls = resolve(name, METHODS, "method")
             where = f"method.parts.{number}"
-            scope = name.split(":")[-1] if name not in (taken for taken, *_ in self.parts) else f"{name}{number}"
+            scope = name.split(":")[-1]  # one's own class by its name alone
+            if scope in (taken for taken, *_ in self.parts):
+                scope = f"{scope}{number}"
             self.parts.append((scope, weight, cls(configuration.build(cls.Config, section, where), steps)))
         extras = {part.student_extras for _, _, part in self.parts}
         rules = {part.rule for _, _, part in self.parts}
-        if len(extras) > 1 or len(rules) > 1:
-            raise UserError("method.parts cannot be composed: their students take different inputs or sampling rules.")
+        finest = {part.finest for _, _, part in self.parts}
+        if len(extras) > 1 or len(rules) > 1 or len(finest) > 1:
+            raise UserError("method.parts cannot be composed: their students take different inputs, times or sampling rules.")
         self.student_extras, self.rule = extras.pop(), rules.pop()
         self.guidance_free = all(part.guidance_free for _, _, part in self.parts)
         self.needs_teacher = any(part.needs_teacher for _, _, part in self.parts)

@@ -1,0 +1,65 @@
+# make demo          set up, distil the embedded teacher, measure, draw a picture, serve (SERVE=0 stops before serving)
+# make test          set up and run the tests        make test-slow   the long ones as well
+# make check         format, lint and fast tests, as CI does
+# make assets        train everything in assets/ again (about two hours of two cores)
+
+PYTHON ?= python3
+SERVE ?= 1
+PORT ?= 7860
+BIN := .venv/bin
+READY := .venv/.ready
+RUN := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python
+LAUNCH := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --config_file training/accelerate
+
+.PHONY: install demo test test-slow check assets
+.DELETE_ON_ERROR:
+
+install: $(READY)
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "stepdistill needs Python 3.10 or newer; set PYTHON=python3.11, say.")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@touch $@
+
+demo: $(READY)
+	$(LAUNCH)/2cpu.yaml -m training.train training/recipes/demo.yaml
+	$(RUN) -m evaluation run --pipeline runs/demo/student --teacher assets/teacher --steps 1 --teacher-guidance 2 \
+	    --n 500 --out runs/demo/results
+	$(RUN) -m evaluation picture --teacher assets/teacher --student assets/student --student-steps 4,1 --out runs/demo/picture.png
+	@echo "the table is in runs/demo/results/results.md, the picture in runs/demo/picture.png"
+	@if [ "$(SERVE)" != 0 ]; then $(RUN) -m app --student runs/demo/student --teacher assets/teacher --port $(PORT); fi
+
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+test-slow: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow"
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# Each step is skipped where its result exists; remove assets/NAME to make it again.
+assets: $(READY) assets/teacher/vae/training.json assets/clip/training.json assets/scenes-v1/training.json \
+        assets/teacher/unet/config.json assets/student/stepdistill.json
+
+assets/teacher/vae/training.json:
+	$(RUN) -m training.embedded.vae --out runs/vae --steps 12000 --stop 7500
+	$(RUN) -m training.embedded.vae --out assets/teacher/vae --init runs/vae --steps 3600 --lr 1e-3 --seed 1
+
+assets/clip/training.json:
+	$(RUN) -m training.embedded.clip --clip runs/clip/clip --teacher runs/clip/teacher --steps 3000 --stop 1353
+	$(RUN) -m training.embedded.clip --clip assets/clip --teacher assets/teacher --init runs/clip/clip --steps 1500 --lr 8e-4 --seed 1
+
+assets/scenes-v1/training.json:
+	$(RUN) -m training.embedded.features --data scenes --name scenes-v1 --out assets/scenes-v1
+
+assets/teacher/unet/config.json: | assets/teacher/vae/training.json assets/clip/training.json
+	$(LAUNCH)/2cpu.yaml -m training.train training/recipes/scenes_teacher.yaml
+	$(RUN) -m training.embedded.ship runs/scenes_teacher/student assets/teacher
+
+assets/student/stepdistill.json: | assets/teacher/unet/config.json
+	$(LAUNCH)/2cpu.yaml -m training.train training/recipes/scenes_dmd2.yaml
+	$(RUN) -m training.embedded.ship runs/scenes_dmd2/student assets/student

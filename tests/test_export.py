@@ -1,0 +1,186 @@
+"""What leaves: stock directories that draw the in-memory sampler's image where stepdistill cannot be imported."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from stepdistill import export, load
+from stepdistill.errors import UserError
+from stepdistill.families.pixel import Pixel
+from stepdistill.families.sd import SD
+from stepdistill.methods.dmd2 import DMD2
+from stepdistill.methods.lcm import LCM
+from stepdistill.sampling import ImageSampler
+
+PROMPT = "a small red circle above a large blue square on a yellow background"
+
+STOCK = """
+import sys, json
+import numpy as np, torch
+class Forbid:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("stepdistill", "training", "evaluation", "app"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Forbid())
+from diffusers import DiffusionPipeline
+call = json.loads(sys.argv[2])
+pipeline = DiffusionPipeline.from_pretrained(sys.argv[1])
+pipeline.set_progress_bar_config(disable=True)
+generators = [torch.Generator().manual_seed(seed) for seed in call.pop("seeds")]
+images = pipeline(generator=generators, output_type="np", **call).images
+np.save(sys.argv[3], images)
+"""
+
+
+def stock_images(directory: Path, tmp_path: Path, **call) -> np.ndarray:
+    """float images (N, H, W, 3) of a stock pipeline in a process that cannot import this project."""
+    out = tmp_path / "stock.npy"
+    subprocess.run(
+        [sys.executable, "-c", STOCK, str(directory), json.dumps(call), str(out)], check=True, cwd=tmp_path, timeout=240
+    )
+    return np.load(out)
+
+
+def student_of(family, method, recipe_family: dict):
+    """The family's student with its weights moved a little, so that it is not the teacher by accident."""
+    student = family.student("teacher", method.student_extras).eval()
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(3)
+        for parameter in student.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    recipe = {"family": recipe_family, "method": {"name": type(method).__name__.lower()}, "run": {"out": "runs/x"}}
+    return student, export.card_of(family, method, recipe)
+
+
+def exported(family, method, path: Path, recipe_family: dict):
+    student, card = student_of(family, method, recipe_family)
+    export.write(family, student, path, card)
+    return ImageSampler(family, student, path, card)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_the_exported_sd_student_equals_the_in_memory_sampler(tiny_sd, tmp_path, steps):
+    family = SD(SD.Config(teacher=str(tiny_sd)))
+    directory = tmp_path / "student"
+    sampler = exported(family, DMD2(DMD2.Config(), (1, 2, 4)), directory, {"teacher": str(tiny_sd)})
+    in_memory = sampler([PROMPT, PROMPT], [5, 6], steps=steps, chunk=2).permute(0, 2, 3, 1).numpy()
+    reloaded = load(directory)([PROMPT, PROMPT], [5, 6], steps=steps, chunk=2).permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(in_memory, reloaded)
+    stock = stock_images(directory, tmp_path, prompt=[PROMPT, PROMPT], num_inference_steps=steps, seeds=[5, 6])
+    assert np.abs(stock * 255 - in_memory).max() <= 1.0
+    assert in_memory.std() > 1  # a picture, not one grey
+
+
+def test_a_guidance_embedded_student_equals_the_stock_pipeline(tiny_sd, tmp_path):
+    family = SD(SD.Config(teacher=str(tiny_sd)))
+    directory = tmp_path / "student"
+    sampler = exported(family, LCM(LCM.Config(), (1, 4)), directory, {"teacher": str(tiny_sd)})
+    for guidance in (4.0, 12.0):
+        ours = sampler([PROMPT], [7], steps=4, guidance_scale=guidance, chunk=1)
+        stock = stock_images(
+            directory, tmp_path, prompt=[PROMPT], num_inference_steps=4, guidance_scale=guidance, seeds=[7]
+        )
+        assert np.abs(stock * 255 - ours.permute(0, 2, 3, 1).numpy()).max() <= 1.0
+    other = sampler([PROMPT], [7], steps=4, guidance_scale=4.0, chunk=1)
+    assert not torch.equal(ours, other)  # the scale reaches the network
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_the_exported_pixel_student_equals_the_in_memory_sampler(tiny_pixel, tmp_path, steps):
+    family = Pixel(Pixel.Config(teacher=str(tiny_pixel)))
+    directory = tmp_path / "student"
+    sampler = exported(family, DMD2(DMD2.Config(), (1, 4)), directory, {"teacher": str(tiny_pixel)})
+    ours = sampler([2, 0], [5, 6], steps=steps, chunk=2).permute(0, 2, 3, 1).numpy()
+    call = {"class_labels": [2, 0], "batch_size": 2, "num_inference_steps": steps, "seeds": [5, 6]}
+    assert np.abs(stock_images(directory, tmp_path, **call) * 255 - ours).max() <= 1.0
+
+
+def test_an_unconditional_ddpm_student_equals_the_stock_pipeline(tiny_ddpm, tmp_path):
+    family = Pixel(Pixel.Config(teacher=str(tiny_ddpm)))
+    directory = tmp_path / "student"
+    sampler = exported(family, DMD2(DMD2.Config(), (1, 2)), directory, {"teacher": str(tiny_ddpm)})
+    ours = sampler([0], [5], steps=2, chunk=1).permute(0, 2, 3, 1).numpy()
+    stock = stock_images(directory, tmp_path, batch_size=1, num_inference_steps=2, seeds=[5])
+    assert np.abs(stock * 255 - ours).max() <= 1.0
+
+
+def test_the_teacher_sampler_equals_the_stock_ddim_pipeline(tiny_sd, tmp_path):
+    ours = load(tiny_sd)([PROMPT], [5], steps=10, guidance_scale=3.0, chunk=1).permute(0, 2, 3, 1).numpy()
+    stock = stock_images(tiny_sd, tmp_path, prompt=[PROMPT], num_inference_steps=10, guidance_scale=3.0, seeds=[5])
+    assert np.abs(stock * 255 - ours).max() <= 1.0
+
+
+def test_the_pipelines_own_defaults_say_what_to_pass(tiny_sd, tmp_path):
+    """50 steps and guidance 7.5 are the stock defaults: the first is refused by the scheduler, the second has no effect."""
+    from diffusers import DiffusionPipeline
+
+    directory = tmp_path / "student"
+    exported(SD(SD.Config(teacher=str(tiny_sd))), DMD2(DMD2.Config(), (1, 2, 4)), directory, {"teacher": str(tiny_sd)})
+    pipeline = DiffusionPipeline.from_pretrained(directory)
+    pipeline.set_progress_bar_config(disable=True)
+    with pytest.raises(ValueError, match="original_inference_steps"):
+        pipeline(PROMPT)
+
+    def draw(guidance):
+        generator = torch.Generator().manual_seed(0)
+        return pipeline(PROMPT, num_inference_steps=2, guidance_scale=guidance, generator=generator, output_type="np").images
+
+    assert np.array_equal(draw(7.5), draw(1.0))
+
+
+def test_the_card_holds_code_that_runs(tiny_sd, tmp_path):
+    directory = tmp_path / "student"
+    exported(SD(SD.Config(teacher=str(tiny_sd))), DMD2(DMD2.Config(), (1, 2, 4)), directory, {"teacher": str(tiny_sd)})
+    code = (directory / "README.md").read_text().split("```python")[1].split("```")[0]
+    scope: dict = {}
+    exec(code.replace("PATH_TO_THIS_DIRECTORY", str(directory)).replace("PROMPT", PROMPT), scope)
+    assert scope["image"].size == (16, 16)
+    card = json.loads((directory / "stepdistill.json").read_text())
+    assert card["steps"] == [1, 2, 4] and card["timesteps"]["4"] == [999, 749, 499, 249]
+
+
+def test_what_a_student_cannot_serve_is_refused_in_one_sentence(tiny_sd, tmp_path):
+    family = SD(SD.Config(teacher=str(tiny_sd)))
+    sampler = exported(family, DMD2(DMD2.Config(), (1, 2, 4)), tmp_path / "student", {"teacher": str(tiny_sd)})
+    for wrong, says in (
+        ({"steps": 3}, "1, 2, 4"),
+        ({"steps": 1, "guidance_scale": 7.5}, "guidance"),
+        ({"steps": 1, "negative_prompts": ["a star"]}, "negative prompt"),
+        ({"steps": True}, "whole number"),
+    ):
+        with pytest.raises(UserError, match=says):
+            sampler([PROMPT], [0], **wrong)
+    with pytest.raises(UserError, match="one length"):
+        sampler([PROMPT], [0, 1])
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda d: (d / "model_index.json").unlink(), "model_index.json"),
+        (lambda d: (d / "model_index.json").write_text("{"), "damaged"),
+        (lambda d: (d / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"no"), "cannot be loaded"),
+        (
+            lambda d: (d / "unet/diffusion_pytorch_model.safetensors").rename(d / "unet/diffusion_pytorch_model.bin"),
+            "pickled weights",
+        ),
+        (lambda d: (d / "stepdistill.json").write_text("{"), "not valid JSON"),
+    ],
+)
+def test_a_damaged_directory_is_one_sentence(tiny_sd, tmp_path, damage, says):
+    import shutil
+
+    directory = tmp_path / "copy"
+    shutil.copytree(tiny_sd, directory)
+    damage(directory)
+    with pytest.raises(UserError, match=says):
+        load(directory)
+    with pytest.raises(UserError, match="does not exist"):
+        load(tmp_path / "nowhere")

@@ -1,0 +1,43 @@
+"""Put a run's exported pipeline into assets/ in half precision.
+
+python -m training.embedded.ship runs/scenes_teacher/student assets/teacher
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+from stepdistill.errors import UserError, atomic_write, cli_errors
+from stepdistill.families.base import read_index
+
+
+def ship(source: Path, target: Path) -> None:
+    """Copy `source` to `target` with float16 weights; parts of `target` that are no part of the pipeline are kept."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    read_index(source)
+    with atomic_write(target) as temporary:
+        shutil.copytree(source, temporary)
+        for file in temporary.rglob("*.safetensors"):
+            half = {name: t.half() if t.dtype == torch.float32 else t for name, t in load_file(file).items()}
+            save_file(half, file, metadata={"format": "pt"})
+        for report in target.glob("*/training.json") if target.exists() else ():
+            shutil.copy(report, temporary / report.parent.name / report.name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("source", type=Path, help="the student/ directory of a run")
+    parser.add_argument("target", type=Path, help="where it is to lie, such as assets/teacher")
+    given = parser.parse_args()
+    with cli_errors():
+        if given.source.resolve() == given.target.resolve():
+            raise UserError(f"source and target are both {given.source}; name two directories.")
+        ship(given.source, given.target)
+
+
+if __name__ == "__main__":
+    main()
