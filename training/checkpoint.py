@@ -78,8 +78,13 @@ class RunDirectory:
         try:
             self.previews.mkdir(parents=True, exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
-        except PermissionError:
-            raise UserError(f"run.out={self.path} cannot be written to; choose another directory.") from None
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            why = os.strerror(error.errno or 0)
+            raise UserError(
+                f"run.out={self.path} cannot be written to ({why}); choose another directory."
+            ) from None
         for left_over in self.checkpoints.glob(".*"):  # of a save that was killed
             shutil.rmtree(left_over, ignore_errors=True)
         with atomic_write(self.recipe) as temporary:

@@ -1,4 +1,4 @@
-"""Pictures of a run with fixed prompts and seeds: what the student makes, what the teacher makes, what the critic believes."""
+"""Pictures of a run, with fixed prompts and seeds: student, teacher, and what the critic believes."""
 
 from __future__ import annotations
 
@@ -21,28 +21,31 @@ TEACHER_STEPS = 50
 
 
 def draw_preview(trainer: Trainer) -> Path:
-    """One PNG: a row per student step count, then the teacher, then the fake score's x0 of the student's noised images.
+    """One PNG: a row per student step count, then the teacher, then the fake score's x0 of noised images.
 
     Prompts are the first of the data, seeds 0, 1, 2, ... The teacher's row is drawn once per run.
     """
     family, sampler = trainer.family, trainer.sampler()
-    count = trainer.run.preview_count if len(family.shape) > 1 else 1024
-    told = preview_conditions(trainer, count)
-    seeds = range(count)
-    rows: list[tuple[str, np.ndarray]] = []
-    for steps in sampler.steps or (TEACHER_STEPS,):
-        x0 = sampler.x0(told, seeds, steps=steps)
-        rows.append((f"{sampler.kind}, {steps} step{'s' * (steps > 1)}", family.picture(x0)))
-        if steps == min(sampler.steps or (steps,)):
-            shortest = x0
+    points = len(family.shape) == 1
+    count, chunk = (1024, 1024) if points else (trainer.run.preview_count, 16)
+    told, seeds = preview_conditions(trainer, count), range(count)
+    counts = sorted(sampler.steps or (TEACHER_STEPS,))
+    drawn = [sampler.x0(told, seeds, steps=steps, chunk=chunk) for steps in counts]
+    rows = [
+        (f"{sampler.kind}, {steps} step{'s' * (steps > 1)}", family.picture(x0))
+        for steps, x0 in zip(counts, drawn, strict=True)
+    ]
     if trainer.method.needs_teacher:
-        if trainer._preview_teacher is None:
-            teacher = ImageSampler(family, family.teacher, Path("teacher"), _teacher_card(trainer), trainer.device)
-            trainer._preview_teacher = family.picture(teacher.x0(told, seeds, steps=TEACHER_STEPS))
-        rows.append((f"teacher, {TEACHER_STEPS} steps", trainer._preview_teacher))
+        if trainer.preview_teacher is None:
+            card = _teacher_card(trainer)
+            teacher = ImageSampler(family, family.teacher, Path("teacher"), card, trainer.device)
+            x0 = teacher.x0(told, seeds, steps=TEACHER_STEPS, chunk=chunk)
+            trainer.preview_teacher = family.picture(x0)
+        rows.append((f"teacher, {TEACHER_STEPS} steps", trainer.preview_teacher))
     for name, module in trainer.raw.items():
         if name.split("/")[-1] == "fake_score":
-            rows.append((f"{name}: x0 of the student's images at half the noise", family.picture(_believed(trainer, module, shortest, told))))
+            believed = family.picture(_believed(trainer, module, drawn[0], told))
+            rows.append((f"{name}: x0 of the student's images at half the noise", believed))
     path = trainer.directory.previews / f"{trainer.offset + trainer.step:07d}.png"
     with atomic_write(path) as temporary:
         grid(rows).save(temporary, format="PNG")

@@ -39,7 +39,6 @@ class StudentConfig:
     init: str = "teacher"  # "teacher", "random", or a directory with a student
     ema: float = 0.999  # decay per student update; 0 = off
     gradient_checkpointing: bool = False
-    lora_rank: int = 0  # 0 = train all weights
 
     def __post_init__(self) -> None:
         steps = self.steps
@@ -47,7 +46,6 @@ class StudentConfig:
         _require(good, "steps", list(steps), "be different whole numbers of at least 1")
         _require(bool(self.init), "init", "nothing", "be teacher, random or a directory")
         _require(0 <= self.ema < 1, "ema", self.ema, "be at least 0 and below 1")
-        _require(self.lora_rank >= 0, "lora_rank", self.lora_rank, "be 0 (all weights) or more")
 
 
 @dataclass(frozen=True)
@@ -158,10 +156,10 @@ class RunConfig:
     metric_every: int = 0  # 0 = never measured during the run
     metric: str = "fd:scenes-v1"
     metric_samples: int = 500
+    metric_reference: str = ""  # real images (Parquet or folder) for families that are told no prompts
     export: Literal["ema", "raw"] = "ema"  # which weights the student directory gets
     threads: int = 0  # torch CPU threads; 0 = leave as they are
     resume: bool = True
-    compile: bool = False
 
     def __post_init__(self) -> None:
         _require(bool(self.out.strip()), "out", "nothing", "name a directory")

@@ -6,33 +6,36 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import AutocastKwargs
 from torch import Tensor
 
 from stepdistill import export
 from stepdistill.config import dump
 from stepdistill.denoiser import Denoiser, parameter_count
 from stepdistill.errors import UserError
-from stepdistill.families.base import Family
+from stepdistill.families.base import Family, first_line
 from training.checkpoint import Checkpoint, RunDirectory
 from training.data import Source
 from training.loggers import Loggers
+from training.measure import check_metric, measure
 from training.precompute import latents
 from training.recipe import Recipe
-from training.trainer import Trainer, measure
+from training.trainer import Trainer, trained_by
 
 CACHE = Path("cache")
 
 
 def run(recipe: Recipe, fresh: bool = False) -> None:
-    """Train every stage and export the student; goes on where an interrupted run of the same recipe stopped."""
+    """Train every stage and export the student; an interrupted run goes on where it was."""
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
-    torch.manual_seed(recipe.run.seed)  # fresh weights; all else draws from `SampleNoise`
-    accelerator = Accelerator(mixed_precision=recipe.run.precision)
+    accelerator = _accelerator(recipe)
     main = accelerator.is_main_process
     directory = RunDirectory(recipe.run.out, recipe.run.keep)
     family, sources = build(recipe)
+    for stage in recipe.stages():
+        stage.optim.split(accelerator.num_processes)
     family.to(accelerator.device)
     if main:
         done = directory.begin(recipe, fresh)
@@ -40,8 +43,9 @@ def run(recipe: Recipe, fresh: bool = False) -> None:
     if not main:
         done = directory.latest() or 0
     checkpoint = directory.load(done) if done else None
-    if done >= recipe.total_steps and directory.student.exists():
+    if done >= recipe.total_steps and (directory.student.exists() or not _exports(family)):
         say(main, f"{directory.path} is finished at step {done}; nothing to do (--fresh starts over).")
+        accelerator.end_training()
         return
     loggers = Loggers(directory.path, done) if main else None
     try:
@@ -54,16 +58,49 @@ def run(recipe: Recipe, fresh: bool = False) -> None:
         accelerator.end_training()
 
 
-def _stages(recipe, accelerator, family, sources, directory, loggers, checkpoint) -> Trainer:
+def _accelerator(recipe: Recipe) -> Accelerator:
+    precision = recipe.run.precision
+    # Its cache would hand weights that were cast under no_grad (backward simulation) to the call that trains,
+    # which then has no gradient.
+    autocast = AutocastKwargs(cache_enabled=False)
+    try:
+        accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[autocast])
+    except ValueError as error:
+        raise UserError(
+            f"run.precision={precision} cannot be used on this machine ({first_line(error)});"
+            " use run.precision=no or bf16."
+        ) from None
+    if accelerator.distributed_type in (
+        DistributedType.FSDP,
+        DistributedType.DEEPSPEED,
+        DistributedType.MEGATRON_LM,
+    ):
+        raise UserError(
+            f"the trainer cannot shard networks with {accelerator.distributed_type.value};"
+            " launch it with one of training/accelerate/*.yaml."
+        )
+    return accelerator
+
+
+def _stages(
+    recipe: Recipe,
+    accelerator: Accelerator,
+    family: Family,
+    sources: list[Source],
+    directory: RunDirectory,
+    loggers: Loggers | None,
+    checkpoint: Checkpoint | None,
+) -> Trainer:
+    """Every stage that is not over yet, one after another; the last one's trainer."""
     student, offset = None, 0
     for number, (stage, source) in enumerate(zip(recipe.stages(), sources, strict=True)):
         over = checkpoint is not None and checkpoint.extra["stage"] > number
         if not over:
             needs = stage.method.make(stage.student.steps).needs_images
             x0 = _latents(family, source, accelerator) if needs else None
-            trainer = Trainer(
-                stage, recipe, accelerator, family, source, x0, directory, loggers, stage=number, offset=offset, student=student
-            )
+            accelerator.free_memory()  # of the stage before
+            place = {"stage": number, "offset": offset, "student": student}
+            trainer = Trainer(stage, recipe, accelerator, family, source, x0, directory, loggers, **place)
             if checkpoint is not None and checkpoint.extra["stage"] == number:
                 trainer.restore(checkpoint)
                 say(accelerator.is_main_process, f"resuming {directory.path} at step {checkpoint.step}")
@@ -74,12 +111,17 @@ def _stages(recipe, accelerator, family, sources, directory, loggers, checkpoint
 
 def _finish(trainer: Trainer, family: Family, directory: RunDirectory) -> None:
     for name in family.metrics:
-        value = measure(name, family, trainer.sampler(), 0)
+        value = measure(trainer.run, family, trainer.sampler(), name)
         trainer.loggers.log(trainer.offset + trainer.step, {f"metric/{name}": value})
         say(True, f"{name} = {value:.3f}")
-    if family.pipeline is not None or not family.metrics:
+    if _exports(family):
         export.write(family, trainer.raw["student"], directory.student, trainer.card())
         say(True, f"exported to {directory.student}")
+
+
+def _exports(family: Family) -> bool:
+    """The toy alone has no pipeline to export to."""
+    return family.pipeline is not None or not family.metrics
 
 
 def build(recipe: Recipe) -> tuple[Family, list[Source]]:
@@ -95,23 +137,36 @@ def build(recipe: Recipe) -> tuple[Family, list[Source]]:
 
 
 def check(recipe: Recipe, family: Family, source: Source) -> None:
-    """One sentence for a method, family and data source that do not fit each other."""
+    """One sentence for a method, family, data source and metric that do not fit each other."""
     method = recipe.method.make(recipe.student.steps)
+    needs, data = f"the method {recipe.method.name!r} needs", f"data.name={recipe.data.name}"
     if method.needs_images and not (source.has_images or hasattr(family, "data")):
-        raise UserError(f"the method {recipe.method.name!r} needs real images as configured, and data.name={recipe.data.name} has none.")
+        raise UserError(f"{needs} real images as configured, and {data} has none.")
     if method.needs_teacher and family.teacher is None:
-        raise UserError(f"the method {recipe.method.name!r} needs a teacher; set family.teacher and leave family.unet out.")
+        raise UserError(f"{needs} a teacher; set family.teacher and leave family.unet out.")
     if family.conditions == "prompt" and source.captions is None:
-        raise UserError(f"the family {family.name!r} is told captions, and data.name={recipe.data.name} has none.")
+        raise UserError(f"the family {family.name!r} is told captions, and {data} has none.")
     if family.conditions == "class":
-        if source.labels is None and not hasattr(family, "data"):
-            raise UserError(f"the family {family.name!r} is told classes here, and data.name={recipe.data.name} has no labels.")
-        if source.class_names:
-            if len(source.class_names) != len(family.class_names):
-                raise UserError(f"the network has {len(family.class_names)} classes and the data {len(source.class_names)}; make them equal.")
-            family.class_names = tuple(source.class_names)
-    if source.has_images and source.resolution and method.needs_images and (source.resolution,) * 2 != family.resolution:
-        raise UserError(f"data.resolution={source.resolution} differs from the family's {family.resolution[0]}x{family.resolution[1]}; set it to that.")
+        _check_classes(family, source, data)
+    height, width = family.resolution
+    if method.needs_images and source.has_images and (source.resolution,) * 2 != (height, width):
+        raise UserError(
+            f"data.resolution={source.resolution} differs from the family's {height}x{width}; set it to that."
+        )
+    recipe.optim.check_networks(trained_by(method, recipe.run.steps))
+    check_metric(recipe.run, family)
+
+
+def _check_classes(family: Family, source: Source, data: str) -> None:
+    if source.labels is None and not hasattr(family, "data"):
+        raise UserError(f"the family {family.name!r} is told classes here, and {data} has no labels.")
+    if source.class_names:
+        if len(source.class_names) != len(family.class_names):
+            raise UserError(
+                f"the network has {len(family.class_names)} classes and the data {len(source.class_names)};"
+                " make them equal."
+            )
+        family.class_names = tuple(source.class_names)
 
 
 def _latents(family: Family, source: Source, accelerator: Accelerator) -> Tensor | None:
@@ -132,15 +187,17 @@ def export_checkpoint(recipe: Recipe, which: str) -> str:
     directory.check(recipe)
     chosen = {"latest": directory.latest(), "best": (directory.best() or (None,))[0]}.get(which, which)
     if chosen is None or not str(chosen).isdecimal():
-        raise UserError(f"--export {which}: give a step, 'best' or 'latest'; there are checkpoints of steps {directory.steps()}.")
+        raise UserError(
+            f"--export {which}: give a step, 'best' or 'latest';"
+            f" there are checkpoints of steps {directory.steps()}."
+        )
     checkpoint: Checkpoint = directory.load(int(chosen))
     family, sources = build(recipe)
-    number, offset = checkpoint.extra["stage"], 0
-    stages = recipe.stages()
-    offset = sum(stage.run.steps for stage in stages[:number])
-    trainer = Trainer(
-        stages[number], recipe, Accelerator(cpu=True), family, sources[number], None, directory, None, stage=number, offset=offset
-    )
+    number, stages = checkpoint.extra["stage"], recipe.stages()
+    place = {"stage": number, "offset": sum(stage.run.steps for stage in stages[:number])}
+    accelerator = Accelerator(cpu=True)
+    stage, source = stages[number], sources[number]
+    trainer = Trainer(stage, recipe, accelerator, family, source, None, directory, None, **place)
     trainer.restore(checkpoint)
     target = directory.path / f"student-{chosen}-{recipe.run.export}"
     with trainer.exported():
@@ -150,23 +207,36 @@ def export_checkpoint(recipe: Recipe, which: str) -> str:
 
 def dry_run(recipe: Recipe) -> str:
     """The resolved recipe, what the data holds, and a memory estimate."""
+    _accelerator(recipe)
     family, sources = build(recipe)
     lines = [dump(recipe).rstrip(), ""]
     for number, (stage, source) in enumerate(zip(recipe.stages(), sources, strict=True)):
-        method = stage.method.make(stage.student.steps)
-        student: Denoiser = family.student(stage.student.init, method.student_extras)
-        modules = {"student": student} | method.networks(family.teacher if method.needs_teacher else None, student)
-        trained = {name for step in range(min(stage.run.steps, 1000)) for phase in method.phases(step) for name in phase.trains}
-        bytes_ = sum(parameter_count(m) * 4 * (4 if name in trained else 1) for name, m in modules.items())
-        bytes_ += 4 * parameter_count(student)  # the average
-        bytes_ += sum(4 * parameter_count(m) for m in (family.teacher, *family.modules().values()) if m is not None)
-        lines += [
-            f"stage {number}: {stage.method.name}, {stage.run.steps:,} steps of batch {stage.optim.batch_size}",
-            f"  data      {source.describe()}",
-            *(f"  network   {name}: {parameter_count(m):,} parameters, {'trained' if name in trained else 'frozen'}" for name, m in modules.items()),
-            f"  memory    {bytes_ / 2**20:,.0f} MiB for weights, gradients, optimiser and average; activations come on top",
-        ]
+        lines += _forecast(number, stage, family, source)
     return "\n".join(lines)
+
+
+def _forecast(number: int, stage: Recipe, family: Family, source: Source) -> list[str]:
+    """What a stage would train, on what, and in how much memory."""
+    method = stage.method.make(stage.student.steps)
+    student: Denoiser = family.student(stage.student.init, method.student_extras)
+    teacher = family.teacher if method.needs_teacher else None
+    counts = {name: parameter_count(m) for name, m in method.networks(teacher, student).items()}
+    counts = {"student": parameter_count(student)} | counts
+    trained = trained_by(method, stage.run.steps)
+    helpers = [m for m in (family.teacher, *family.modules().values()) if m is not None]
+    # Weights of all; of what is trained also the gradient and Adam's two moments; and the student's average.
+    floats = sum(count * (4 if name in trained else 1) for name, count in counts.items())
+    floats += counts["student"] + sum(map(parameter_count, helpers))
+    return [
+        f"stage {number}: {stage.method.name}, {stage.run.steps:,} steps of batch {stage.optim.batch_size}",
+        f"  data      {source.describe()}",
+        *(
+            f"  network   {name}: {count:,} parameters, {'trained' if name in trained else 'frozen'}"
+            for name, count in counts.items()
+        ),
+        f"  memory    {4 * floats / 2**20:,.0f} MiB for weights, gradients, optimiser and average;"
+        " activations come on top",
+    ]
 
 
 def say(main: bool, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Train by a recipe: `accelerate launch -m training.train training/recipes/toy_dmd2.yaml [section.key=value ...]`."""
+"""Train by a recipe: `accelerate launch -m training.train RECIPE.yaml [section.key=value ...]`."""
 
 from __future__ import annotations
 
@@ -20,32 +20,70 @@ checkpoints/ and, at the end, student/: an ordinary diffusers pipeline directory
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="training.train", description="Distil a few-step student, or pretrain a teacher, as a recipe says.",
-        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("recipe", help="a YAML file, such as those in training/recipes/, or a run's own recipe.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a value of the recipe")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe, data counts and a memory estimate; train nothing")
-    parser.add_argument("--fresh", action="store_true", help="start over instead of resuming; removes what the run directory holds of the run")
-    parser.add_argument("--export", metavar="STEP", help="train nothing; export the weights of checkpoint STEP, or of the 'best' or 'latest' one")
+        prog="training.train",
+        description="Distil a few-step student, or pretrain a teacher, as a recipe says.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "recipe", help="a YAML file, such as those in training/recipes/, or a run's own recipe.yaml"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="replaces a value of the recipe"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved recipe, data counts and a memory estimate; train nothing",
+    )
+    parser.add_argument(
+        "--fresh",
+        action="store_true",
+        help="start over instead of resuming; removes what the run directory holds of the run",
+    )
+    parser.add_argument(
+        "--export",
+        metavar="STEP",
+        help="train nothing; export the weights of checkpoint STEP, or of the 'best' or 'latest' one",
+    )
     from stepdistill.errors import cli_errors
 
     with cli_errors():
         given = parser.parse_intermixed_args(arguments)
-        # Quiet before the libraries load: their progress bars and notices would bury the run's own.
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        warnings.filterwarnings("ignore", message=".*pin_memory.*")
+        _quieten()
         from training.recipe import load_recipe
         from training.run import dry_run, export_checkpoint, run
 
         recipe = load_recipe(given.recipe, given.overrides)
+        if recipe.family.name != "toy":
+            _quieten_diffusers()
         if given.dry_run:
             print(dry_run(recipe))
         elif given.export:
             print(export_checkpoint(recipe, given.export))
         else:
             run(recipe, fresh=given.fresh)
+
+
+def _quieten() -> None:
+    """Before the libraries load: their notices and progress bars would bury the run's own."""
+    os.environ.setdefault(
+        "TF_CPP_MIN_LOG_LEVEL", "3"
+    )  # TensorBoard takes TensorFlow along where it is installed
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.simplefilter("ignore", FutureWarning)
+    warnings.simplefilter("ignore", DeprecationWarning)
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+
+
+def _quieten_diffusers() -> None:
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for logging in (diffusers_logging, transformers_logging):
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 """The one loop: phases, accumulation, clipping, EMA, logs, previews, metrics, checkpoints, under accelerate.
 
-A method says whose turn it is (`Method.phases`); everything else of a run is here, once. What is random is drawn from
-(seed, step, phase, sample index) and data order from the number of batches drawn, so a run that was interrupted and goes on
-equals one that was not.
+A method says whose turn it is (`Method.phases`); everything else of a run is here, once. What is random is
+drawn from (seed, step, phase, sample index) and data order from the number of batches drawn, so a run that
+was interrupted and goes on equals one that was not.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import time
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,9 +28,11 @@ from stepdistill.families.base import Family
 from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase
 from stepdistill.noise import SampleNoise
 from stepdistill.sampling import ImageSampler
+from training import interrupts
 from training.checkpoint import Checkpoint, RunDirectory
 from training.data import Source, order
 from training.loggers import Loggers
+from training.measure import lower_is_better, measure
 from training.preview import draw_preview
 from training.recipe import OptimConfig, Recipe
 
@@ -40,85 +44,126 @@ class Trainer:
 
     Args:
         recipe: the stage's recipe; whole: the recipe it came from, for the card.
-        stage: its number and the global step it starts at.
-        student: carried over from the stage before, or None to start as the recipe says.
+        stage: its number; offset: the global step it starts at.
+        student: the one of the stage before, whose weights this stage starts from, or None to start as the
+            recipe says.
     """
 
     def __init__(
-        self, recipe: Recipe, whole: Recipe, accelerator: Accelerator, family: Family, source: Source, x0: Tensor | None,
-        directory: RunDirectory, loggers: Loggers | None, *, stage: int = 0, offset: int = 0, student: Denoiser | None = None,
-    ):  # fmt: skip
+        self,
+        recipe: Recipe,
+        whole: Recipe,
+        accelerator: Accelerator,
+        family: Family,
+        source: Source,
+        x0: Tensor | None,
+        directory: RunDirectory,
+        loggers: Loggers | None,
+        *,
+        stage: int = 0,
+        offset: int = 0,
+        student: Denoiser | None = None,
+    ) -> None:
         self.recipe, self.whole, self.accelerator, self.family = recipe, whole, accelerator, family
         self.source, self.x0, self.directory, self.loggers = source, x0, directory, loggers
         self.stage, self.offset, self.run, self.optim = stage, offset, recipe.run, recipe.optim
         self.device = accelerator.device
-        self.method: Method = recipe.method.make(recipe.student.steps)
-        student = student or family.student(recipe.student.init, self.method.student_extras)
-        if recipe.student.gradient_checkpointing:
-            _checkpoint_gradients(student)
-        modules: dict[str, nn.Module] = {"student": student}
-        modules |= self.method.networks(family.teacher if self.method.needs_teacher else None, student)
-        self.trained = sorted({name for step in range(self.run.steps) for phase in self.method.phases(step) for name in phase.trains})
-        if strangers := set(self.trained) - set(modules):
-            raise ValueError(f"{type(self.method).__name__}.phases trains {sorted(strangers)}, which its networks() did not make")
-        self.optim.check_networks(self.trained)
-        self.raw = {name: module.to(self.device) for name, module in modules.items()}
-        for name, module in self.raw.items():
-            module.requires_grad_(name in self.trained)
-        self.wrapped, self.optimizers = {}, {}
-        for name in self.trained:
-            pair = (self.raw[name], _optimizer(self.raw[name], self.optim.for_network(name)))
-            self.wrapped[name], self.optimizers[name] = accelerator.prepare(*pair)
-        self.frozen = {"teacher": family.teacher} if family.teacher is not None else {}
-        self.ema = EMA(student, recipe.student.ema)
         self.micro, self.passes = self.optim.split(accelerator.num_processes)
+        self.method: Method = recipe.method.make(recipe.student.steps)
+        torch.manual_seed(self.run.seed + stage)  # fresh weights, the same in every process
+        own = family.student(recipe.student.init, self.method.student_extras)
+        if student is not None:
+            _carry_over(student, own)
+        if recipe.student.gradient_checkpointing:
+            _checkpoint_gradients(own)
+        self._prepare(own)
+        self.ema = EMA(own, recipe.student.ema)
         self.step, self.batches, self.samples = 0, 0, 0
         self.updates: dict[str, int] = defaultdict(int)
-        self._sums: dict[str, list[float]] = defaultdict(list)
+        self.preview_teacher: Any = None  # drawn once
+        self._sums: dict[
+            str, list[float]
+        ] = {}  # [sum, count] of what was observed since the last line of the log
+        self._samples_logged, self._saved_at = 0, -1
 
-    # ------------------------------------------------------------------------------------------------------- the loop
+    def _prepare(self, student: Denoiser) -> None:
+        """All networks, which of them are trained, and their optimisers."""
+        teacher = self.family.teacher
+        modules: dict[str, nn.Module] = {"student": student}
+        modules |= self.method.networks(teacher if self.method.needs_teacher else None, student)
+        self.trained = trained_by(self.method, self.run.steps)
+        if strangers := set(self.trained) - set(modules):
+            raise ValueError(
+                f"{type(self.method).__name__}.networks() made no {', '.join(sorted(strangers))}"
+            )
+        self.optim.check_networks(self.trained)
+        self.raw = {name: module.to(self.device) for name, module in modules.items()}
+        self.frozen = {"teacher": teacher} if teacher is not None else {}
+        self.wrapped: dict[str, nn.Module] = {}
+        self.optimizers: dict[str, Any] = {}
+        for name, module in self.raw.items():
+            module.requires_grad_(name in self.trained)
+        for name in self.trained:
+            pair = (self.raw[name], _optimizer(self.raw[name], self.optim.for_network(name)))
+            self.wrapped[name], self.optimizers[name] = self.accelerator.prepare(*pair)
+
+    # ----------------------------------------------------------------------------------------------- the loop
 
     def fit(self) -> Denoiser:
-        """Train to the end of the stage and return the student, carrying the weights that are exported."""
-        steps, main = self.run.steps, self.accelerator.is_main_process
-        bar = tqdm(total=steps, initial=self.step, desc=self.recipe.method.name, unit="step", disable=not main, dynamic_ncols=True)
-        self._preview_teacher: Any = None
-        if self.step == 0:
-            self._every(self.run.preview_every, self._preview, always=self.run.preview_every > 0)
-        clock = time.perf_counter()
-        try:
-            while self.step < steps:
-                ran = []
-                for phase in self.method.phases(self.step):
-                    self._run(phase)
-                    ran.append(phase.name)
-                self.method.after_step(self._networks(()), self.step, tuple(ran))
-                self.step += 1
+        """Train to the end of the stage and return the student, carrying the weights that are exported.
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C or SIGTERM, when the step is finished and a checkpoint is written.
+        """
+        with self._bar() as bar, interrupts.deferred() as asked:
+            if self.step == 0 and self.run.preview_every:
+                self._preview()
+            while self.step < self.run.steps:
+                self._one_step()
                 bar.update()
-                if self.step % self.run.log_every == 0 or self.step == steps:
-                    clock = self._log(bar, clock)
-                self._every(self.run.preview_every, self._preview)
+                last = self.step == self.run.steps
+                self._every(self.run.log_every, lambda: self._log(bar), always=last)
+                self._every(self.run.save_every, self.save, always=last)
                 self._every(self.run.metric_every, self._measure)
-                self._every(self.run.save_every, self.save, always=self.step == steps)
-        except KeyboardInterrupt:
-            self.save()  # what was learnt is kept; the same command goes on from here
-            raise
-        finally:
-            bar.close()
-        if self.run.export == "ema" and self.recipe.student.ema:
+                self._every(self.run.preview_every, self._preview)
+                if self._any_process(asked()):
+                    self.save()  # what was learnt is kept; the same command goes on from here
+                    raise KeyboardInterrupt
+        if self._exports_ema:
             self.ema.put(self.raw["student"])
         return self.raw["student"]
+
+    def _bar(self) -> tqdm:
+        return tqdm(
+            total=self.run.steps,
+            initial=self.step,
+            desc=self.recipe.method.name,
+            unit="step",
+            disable=not self.accelerator.is_main_process,
+            dynamic_ncols=True,
+        )
 
     def _every(self, period: int, action: Callable[[], Any], always: bool = False) -> None:
         if always or (period and self.step % period == 0):
             action()
 
+    def _one_step(self) -> None:
+        ran = []
+        for phase in self.method.phases(self.step):
+            self._run(phase)
+            ran.append(phase.name)
+        self.method.after_step(self._networks(()), self.step, tuple(ran))
+        self.step += 1
+
     def _run(self, phase: Phase) -> None:
-        """One optimiser step of one phase: every term of every pass back-propagated in turn, then clip and update."""
+        """One optimiser step: every term of every pass back-propagated in turn, then clip and update."""
+        started = time.perf_counter()
         nets = self._networks(phase.trains)
         for name in self.trained:  # frozen parameters get no gradient; the graph through their inputs stays
             self.raw[name].requires_grad_(name in phase.trains)
-        started = time.perf_counter()
+        # What a network draws by itself, dropout, goes on after a resume as if there had been none.
+        place = (self.run.seed, self.offset + self.step, phase.name, self.accelerator.process_index)
+        torch.manual_seed(zlib.crc32(repr(place).encode()))
         last = (self.passes - 1, len(phase.terms) - 1)
         for pass_number, batch in enumerate(self._batches(phase)):
             for term_number, (weight, loss) in enumerate(phase.terms):
@@ -126,24 +171,35 @@ class Trainer:
                     losses = loss(nets, batch)
                     total = self._checked(losses, phase, term_number, batch)
                     self.accelerator.backward(total * (weight / self.passes))
-                self._collect(phase.name, losses)
+                for name, value in losses.items():
+                    self._observe(f"{phase.name}/{name}", float(value.detach().float().mean()))
         for name in phase.trains:
-            settings, optimizer = self.optim.for_network(name), self.optimizers[name]
-            limit = settings.max_grad_norm or float("inf")
-            norm = self.accelerator.clip_grad_norm_(self.wrapped[name].parameters(), limit)
-            self._sums[f"{phase.name}/grad_norm_{name}"].append(float(norm))
-            for group in optimizer.param_groups:
-                group["lr"] = settings.lr * settings.lr_factor(self.step, self.run.steps)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            self.updates[name] += 1
-        if "student" in phase.trains:
-            self.ema.update(self.raw["student"])
-        self._sums[f"{phase.name}/seconds"].append(time.perf_counter() - started)
+            self._update(name, phase)
+        self._observe(f"{phase.name}/seconds", time.perf_counter() - started)
+
+    def _update(self, name: str, phase: Phase) -> None:
+        """Clip one network's gradient and take its optimiser's step."""
+        settings, optimizer = self.optim.for_network(name), self.optimizers[name]
+        # Of this network alone: accelerate's own clipping would unscale the others' fp16 gradients twice.
+        self.accelerator.unscale_gradients(optimizer)
+        limit = settings.max_grad_norm or math.inf
+        norm = float(nn.utils.clip_grad_norm_(self.wrapped[name].parameters(), limit))
+        if not math.isfinite(norm) and self.accelerator.scaler is None:  # a scaler leaves such a step out
+            raise UserError(self._diverged(f"the gradient of {name} in phase {phase.name!r}"))
+        self._observe(f"{phase.name}/grad_norm_{name}", norm)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.lr * settings.lr_factor(self.step, self.run.steps)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if optimizer.step_was_skipped:
+            return
+        self.updates[name] += 1
+        if name == "student":
+            self.ema.update(self.raw[name])
 
     def _networks(self, trains: tuple[str, ...]) -> Networks:
-        """What is trained comes wrapped, so that processes synchronise; what is frozen comes raw, so that a wrapper does not wait
-        for gradients that never come."""
+        """What is trained comes wrapped, so that processes synchronise; what is frozen comes raw, so that a
+        wrapper does not wait for gradients that never come."""
         modules = self.frozen | self.raw | {name: self.wrapped[name] for name in trains}
         return Networks(modules, self.family.schedule, self.family.decode)
 
@@ -157,16 +213,29 @@ class Trainer:
 
     def _checked(self, losses: Losses, phase: Phase, term: int, batch: Batch) -> Tensor:
         total = losses["total"]
-        if not torch.isfinite(total.detach()).all():
-            bad = batch.index[~torch.isfinite(total.detach())].tolist() if total.ndim else batch.index.tolist()
+        finite = torch.isfinite(total.detach())
+        if not finite.all():
+            bad = batch.index[~finite].tolist() if total.ndim else batch.index.tolist()
             raise UserError(
-                f"the loss of phase {phase.name!r} (term {term}) is not finite at step {self.offset + self.step}, samples "
-                f"{bad[:8]}; the last checkpoint is step {self.directory.latest() or 'none'}. Lower optim.lr, set "
-                "optim.max_grad_norm, or use run.precision=no."
+                self._diverged(f"the loss of phase {phase.name!r} (term {term}, samples {bad[:8]})")
             )
         return total.mean()
 
-    # ------------------------------------------------------------------------------------------------------- data
+    def _diverged(self, what: str) -> str:
+        kept = self.directory.latest()
+        return (
+            f"{what} is not finite at step {self.offset + self.step}; the last checkpoint is "
+            f"{'none' if kept is None else f'step {kept}'}."
+            " Lower optim.lr, set optim.max_grad_norm, or use run.precision=no."
+        )
+
+    def _any_process(self, asked: bool) -> bool:
+        """Whether `asked` holds in one process at least: all must leave the loop after the same step."""
+        if self.accelerator.num_processes == 1:
+            return asked
+        return bool(self.accelerator.reduce(torch.tensor(float(asked), device=self.device), "sum"))
+
+    # --------------------------------------------------------------------------------------------------- data
 
     def _batches(self, phase: Phase) -> Iterator[Batch]:
         """This process's passes of the next global batch."""
@@ -188,38 +257,60 @@ class Trainer:
                 x0 = self.x0[examples].float().to(self.device)
             else:
                 x0 = family.examples(source, examples).to(self.device)
-        return Batch(cond, _to(family.uncond(len(examples)), self.device), family.shape, noise.index, noise, x0)
+        return Batch(
+            cond, _to(family.uncond(len(examples)), self.device), family.shape, noise.index, noise, x0
+        )
 
-    # ------------------------------------------------------------------------------------------------------- what one sees
+    # ------------------------------------------------------------------------------------------ what one sees
 
-    def _collect(self, phase: str, losses: Losses) -> None:
-        for name, value in losses.items():
-            self._sums[f"{phase}/{name}"].append(float(value.detach().float().mean()))
+    def _observe(self, name: str, value: float) -> None:
+        found = self._sums.setdefault(name, [0.0, 0])
+        found[0] += value
+        found[1] += 1
 
-    def _log(self, bar: tqdm, clock: float) -> float:
-        now = time.perf_counter()
-        values = {name: sum(found) / len(found) for name, found in self._sums.items()}
-        self._sums.clear()
-        # Phases of unequal pace leave unequal counts: images are counted, not guessed from the step.
-        seen, self._seen = self.samples - getattr(self, "_seen", 0), self.samples
-        values |= {"images_per_second": seen / (now - clock), "samples": self.samples, "lr": self.optim.lr * self.optim.lr_factor(self.step - 1, self.run.steps)}
+    def _share_sums(self) -> None:
+        """Every process gets the mean over processes of what each has observed."""
+        if self.accelerator.num_processes > 1 and self._sums:
+            table = torch.tensor(
+                [total for total, _ in self._sums.values()], dtype=torch.float64, device=self.device
+            )
+            for found, total in zip(
+                self._sums.values(), self.accelerator.reduce(table, "mean").tolist(), strict=True
+            ):
+                found[0] = total
+
+    def _log(self, bar: tqdm) -> None:
+        self._share_sums()
+        values = {name: total / count for name, (total, count) in self._sums.items()}
+        seconds = sum(total for name, (total, _) in self._sums.items() if name.endswith("/seconds"))
+        self._sums = {}
+        # Phases of unequal pace draw unequal numbers of batches: images are counted, not guessed.
+        speed = (self.samples - self._samples_logged) / seconds
+        self._samples_logged = self.samples
+        lr = self.optim.lr * self.optim.lr_factor(self.step - 1, self.run.steps)
+        values |= {"images_per_second": speed, "samples": self.samples, "lr": lr}
         if self.loggers:
             self.loggers.log(self.offset + self.step, values)
         shown = {name: f"{value:.3g}" for name, value in values.items() if name.endswith("/total")}
-        bar.set_postfix(shown | {"img/s": f"{values['images_per_second']:.0f}"}, refresh=False)
-        return now
+        bar.set_postfix(shown | {"images/s": f"{speed:.0f}"}, refresh=False)
 
     def sampler(self) -> ImageSampler:
         """The student as it would be exported now; use it inside `self.exported()`."""
-        return ImageSampler(self.family, self.raw["student"], self.directory.student, self.card(), self.device)
+        return ImageSampler(
+            self.family, self.raw["student"], self.directory.student, self.card(), self.device
+        )
 
     @contextlib.contextmanager
     def exported(self) -> Iterator[None]:
         """The student carries the weights that are exported, in eval mode, for the length of the block."""
-        student = self.raw["student"].eval()
-        with self.ema.applied(student) if self._exports_ema else contextlib.nullcontext():
-            yield
-        student.train()
+        student = self.raw["student"]
+        was_training = student.training
+        student.eval()
+        try:
+            with self.ema.applied(student) if self._exports_ema else contextlib.nullcontext():
+                yield
+        finally:
+            student.train(was_training)
 
     @property
     def _exports_ema(self) -> bool:
@@ -227,7 +318,10 @@ class Trainer:
 
     def card(self) -> dict[str, Any]:
         weights = "ema" if self._exports_ema else "raw"
-        return export.card_of(self.family, self.method, self.whole.mapping(), step=self.offset + self.step, weights=weights)
+        recipe = self.recipe.mapping()  # with stages, `whole` may have no method of its own
+        if self.whole.partials:
+            recipe["stages"] = self.whole.mapping()["stages"]
+        return export.card_of(self.family, self.method, recipe, step=self.offset + self.step, weights=weights)
 
     def _preview(self) -> None:
         if self.loggers:
@@ -237,60 +331,79 @@ class Trainer:
 
     def _measure(self) -> None:
         """The recipe's metric on the exported weights; the best checkpoint is kept."""
+        self.save()
+        metric, step = self.run.metric, self.offset + self.step
         if self.accelerator.is_main_process:
             with self.exported():
-                value = measure(self.run.metric, self.family, self.sampler(), self.run.metric_samples)
-            self.save()
-            best = self.directory.record_best(self.offset + self.step, value)
+                value = measure(self.run, self.family, self.sampler())
+            best = self.directory.record_best(step, value, lower_is_better(metric))
             if self.loggers:
-                self.loggers.log(self.offset + self.step, {f"metric/{self.run.metric}": value})
-            tqdm.write(f"step {self.offset + self.step}: {self.run.metric} = {value:.4g}{' (best)' if best else ''}")
+                self.loggers.log(step, {f"metric/{metric}": value})
+            tqdm.write(f"step {step}: {metric} = {value:.4g}{' (best)' if best else ''}")
         self.accelerator.wait_for_everyone()
 
-    # ------------------------------------------------------------------------------------------------------- checkpoints
+    # -------------------------------------------------------------------------------------------- checkpoints
 
     def save(self) -> None:
+        """Write a checkpoint of this step unless there is one. All processes call it, the main one writes."""
+        if self._saved_at == self.step:
+            return
+        self._share_sums()
         if self.accelerator.is_main_process:
             tensors = {name: module.state_dict() for name, module in self.raw.items()}
             tensors["student_ema"] = self.ema.state_dict()
             optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
             counters = {"batches": self.batches, "samples": self.samples, "updates": dict(self.updates)}
-            extra = {"stage": self.stage, "counters": counters, "method": self.method.state_dict()}
+            counters |= {"sums": self._sums, "samples_logged": self._samples_logged}
+            extra = {"stage": self.stage, "offset": self.offset, "counters": counters}
+            extra["method"] = self.method.state_dict()
             self.directory.save(self.offset + self.step, tensors, optimizers, extra)
+        self._saved_at = self.step
         self.accelerator.wait_for_everyone()
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on where `save` stopped. Every key of every network must match."""
+        extra, counters = checkpoint.extra, checkpoint.extra["counters"]
+        if extra.get("offset", self.offset) != self.offset:
+            raise UserError(
+                f"the checkpoint of step {checkpoint.step} is of a run whose stage {self.stage} began at step"
+                f" {extra['offset']}, and this recipe's begins at {self.offset}; set run.steps of the earlier"
+                " stages back, or use --fresh."
+            )
         for name, module in self.raw.items():
             module.load_state_dict(checkpoint.tensors[name])
-        self.ema.load_state_dict(checkpoint.tensors["student_ema"])
+        self.ema.load_state_dict(_on(checkpoint.tensors["student_ema"], self.device))
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(checkpoint.optimizers[name])
-        counters = checkpoint.extra["counters"]
-        self.step, self.batches, self.samples = checkpoint.step - self.offset, counters["batches"], counters["samples"]
-        self._seen = self.samples
+        self.step = self._saved_at = checkpoint.step - self.offset
+        self.batches, self.samples = counters["batches"], counters["samples"]
         self.updates.update(counters["updates"])
-        self.method.load_state_dict(checkpoint.extra["method"])
+        self._sums = counters.get("sums", {})
+        self._samples_logged = counters.get("samples_logged", self.samples)
+        self.method.load_state_dict(extra["method"])
 
 
-def measure(metric: str, family: Family, sampler: ImageSampler, samples: int) -> float:
-    """A metric of `sampler`: one of the family's own, or one of the evaluation package's, such as "fd:scenes-v1"."""
-    seed = 10_000_019
-    if metric in family.metrics:
-        return family.metrics[metric](lambda n: sampler.x0([0] * n, range(seed, seed + n), chunk=n))
-    from evaluation import evaluate
+def trained_by(method: Method, steps: int) -> list[str]:
+    """Names of the networks a run of so many steps trains."""
+    return sorted({name for step in range(steps) for phase in method.phases(step) for name in phase.trains})
 
-    name, _, extractor = metric.partition(":")
 
-    def draw(prompts: Any, seeds: Any) -> Tensor:
-        return sampler(prompts, seeds, chunk=64)
+def _carry_over(before: Denoiser, student: Denoiser) -> None:
+    """The weights of the last stage's student in this stage's, which may take other inputs (LCM's guidance).
 
-    values = evaluate(draw, n=samples, metrics=(name,), extractor=extractor or None)
-    return float(values[metric])
+    What only `student` has starts at zero by contract, and what only `before` had is left behind.
+    """
+    own = student.state_dict()
+    known = {name: value for name, value in before.state_dict().items() if name in own}
+    student.load_state_dict(own | known)
 
 
 def _to(cond: Any, device: torch.device) -> Any:
     return map_cond(lambda c: c.to(device), cond)
+
+
+def _on(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def _optimizer(module: nn.Module, settings: OptimConfig) -> torch.optim.Optimizer:
@@ -305,4 +418,6 @@ def _checkpoint_gradients(student: Denoiser) -> None:
         if hasattr(module, "enable_gradient_checkpointing"):
             module.enable_gradient_checkpointing()
             return
-    raise UserError("student.gradient_checkpointing=true: this family's network does not support it; set it to false.")
+    raise UserError(
+        "student.gradient_checkpointing=true: this family's network cannot do it; set it to false."
+    )
