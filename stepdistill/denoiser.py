@@ -65,6 +65,11 @@ class Denoiser(nn.Module):
         """The bottleneck among `blocks`."""
         return f"network.{self.network.middle}"
 
+    @property
+    def sigma_data(self) -> float:
+        """The data's standard deviation in EDM's loss weight: what the network is preconditioned with, else 1."""
+        return getattr(self.network, "sigma_data", None) or 1.0
+
     def under(self, schedule: Schedule) -> Denoiser:
         """The same network (shared, not copied) spoken to in another schedule."""
         return Denoiser(self.network, self.kind, self.native, schedule)

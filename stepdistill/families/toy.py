@@ -42,36 +42,38 @@ class Mixture(nn.Module):
         self.classes = torch.zeros(len(means), dtype=torch.long) if classes is None else classes
         self.no_class = int(self.classes.max()) + 1
 
-    def _log_weights(self, cond: Tensor | None, count: int) -> Tensor:
-        log = self.weights.log().expand(count, -1)
+    def _log_weights(self, cond: Tensor | None, count: int, device: torch.device) -> Tensor:
+        log = self.weights.to(device).log().expand(count, -1)
         if cond is None:
             return log
-        kept = (self.classes[None] == cond[:, None]) | (cond[:, None] == self.no_class)
+        kept = (self.classes.to(device)[None] == cond[:, None]) | (cond[:, None] == self.no_class)
         return log.masked_fill(~kept, -math.inf).log_softmax(1)
 
     def log_prob(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         """log p_t(x_t), (B,)."""
         alpha, sigma = self.schedule.alpha(t)[:, None], self.schedule.sigma(t)[:, None]
         variance = alpha**2 * self.std**2 + sigma**2
-        squared = (x_t[:, None].double() - alpha[..., None] * self.means).square().sum(-1)
+        squared = (x_t[:, None].double() - alpha[..., None] * self.means.to(x_t.device)).square().sum(-1)
         dims = x_t.shape[1]
-        log = self._log_weights(cond, len(x_t)) - squared / (2 * variance) - dims / 2 * (2 * math.pi * variance).log()
+        log = self._log_weights(cond, len(x_t), x_t.device) - squared / (2 * variance) - dims / 2 * (2 * math.pi * variance).log()
         return log.logsumexp(1)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         """E[x0 | x_t]: each mode's posterior mean, weighted by its responsibility. float64 inside."""
         alpha, sigma = self.schedule.alpha(t)[:, None], self.schedule.sigma(t)[:, None]
-        variance = alpha**2 * self.std**2 + sigma**2
-        offset = x_t[:, None].double() - alpha[..., None] * self.means  # (B, K, D)
-        responsibility = (self._log_weights(cond, len(x_t)) - offset.square().sum(-1) / (2 * variance)).softmax(1)
-        posterior = self.means + (alpha * self.std**2 / variance)[..., None] * offset
+        variance, means = alpha**2 * self.std**2 + sigma**2, self.means.to(x_t.device)
+        offset = x_t[:, None].double() - alpha[..., None] * means  # (B, K, D)
+        log = self._log_weights(cond, len(x_t), x_t.device) - offset.square().sum(-1) / (2 * variance)
+        responsibility = log.softmax(1)
+        posterior = means + (alpha * self.std**2 / variance)[..., None] * offset
         return (responsibility[..., None] * posterior).sum(1).to(x_t.dtype)
 
     def draw(self, noise: SampleNoise, cond: Tensor | None = None) -> Tensor:
         """Exact samples (B, D), float32."""
-        weights = self._log_weights(cond, len(noise.index)).exp().cumsum(1)
+        device = noise.index.device
+        weights = self._log_weights(cond, len(noise.index), device).exp().cumsum(1)
         mode = (noise.rand()[:, None] > weights).sum(1).clamp(max=len(self.means) - 1)
-        return (self.means[mode] + self.std * noise.randn(self.means.shape[1], dtype=torch.float64)).float()
+        return (self.means.to(device)[mode] + self.std * noise.randn(self.means.shape[1], dtype=torch.float64)).float()
 
 
 def gaussian(schedule: Schedule, mean: Sequence[float], std: float) -> Mixture:
@@ -145,7 +147,7 @@ class ExactTeacher(Denoiser):
     def __init__(self, mixture: Mixture, fit_steps: int = 1000, width: int = 128):
         super().__init__(mixture, "x0", mixture.schedule)
         self.fit_steps, self.width = fit_steps, width
-        self._fitted: Denoiser | None = None
+        self._fitted: list[Denoiser] = []  # in a list, so as not to count as the teacher's own parameters
 
     @property
     def blocks(self) -> dict[str, int]:
@@ -157,9 +159,9 @@ class ExactTeacher(Denoiser):
 
     def clone(self) -> Denoiser:
         """An MLP denoiser trained on the exact posterior mean, the same one at every call."""
-        if self._fitted is None:
-            self._fitted = self._fit()
-        return self._fitted.clone()
+        if not self._fitted:
+            self._fitted.append(self._fit())
+        return self._fitted[0].clone()
 
     def _fit(self) -> Denoiser:
         mixture, schedule = self.network, self.schedule

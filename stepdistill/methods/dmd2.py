@@ -97,7 +97,7 @@ class DMD2(Method):
             x0 = self.generate(nets, batch)
         t, eps = self.times(nets, batch), batch.randn()
         prediction = nets.fake_score(schedule.add_noise(x0, eps, t), t, batch.cond)
-        denoise = denoising(prediction, x0, eps)
+        denoise = denoising(prediction, x0, eps, unwrap(nets.fake_score).sigma_data)
         losses = {"total": denoise, "denoising": denoise}
         if config.gan_weight > 0:
             real, fake = self.logits(nets, batch.x0, batch), self.logits(nets, x0, batch)

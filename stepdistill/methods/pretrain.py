@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stepdistill import timesteps
-from stepdistill.denoiser import map_cond
+from stepdistill.denoiser import map_cond, unwrap
 from stepdistill.losses import denoising
 from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase
 
@@ -53,4 +53,4 @@ class Pretrain(Method):
             drop = noise.rand()[:, None] < config.cond_dropout
             cond = map_cond(lambda c, u: c.where(~drop.reshape(-1, *[1] * (c.ndim - 1)), u), cond, batch.uncond)
         prediction = nets.student(nets.schedule.add_noise(batch.x0, eps, t), t, cond)
-        return {"total": denoising(prediction, batch.x0, eps)}
+        return {"total": denoising(prediction, batch.x0, eps, unwrap(nets.student).sigma_data)}
