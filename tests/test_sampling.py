@@ -1,0 +1,243 @@
+"""The one few-step rule against diffusers and closed forms; images that depend on nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from stepdistill import load
+from stepdistill.denoiser import Denoiser
+from stepdistill.families.toy import Toy, gaussian, gaussian_flow_map
+from stepdistill.noise import SampleNoise
+from stepdistill.prediction import Prediction
+from stepdistill.sampling import ImageSampler, first_input, sample, walk
+from stepdistill.schedule import EDM, VP, Flow, TrigFlow
+from stepdistill.timesteps import few_step_grid, teacher_grid, times_like
+
+MEAN, STD = 0.3, 0.4
+SCHEDULES = {"vp": VP.from_betas(), "edm": EDM(), "flow": Flow(), "trig": TrigFlow()}
+EVERY = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+
+
+def oracle(schedule):
+    """The exact consistency function of N(MEAN, STD^2): the end of the trajectory, not the posterior mean."""
+
+    def predict(x_t, t, cond=None):
+        end = torch.full_like(t, schedule.t_min)
+        return Prediction(gaussian_flow_map(schedule, MEAN, STD, x_t, t, end), "x0", x_t, t, schedule)
+
+    return predict
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_renoise_equals_lcm_scheduler_step_by_step(steps):
+    from diffusers import LCMScheduler
+
+    scheduler = LCMScheduler(
+        beta_schedule="scaled_linear", original_inference_steps=4, prediction_type="sample"
+    )
+    scheduler.set_timesteps(steps)
+    schedule = VP(scheduler.alphas_cumprod)
+    generator = torch.Generator().manual_seed(0)
+    x = start = torch.randn(3, 4, 5, 5, generator=generator)
+    outputs = [torch.randn(x.shape, generator=generator) for _ in range(steps)]
+    drawn = []
+    for output, t in zip(outputs, scheduler.timesteps, strict=True):
+        state = torch.Generator().manual_seed(len(drawn))
+        drawn.append(torch.randn(x.shape, generator=torch.Generator().manual_seed(len(drawn))))
+        x, denoised = scheduler.step(output, t, x, generator=state, return_dict=False)
+    calls = iter(outputs)
+
+    def predict(x_t, t, cond):
+        return Prediction(next(calls), "x0", x_t, t, schedule)
+
+    times = few_step_grid(schedule, steps, 4)
+    assert list(times) == scheduler.timesteps.tolist()
+    ours = sample(predict, start, times, lambda i: drawn[i])
+    torch.testing.assert_close(ours, denoised, rtol=1e-5, atol=1e-5)
+    calls = iter(outputs)
+    if steps == 2:  # the state between the two, not the last one alone
+        between = walk(predict, start, times, lambda i: drawn[i])
+        scheduler.set_timesteps(steps)
+        first = scheduler.step(
+            outputs[0], scheduler.timesteps[0], start, generator=torch.Generator().manual_seed(0)
+        )
+        torch.testing.assert_close(between, first.prev_sample, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["edm", "flow", "trig"])
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_renoising_with_the_oracle_keeps_the_distribution(steps, name):
+    schedule, n = SCHEDULES[name], 60_000
+    noise = SampleNoise(range(n), step=steps, phase=name)
+    grid = few_step_grid(schedule, steps)
+    x = first_input(schedule, noise.randn(1, dtype=torch.float64), grid[0], "unit")
+    x0 = sample(oracle(schedule), x, grid, lambda _: noise.randn(1, dtype=torch.float64))
+    # EDM starts from mean 0 where its own marginal has mean MEAN, a bias of STD / 80 standard deviations.
+    bias = 0.002 if name == "edm" else 0.0
+    assert abs(float(x0.mean()) - MEAN) < 5 * STD / n**0.5 + bias
+    assert abs(float(x0.std()) - STD) < 5 * STD / (2 * n) ** 0.5
+    if steps > 1:  # the posterior mean in its place does not keep it
+        mean = Denoiser(gaussian(schedule, [MEAN], STD), "x0", schedule)
+        assert float(sample(mean, x, grid, lambda _: noise.randn(1, dtype=torch.float64)).std()) < 0.97 * STD
+
+
+@EVERY
+def test_ode_with_the_exact_teacher_converges_to_the_flow_map(schedule):
+    teacher = Denoiser(gaussian(schedule, [MEAN], STD), "x0", schedule)
+    first = times_like(schedule.t_max, torch.zeros(7, 1))
+    spread = (schedule.alpha(first) ** 2 * STD**2 + schedule.sigma(first) ** 2).sqrt()[:, None]
+    x = (
+        schedule.alpha(first)[:, None] * MEAN
+        + spread * torch.linspace(-2, 2, 7, dtype=torch.float64)[:, None]
+    )
+    end = torch.full_like(first, schedule.t_min)
+    exact = gaussian_flow_map(schedule, MEAN, STD, x, first, end)
+    # A table ends at rho = 0.03: the last x0 takes that noise away too, which leaves the data's quantiles.
+    clean = MEAN + STD * torch.linspace(-2, 2, 7, dtype=torch.float64)[:, None]
+    torch.testing.assert_close(schedule.alpha(end)[:, None] * clean, exact, rtol=0, atol=5e-3)
+
+    def error(steps: int) -> float:
+        def no_noise(_: int) -> torch.Tensor:
+            raise AssertionError("the ode rule draws no noise")
+
+        drawn = sample(teacher, x, teacher_grid(schedule, steps), no_noise, rule="ode")
+        return float((drawn - clean).abs().max())
+
+    coarse, fine, finest = error(50), error(200), error(800) if schedule.t_max < 900 else error(500)
+    assert coarse > fine > finest and finest < 0.01 < float(clean.std())
+    assert coarse / fine > 2.5  # of first order
+
+
+def test_first_input():
+    z = torch.randn(4, 2, dtype=torch.float64)
+    assert first_input(SCHEDULES["vp"], z, 999, "unit") is z
+    assert torch.equal(first_input(SCHEDULES["edm"], z, 80.0, "unit"), 80 * z)
+    assert torch.equal(first_input(SCHEDULES["flow"], z, 1.0, "unit"), z)
+    sigma = (1 - 0.0046600) ** 0.5
+    torch.testing.assert_close(first_input(SCHEDULES["vp"], z, 999, "sigma"), sigma * z, rtol=1e-5, atol=0)
+    with pytest.raises(ValueError, match="init_noise"):
+        first_input(SCHEDULES["vp"], z, 999, "zero")
+
+
+def test_walk_stops_at_the_last_time_and_counts_steps():
+    schedule, counted = Flow(), []
+    x = torch.randn(3, 1, dtype=torch.float64)
+    grid = (1.0, 0.5, 0.25)
+
+    def draw(i: int) -> torch.Tensor:
+        return torch.full_like(x, float(i))
+
+    x_t = walk(oracle(schedule), x, grid, draw, on_step=lambda i, n: counted.append((i, n)))
+    assert counted == [(1, 3), (2, 3)]
+    half = 0.5 * oracle(schedule)(x, times_like(1.0, x)).x0 + 0.5 * 0.0
+    quarter = 0.75 * oracle(schedule)(half, times_like(0.5, x)).x0 + 0.25 * 1.0
+    torch.testing.assert_close(x_t, quarter, rtol=1e-12, atol=1e-12)
+    assert walk(oracle(schedule), x, grid[:1], draw) is x
+    with pytest.raises(ValueError, match="rule must be"):
+        walk(oracle(schedule), x, grid, draw, rule="euler")
+
+
+def test_extras_reach_every_call():
+    heard = []
+
+    def predict(x_t, t, cond, guidance):
+        heard.append((cond, guidance))
+        return Prediction(x_t, "x0", x_t, t, Flow())
+
+    sample(predict, torch.zeros(1, 1), (1.0, 0.5), lambda _: torch.zeros(1, 1), "cond", guidance="g")
+    assert heard == [("cond", "g")] * 2
+
+
+# ---------------------------------------------------------------------------------------------- ImageSampler
+
+
+@pytest.fixture(scope="module")
+def toy() -> ImageSampler:
+    family = Toy(Toy.Config(classes=4, fit_steps=0))
+    student = family.student("teacher", ())
+    card = {
+        "kind": "student",
+        "steps": [1, 2, 4],
+        "finest": 4,
+        "rule": "renoise",
+        "guidance_free": True,
+        "name": "toy",
+    }
+    return ImageSampler(family, student, Path("toy"), card)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_sample_is_bitwise_independent_of_its_batch_and_of_padding(toy, steps):
+    labels, seeds = [0, 1, 2, 3, 0, 1, 2], [10, 11, 12, 13, 14, 15, 16]
+    whole = toy.x0(labels, seeds, steps=steps, chunk=4)
+    assert whole.shape == (7, 2)
+    for i in (0, 3, 6):
+        assert torch.equal(toy.x0([labels[i]], [seeds[i]], steps=steps, chunk=4)[0], whole[i])
+    order = [6, 2, 4, 0, 1, 5, 3]
+    shuffled = toy.x0([labels[i] for i in order], [seeds[i] for i in order], steps=steps, chunk=4)
+    assert torch.equal(shuffled, whole[order])
+    assert not torch.equal(toy.x0([0], [10], steps=steps, chunk=4), toy.x0([0], [11], steps=steps, chunk=4))
+    assert not torch.equal(toy.x0([0], [10], steps=steps, chunk=4), toy.x0([1], [10], steps=steps, chunk=4))
+
+
+def test_images_are_bitwise_independent_of_their_batch(tiny_sd):
+    sampler = load(tiny_sd)
+    prompts, seeds = ["a red circle", "a large blue square", ""], [1, 2, 3]
+    timings: dict[str, float] = {}
+    whole = sampler(prompts, seeds, steps=3, guidance_scale=2.0, chunk=2, timings=timings)
+    assert whole.shape == (3, 3, 16, 16) and whole.dtype == torch.uint8 and float(whole.float().std()) > 1
+    assert set(timings) == {"text", "denoise", "decode"} and min(timings.values()) > 0
+    for i in range(3):
+        assert torch.equal(
+            sampler([prompts[i]], [seeds[i]], steps=3, guidance_scale=2.0, chunk=2)[0], whole[i]
+        )
+    assert not torch.equal(sampler(prompts[:1], seeds[:1], steps=3, guidance_scale=4.0, chunk=2)[0], whole[0])
+    negative = sampler(prompts[:1], [1], steps=3, guidance_scale=2.0, chunk=2, negative_prompts=["a star"])
+    assert not torch.equal(negative[0], whole[0])
+
+
+def test_on_step_counts_per_chunk_and_may_raise(toy):
+    counted: list[tuple[int, int]] = []
+    list(toy._chunks([0] * 3, [1, 2, 3], 4, None, None, 2, {}, lambda i, n: counted.append((i, n))))
+    assert counted == [(1, 4), (2, 4), (3, 4), (4, 4)] * 2
+
+    class Stop(Exception):
+        pass
+
+    def stop(i: int, n: int) -> None:
+        if i == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        list(toy._chunks([0], [1], 4, None, None, 2, {}, stop))
+    assert toy.x0([0], [1], steps=4, chunk=2).shape == (1, 2)  # and it goes on working
+
+
+def test_a_student_is_called_at_its_own_times_and_a_teacher_at_trailing_ones(toy):
+    assert toy.times(4) == (999, 749, 499, 249) and toy.times(2) == (999, 499)
+    teacher = ImageSampler(toy.family_, toy.denoiser, toy.path, {})
+    assert teacher.kind == "teacher" and teacher.default_steps == 50
+    assert teacher.times(30)[:2] == (999, 966) and teacher.times(50)[-1] == 19
+
+
+def test_the_samplers_noise_is_a_stock_pipelines(toy):
+    """One CPU generator per image: the initial noise is randn of its shape from manual_seed(seed)."""
+    heard = []
+
+    class Ear(torch.nn.Module):
+        def forward(self, x_t, t, cond=None):
+            heard.append(x_t)
+            return torch.zeros_like(x_t)
+
+    schedule = toy.denoiser.schedule
+    ear = ImageSampler(toy.family_, Denoiser(Ear(), "x0", schedule), toy.path, toy.card)
+    ear.x0([0, 0], [7, 8], steps=2, chunk=2)
+    first, second = heard
+    for row, seed in enumerate((7, 8)):
+        generator = torch.Generator().manual_seed(seed)
+        assert torch.equal(first[row], torch.randn(2, generator=generator))
+        expected = schedule.sigma(torch.tensor([499.0])).float() * torch.randn(2, generator=generator)
+        torch.testing.assert_close(second[row], expected, rtol=1e-6, atol=0)

@@ -1,0 +1,157 @@
+"""Grids against the stock schedulers' own lists; the moments of the training densities."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from stepdistill import timesteps
+from stepdistill.noise import SampleNoise
+from stepdistill.schedule import EDM, VP, Flow, TrigFlow
+from stepdistill.timesteps import few_step_grid, ode_grid, teacher_grid, times_like
+
+VP_TABLE = VP.from_betas()
+SCHEDULES = {"vp": VP_TABLE, "edm": EDM(), "flow": Flow(), "trig": TrigFlow()}
+
+
+@pytest.mark.parametrize("finest", [1, 2, 3, 4, 6, 8, 25, 50])
+def test_the_vp_grid_is_what_lcm_scheduler_lists(finest):
+    from diffusers import LCMScheduler
+
+    scheduler = LCMScheduler(original_inference_steps=finest)
+    for steps in range(1, finest + 1):
+        scheduler.set_timesteps(steps)
+        assert scheduler.timesteps.tolist() == list(few_step_grid(VP_TABLE, steps, finest)), steps
+
+
+def test_known_grids():
+    assert few_step_grid(VP_TABLE, 4) == (999, 749, 499, 249)
+    assert few_step_grid(VP_TABLE, 1) == (999,)
+    assert few_step_grid(VP_TABLE, 2, 4) == (999, 499)
+    assert few_step_grid(Flow(), 4) == (1.0, 0.75, 0.5, 0.25)
+    assert few_step_grid(Flow(), 2, 4) == (1.0, 0.5)
+    assert few_step_grid(TrigFlow(), 2) == pytest.approx((math.pi / 2, math.pi / 4))
+
+
+def test_the_edm_grid_is_what_the_consistency_scheduler_lists():
+    from diffusers import CMStochasticIterativeScheduler
+
+    scheduler = CMStochasticIterativeScheduler(num_train_timesteps=40)
+    for steps in range(1, 41):
+        scheduler.set_timesteps(steps)
+        ours = np.array(few_step_grid(EDM(), steps))
+        np.testing.assert_allclose(ours, scheduler.sigmas[:steps].numpy(), rtol=1e-5, err_msg=str(steps))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 10, 16, 30, 50, 128, 1000])
+def test_the_teachers_grid_is_trailing_ddim(steps):
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(timestep_spacing="trailing")
+    scheduler.set_timesteps(steps)
+    assert scheduler.timesteps.tolist() == list(teacher_grid(VP_TABLE, steps))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_grids_fall_from_the_noisy_end(schedule):
+    for grid in (few_step_grid(schedule, 4), few_step_grid(schedule, 4, 20), teacher_grid(schedule, 30)):
+        assert grid[0] == pytest.approx(schedule.t_max)
+        assert all(a > b for a, b in zip(grid, (*grid[1:], schedule.t_min), strict=True))
+
+
+def test_grids_refuse_what_they_cannot_serve():
+    for steps, finest in ((0, None), (5, 4), (-1, 4)):
+        with pytest.raises(ValueError, match="steps must be between 1 and"):
+            few_step_grid(VP_TABLE, steps, finest)
+    with pytest.raises(ValueError, match="steps must be between 1 and 1000"):
+        teacher_grid(VP_TABLE, 1001)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_ode_grids_reach_both_ends(schedule):
+    grid = ode_grid(schedule, 10)
+    assert len(grid) == 11 and float(grid[0]) == schedule.t_max and float(grid[-1]) == schedule.t_min
+    curved = ode_grid(schedule, 10, "karras")
+    assert bool((curved[1:] < curved[:-1]).all()) and float(curved[0]) == pytest.approx(
+        schedule.t_max, abs=2e-3
+    )
+
+
+def test_karras_spacing_is_the_published_formula():
+    low, high, n = 0.002 ** (1 / 7), 80 ** (1 / 7), 18
+    expected = [(high + i / (n - 1) * (low - high)) ** 7 for i in range(n)]
+    np.testing.assert_allclose(ode_grid(EDM(), n - 1, "karras").numpy(), expected, rtol=1e-9)
+
+
+def test_times_like():
+    x = torch.zeros(3, 2)
+    assert times_like(4.0, x).tolist() == [4.0] * 3 and times_like(4.0, x).dtype == torch.float64
+    assert times_like([1.0, 2.0, 3.0], x).tolist() == [1.0, 2.0, 3.0]
+
+
+# ------------------------------------------------------------------------------------------------- densities
+
+N = 40_000
+
+
+def noise(step: int = 0) -> SampleNoise:
+    return SampleNoise(range(N), step=step, phase="density")
+
+
+def close(values: torch.Tensor, mean: float, std: float) -> None:
+    """Mean and standard deviation within five standard errors (kurtosis at most that of a normal)."""
+    assert abs(float(values.mean()) - mean) < 5 * std / N**0.5
+    assert abs(float(values.std()) - std) < 5 * std / (2 * N) ** 0.5
+
+
+@pytest.mark.parametrize("name", ["edm", "flow", "trig"])
+def test_uniform_moments(name):
+    schedule = SCHEDULES[name]
+    span = schedule.t_max - schedule.t_min
+    t = timesteps.uniform(schedule, noise(), 0.02, 0.98)
+    assert t.dtype == torch.float64
+    close((t - schedule.t_min) / span, 0.5, 0.96 / 12**0.5)
+    assert float(t.min()) >= schedule.t_min + 0.02 * span and float(t.max()) <= schedule.t_min + 0.98 * span
+
+
+def test_uniform_under_a_table_is_whole_and_reaches_both_ends():
+    t = timesteps.uniform(VP_TABLE, noise())
+    assert torch.equal(t, t.round()) and float(t.min()) == 0 and float(t.max()) == 999
+    close(t, 499.5, ((1000**2 - 1) / 12) ** 0.5)
+    inner = timesteps.uniform(VP_TABLE, noise(), 0.02, 0.98)
+    assert float(inner.min()) == 20 and float(inner.max()) == 979  # DMD2's 0.02 T .. 0.98 T
+    assert len(inner.unique()) == 960
+    assert torch.equal(
+        timesteps.uniform(VP_TABLE, noise(), 0.5, 0.5), torch.full((N,), 500.0, dtype=torch.float64)
+    )
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_karras_is_uniform_in_the_seventh_root_of_rho(schedule):
+    ends = torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64)
+    low, high = (schedule.rho(ends).clamp(1e-3, 1e3) ** (1 / 7)).tolist()
+    u = (schedule.rho(timesteps.karras(schedule, noise())) ** (1 / 7) - low) / (high - low)
+    close(u, 0.5, 1 / 12**0.5)
+    part = (schedule.rho(timesteps.karras(schedule, noise(1), 0.25, 0.5)) ** (1 / 7) - low) / (high - low)
+    close(part, 0.375, 0.25 / 12**0.5)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_lognormal_is_normal_in_log_rho(schedule):
+    mean, std = 0.2, 0.4  # narrow enough to stay inside every schedule's range
+    close(schedule.rho(timesteps.lognormal(schedule, noise(), mean, std)).log(), mean, std)
+
+
+def test_draw_picks_by_name_and_passes_what_belongs():
+    schedule = Flow()
+    assert torch.equal(
+        timesteps.draw("uniform", schedule, noise(), 0.1, 0.3), timesteps.uniform(schedule, noise(), 0.1, 0.3)
+    )
+    assert torch.equal(
+        timesteps.draw("karras", schedule, noise(), 0.1, 0.3), timesteps.karras(schedule, noise(), 0.1, 0.3)
+    )
+    drawn = timesteps.draw("lognormal", schedule, noise(), 0.1, 0.3, -0.7, 1.1)
+    assert torch.equal(drawn, timesteps.lognormal(schedule, noise(), -0.7, 1.1))
