@@ -76,7 +76,7 @@ def test_wrapping_carries_any_kind_of_network(kind):
 
 
 def test_noise_beyond_the_networks_range_keeps_its_norm():
-    """EDM's sigma 80 asked of a VP network (rho at most 14.6): its last time, a state as large as it knows."""
+    """EDM's sigma 80 asked of a VP network (rho at most 14.6): its last time, a state it can know."""
     vp, edm = SCHEDULES["vp"], SCHEDULES["edm"]
     heard = []
 

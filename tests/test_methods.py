@@ -1,4 +1,4 @@
-"""Every registered method: whose parameters get a gradient in which phase, and the equations of each paper."""
+"""Every registered method: whose parameters get a gradient in which phase, and each paper's equations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from stepdistill.losses import distribution_matching
 from stepdistill.methods import METHODS
 from stepdistill.methods.base import Batch, Compose, Method, Networks, Phase, simulate
 from stepdistill.methods.dmd2 import DMD2
-from stepdistill.methods.lcm import LCM
 from stepdistill.methods.pretrain import Pretrain
 from stepdistill.noise import SampleNoise
 from stepdistill.prediction import Prediction
@@ -27,7 +26,7 @@ from stepdistill.schedule import EDM, VP, Flow, expand
 from stepdistill.solvers import ddim
 from stepdistill.timesteps import few_step_grid, times_like
 
-# Methods that need settings to exist, and variants worth their own row; any other registered name runs on its defaults.
+# Methods that need settings to exist, and variants worth a row; any other registered name runs on defaults.
 SETTINGS: dict[str, dict[str, Any]] = {
     "compose": {"parts": [{"name": "dmd2"}, {"name": "dmd2", "weight": 0.5}]}
 }
@@ -63,7 +62,7 @@ class World:
         return Batch(family.encode(labels), family.uncond(COUNT), family.shape, index, noise, x0)
 
     def backward(self, phase: Phase, step: int = 0) -> None:
-        """As the trainer does it: everything but `trains` frozen, the terms one after another on one batch."""
+        """As the trainer does it: everything but `trains` frozen, the terms one after another."""
         for module in self.nets.modules.values():
             module.requires_grad_(False)
             for parameter in module.parameters():
@@ -100,7 +99,7 @@ def gradients(module: nn.Module) -> list[bool]:
     return [parameter.grad is not None for parameter in module.parameters()]
 
 
-# ------------------------------------------------------------------------------------------- the contract of all methods
+# ------------------------------------------------------------------------------- the contract of all methods
 
 
 @EVERY
@@ -169,7 +168,7 @@ def test_grids_and_declarations(name, settings):
         assert len(grid) == steps and grid[0] == 999
     assert method.rule in ("renoise", "ode") and method.guidance_scale >= 1
     for wrong in ((), (0,)):
-        with pytest.raises(UserError, match="student.steps"):
+        with pytest.raises(UserError, match=r"student\.steps"):
             make(name, settings, wrong)
 
 
@@ -195,7 +194,7 @@ def test_updates_in_100_iterations(name, settings, student, others):
     assert counts == {"student": student} | others
 
 
-# ------------------------------------------------------------------------------------------------------------------ DMD2
+# ------------------------------------------------------------------------------------------------------ DMD2
 
 
 def test_dmd2_without_gan_never_touches_images():
@@ -210,7 +209,7 @@ def test_dmd2_without_gan_never_touches_images():
 
 
 def test_the_students_gradient_is_fake_minus_guided_real():
-    """Put together again from the phase's own draws: simulate, t, eps; guided teacher, unguided fake score."""
+    """Put together again from the phase's draws: simulate, t, eps; guided teacher, unguided fake score."""
     settings = {"guidance_scale": 3.0, "normalise": True}
     made = world(make("dmd2", settings, (1,)))
     nets, method = made.nets, made.method
@@ -220,7 +219,7 @@ def test_the_students_gradient_is_fake_minus_guided_real():
     x_t, t, _ = simulate(method, nets, batch)
     x0 = nets.student(x_t, t, batch.cond).x0
     t = method.times(nets, batch, 0.02, 0.98)
-    assert 20 <= float(t.min()) and float(t.max()) < 980
+    assert float(t.min()) >= 20 and float(t.max()) < 980
     noisy = nets.schedule.add_noise(x0.detach(), batch.randn(), t)
     cond, uncond = nets.teacher(noisy, t, batch.cond).x0, nets.teacher(noisy, t, batch.uncond).x0
     real, fake = uncond + 3.0 * (cond - uncond), nets.fake_score(noisy, t, batch.cond).x0
@@ -239,7 +238,7 @@ def test_no_pull_when_the_fake_score_is_the_teacher():
 
 
 def test_the_gan_gradient_flows_through_the_frozen_fake_scores_input():
-    """With the matching gradient at zero, what is left reaches the student through the critic's input alone."""
+    """With the matching gradient at zero, what is left comes through the critic's input alone."""
 
     def student_gradient(gan_weight: float) -> float:
         made = world(make("dmd2", {"guidance_scale": 1.0, "gan_weight": 1e-9}))
@@ -356,7 +355,7 @@ def test_backward_simulation_uses_the_students_own_rule_and_pure_noise_first():
             )
 
 
-# ------------------------------------------------------------------------------------------------------------------- LCM
+# ------------------------------------------------------------------------------------------------------- LCM
 
 
 @pytest.mark.parametrize("schedule", ["vp", "edm", "flow", "trig"])
@@ -478,7 +477,7 @@ def test_lcm_refuses_more_steps_than_its_grid_has():
         make("lcm", {"ddim_steps": 4}, (8,))
 
 
-# -------------------------------------------------------------------------------------------------------------- pretrain
+# -------------------------------------------------------------------------------------------------- pretrain
 
 
 def test_pretrain_drops_the_asked_share_of_conditions():
@@ -502,7 +501,7 @@ def test_pretrain_drops_the_asked_share_of_conditions():
 
 @pytest.mark.parametrize("method", [Pretrain, DMD2])
 def test_edms_weight_takes_the_networks_own_sigma_data(method):
-    """The pixel family is preconditioned with 0.5; the loss at c_out-sized errors is then 1 at every noise level."""
+    """The pixel family is preconditioned with 0.5: c_out-sized errors then weigh 1 at every noise level."""
     made = world(make({Pretrain: "pretrain", DMD2: "dmd2"}[method], {}, (1,)), classes=1, schedule="edm")
     name = "student" if method is Pretrain else "fake_score"
     data = 0.5
@@ -535,7 +534,7 @@ class Constant(nn.Module):
         return self.value
 
 
-# --------------------------------------------------------------------------------------------------------------- compose
+# --------------------------------------------------------------------------------------------------- compose
 
 
 class Pull(Method):
@@ -612,8 +611,8 @@ def test_a_composition_is_the_weighted_sum_of_its_parts(registered):
     )
 
 
-def test_a_composition_of_dmd2_with_itself_equals_dmd2_alone():
-    """Half and half of one method, each with its own fake score, is that method at half its draws' noise: same parts."""
+def test_a_composition_of_dmd2_with_itself_is_the_sum_of_its_parts():
+    """The parts' losses, each with its own fake score, drawn one after another from one batch."""
     whole = world(
         make("compose", {"parts": [{"name": "dmd2", "weight": 0.5}, {"name": "dmd2", "weight": 0.5}]}, (1,))
     )
