@@ -82,3 +82,13 @@ def tiny_ddpm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("pipelines") / "ddpm"
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(path)
     return path
+
+
+@pytest.fixture
+def accelerator_state():
+    """Forget accelerate's process-wide state after the test: a precision is fixed once per process otherwise."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()

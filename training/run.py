@@ -14,7 +14,7 @@ from stepdistill import export
 from stepdistill.config import dump
 from stepdistill.denoiser import Denoiser, parameter_count
 from stepdistill.errors import UserError
-from stepdistill.families.base import Family, first_line
+from stepdistill.families.base import Family
 from training.checkpoint import Checkpoint, RunDirectory
 from training.data import Source
 from training.loggers import Loggers
@@ -63,13 +63,13 @@ def _accelerator(recipe: Recipe) -> Accelerator:
     # Its cache would hand weights that were cast under no_grad (backward simulation) to the call that trains,
     # which then has no gradient.
     autocast = AutocastKwargs(cache_enabled=False)
-    try:
-        accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[autocast])
-    except ValueError as error:
+    accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[autocast])
+    if (
+        precision == "fp16" and accelerator.device.type == "cpu"
+    ):  # accelerate would train in float32 and not say so
         raise UserError(
-            f"run.precision={precision} cannot be used on this machine ({first_line(error)});"
-            " use run.precision=no or bf16."
-        ) from None
+            "run.precision=fp16 needs a GPU, and this run is on the CPU; use run.precision=no or bf16."
+        )
     if accelerator.distributed_type in (
         DistributedType.FSDP,
         DistributedType.DEEPSPEED,

@@ -49,7 +49,7 @@ class Family:
     @classmethod
     def from_directory(cls, path: Path) -> Family:
         """The family around a saved pipeline, teacher or student. Raises UserError as `read_pipeline` does."""
-        raise NotImplementedError
+        raise UserError(f"the family {cls.name!r} has no pipeline directories, so {path} cannot be loaded as one.")
 
     def fresh(self) -> Denoiser:
         """A network with random weights, for `student.init=random`."""

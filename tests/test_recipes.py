@@ -1,0 +1,83 @@
+"""Every recipe that is shipped is read, resolved and, where its teacher and data are there, forecast."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from stepdistill.errors import UserError
+from training.checkpoint import RunDirectory
+from training.recipe import Recipe, load_recipe, recipe_from
+from training.run import dry_run
+
+pytestmark = pytest.mark.usefixtures("accelerator_state")
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = sorted((ROOT / "training" / "recipes").glob("*.yaml"))
+ACCELERATE = sorted((ROOT / "training" / "accelerate").glob("*.yaml"))
+
+
+def missing(recipe: Recipe) -> str:
+    """A file or directory the recipe needs and this checkout has not, or ""."""
+    teacher, fresh = (getattr(recipe.family.config, name, "") for name in ("teacher", "unet"))
+    paths = [Path(teacher, "vae" if fresh else "model_index.json")] if teacher else []
+    paths += [stage.data.config.path for stage in recipe.stages() if hasattr(stage.data.config, "path")]
+    return next((str(path) for path in paths if not path.exists()), "")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_shipped_recipe_is_valid(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    recipe = load_recipe(path)
+    assert recipe_from(recipe.mapping()) == recipe
+    assert Path(recipe.run.out).parts[0] == "runs"  # which git ignores
+    for stage in recipe.stages():
+        stage.method.make(stage.student.steps)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_shipped_recipe_can_be_forecast(path, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    if lacking := missing(load_recipe(path)):
+        pytest.skip(f"{lacking} is not there")
+    fast = ["family.fit_steps=1"] if load_recipe(path).family.name == "toy" else []
+    out = tmp_path / "run"
+    said = dry_run(load_recipe(path, [f"run.out={out}", *fast]))
+    assert not out.exists()
+    resolved, _, forecast = said.partition("\n\n")
+    assert recipe_from(yaml.safe_load(resolved)).run.out == str(out)
+    for word in ("stage 0:", "data ", "network   student:", "trained", "MiB for weights"):
+        assert word in forecast
+
+
+def test_recipes_are_there():
+    assert {"toy_dmd2", "toy_lcm"} <= {path.stem for path in RECIPES}
+
+
+@pytest.mark.parametrize("path", ACCELERATE, ids=lambda path: path.stem)
+def test_accelerate_reads_its_configurations(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    processes = {"cpu": 1, "2cpu": 2, "1gpu": 1, "8gpu": 8}[path.stem]
+    assert config.num_processes == processes
+    assert bool(config.use_cpu) == path.stem.endswith("cpu")
+    assert str(config.mixed_precision) == "no"  # the recipe's own setting decides
+
+
+def test_a_recipe_of_a_run_runs_again(tmp_path, monkeypatch):
+    """What a run directory keeps is a recipe in full."""
+    monkeypatch.chdir(ROOT)
+    recipe = load_recipe(RECIPES[-1], [f"run.out={tmp_path / 'run'}"])
+    directory = RunDirectory(recipe.run.out)
+    directory.begin(recipe)
+    assert load_recipe(directory.recipe) == recipe
+
+
+def test_settings_that_nothing_implements_are_unknown(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for override in ("student.lora_rank=4", "run.compile=true"):
+        with pytest.raises(UserError, match="unknown key"):
+            load_recipe(RECIPES[-1], [override])
