@@ -491,8 +491,9 @@ def test_two_processes_stop_after_the_same_step_and_measure(tmp_path, monkeypatc
             original(self)
 
         patch.setattr(Trainer, "_one_step", one_step)
-        with pytest.raises(Exception):  # noqa: B017 - a process that was interrupted
-            two_processes(toy(halves, *measuring), tmp_path / "ranks2")
+        two_processes(
+            toy(halves, *measuring), tmp_path / "ranks2"
+        )  # torch takes KeyboardInterrupt for an end
     assert RunDirectory(halves).latest() == 3
     two_processes(toy(halves, *measuring), tmp_path / "ranks3")
     assert same(checkpoint(whole).tensors, checkpoint(halves).tensors)
