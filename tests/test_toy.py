@@ -187,7 +187,8 @@ def test_toy_data_has_unit_variance_and_follows_the_labels():
 
 
 def test_the_clone_is_a_fit_of_the_exact_teacher():
-    def errors(fit_steps: int):
+    def errors(fit_steps: int) -> list[float]:
+        found = []
         family = Toy(Toy.Config(modes=3, classes=3, fit_steps=fit_steps, schedule="edm"))
         teacher, clone = family.teacher, family.teacher.clone()
         x0, eps = family.data(range(500), seed=9), SampleNoise(range(500), phase="test").randn(2)
@@ -196,7 +197,8 @@ def test_the_clone_is_a_fit_of_the_exact_teacher():
             t = times_like(sigma, x0)
             x_t = clone.schedule.add_noise(x0, eps, t)
             with torch.no_grad():
-                yield float((clone(x_t, t, told).x0 - teacher(x_t, t, told).x0).square().mean())
+                found.append(float((clone(x_t, t, told).x0 - teacher(x_t, t, told).x0).square().mean()))
+        return found
 
     for before, after in zip(errors(0), errors(120), strict=True):
         assert after < before / 5
