@@ -413,7 +413,9 @@ def main() -> None:
         "--teacher", required=True, help="pipeline directory that receives text_encoder and tokenizer"
     )
     parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--stop", type=int, default=0, help="leave the schedule of --steps at this step; 0 = at its end")
+    parser.add_argument(
+        "--stop", type=int, default=0, help="leave the schedule of --steps at this step; 0 = at its end"
+    )
     parser.add_argument("--init", default="", help="directory of a CLIP model to start from")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)

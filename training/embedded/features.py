@@ -53,7 +53,9 @@ def scene_lesson(seed: int) -> Lesson:
 
     def draw(count: int) -> tuple[Tensor, Tensor]:
         drawn = [scenes.sample_scene(rng) for _ in range(count)]
-        images = torch.from_numpy(np.stack([scenes.render(scene, rng) for scene in drawn])).permute(0, 3, 1, 2)
+        images = torch.from_numpy(np.stack([scenes.render(scene, rng) for scene in drawn])).permute(
+            0, 3, 1, 2
+        )
         return weathered(images, rng), torch.tensor([common.answers(scene) for scene in drawn])
 
     held, images = common.scene_pool(1024, seed=common.HELD_OUT_SEED)

@@ -146,7 +146,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", required=True, help="directory for the autoencoder")
     parser.add_argument("--steps", type=int, default=12000)
-    parser.add_argument("--stop", type=int, default=0, help="leave the schedule of --steps at this step; 0 = at its end")
+    parser.add_argument(
+        "--stop", type=int, default=0, help="leave the schedule of --steps at this step; 0 = at its end"
+    )
     parser.add_argument("--init", default="", help="directory of an autoencoder to start from")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
