@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from stepdistill.prediction import Prediction
 from stepdistill.schedule import Schedule, expand
 
-# What a network is told besides x_t and t: a tensor, a dict of tensors (all with the batch first), or nothing.
+# What a network is told besides x_t and t: a tensor, a dict of tensors (all with the batch first), or
+# nothing.
 Cond = Tensor | dict[str, Tensor] | None
 
 
@@ -25,8 +26,9 @@ class Denoiser(nn.Module):
         native: the schedule the network was trained under.
         schedule: the schedule callers speak; `native` when not given.
 
-    Called under another schedule, the state is moved to the native time of equal rho and rescaled to its norm; x0 is
-    the same picture in both, so it alone is carried back (methods.md frame, "model wrapping between schedules").
+    Called under another schedule, the state is moved to the native time of equal rho and rescaled to its
+    norm; x0 is the same picture in both, so it alone is carried back (methods.md frame, "model wrapping
+    between schedules").
     """
 
     def __init__(self, network: nn.Module, kind: str, native: Schedule, schedule: Schedule | None = None):
@@ -37,7 +39,8 @@ class Denoiser(nn.Module):
         self.schedule = schedule or native
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None, **extras: Tensor) -> Prediction:
-        """x_t: (B, ...); t: (B,) in `self.schedule`; extras: what the student alone is told, such as `guidance` (B,).
+        """x_t: (B, ...); t: (B,) in `self.schedule`; extras: what the student alone is told, such as
+        `guidance` (B,).
 
         The raw output is brought to at least float32 before any algebra.
         """
@@ -46,7 +49,9 @@ class Denoiser(nn.Module):
         ours, native = self.schedule, self.native
         t_native = native.t_of_rho(ours.rho(t))
         # Same ratio, and stable as alpha goes to 0: both norms are taken of (alpha, sigma).
-        norm = torch.hypot(native.alpha(t_native), native.sigma(t_native)) / torch.hypot(ours.alpha(t), ours.sigma(t))
+        norm = torch.hypot(native.alpha(t_native), native.sigma(t_native)) / torch.hypot(
+            ours.alpha(t), ours.sigma(t)
+        )
         x_native = x_t * expand(norm, x_t)
         x0 = Prediction(self._raw(x_native, t_native, cond, extras), self.kind, x_native, t_native, native).x0
         return Prediction(x0, "x0", x_t, t, ours)
@@ -67,7 +72,9 @@ class Denoiser(nn.Module):
 
     @property
     def sigma_data(self) -> float:
-        """The data's standard deviation in EDM's loss weight: what the network is preconditioned with, else 1."""
+        """The data's standard deviation in EDM's loss weight: what the network is preconditioned with, else
+        1.
+        """
         return getattr(self.network, "sigma_data", None) or 1.0
 
     def under(self, schedule: Schedule) -> Denoiser:
@@ -81,16 +88,24 @@ class Denoiser(nn.Module):
 
 
 def guided(
-    denoiser: Callable[..., Prediction], x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond, scale: float | Tensor
+    denoiser: Callable[..., Prediction],
+    x_t: Tensor,
+    t: Tensor,
+    cond: Cond,
+    uncond: Cond,
+    scale: float | Tensor,
 ) -> Prediction:
     """Classifier-free guidance, uncond + scale (cond - uncond); scale 1 is off and costs one call.
 
-    Guidance is linear, so guiding x0, eps, v or flow at the same (x_t, t) is the same thing (Ho & Salimans 2022).
+    Guidance is linear, so guiding x0, eps, v or flow at the same (x_t, t) is the same thing (Ho & Salimans
+    2022).
     scale: a number, or (B,) one per sample. Both halves run in one call of batch 2B.
     """
     if not isinstance(scale, Tensor) and scale == 1:
         return denoiser(x_t, t, cond)
-    both = denoiser(torch.cat((x_t, x_t)), torch.cat((t, t)), map_cond(lambda u, c: torch.cat((u, c)), uncond, cond))
+    both = denoiser(
+        torch.cat((x_t, x_t)), torch.cat((t, t)), map_cond(lambda u, c: torch.cat((u, c)), uncond, cond)
+    )
     unconditional, conditional = both.raw.chunk(2)
     if isinstance(scale, Tensor):
         scale = expand(scale, x_t)

@@ -16,15 +16,17 @@ class EMA:
         module: the network followed; its trainable parameters and nothing else.
         decay: the final d; 0 keeps no memory (the average is the network itself).
 
-    The decay in force is min(decay, (1 + n) / (10 + n)) after n updates, so that a short run is not an average of its
-    initialisation.
+    The decay in force is min(decay, (1 + n) / (10 + n)) after n updates, so that a short run is not an
+    average of its initialisation.
     """
 
     def __init__(self, module: nn.Module, decay: float):
         if not 0 <= decay < 1:
             raise ValueError(f"ema decay must be in [0, 1), got {decay}")
         self.decay, self.updates = decay, 0
-        self.shadow = {name: p.detach().float().clone() for name, p in module.named_parameters() if p.requires_grad}
+        self.shadow = {
+            name: p.detach().float().clone() for name, p in module.named_parameters() if p.requires_grad
+        }
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:

@@ -1,7 +1,8 @@
 """What every command does with wrong input and half-written files.
 
-A mistake of the user is a `UserError`: one sentence that names the field, the value and what to do. Commands wrap their
-`main` in `cli_errors()`, so such a mistake ends with exit code 2 and no traceback, and an interruption with 130.
+A mistake of the user is a `UserError`: one sentence that names the field, the value and what to do. Commands
+wrap their `main` in `cli_errors()`, so such a mistake ends with exit code 2 and no traceback, and an
+interruption with 130.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 def cli_errors() -> Iterator[None]:
     """Turn the failures a person can act on into one line on stderr and an exit code.
 
-    `UserError` and a full disk exit 2, Ctrl-C exits 130. Anything else is a defect of ours and keeps its traceback.
+    `UserError` and a full disk exit 2, Ctrl-C exits 130. Anything else is a defect of ours and keeps its
+    traceback.
     """
     try:
         yield
@@ -45,16 +47,20 @@ def cli_errors() -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = f" while writing {error.filename}" if error.filename else ""
-        print(f"error: the disk is full{where}; free some space and run the same command again.", file=sys.stderr)
+        print(
+            f"error: the disk is full{where}; free some space and run the same command again.",
+            file=sys.stderr,
+        )
         raise SystemExit(2) from None
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path` (file or directory) and rename it onto `path` if the block succeeds.
+    """Yield a temporary path beside `path` (file or directory) and rename it onto `path` if the block
+    succeeds.
 
-    A reader therefore sees the old content or the new one, never half of it. On failure the temporary is removed and
-    `path` is as it was. A directory that exists already is replaced.
+    A reader therefore sees the old content or the new one, never half of it. On failure the temporary is
+    removed and `path` is as it was. A directory that exists already is replaced.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,9 @@
-"""A trained student as a stock diffusers pipeline directory that knows its own sampling and carries a model card.
+"""A trained student as a stock diffusers pipeline directory that knows its own sampling and carries a model
+card.
 
-The directory loads by `DiffusionPipeline.from_pretrained` where this package is not installed. What the stock files cannot
-hold (the step counts it was trained for, timesteps that are call arguments, where it came from) is in `stepdistill.json` and in
-the README.md beside them.
+The directory loads by `DiffusionPipeline.from_pretrained` where this package is not installed. What the stock
+files cannot hold (the step counts it was trained for, timesteps that are call arguments, where it came from)
+is in `stepdistill.json` and in the README.md beside them.
 """
 
 from __future__ import annotations
@@ -80,12 +81,18 @@ def readme(family: Family, card: dict[str, Any]) -> str:
     ]  # fmt: skip
     rows = {"method": card["method"], "teacher": card["teacher"] or "none (trained from data)"}
     if student:
-        rows["steps"] = "; ".join(f"{n}: t = {', '.join(f'{t:g}' for t in ts)}" for n, ts in card["timesteps"].items())
+        rows["steps"] = "; ".join(
+            f"{n}: t = {', '.join(f'{t:g}' for t in ts)}" for n, ts in card["timesteps"].items()
+        )
         rows["sampling rule"] = f"{card['rule']}, first input {card['init_noise']} noise"
     if card["guidance_free"]:
-        rows["guidance"] = "none at sampling: it is distilled into the weights, and a negative prompt has no effect"
+        rows["guidance"] = (
+            "none at sampling: it is distilled into the weights, and a negative prompt has no effect"
+        )
     else:
-        rows["guidance"] = f"guidance_scale g in uncond + g (cond - uncond), 1 = off; default {card['guidance_scale']:g}"
+        rows["guidance"] = (
+            f"guidance_scale g in uncond + g (cond - uncond), 1 = off; default {card['guidance_scale']:g}"
+        )
     rows |= {
         "weights": card.get("weights", "raw"),
         "optimiser steps": card.get("step", "unknown"),
@@ -112,7 +119,9 @@ def commit() -> str:
     """The commit this package runs at, "+" when its files differ from it; "unknown" outside a checkout."""
     here = Path(__file__).resolve().parent
     try:
-        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        head = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+        )
         changed = subprocess.run(
             ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=True
         )

@@ -28,7 +28,9 @@ def tap(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
     for name in names:
         if name not in found:
             close = [known for known in found if known.split(".")[-1] == name.split(".")[-1]][:5]
-            raise ValueError(f"no block {name!r} to tap in {type(unwrap(module)).__name__}; it has {', '.join(close) or 'others'}")
+            raise ValueError(
+                f"no block {name!r} to tap in {type(unwrap(module)).__name__}; it has {', '.join(close) or 'others'}"
+            )
 
     def keep(name: str):
         def hook(_module: nn.Module, _inputs: tuple, output: Tensor | tuple) -> None:
@@ -44,10 +46,14 @@ def tap(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
             handle.remove()
 
 
-def block_features(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, names: Sequence[str]) -> list[Tensor]:
-    """The activations of `names` (in forward order) at (x_t, t, cond), leaving the network after the last one.
+def block_features(
+    denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, names: Sequence[str]
+) -> list[Tensor]:
+    """The activations of `names` (in forward order) at (x_t, t, cond), leaving the network after the last
+    one.
 
-    Half of a UNet lies behind its middle block: a discriminator there costs half a forward and half a backward.
+    Half of a UNet lies behind its middle block: a discriminator there costs half a forward and half a
+        backward.
     """
     inner = unwrap(denoiser)
 

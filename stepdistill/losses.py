@@ -21,11 +21,18 @@ def mse(prediction: Tensor, target: Tensor) -> Tensor:
 def denoising(prediction: Prediction, x0: Tensor, eps: Tensor, sigma_data: float = 1.0) -> Tensor:
     """Squared error of a prediction at x_t = alpha x0 + sigma eps, measured in the kind the network predicts.
 
-    For "x0" with EDM's weight 1 / rho^2 + 1 / sigma_data^2 (Karras et al. 2022, Table 1), which makes every noise level
-    count alike; the other kinds carry their weight in themselves.
+    For "x0" with EDM's weight 1 / rho^2 + 1 / sigma_data^2 (Karras et al. 2022, Table 1), which makes every
+    noise level count alike; the other kinds carry their weight in themselves.
     """
-    alpha, sigma = (expand(f(prediction.t), x0) for f in (prediction.schedule.alpha, prediction.schedule.sigma))
-    targets = {"x0": lambda: x0, "eps": lambda: eps, "v": lambda: alpha * eps - sigma * x0, "flow": lambda: eps - x0}
+    alpha, sigma = (
+        expand(f(prediction.t), x0) for f in (prediction.schedule.alpha, prediction.schedule.sigma)
+    )
+    targets = {
+        "x0": lambda: x0,
+        "eps": lambda: eps,
+        "v": lambda: alpha * eps - sigma * x0,
+        "flow": lambda: eps - x0,
+    }
     error = mse(prediction.raw, targets[prediction.kind]())
     if prediction.kind == "x0":
         error = error * (prediction.schedule.rho(prediction.t) ** -2 + sigma_data**-2).to(error)
@@ -40,10 +47,10 @@ def pseudo_huber(prediction: Tensor, target: Tensor, c: float) -> Tensor:
 def distribution_matching(x0: Tensor, teacher_x0: Tensor, fake_x0: Tensor, normalise: bool = True) -> Tensor:
     """The surrogate whose gradient is DMD's (Yin et al. 2023, arXiv 2311.18828, Eqs. 7 and 8).
 
-    Its gradient with respect to `x0` is G / (elements per sample), with G = (fake_x0 - teacher_x0) / w and, when
-    `normalise`, w = mean |x0 - teacher_x0| over the sample. Fake minus real in x0-space is the reverse-KL descent
-    direction sigma^2 / alpha (s_fake - s_real). Only the direction carries information, so G is a constant: the paper
-    stops the gradient at both networks, and so do we.
+    Its gradient with respect to `x0` is G / (elements per sample), with G = (fake_x0 - teacher_x0) / w and,
+    when `normalise`, w = mean |x0 - teacher_x0| over the sample. Fake minus real in x0-space is the reverse-
+    KL descent direction sigma^2 / alpha (s_fake - s_real). Only the direction carries information, so G is a
+    constant: the paper stops the gradient at both networks, and so do we.
     """
     with torch.no_grad():
         gradient = fake_x0 - teacher_x0

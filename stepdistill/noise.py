@@ -1,9 +1,10 @@
 """Random numbers that belong to a sample, not to a process or a batch.
 
-A counter-based generator (Philox4x32-10, Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") turns
-(seed, step, phase, sample index, draw, element) into a number directly. So a resumed run draws what an uninterrupted one
-would have drawn with no state to save, and a sample's noise is the same on whichever process and device it lands.
-One torch.Generator per sample gives the same promise, but costs a Python loop over the batch in every draw.
+A counter-based generator (Philox4x32-10, Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3")
+turns (seed, step, phase, sample index, draw, element) into a number directly. So a resumed run draws what an
+uninterrupted one would have drawn with no state to save, and a sample's noise is the same on whichever
+process and device it lands. One torch.Generator per sample gives the same promise, but costs a Python loop
+over the batch in every draw.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
 
 
 class SampleNoise:
-    """The generator of one batch: every draw returns one row per sample, a pure function of that sample's index.
+    """The generator of one batch: every draw returns one row per sample, a pure function of that sample's
+    index.
 
     Args:
         index: the samples' positions in the global batch (B,), each below 2^32.
@@ -47,7 +49,12 @@ class SampleNoise:
     """
 
     def __init__(
-        self, index: Tensor | Sequence[int], seed: int = 0, step: int = 0, phase: str = "", device: torch.device | str = "cpu"
+        self,
+        index: Tensor | Sequence[int],
+        seed: int = 0,
+        step: int = 0,
+        phase: str = "",
+        device: torch.device | str = "cpu",
     ):
         self.index = torch.as_tensor(index, dtype=torch.int64, device=device).flatten()
         self.seed, self.step, self.phase = seed, step, phase
@@ -59,7 +66,9 @@ class SampleNoise:
         self._draws += 1
         blocks = torch.arange(-(-count // 4), dtype=torch.int64, device=self.index.device)
         element, index = torch.broadcast_tensors(blocks[None], self.index[:, None])
-        words = philox((element, torch.full_like(element, self._draws), index, torch.zeros_like(element)), self._key)
+        words = philox(
+            (element, torch.full_like(element, self._draws), index, torch.zeros_like(element)), self._key
+        )
         return torch.stack(words, -1).flatten(1)[:, :count]
 
     def rand(self, *shape: int) -> Tensor:

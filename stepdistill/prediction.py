@@ -98,7 +98,9 @@ class Prediction:
 
     @property
     def F(self) -> Tensor:
-        """TrigFlow's network output, (dx/dt) / sigma_data = cos(t) eps - sin(t) x0 / sigma_data; needs a TrigFlow schedule."""
+        """TrigFlow's network output, (dx/dt) / sigma_data = cos(t) eps - sin(t) x0 / sigma_data; needs a
+        TrigFlow schedule.
+        """
         if self.kind == "F":
             return self.raw
         return self._alpha * self.eps - self._sigma * self.x0 / _sigma_data(self.schedule) ** 2
@@ -117,5 +119,7 @@ class Prediction:
 
 def _sigma_data(schedule: Schedule) -> float:
     if not isinstance(schedule, TrigFlow):
-        raise ValueError(f"F is defined under the TrigFlow schedule only, not under {type(schedule).__name__}")
+        raise ValueError(
+            f"F is defined under the TrigFlow schedule only, not under {type(schedule).__name__}"
+        )
     return schedule.sigma_data

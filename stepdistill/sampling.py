@@ -1,11 +1,12 @@
 """The one few-step rule, and the samplers built on it.
 
-Previews, evaluation, the app, backward simulation and the export test all walk through `walk`; what a student is trained on
-is therefore what it is sampled by.
+Previews, evaluation, the app, backward simulation and the export test all walk through `walk`; what a student
+is trained on is therefore what it is sampled by.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,8 +35,8 @@ Predict = Callable[[Tensor, Tensor], Prediction]
 def first_input(schedule: Schedule, z: Tensor, t: float, init_noise: str) -> Tensor:
     """The student's first state from unit noise z (B, ...).
 
-    "unit": z itself, as if t were pure noise, which a VP table's last entry is not quite (DMD2, LCM). "sigma": sigma_t z, a
-    state with no signal in it (SiD, SIM). Outside VP the two are one.
+    "unit": z itself, as if t were pure noise, which a VP table's last entry is not quite (DMD2, LCM).
+    "sigma": sigma_t z, a state with no signal in it (SiD, SIM). Outside VP the two are one.
     """
     if init_noise not in INIT_NOISE:
         raise ValueError(f"init_noise must be one of {', '.join(INIT_NOISE)}, got {init_noise!r}")
@@ -57,15 +58,17 @@ def walk(
 ) -> Tensor:
     """From the state at times[0] to the state at times[-1], one prediction per interval.
 
-    renoise: x_s = alpha_s x0 + sigma_s eps', fresh eps' = noise(i) (LCM, DMD2). ode: x_s = alpha_s x0 + sigma_s eps, the
-    prediction's own eps (DDIM).
+    renoise: x_s = alpha_s x0 + sigma_s eps', fresh eps' = noise(i) (LCM, DMD2). ode: x_s = alpha_s x0 +
+    sigma_s eps, the prediction's own eps (DDIM).
     """
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
-    for i, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for i, (t, s) in enumerate(itertools.pairwise(times)):
         prediction = predict(x_t, times_like(t, x_t), cond, **extras)
         s_ = times_like(s, x_t)
-        x_t = prediction.at(s_) if rule == "ode" else prediction.schedule.add_noise(prediction.x0, noise(i), s_)
+        x_t = (
+            prediction.at(s_) if rule == "ode" else prediction.schedule.add_noise(prediction.x0, noise(i), s_)
+        )
         if on_step:
             on_step(i + 1, len(times))
     return x_t
@@ -82,7 +85,9 @@ def sample(
     on_step: Callable[[int, int], None] | None = None,
     **extras: Tensor,
 ) -> Tensor:
-    """x0 by len(times) predictions: `walk` to the last time, then its x0. No noise is added after the last one."""
+    """x0 by len(times) predictions: `walk` to the last time, then its x0. No noise is added after the last
+    one.
+    """
     x_t = walk(predict, x_t, times, noise, cond, rule=rule, on_step=on_step, **extras)
     x0 = predict(x_t, times_like(times[-1], x_t), cond, **extras).x0
     if on_step:
@@ -93,9 +98,10 @@ def sample(
 class ImageSampler:
     """A teacher or student directory, ready to draw images. Made by `load`.
 
-    Image i depends on its own prompt and seed only: its noise comes from a CPU torch.Generator of its own (the generator
-    diffusers takes, so a stock pipeline given the same list draws the same noise), and the networks always run at one fixed
-    batch size, padded, because a batch of 1 and one of 7 differ in the last bits on every backend.
+    Image i depends on its own prompt and seed only: its noise comes from a CPU torch.Generator of its own
+    (the generator diffusers takes, so a stock pipeline given the same list draws the same noise), and the
+    networks always run at one fixed batch size, padded, because a batch of 1 and one of 7 differ in the last
+    bits on every backend.
     """
 
     def __init__(
@@ -110,7 +116,9 @@ class ImageSampler:
         self.steps: tuple[int, ...] | None = tuple(card["steps"]) if "steps" in card else None
         self.default_steps: int = min(self.steps) if self.steps else 50
         self.guidance_free: bool = bool(card.get("guidance_free", False)) or family.conditions == "none"
-        self.default_guidance: float = 1.0 if self.guidance_free else float(card.get("guidance_scale", family.default_guidance))
+        self.default_guidance: float = (
+            1.0 if self.guidance_free else float(card.get("guidance_scale", family.default_guidance))
+        )
         self.resolution: tuple[int, int] = family.resolution
         self.conditions: str = family.conditions
         self.class_names: tuple[str, ...] | None = family.class_names
@@ -158,7 +166,9 @@ class ImageSampler:
         """
         timings = timings if timings is not None else {}
         images = [torch.empty(0, 3, *self.resolution, dtype=torch.uint8)]
-        for x0, kept in self._chunks(prompts, seeds, steps, guidance_scale, negative_prompts, chunk, timings, on_step):
+        for x0, kept in self._chunks(
+            prompts, seeds, steps, guidance_scale, negative_prompts, chunk, timings, on_step
+        ):
             clock = time.perf_counter()
             decoded = self.family_.decode(x0.to(self.dtype)).clamp(0, 1).mul(255).round().to(torch.uint8)
             images.append(decoded[:kept].cpu())
@@ -166,9 +176,18 @@ class ImageSampler:
         return torch.cat(images)
 
     @torch.no_grad()
-    def x0(self, prompts: Sequence[str] | Sequence[int], seeds: Sequence[int], *, steps: int | None = None, chunk: int = 16) -> Tensor:
+    def x0(
+        self,
+        prompts: Sequence[str] | Sequence[int],
+        seeds: Sequence[int],
+        *,
+        steps: int | None = None,
+        chunk: int = 16,
+    ) -> Tensor:
         """As the call, before decoding: (N, *family.shape)."""
-        return torch.cat([x0[:kept] for x0, kept in self._chunks(prompts, seeds, steps, None, None, chunk, {}, None)])
+        return torch.cat(
+            [x0[:kept] for x0, kept in self._chunks(prompts, seeds, steps, None, None, chunk, {}, None)]
+        )
 
     def _chunks(
         self, prompts, seeds, steps, guidance_scale, negative_prompts, chunk, timings, on_step
@@ -177,7 +196,16 @@ class ImageSampler:
         for start in range(0, len(prompts), chunk):
             part = slice(start, start + chunk)
             negatives = list(negative_prompts[part]) if negative_prompts else None
-            x0 = self._chunk(list(prompts[part]), list(seeds[part]), steps, guidance_scale, negatives, chunk, timings, on_step)
+            x0 = self._chunk(
+                list(prompts[part]),
+                list(seeds[part]),
+                steps,
+                guidance_scale,
+                negatives,
+                chunk,
+                timings,
+                on_step,
+            )
             yield x0, len(prompts[part])
 
     def _check(self, prompts, seeds, steps, guidance_scale, negative_prompts) -> tuple[int, float]:
@@ -201,7 +229,9 @@ class ImageSampler:
                     "without it; leave the negative prompt empty or use the teacher."
                 )
             if len(negative_prompts) != len(prompts):
-                raise UserError(f"negative_prompts must be as many as prompts ({len(prompts)}), got {len(negative_prompts)}.")
+                raise UserError(
+                    f"negative_prompts must be as many as prompts ({len(prompts)}), got {len(negative_prompts)}."
+                )
         return steps, guidance_scale
 
     def _chunk(self, prompts, seeds, steps, scale, negatives, size, timings, on_step) -> Tensor:
@@ -252,8 +282,8 @@ class ImageSampler:
 def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> ImageSampler:
     """A teacher or student directory as a sampler.
 
-    A student is a stock diffusers directory with a `stepdistill.json` beside its model_index.json; without that file the
-    directory is a teacher, and its family is told by the pipeline class.
+    A student is a stock diffusers directory with a `stepdistill.json` beside its model_index.json; without
+    that file the directory is a teacher, and its family is told by the pipeline class.
 
     Raises:
         UserError: the directory is missing, is no diffusers pipeline, or holds pickled weights.

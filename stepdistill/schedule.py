@@ -1,8 +1,10 @@
-"""Noise processes: x_t = alpha(t) x0 + sigma(t) eps, eps ~ N(0, I), for every schedule and always by these names.
+"""Noise processes: x_t = alpha(t) x0 + sigma(t) eps, eps ~ N(0, I), for every schedule and always by these
+names.
 
-The only physical coordinate is the noise-to-signal ratio rho = sigma / alpha. Two schedules at equal rho show a network the
-same picture up to a scale, which is what lets a method run under one schedule with a teacher trained under another
-(`denoiser.py`). Times and coefficients are float64; `expand` shapes them for broadcasting.
+The only physical coordinate is the noise-to-signal ratio rho = sigma / alpha. Two schedules at equal rho show
+a network the same picture up to a scale, which is what lets a method run under one schedule with a teacher
+trained under another (`denoiser.py`). Times and coefficients are float64; `expand` shapes them for
+broadcasting.
 """
 
 from __future__ import annotations
@@ -108,7 +110,8 @@ class Flow(Schedule):
 class TrigFlow(Schedule):
     """alpha = cos(t), sigma = sigma_data sin(t) on [0, pi/2] (Lu & Song 2024, arXiv 2410.11081).
 
-    The paper's z has standard deviation sigma_data; eps here always has unit variance, hence the factor in sigma.
+    The paper's z has standard deviation sigma_data; eps here always has unit variance, hence the factor in
+    sigma.
     """
 
     t_min, t_max = 0.0, math.pi / 2
@@ -135,19 +138,26 @@ class TrigFlow(Schedule):
 class VP(Schedule):
     """Variance preserving from a table of cumulative products (DDPM, Stable Diffusion); t in [0, T - 1].
 
-    At whole t alpha = sqrt(alphas_cumprod[t]) and sigma = sqrt(1 - alphas_cumprod[t]) exactly; between, log rho is
-    interpolated linearly, which gives every formula of this package a continuous, monotone time.
+    At whole t alpha = sqrt(alphas_cumprod[t]) and sigma = sqrt(1 - alphas_cumprod[t]) exactly; between, log
+    rho is interpolated linearly, which gives every formula of this package a continuous, monotone time.
     """
 
     def __init__(self, alphas_cumprod: Tensor | Sequence[float]):
         table = torch.as_tensor(alphas_cumprod, dtype=torch.float64).flatten().cpu()
-        if table.numel() < 2 or not bool((table[1:] < table[:-1]).all()) or float(table[0]) > 1 or float(table[-1]) < 0:
+        if (
+            table.numel() < 2
+            or not bool((table[1:] < table[:-1]).all())
+            or float(table[0]) > 1
+            or float(table[-1]) < 0
+        ):
             raise ValueError("alphas_cumprod must fall strictly from at most 1 to at least 0")
         self.t_min, self.t_max = 0.0, float(table.numel() - 1)
         self.log_rho = (0.5 * ((1 - table) / table).log()).clamp(max=math.log(_RHO_LIMIT))
 
     @classmethod
-    def from_betas(cls, kind: str = "scaled_linear", start: float = 0.00085, end: float = 0.012, steps: int = 1000) -> VP:
+    def from_betas(
+        cls, kind: str = "scaled_linear", start: float = 0.00085, end: float = 0.012, steps: int = 1000
+    ) -> VP:
         """Stable Diffusion's defaults; `kind` is "linear" (in beta) or "scaled_linear" (in sqrt(beta))."""
         if kind == "linear":
             betas = torch.linspace(start, end, steps, dtype=torch.float64)

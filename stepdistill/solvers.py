@@ -1,6 +1,7 @@
 """One teacher step along the probability-flow ODE, from time t to time s < t.
 
-`predict(x_t, t) -> Prediction` is the teacher with its condition and guidance already applied. All return x_s (B, ...).
+`predict(x_t, t) -> Prediction` is the teacher with its condition and guidance already applied. All return x_s
+(B, ...).
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ Predict = Callable[[Tensor, Tensor], Prediction]
 
 
 def ddim(predict: Predict, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """alpha_s x0 + sigma_s eps (Song et al. 2020, Eq. 12 with eta = 0): exact when x0 is constant along the step."""
+    """alpha_s x0 + sigma_s eps (Song et al. 2020, Eq. 12 with eta = 0): exact when x0 is constant along the
+    step.
+    """
     return predict(x_t, t).at(s)
 
 
@@ -26,7 +29,9 @@ def euler(predict: Predict, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
 
 
 def heun(predict: Predict, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """Trapezoid of the two slopes (Karras et al. 2022, Alg. 1); two calls, local error O((t - s)^3). Needs s > t_min."""
+    """Trapezoid of the two slopes (Karras et al. 2022, Alg. 1); two calls, local error O((t - s)^3). Needs s
+    > t_min.
+    """
     step = expand(s - t, x_t)
     slope = predict(x_t, t).velocity
     ahead = predict(x_t + step * slope, s).velocity

@@ -1,6 +1,7 @@
 """Where on the schedule to look: densities p(t) for training, grids for few-step sampling.
 
-A density is a function of a batch's `SampleNoise`; every one returns (B,) float64 times of the given schedule.
+A density is a function of a batch's `SampleNoise`; every one returns (B,) float64 times of the given
+schedule.
 """
 
 from __future__ import annotations
@@ -26,15 +27,23 @@ def uniform(schedule: Schedule, noise: SampleNoise, low: float = 0.0, high: floa
     return schedule.t_min + span * (low + (high - low) * noise.rand())
 
 
-def karras(schedule: Schedule, noise: SampleNoise, low: float = 0.0, high: float = 1.0, power: float = 7.0) -> Tensor:
-    """Uniform over rho^(1/power) between the ends of the schedule (Karras et al. 2022, Eq. 5), 0 = least noise."""
-    ends = schedule.rho(torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64)).clamp(1e-3, 1e3) ** (1 / power)
+def karras(
+    schedule: Schedule, noise: SampleNoise, low: float = 0.0, high: float = 1.0, power: float = 7.0
+) -> Tensor:
+    """Uniform over rho^(1/power) between the ends of the schedule (Karras et al. 2022, Eq. 5), 0 = least
+    noise.
+    """
+    ends = schedule.rho(torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64)).clamp(
+        1e-3, 1e3
+    ) ** (1 / power)
     u = low + (high - low) * noise.rand()
     return schedule.t_of_rho((ends[0] + u * (ends[1] - ends[0])) ** power)
 
 
 def lognormal(schedule: Schedule, noise: SampleNoise, mean: float = -1.2, std: float = 1.2) -> Tensor:
-    """log rho ~ N(mean, std^2) (Karras et al. 2022, Table 1). Under flow this is the logit-normal time of Esser et al. 2024."""
+    """log rho ~ N(mean, std^2) (Karras et al. 2022, Table 1). Under flow this is the logit-normal time of
+    Esser et al. 2024.
+    """
     return schedule.t_of_rho((mean + std * noise.randn(dtype=torch.float64)).exp())
 
 
@@ -42,7 +51,13 @@ DENSITIES = ("uniform", "karras", "lognormal")
 
 
 def draw(
-    density: str, schedule: Schedule, noise: SampleNoise, low: float = 0.0, high: float = 1.0, mean: float = -1.2, std: float = 1.2
+    density: str,
+    schedule: Schedule,
+    noise: SampleNoise,
+    low: float = 0.0,
+    high: float = 1.0,
+    mean: float = -1.2,
+    std: float = 1.2,
 ) -> Tensor:
     """One of `DENSITIES` by name; low and high belong to the first two, mean and std to the last."""
     if density == "lognormal":
@@ -53,10 +68,12 @@ def draw(
 def few_step_grid(schedule: Schedule, steps: int, finest: int | None = None) -> tuple[float, ...]:
     """The times a student of `steps` steps is called at, falling from t_max.
 
-    Under a VP table of T entries: i T / steps - 1 for i = steps .. 1, which is 999, 749, 499, 249 at 4 and is what
-    `LCMScheduler` lists, so the student leaves with a stock scheduler. `finest` (default: `steps`) is the scheduler's
-    `original_inference_steps`: with it the grid is every (finest / steps)-th of the finest one. Under EDM: taken likewise
-    from the 40 Karras times `CMStochasticIterativeScheduler` has. Elsewhere: even in t.
+    Under a VP table of T entries: i T / steps - 1 for i = steps .. 1, which is 999, 749, 499, 249 at 4 and is
+    what `LCMScheduler` lists, so the student leaves with a stock scheduler. `finest` (default: `steps`) is
+    the scheduler's `original_inference_steps`: with it the grid is every (finest / steps)-th of the finest
+    one.
+    Under EDM: taken likewise from the 40 Karras times `CMStochasticIterativeScheduler` has. Elsewhere: even
+        in t.
 
     Raises:
         ValueError: steps is not at least 1 or exceeds `finest`.
@@ -81,14 +98,17 @@ def few_step_grid(schedule: Schedule, steps: int, finest: int | None = None) -> 
 def teacher_grid(schedule: Schedule, steps: int) -> tuple[float, ...]:
     """The times a teacher is called at in `steps` steps of DDIM, falling from t_max, whatever `steps` is.
 
-    VP: `DDIMScheduler`'s "trailing" spacing, round(i T / steps) - 1. EDM: even in rho^(1/7). Elsewhere: even in t.
+    VP: `DDIMScheduler`'s "trailing" spacing, round(i T / steps) - 1. EDM: even in rho^(1/7). Elsewhere: even
+        in t.
     """
     if isinstance(schedule, VP):
         count = int(schedule.t_max) + 1
         if not 1 <= steps <= count:
             raise ValueError(f"steps must be between 1 and {count}, got {steps}")
         return tuple(float(round(count - i * count / steps) - 1) for i in range(steps))
-    return tuple(ode_grid(schedule, steps, "karras" if isinstance(schedule, EDM) else "trailing")[:-1].tolist())
+    return tuple(
+        ode_grid(schedule, steps, "karras" if isinstance(schedule, EDM) else "trailing")[:-1].tolist()
+    )
 
 
 def ode_grid(schedule: Schedule, steps: int, spacing: str = "trailing", power: float = 7.0) -> Tensor:
@@ -98,7 +118,9 @@ def ode_grid(schedule: Schedule, steps: int, spacing: str = "trailing", power: f
     """
     if spacing == "trailing":
         return torch.linspace(schedule.t_max, schedule.t_min, steps + 1, dtype=torch.float64)
-    ends = schedule.rho(torch.tensor([schedule.t_max, schedule.t_min], dtype=torch.float64)).clamp(1e-3, 1e3) ** (1 / power)
+    ends = schedule.rho(torch.tensor([schedule.t_max, schedule.t_min], dtype=torch.float64)).clamp(
+        1e-3, 1e3
+    ) ** (1 / power)
     ramp = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     return schedule.t_of_rho((ends[0] + ramp * (ends[1] - ends[0])) ** power)
 

@@ -1,4 +1,6 @@
-"""Tiny stock pipelines built from configuration: the same `from_pretrained` path as the real ones, no downloads."""
+"""Tiny stock pipelines built from configuration: the same `from_pretrained` path as the real ones, no
+downloads.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,9 @@ def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_pixel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A class-conditional ConsistencyModelPipeline directory with random weights: 8x8 images, 3 classes + "no class"."""
+    """A class-conditional ConsistencyModelPipeline directory with random weights: 8x8 images, 3 classes + "no
+    class".
+    """
     from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, UNet2DModel
 
     torch.manual_seed(0)

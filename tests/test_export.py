@@ -1,4 +1,6 @@
-"""What leaves: stock directories that draw the in-memory sampler's image where stepdistill cannot be imported."""
+"""What leaves: stock directories that draw the in-memory sampler's image where stepdistill cannot be
+imported.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,10 @@ def stock_images(directory: Path, tmp_path: Path, **call) -> np.ndarray:
     """float images (N, H, W, 3) of a stock pipeline in a process that cannot import this project."""
     out = tmp_path / "stock.npy"
     subprocess.run(
-        [sys.executable, "-c", STOCK, str(directory), json.dumps(call), str(out)], check=True, cwd=tmp_path, timeout=240
+        [sys.executable, "-c", STOCK, str(directory), json.dumps(call), str(out)],
+        check=True,
+        cwd=tmp_path,
+        timeout=240,
     )
     return np.load(out)
 
@@ -55,7 +60,11 @@ def student_of(family, method, recipe_family: dict):
         generator = torch.Generator().manual_seed(3)
         for parameter in student.parameters():
             parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
-    recipe = {"family": recipe_family, "method": {"name": type(method).__name__.lower()}, "run": {"out": "runs/x"}}
+    recipe = {
+        "family": recipe_family,
+        "method": {"name": type(method).__name__.lower()},
+        "run": {"out": "runs/x"},
+    }
     return student, export.card_of(family, method, recipe)
 
 
@@ -73,7 +82,9 @@ def test_the_exported_sd_student_equals_the_in_memory_sampler(tiny_sd, tmp_path,
     in_memory = sampler([PROMPT, PROMPT], [5, 6], steps=steps, chunk=2).permute(0, 2, 3, 1).numpy()
     reloaded = load(directory)([PROMPT, PROMPT], [5, 6], steps=steps, chunk=2).permute(0, 2, 3, 1).numpy()
     assert np.array_equal(in_memory, reloaded)
-    stock = stock_images(directory, tmp_path, prompt=[PROMPT, PROMPT], num_inference_steps=steps, seeds=[5, 6])
+    stock = stock_images(
+        directory, tmp_path, prompt=[PROMPT, PROMPT], num_inference_steps=steps, seeds=[5, 6]
+    )
     assert np.abs(stock * 255 - in_memory).max() <= 1.0
     assert in_memory.std() > 1  # a picture, not one grey
 
@@ -113,31 +124,47 @@ def test_an_unconditional_ddpm_student_equals_the_stock_pipeline(tiny_ddpm, tmp_
 
 def test_the_teacher_sampler_equals_the_stock_ddim_pipeline(tiny_sd, tmp_path):
     ours = load(tiny_sd)([PROMPT], [5], steps=10, guidance_scale=3.0, chunk=1).permute(0, 2, 3, 1).numpy()
-    stock = stock_images(tiny_sd, tmp_path, prompt=[PROMPT], num_inference_steps=10, guidance_scale=3.0, seeds=[5])
+    stock = stock_images(
+        tiny_sd, tmp_path, prompt=[PROMPT], num_inference_steps=10, guidance_scale=3.0, seeds=[5]
+    )
     assert np.abs(stock * 255 - ours).max() <= 1.0
 
 
 def test_the_pipelines_own_defaults_say_what_to_pass(tiny_sd, tmp_path):
-    """50 steps and guidance 7.5 are the stock defaults: the first is refused by the scheduler, the second has no effect."""
+    """50 steps and guidance 7.5 are the stock defaults: the first is refused by the scheduler, the second has
+    no effect.
+    """
     from diffusers import DiffusionPipeline
 
     directory = tmp_path / "student"
-    exported(SD(SD.Config(teacher=str(tiny_sd))), DMD2(DMD2.Config(), (1, 2, 4)), directory, {"teacher": str(tiny_sd)})
+    exported(
+        SD(SD.Config(teacher=str(tiny_sd))),
+        DMD2(DMD2.Config(), (1, 2, 4)),
+        directory,
+        {"teacher": str(tiny_sd)},
+    )
     pipeline = DiffusionPipeline.from_pretrained(directory)
     pipeline.set_progress_bar_config(disable=True)
-    with pytest.raises(ValueError, match="original_inference_steps"):
+    with pytest.raises(ValueError, match="original_steps"):
         pipeline(PROMPT)
 
     def draw(guidance):
         generator = torch.Generator().manual_seed(0)
-        return pipeline(PROMPT, num_inference_steps=2, guidance_scale=guidance, generator=generator, output_type="np").images
+        return pipeline(
+            PROMPT, num_inference_steps=2, guidance_scale=guidance, generator=generator, output_type="np"
+        ).images
 
     assert np.array_equal(draw(7.5), draw(1.0))
 
 
 def test_the_card_holds_code_that_runs(tiny_sd, tmp_path):
     directory = tmp_path / "student"
-    exported(SD(SD.Config(teacher=str(tiny_sd))), DMD2(DMD2.Config(), (1, 2, 4)), directory, {"teacher": str(tiny_sd)})
+    exported(
+        SD(SD.Config(teacher=str(tiny_sd))),
+        DMD2(DMD2.Config(), (1, 2, 4)),
+        directory,
+        {"teacher": str(tiny_sd)},
+    )
     code = (directory / "README.md").read_text().split("```python")[1].split("```")[0]
     scope: dict = {}
     exec(code.replace("PATH_TO_THIS_DIRECTORY", str(directory)).replace("PROMPT", PROMPT), scope)
@@ -148,7 +175,9 @@ def test_the_card_holds_code_that_runs(tiny_sd, tmp_path):
 
 def test_what_a_student_cannot_serve_is_refused_in_one_sentence(tiny_sd, tmp_path):
     family = SD(SD.Config(teacher=str(tiny_sd)))
-    sampler = exported(family, DMD2(DMD2.Config(), (1, 2, 4)), tmp_path / "student", {"teacher": str(tiny_sd)})
+    sampler = exported(
+        family, DMD2(DMD2.Config(), (1, 2, 4)), tmp_path / "student", {"teacher": str(tiny_sd)}
+    )
     for wrong, says in (
         ({"steps": 3}, "1, 2, 4"),
         ({"steps": 1, "guidance_scale": 7.5}, "guidance"),
@@ -168,7 +197,9 @@ def test_what_a_student_cannot_serve_is_refused_in_one_sentence(tiny_sd, tmp_pat
         (lambda d: (d / "model_index.json").write_text("{"), "damaged"),
         (lambda d: (d / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"no"), "cannot be loaded"),
         (
-            lambda d: (d / "unet/diffusion_pytorch_model.safetensors").rename(d / "unet/diffusion_pytorch_model.bin"),
+            lambda d: (d / "unet/diffusion_pytorch_model.safetensors").rename(
+                d / "unet/diffusion_pytorch_model.bin"
+            ),
             "pickled weights",
         ),
         (lambda d: (d / "stepdistill.json").write_text("{"), "not valid JSON"),

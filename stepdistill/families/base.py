@@ -49,33 +49,44 @@ class Family:
     @classmethod
     def from_directory(cls, path: Path) -> Family:
         """The family around a saved pipeline, teacher or student. Raises UserError as `read_pipeline` does."""
-        raise UserError(f"the family {cls.name!r} has no pipeline directories, so {path} cannot be loaded as one.")
+        raise UserError(
+            f"the family {cls.name!r} has no pipeline directories, so {path} cannot be loaded as one."
+        )
 
     def fresh(self) -> Denoiser:
         """A network with random weights, for `student.init=random`."""
-        raise UserError(f"student.init=random: the family {self.name!r} has no network to start from; use student.init=teacher.")
+        raise UserError(
+            f"student.init=random: the family {self.name!r} has no network to start from; use student.init=teacher."
+        )
 
     def student(self, init: str, extras: Sequence[str]) -> Denoiser:
         """The network a run trains.
 
-        init: "teacher" (a copy), "random", or a saved student directory. extras: what it is told besides x_t, t, cond.
+        init: "teacher" (a copy), "random", or a saved student directory. extras: what it is told besides x_t,
+            t, cond.
         """
         if init == "random":
             student = self.fresh()
         elif init == "teacher":
             if self.teacher is None:
-                raise UserError("student.init=teacher needs family.teacher; give its directory or use student.init=random.")
+                raise UserError(
+                    "student.init=teacher needs family.teacher; give its directory or use student.init=random."
+                )
             student = self.teacher.clone()
         else:
             student = type(self).from_directory(Path(init)).teacher.clone()
         for extra in extras:
             if extra not in getattr(student.network, "extras", {}):
-                raise UserError(f"the family {self.name!r} cannot tell its student the {extra!r} this method needs.")
+                raise UserError(
+                    f"the family {self.name!r} cannot tell its student the {extra!r} this method needs."
+                )
             student.network.extras[extra]()
         return student
 
     def told(self, source: Any, indices: Sequence[int]) -> list:
-        """What `encode` is given for the examples `indices` of a data source: captions, class indices, or anything."""
+        """What `encode` is given for the examples `indices` of a data source: captions, class indices, or
+        anything.
+        """
         listed = {"prompt": source.captions, "class": source.labels}.get(self.conditions)
         return [listed[i] for i in indices] if listed is not None else list(indices)
 
@@ -117,7 +128,7 @@ class Family:
         """Move teacher and helpers."""
         for module in (self.teacher, *self.modules().values()):
             if module is not None:
-                module.to(device, dtype)
+                cast(module, device, dtype)
         return self
 
     def parameters(self) -> dict[str, int]:
@@ -127,16 +138,26 @@ class Family:
     def export(self, student: Denoiser, directory: Path, card: dict[str, Any]) -> None:
         """Write a stock diffusers pipeline directory with the student's few-step scheduler.
 
-        card: what `export.write` knows of the run; steps, finest, init_noise, rule, guidance_free, extras, kind.
+        card: what `export.write` knows of the run; steps, finest, init_noise, rule, guidance_free, extras,
+            kind.
         """
         raise UserError(f"the family {self.name!r} has no pipeline to export to.")
+
+
+def cast(module: nn.Module, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
+    """`module.to(device, dtype)`, naming the dtype only where it changes: diffusers' models warn whenever it is named."""
+    module.to(device)
+    floating = next((p.dtype for p in module.parameters() if p.is_floating_point()), dtype)
+    return module if floating == dtype else module.to(dtype)
 
 
 def family_of(path: Path) -> str:
     """The family that serves a pipeline directory, told by its model_index.json."""
     name = read_index(path)["_class_name"]
     if name not in PIPELINES:
-        raise UserError(f"{path} is a {name}, which no family serves yet; supported are {', '.join(sorted(PIPELINES))}.")
+        raise UserError(
+            f"{path} is a {name}, which no family serves yet; supported are {', '.join(sorted(PIPELINES))}."
+        )
     return PIPELINES[name]
 
 
@@ -151,7 +172,9 @@ def read_index(path: Path) -> dict[str, Any]:
         content = json.loads(index.read_text())
         content["_class_name"]
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{index} is damaged: not a JSON object naming a pipeline class; fetch or export it again.") from None
+        raise UserError(
+            f"{index} is damaged: not a JSON object naming a pipeline class; fetch or export it again."
+        ) from None
     return content
 
 
@@ -167,7 +190,9 @@ def refuse_pickles(path: Path) -> None:
 
 
 def read_pipeline(path: Path, **components: Any) -> Any:
-    """`DiffusionPipeline.from_pretrained` on a directory or hub id, float32, safetensors only, failing in one sentence."""
+    """`DiffusionPipeline.from_pretrained` on a directory or hub id, float32, safetensors only, failing in one
+    sentence.
+    """
     from diffusers import DiffusionPipeline
 
     text = str(path)
@@ -176,7 +201,9 @@ def read_pipeline(path: Path, **components: Any) -> Any:
         read_index(path)
         refuse_pickles(path)
     try:
-        return DiffusionPipeline.from_pretrained(text, torch_dtype=torch.float32, use_safetensors=True, **components)
+        return DiffusionPipeline.from_pretrained(
+            text, torch_dtype=torch.float32, use_safetensors=True, **components
+        )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise UserError(f"the pipeline at {text} cannot be loaded: {first_line(error)}") from None
 
@@ -200,4 +227,6 @@ def schedule_of(scheduler: Any) -> tuple[Schedule, str]:
         return VP(scheduler.alphas_cumprod), kinds[kind]
     if type(scheduler).__name__.startswith("FlowMatch"):
         return Flow(), "flow"
-    raise UserError(f"the teacher's scheduler {type(scheduler).__name__} has no noise process this library knows.")
+    raise UserError(
+        f"the teacher's scheduler {type(scheduler).__name__} has no noise process this library knows."
+    )

@@ -1,7 +1,8 @@
 """Pixel-space UNet2DModel, class-conditional or not.
 
-Two layouts are read: `ConsistencyModelPipeline` (EDM scalings; takes labels) and `DDPMPipeline` / `DDIMPipeline` (a DDPM table,
-no labels). A fresh network is made in the first, because it is the stock pipeline that takes class labels and steps a few-step
+Two layouts are read: `ConsistencyModelPipeline` (EDM scalings; takes labels) and `DDPMPipeline` /
+`DDIMPipeline` (a DDPM table, no labels). A fresh network is made in the first, because it is the stock
+pipeline that takes class labels and steps a few-step
 student: teacher and student then differ in nothing but their weights.
 """
 
@@ -24,8 +25,8 @@ from stepdistill.schedule import EDM, expand
 class PixelUNet(nn.Module):
     """The face of a UNet2DModel; cond is class indices (B,) int64, the last one meaning "no class", or None.
 
-    With `sigma_data` the network is preconditioned as `CMStochasticIterativeScheduler` does it (Song et al. 2023, App. C):
-    x0 = c_skip x_t + c_out unet(c_in x_t, 250 log sigma), and x0 = x_t at sigma_min exactly.
+    With `sigma_data` the network is preconditioned as `CMStochasticIterativeScheduler` does it (Song et al.
+    2023, App. C): x0 = c_skip x_t + c_out unet(c_in x_t, 250 log sigma), and x0 = x_t at sigma_min exactly.
     """
 
     middle = "unet.mid_block"
@@ -66,8 +67,8 @@ class Pixel(Family):
     @dataclass
     class Config:
         teacher: str = ""  # pipeline directory or hub id
-        # Only for student.init=random: the UNet2DModel's configuration; num_class_embeds counts the classes, without
-        # the extra "no class" entry, which is added.
+        # Only for student.init=random: the UNet2DModel's configuration; num_class_embeds counts the classes,
+        # without the extra "no class" entry, which is added.
         unet: dict[str, Any] = field(default_factory=dict)
         class_names: tuple[str, ...] = ()
 
@@ -79,7 +80,9 @@ class Pixel(Family):
         elif config.teacher:
             self._set_pipeline(read_pipeline(Path(config.teacher)))
         else:
-            raise UserError("family.teacher is missing; give a pipeline directory, or family.unet to train a fresh network.")
+            raise UserError(
+                "family.teacher is missing; give a pipeline directory, or family.unet to train a fresh network."
+            )
         self.class_names = tuple(config.class_names) or self.class_names
 
     @classmethod
@@ -110,22 +113,28 @@ class Pixel(Family):
         from diffusers import UNet2DModel
 
         if not self.config.unet:
-            raise UserError("student.init=random needs family.unet, the configuration of the UNet2DModel to train.")
+            raise UserError(
+                "student.init=random needs family.unet, the configuration of the UNet2DModel to train."
+            )
         settings = dict(self.config.unet)
         if self.classes:
             settings["num_class_embeds"] = self.classes + 1
         try:
             unet = UNet2DModel.from_config(settings)
         except (ValueError, TypeError, IndexError) as error:
-            raise UserError(f"family.unet is no valid UNet2DModel configuration: {first_line(error)}") from None
+            raise UserError(
+                f"family.unet is no valid UNet2DModel configuration: {first_line(error)}"
+            ) from None
         return Denoiser(PixelUNet(unet, sigma_data=0.5), "x0", self.schedule)
 
     def encode(self, prompts: Sequence[int]) -> Cond:
         if self.conditions == "none":
             return None
         labels = torch.as_tensor([int(label) for label in prompts])
-        if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) < self.classes):
-            raise UserError(f"class labels must be between 0 and {self.classes - 1}, got {int(labels.min())}..{int(labels.max())}.")
+        if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < self.classes):
+            raise UserError(
+                f"class labels must be between 0 and {self.classes - 1}, got {int(labels.min())}..{int(labels.max())}."
+            )
         return labels
 
     def uncond(self, count: int) -> Cond:
@@ -143,7 +152,10 @@ class Pixel(Family):
         network = student.network
         if network.sigma_data is not None:
             scheduler = CMStochasticIterativeScheduler(
-                num_train_timesteps=40, sigma_min=self.schedule.t_min, sigma_max=self.schedule.t_max, sigma_data=network.sigma_data
+                num_train_timesteps=40,
+                sigma_min=self.schedule.t_min,
+                sigma_max=self.schedule.t_max,
+                sigma_data=network.sigma_data,
             )
             pipeline = ConsistencyModelPipeline(network.unet, scheduler)
         else:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from stepdistill import assets
 from stepdistill.denoiser import Cond, Denoiser
 from stepdistill.errors import UserError
-from stepdistill.families.base import Family, first_line, read_pipeline, refuse_pickles, schedule_of
+from stepdistill.families.base import Family, cast, first_line, read_pipeline, refuse_pickles, schedule_of
 
 GUIDANCE_DIM = 256  # of the embedded guidance scale, LCM's time_cond_proj_dim
 
@@ -48,11 +48,17 @@ class ConditionedUNet(nn.Module):
         dtype = self.unet.dtype
         embedded = None
         if guidance is not None:
-            embedded = guidance_embedding(guidance - 1, self.unet.config.time_cond_proj_dim).to(x_t.device, dtype)
-        return self.unet(x_t.to(dtype), t.to(x_t.device, torch.float32), cond.to(dtype), timestep_cond=embedded).sample
+            embedded = guidance_embedding(guidance - 1, self.unet.config.time_cond_proj_dim).to(
+                x_t.device, dtype
+            )
+        return self.unet(
+            x_t.to(dtype), t.to(x_t.device, torch.float32), cond.to(dtype), timestep_cond=embedded
+        ).sample
 
     def add_guidance(self) -> None:
-        """Give the UNet an embedded guidance scale; its projection starts at zero, so nothing changes at first."""
+        """Give the UNet an embedded guidance scale; its projection starts at zero, so nothing changes at
+        first.
+        """
         if self.unet.config.time_cond_proj_dim is None:
             self.unet = with_guidance(self.unet).train(self.unet.training)
 
@@ -68,10 +74,11 @@ def guidance_embedding(w: Tensor, dim: int) -> Tensor:
 def with_guidance(unet: nn.Module) -> nn.Module:
     """A copy of `unet` with a zero time_cond_proj.
 
-    A stock pipeline never runs classifier-free guidance on such a UNet, which is what a guidance-free student wants too.
+    A stock pipeline never runs classifier-free guidance on such a UNet, which is what a guidance-free student
+    wants too.
     """
     config = dict(unet.config) | {"time_cond_proj_dim": GUIDANCE_DIM}
-    twin = type(unet).from_config(config).to(unet.device, unet.dtype)
+    twin = cast(type(unet).from_config(config), unet.device, unet.dtype)
     missing, unexpected = twin.load_state_dict(unet.state_dict(), strict=False)
     assert missing == ["time_embedding.cond_proj.weight"] and not unexpected, (missing, unexpected)
     nn.init.zeros_(twin.time_embedding.cond_proj.weight)
@@ -88,8 +95,11 @@ class SD(Family):
 
     @dataclass
     class Config:
-        teacher: str = "assets/teacher"  # pipeline directory or hub id; "assets/..." is found wherever the package lies
-        # Only for student.init=random: the UNet2DConditionModel's configuration and what it learns to predict.
+        teacher: str = (
+            "assets/teacher"  # pipeline directory or hub id; "assets/..." is found wherever the package lies
+        )
+        # Only for student.init=random: the UNet2DConditionModel's configuration and what it learns to
+        # predict.
         unet: dict[str, Any] = field(default_factory=dict)
         prediction_type: Literal["v_prediction", "epsilon"] = "v_prediction"
 
@@ -116,7 +126,9 @@ class SD(Family):
         self.pipeline, self.scheduler = pipeline, pipeline.scheduler
         self._set_components({name: getattr(pipeline, name) for name in ("vae", "text_encoder", "tokenizer")})
         self.schedule, self.kind = schedule_of(pipeline.scheduler)
-        self.teacher = Denoiser(ConditionedUNet(pipeline.unet), self.kind, self.schedule).eval().requires_grad_(False)
+        self.teacher = (
+            Denoiser(ConditionedUNet(pipeline.unet), self.kind, self.schedule).eval().requires_grad_(False)
+        )
         size = pipeline.unet.config.sample_size
         self.shape = (pipeline.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
         self.resolution = tuple(side * self.vae_scale for side in self.shape[1:])
@@ -125,6 +137,7 @@ class SD(Family):
         self.vae, self.text_encoder, self.tokenizer = parts["vae"], parts["text_encoder"], parts["tokenizer"]
         for module in (self.vae, self.text_encoder):
             module.eval().requires_grad_(False)
+        self._empty: Tensor | None = None
         self.vae_scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def _latent_size(self) -> tuple[int, int]:
@@ -136,34 +149,51 @@ class SD(Family):
         return {"text": self.text_encoder, "decoder": self.vae}
 
     def parameters(self) -> dict[str, int]:
-        decoder = sum(p.numel() for part in (self.vae.decoder, self.vae.post_quant_conv) if part for p in part.parameters())
+        decoder = sum(
+            p.numel()
+            for part in (self.vae.decoder, self.vae.post_quant_conv)
+            if part
+            for p in part.parameters()
+        )
         return super().parameters() | {"decoder": decoder}
 
     def fresh(self) -> Denoiser:
         from diffusers import UNet2DConditionModel
 
         if not self.config.unet:
-            raise UserError("student.init=random needs family.unet, the configuration of the UNet2DConditionModel to train.")
+            raise UserError(
+                "student.init=random needs family.unet, the configuration of the UNet2DConditionModel to train."
+            )
         try:
             unet = UNet2DConditionModel.from_config(
                 dict(self.config.unet) | {"cross_attention_dim": self.text_encoder.config.hidden_size}
             )
         except (ValueError, TypeError, IndexError) as error:
-            raise UserError(f"family.unet is no valid UNet2DConditionModel configuration: {first_line(error)}") from None
+            raise UserError(
+                f"family.unet is no valid UNet2DConditionModel configuration: {first_line(error)}"
+            ) from None
         return Denoiser(ConditionedUNet(unet), self.kind, self.schedule)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Cond:
         """(N, tokens, width) states of the text encoder; prompts longer than the tokenizer's limit are cut."""
         tokens = self.tokenizer(
-            list(prompts), padding="max_length", max_length=self.tokenizer.model_max_length, truncation=True, return_tensors="pt"
+            list(prompts),
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
         )
-        mask = tokens.attention_mask if getattr(self.text_encoder.config, "use_attention_mask", False) else None
+        mask = (
+            tokens.attention_mask if getattr(self.text_encoder.config, "use_attention_mask", False) else None
+        )
         mask = mask.to(self.text_encoder.device) if mask is not None else None
         return self.text_encoder(tokens.input_ids.to(self.text_encoder.device), attention_mask=mask)[0]
 
     def uncond(self, count: int) -> Cond:
-        return self.encode([""]).expand(count, -1, -1)
+        if self._empty is None or self._empty.device != self.text_encoder.device:
+            self._empty = self.encode([""])  # the same in every batch
+        return self._empty.expand(count, -1, -1)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
@@ -204,10 +234,21 @@ def few_step_scheduler(scheduler: Any, card: dict[str, Any]) -> Any:
     """
     from diffusers import LCMScheduler
 
-    names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+    names = (
+        "num_train_timesteps",
+        "beta_start",
+        "beta_end",
+        "beta_schedule",
+        "trained_betas",
+        "prediction_type",
+    )
     kept = {name: scheduler.config[name] for name in names if name in scheduler.config}
     return LCMScheduler(
-        **kept, original_inference_steps=card["finest"], clip_sample=False, set_alpha_to_one=True, rescale_betas_zero_snr=False
+        **kept,
+        original_inference_steps=card["finest"],
+        clip_sample=False,
+        set_alpha_to_one=True,
+        rescale_betas_zero_snr=False,
     )
 
 
@@ -230,8 +271,12 @@ def _components(path: Path) -> dict[str, Any]:
     try:
         return {
             "vae": AutoencoderKL.from_pretrained(path, subfolder="vae", torch_dtype=torch.float32),
-            "text_encoder": CLIPTextModel.from_pretrained(path, subfolder="text_encoder", dtype=torch.float32),
+            "text_encoder": CLIPTextModel.from_pretrained(
+                path, subfolder="text_encoder", dtype=torch.float32
+            ),
             "tokenizer": AutoTokenizer.from_pretrained(path, subfolder="tokenizer"),
         }
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"family.teacher={path}: cannot load vae, text_encoder and tokenizer: {first_line(error)}") from None
+        raise UserError(
+            f"family.teacher={path}: cannot load vae, text_encoder and tokenizer: {first_line(error)}"
+        ) from None

@@ -1,7 +1,8 @@
-"""Exact teachers: Gaussian and 2-D mixture data, whose every score, denoiser and guided version is a closed form.
+"""Exact teachers: Gaussian and 2-D mixture data, whose every score, denoiser and guided version is a closed
+form.
 
-A method that is wrong by a sign or a missing detach still has a finite loss on images; here it fails to reach a known answer
-within two minutes of one CPU core.
+A method that is wrong by a sign or a missing detach still has a finite loss on images; here it fails to reach
+a known answer within two minutes of one CPU core.
 """
 
 from __future__ import annotations
@@ -15,30 +16,41 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stepdistill import timesteps
 from stepdistill.denoiser import Cond, Denoiser
 from stepdistill.families.base import Family
 from stepdistill.losses import denoising
 from stepdistill.noise import SampleNoise
 from stepdistill.schedule import EDM, VP, Flow, Schedule, TrigFlow, expand
 
-SCHEDULES: dict[str, Callable[[], Schedule]] = {"vp": VP.from_betas, "edm": EDM, "flow": Flow, "trig": TrigFlow}
+SCHEDULES: dict[str, Callable[[], Schedule]] = {
+    "vp": VP.from_betas,
+    "edm": EDM,
+    "flow": Flow,
+    "trig": TrigFlow,
+}
 
 
 class Mixture(nn.Module):
     """x0 ~ sum_k pi_k N(mu_k, std^2 I): the exact network, kind "x0", under any schedule.
 
-    means: (K, D), std: scalar, weights: (K,). classes: (K,) the class each mode belongs to; cond is (B,) int64 class
-    indices, a value of `no_class` (= number of classes) or None meaning all modes.
+    means: (K, D), std: scalar, weights: (K,). classes: (K,) the class each mode belongs to; cond is (B,)
+    int64 class indices, a value of `no_class` (= number of classes) or None meaning all modes.
     """
 
     def __init__(
-        self, schedule: Schedule, means: Tensor, std: float, weights: Tensor | None = None, classes: Tensor | None = None
+        self,
+        schedule: Schedule,
+        means: Tensor,
+        std: float,
+        weights: Tensor | None = None,
+        classes: Tensor | None = None,
     ):
         super().__init__()
         self.schedule, self.std = schedule, std
         self.means = means.double()
-        self.weights = torch.full((len(means),), 1 / len(means)).double() if weights is None else weights.double()
+        self.weights = (
+            torch.full((len(means),), 1 / len(means)).double() if weights is None else weights.double()
+        )
         self.classes = torch.zeros(len(means), dtype=torch.long) if classes is None else classes
         self.no_class = int(self.classes.max()) + 1
 
@@ -55,7 +67,11 @@ class Mixture(nn.Module):
         variance = alpha**2 * self.std**2 + sigma**2
         squared = (x_t[:, None].double() - alpha[..., None] * self.means.to(x_t.device)).square().sum(-1)
         dims = x_t.shape[1]
-        log = self._log_weights(cond, len(x_t), x_t.device) - squared / (2 * variance) - dims / 2 * (2 * math.pi * variance).log()
+        log = (
+            self._log_weights(cond, len(x_t), x_t.device)
+            - squared / (2 * variance)
+            - dims / 2 * (2 * math.pi * variance).log()
+        )
         return log.logsumexp(1)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
@@ -73,7 +89,9 @@ class Mixture(nn.Module):
         device = noise.index.device
         weights = self._log_weights(cond, len(noise.index), device).exp().cumsum(1)
         mode = (noise.rand()[:, None] > weights).sum(1).clamp(max=len(self.means) - 1)
-        return (self.means.to(device)[mode] + self.std * noise.randn(self.means.shape[1], dtype=torch.float64)).float()
+        return (
+            self.means.to(device)[mode] + self.std * noise.randn(self.means.shape[1], dtype=torch.float64)
+        ).float()
 
 
 def gaussian(schedule: Schedule, mean: Sequence[float], std: float) -> Mixture:
@@ -81,7 +99,9 @@ def gaussian(schedule: Schedule, mean: Sequence[float], std: float) -> Mixture:
     return Mixture(schedule, torch.tensor([list(mean)], dtype=torch.float64), std)
 
 
-def gaussian_flow_map(schedule: Schedule, mean: float, std: float, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
+def gaussian_flow_map(
+    schedule: Schedule, mean: float, std: float, x_t: Tensor, t: Tensor, s: Tensor
+) -> Tensor:
     """Where the probability-flow ODE of N(mean, std^2) takes x_t from t to s: standardise at t, undo it at s."""
 
     def moments(time: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,7 +113,8 @@ def gaussian_flow_map(schedule: Schedule, mean: float, std: float, x_t: Tensor, 
 
 
 class MLP(nn.Module):
-    """A small denoiser for points: EDM-preconditioned (sigma_data 1) on the state at unit norm, conditioned on log rho.
+    """A small denoiser for points: EDM-preconditioned (sigma_data 1) on the state at unit norm, conditioned
+    on log rho.
 
     blocks: each hidden layer can be tapped; cond and guidance enter as embeddings.
     """
@@ -124,7 +145,9 @@ class MLP(nn.Module):
             nn.init.zeros_(self.guidance.weight)
             nn.init.zeros_(self.guidance.bias)
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None, guidance: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x_t: Tensor, t: Tensor, cond: Tensor | None = None, guidance: Tensor | None = None
+    ) -> Tensor:
         alpha, sigma = (expand(f(t), x_t) for f in (self.schedule.alpha, self.schedule.sigma))
         norm = (alpha**2 + sigma**2).sqrt()
         log_rho = expand(self.schedule.rho(t).clamp(1e-3, 1e3).log() / 4, x_t)
@@ -132,7 +155,11 @@ class MLP(nn.Module):
         state = x_t / norm
         h = self.enter(torch.cat((state, log_rho, angles.sin(), angles.cos()), 1))
         if self.label is not None:
-            h = h + self.label(x_t.new_full((len(x_t),), self.label.num_embeddings - 1, dtype=torch.long) if cond is None else cond)
+            h = h + self.label(
+                x_t.new_full((len(x_t),), self.label.num_embeddings - 1, dtype=torch.long)
+                if cond is None
+                else cond
+            )
         if self.guidance is not None and guidance is not None:
             h = h + self.guidance(guidance[:, None].to(h) / 10)
         for layer in self.hidden:
@@ -205,7 +232,9 @@ class Toy(Family):
         angle = 2 * math.pi * torch.arange(config.modes, dtype=torch.float64) / config.modes
         means = math.sqrt(2) * torch.stack((angle.cos(), angle.sin()), 1)
         self.schedule, self.kind = SCHEDULES[config.schedule](), "x0"
-        self.mixture = Mixture(self.schedule, means, config.std, classes=torch.arange(config.modes) % config.classes)
+        self.mixture = Mixture(
+            self.schedule, means, config.std, classes=torch.arange(config.modes) % config.classes
+        )
         self.teacher = ExactTeacher(self.mixture, config.fit_steps)
         self.shape, self.resolution = (2,), (96, 96)
         self.conditions = "class" if config.classes > 1 else "none"
@@ -242,7 +271,8 @@ class Toy(Family):
         return np.repeat(shade.astype(np.uint8)[..., None], 3, 2)
 
     def sliced_w1(self, draw: Callable[[int], Tensor], count: int = 4096) -> float:
-        """Sliced Wasserstein-1 of `count` student samples against as many exact ones, over the sampling floor.
+        """Sliced Wasserstein-1 of `count` student samples against as many exact ones, over the sampling
+        floor.
 
         The floor is the distance between two exact samples of that size; 1 is therefore perfect.
         """
@@ -252,7 +282,9 @@ class Toy(Family):
 
 def sliced_wasserstein(a: Tensor, b: Tensor, projections: int = 512, seed: int = 0) -> float:
     """Mean over random directions of the 1-D Wasserstein-1 distance of two equally large samples (N, D)."""
-    directions = torch.randn(a.shape[1], projections, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    directions = torch.randn(
+        a.shape[1], projections, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     directions = directions / directions.norm(dim=0)
     sorted_a, sorted_b = (x.detach().double().cpu() @ directions for x in (a, b))
     return float((sorted_a.sort(0).values - sorted_b.sort(0).values).abs().mean())

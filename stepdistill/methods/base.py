@@ -1,7 +1,8 @@
 """The contract of a method: which networks it needs, and in which order which of them train on what.
 
-A method is a config dataclass, a few loss functions in the paper's order, and `phases`, which says whose turn it is. It never
-sees accelerate, devices, autocast, files or loggers; if it needs one, the trainer is missing a feature.
+A method is a config dataclass, a few loss functions in the paper's order, and `phases`, which says whose turn
+it is. It never sees accelerate, devices, autocast, files or loggers; if it needs one, the trainer is missing
+a feature.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ Losses = dict[str, Tensor]
 class Batch:
     """One process's part of one phase's fresh batch. Conditions arrive encoded.
 
-    index: positions in the global batch (B,), from which `generator` draws; x0: real data (B, *shape) or None when the
-    run has none.
+    index: positions in the global batch (B,), from which `generator` draws; x0: real data (B, *shape) or None
+    when the run has none.
     """
 
     cond: Cond
@@ -52,18 +53,31 @@ class Networks:
     schedule: what all denoisers are spoken to in. decode: x0 -> images in [0, 1], differentiable.
     """
 
-    def __init__(self, modules: dict[str, nn.Module], schedule: Schedule, decode: Callable[[Tensor], Tensor] | None = None):
+    def __init__(
+        self,
+        modules: dict[str, nn.Module],
+        schedule: Schedule,
+        decode: Callable[[Tensor], Tensor] | None = None,
+    ):
         self.modules, self.schedule, self.decode = modules, schedule, decode
 
     def __getattr__(self, name: str) -> Any:
         try:
             return self.__dict__["modules"][name]
         except KeyError:
-            raise AttributeError(f"no network {name!r}; there are {', '.join(self.__dict__['modules'])}") from None
+            raise AttributeError(
+                f"no network {name!r}; there are {', '.join(self.__dict__['modules'])}"
+            ) from None
 
     def scoped(self, scope: str) -> Networks:
-        """The view a part of a composition has: its own "scope/name" networks by their plain names, and the common ones."""
-        own = {name.split("/", 1)[1]: module for name, module in self.modules.items() if name.startswith(f"{scope}/")}
+        """The view a part of a composition has: its own "scope/name" networks by their plain names, and the
+        common ones.
+        """
+        own = {
+            name.split("/", 1)[1]: module
+            for name, module in self.modules.items()
+            if name.startswith(f"{scope}/")
+        }
         return Networks(self.modules | own, self.schedule, self.decode)
 
 
@@ -74,8 +88,8 @@ LossFn = Callable[[Networks, Batch], Losses]
 class Phase:
     """One optimiser step: train `trains` on the weighted sum of `terms`, everything else frozen.
 
-    name is the log prefix and the timer: "student", "critic". Terms are back-propagated one after another, so only one
-    of their graphs is alive at a time.
+    name is the log prefix and the timer: "student", "critic". Terms are back-propagated one after another, so
+    only one of their graphs is alive at a time.
     """
 
     name: str
@@ -99,7 +113,8 @@ class Method:
     # What the student alone is told besides x_t, t and cond: "guidance" (LCM's embedded scale).
     student_extras: ClassVar[tuple[str, ...]] = ()
     rule: ClassVar[str] = "renoise"  # how its student is sampled, one of sampling.RULES
-    # Its student was taught one guidance scale and takes none; otherwise the scale is an argument at sampling.
+    # Its student was taught one guidance scale and takes none; otherwise the scale is an argument at
+    # sampling.
     guidance_free: ClassVar[bool] = True
 
     def __init__(self, config: Any, steps: Sequence[int] = (1,)):
@@ -146,10 +161,12 @@ class Method:
 
 
 def simulate(method: Method, nets: Networks, batch: Batch, **extras: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Backward simulation (DMD2, arXiv 2405.14867, Sec. 4.5): the state the student meets at one of its own sampling steps.
+    """Backward simulation (DMD2, arXiv 2405.14867, Sec. 4.5): the state the student meets at one of its own
+    sampling steps.
 
-    Draws a step count of `method.steps` and a position K in its grid, both shared by the whole global batch, and rolls the
-    student out to there without gradient, by the very rule that samples it later. K = 0 is pure noise.
+    Draws a step count of `method.steps` and a position K in its grid, both shared by the whole global batch,
+    and rolls the student out to there without gradient, by the very rule that samples it later. K = 0 is pure
+    noise.
 
     Returns:
         x_t (B, ...), t (B,) and t as a number.
@@ -165,7 +182,8 @@ def simulate(method: Method, nets: Networks, batch: Batch, **extras: Tensor) -> 
 
 
 class Compose(Method):
-    """Several methods at once: phases that train the same networks become one optimiser step on the sum of their losses.
+    """Several methods at once: phases that train the same networks become one optimiser step on the sum of
+    their losses.
 
     Extras are named "part/name", so two parts may both have a discriminator. SANA-Sprint is
     `parts: [{name: scm}, {name: ladd, weight: 0.5}]`.
@@ -173,14 +191,18 @@ class Compose(Method):
 
     @dataclass
     class Config:
-        parts: list[dict] = field(default_factory=list)  # each a method section: name, its keys, and weight (default 1)
+        parts: list[dict] = field(
+            default_factory=list
+        )  # each a method section: name, its keys, and weight (default 1)
 
     def __init__(self, config: Any, steps: Sequence[int] = (1,)):
         super().__init__(config, steps)
         from stepdistill.methods import METHODS
 
         if len(config.parts) < 2:
-            raise UserError(f"method.parts must list at least two methods to compose, got {len(config.parts)}.")
+            raise UserError(
+                f"method.parts must list at least two methods to compose, got {len(config.parts)}."
+            )
         self.parts: list[tuple[str, float, Method]] = []
         for number, part in enumerate(config.parts):
             section = dict(part)
@@ -195,7 +217,9 @@ class Compose(Method):
         rules = {part.rule for _, _, part in self.parts}
         finest = {part.finest for _, _, part in self.parts}
         if len(extras) > 1 or len(rules) > 1 or len(finest) > 1:
-            raise UserError("method.parts cannot be composed: their students take different inputs, times or sampling rules.")
+            raise UserError(
+                "method.parts cannot be composed: their students take different inputs, times or sampling rules."
+            )
         self.student_extras, self.rule = extras.pop(), rules.pop()
         self.guidance_free = all(part.guidance_free for _, _, part in self.parts)
         self.needs_teacher = any(part.needs_teacher for _, _, part in self.parts)
@@ -237,7 +261,11 @@ class Compose(Method):
             part.after_step(nets.scoped(scope), step, tuple(name.removeprefix(f"{scope}/") for name in ran))
 
     def state_dict(self) -> dict[str, Any]:
-        return {f"{scope}/{key}": value for scope, _, part in self.parts for key, value in part.state_dict().items()}
+        return {
+            f"{scope}/{key}": value
+            for scope, _, part in self.parts
+            for key, value in part.state_dict().items()
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for scope, _, part in self.parts:

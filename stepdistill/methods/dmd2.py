@@ -1,8 +1,8 @@
 """DMD2: improved distribution matching distillation (Yin et al. 2024, arXiv 2405.14867).
 
-A student G maps noise to images. A fake score mu_fake, trained all the time by plain denoising on what G makes now, stands for
-the score of G's own distribution; the frozen teacher mu_real for the data's. The reverse KL between the two diffused
-distributions falls fastest along
+A student G maps noise to images. A fake score mu_fake, trained all the time by plain denoising on what G
+makes now, stands for the score of G's own distribution; the frozen teacher mu_real for the data's. The
+reverse KL between the two diffused distributions falls fastest along
 
     grad = E_t,eps [ w_t (mu_fake(x_t, t) - mu_real(x_t, t)) dG/dtheta ],     x_t = alpha_t G(z) + sigma_t eps       (Eq. 2)
 
@@ -12,8 +12,9 @@ which reaches the student as a constant pulled on its output. What DMD2 adds to 
     GAN loss (Sec. 4.3)             a head on the fake score's middle block tells diffused real from diffused generated images
     backward simulation (Sec. 4.5)  a multi-step student is trained on the states it meets in its own sampling
 
-Without the GAN (gan_weight 0) it needs no images at all, only conditions. Defaults are the paper's SD 1.5 settings, but for
-`gan_weight`, off here so that a first run needs no data. The paper's normaliser w of the gradient is DMD's Eq. 8.
+Without the GAN (gan_weight 0) it needs no images at all, only conditions. Defaults are the paper's SD 1.5
+settings, but for `gan_weight`, off here so that a first run needs no data. The paper's normaliser w of the
+gradient is DMD's Eq. 8.
 """
 
 from __future__ import annotations
@@ -36,14 +37,22 @@ from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase, sim
 class DMD2(Method):
     @dataclass
     class Config:
-        student_every: int = 5  # iterations per student update (paper: 5 for ImageNet and SDXL, 10 for SD 1.5)
+        student_every: int = (
+            5  # iterations per student update (paper: 5 for ImageNet and SDXL, 10 for SD 1.5)
+        )
         guidance_scale: float = 1.75  # of the teacher; 1 = off. The fake score is never guided
-        time_density: Literal["uniform", "karras", "lognormal"] = "uniform"  # karras is the paper's choice for EDM
-        t_low: float = 0.02  # range of the student's noise levels, as fractions of the schedule; the critic sees all
+        time_density: Literal["uniform", "karras", "lognormal"] = (
+            "uniform"  # karras is the paper's choice for EDM
+        )
+        t_low: float = (
+            0.02  # range of the student's noise levels, as fractions of the schedule; the critic sees all
+        )
         t_high: float = 0.98
         time_mean: float = -1.2  # of log rho, for lognormal
         time_std: float = 1.2
-        normalise: bool = True  # divide the gradient by mean |x0 - mu_real| per sample (DMD Eq. 8); off in few dimensions
+        normalise: bool = (
+            True  # divide the gradient by mean |x0 - mu_real| per sample (DMD Eq. 8); off in few dimensions
+        )
         gan_weight: float = 0.0  # of the student's GAN term; > 0 needs real images (paper: 1e-3 to 5e-3)
         gan_critic_weight: float = 1e-2  # of the critic's GAN term beside its denoising term
 
@@ -67,7 +76,9 @@ class DMD2(Method):
         yield Phase("critic", self._critics, ((1.0, self.critic_loss),))
 
     def generate(self, nets: Networks, batch: Batch) -> Tensor:
-        """x0 = G(x_K, t_K) at one of the student's own sampling steps; with gradient through the last call only."""
+        """x0 = G(x_K, t_K) at one of the student's own sampling steps; with gradient through the last call
+        only.
+        """
         x_t, t, _ = simulate(self, nets, batch)
         return nets.student(x_t, t, batch.cond).x0
 
@@ -107,7 +118,9 @@ class DMD2(Method):
         return losses
 
     def logits(self, nets: Networks, x0: Tensor, batch: Batch) -> Tensor:
-        """D at x0 diffused to a fresh time over the full range, independent for real and generated (Sec. 4.3)."""
+        """D at x0 diffused to a fresh time over the full range, independent for real and generated (Sec.
+        4.3).
+        """
         t = self.times(nets, batch)
         x_t = nets.schedule.add_noise(x0, batch.randn(), t)
         middle = unwrap(nets.fake_score).middle

@@ -1,14 +1,16 @@
 """LCM: latent consistency models (Luo et al. 2023, arXiv 2310.04378).
 
-A consistency function f(x_t, t) maps every point of a probability-flow ODE trajectory to its end. LCM learns the trajectories
-of the *guided* teacher, and the guidance scale is an input of the student, so that sampling needs no second network call:
+A consistency function f(x_t, t) maps every point of a probability-flow ODE trajectory to its end. LCM learns
+the trajectories of the *guided* teacher, and the guidance scale is an input of the student, so that sampling
+needs no second network call:
 
     augmented ODE step   x_s = DDIM( x_t, t -> s ) on  c + w (c - u)  of both x0 and eps               (Eqs. 11, 17)
     boundary             f(x, t, w) = c_skip(t) x + c_out(t) x0_theta(x, t, w),  f(x, 0) = x            (Eq. 5, Sec. 4.1)
     loss                 d( f_theta(x_t, t, w), sg f_ema(x_s, s, w) ),  d pseudo-Huber                  (Eq. 14)
 
-t and s are neighbours on the teacher's grid of `ddim_steps` points ("skipping-step", Sec. 4.3). The paper's w is g - 1; here
-guidance is g everywhere, and w exists only inside the student's embedding and in the exported pipeline.
+t and s are neighbours on the teacher's grid of `ddim_steps` points ("skipping-step", Sec. 4.3). The paper's w
+is g - 1; here guidance is g everywhere, and w exists only inside the student's embedding and in the exported
+pipeline.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ class LCM(Method):
     def __init__(self, config: Any, steps: tuple[int, ...] = (1,)):
         super().__init__(config, steps)
         if max(self.steps) > config.ddim_steps:
-            raise UserError(f"student.steps must be at most method.ddim_steps = {config.ddim_steps}, got {max(self.steps)}.")
+            raise UserError(
+                f"student.steps must be at most method.ddim_steps = {config.ddim_steps}, got {max(self.steps)}."
+            )
 
     @property
     def guidance_scale(self) -> float:
@@ -69,7 +73,9 @@ class LCM(Method):
                 average.lerp_(parameter.detach(), 1 - self.config.target_ema)
 
     def boundary(self, prediction: Prediction) -> Tensor:
-        """f = c_skip x + c_out x0; c_skip = 1 at the least noise. On whole VP timesteps it is a switch at t = 0."""
+        """f = c_skip x + c_out x0; c_skip = 1 at the least noise. On whole VP timesteps it is a switch at t =
+        0.
+        """
         config, schedule = self.config, prediction.schedule
         # The paper scales time in units of the DDPM table; other schedules are put on its 0 .. 999.
         unit = 1.0 if isinstance(schedule, VP) else 999 / (schedule.t_max - schedule.t_min)

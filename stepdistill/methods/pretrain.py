@@ -2,11 +2,12 @@
 
     minimise E || target(x0, eps, t) - network(x_t, t, c) ||^2,  x_t = alpha(t) x0 + sigma(t) eps
 
-with the target of the network's own kind: eps (Ho et al. 2020, Eq. 14), v (Salimans & Ho 2022), flow (Lipman et al. 2022), or
-x0 with EDM's weight (Karras et al. 2022, Eq. 8). Conditions are dropped at random, so that the network also learns the
-unconditional prediction guidance needs (Ho & Salimans 2022).
+with the target of the network's own kind: eps (Ho et al. 2020, Eq. 14), v (Salimans & Ho 2022), flow (Lipman
+et al. 2022), or x0 with EDM's weight (Karras et al. 2022, Eq. 8). Conditions are dropped at random, so that
+the network also learns the unconditional prediction guidance needs (Ho & Salimans 2022).
 
-The phase is called "student" because that is the network every run trains; what it leaves behind is a teacher.
+The phase is called "student" because that is the network every run trains; what it leaves behind is a
+teacher.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ class Pretrain(Method):
     class Config:
         cond_dropout: float = 0.1  # share of samples trained without their condition
         time_density: Literal["uniform", "karras", "lognormal"] = "uniform"
-        time_mean: float = -1.2  # of log rho, for lognormal; EDM's values. Under flow it is the logit-normal density
+        time_mean: float = (
+            -1.2
+        )  # of log rho, for lognormal; EDM's values. Under flow it is the logit-normal density
         time_std: float = 1.2
         guidance_scale: float = 2.0  # used by previews and written on the card; training does not see it
 
@@ -46,11 +49,15 @@ class Pretrain(Method):
 
     def loss(self, nets: Networks, batch: Batch) -> Losses:
         config, noise = self.config, batch.generator
-        t = timesteps.draw(config.time_density, nets.schedule, noise, mean=config.time_mean, std=config.time_std)
+        t = timesteps.draw(
+            config.time_density, nets.schedule, noise, mean=config.time_mean, std=config.time_std
+        )
         eps = batch.randn()
         cond = batch.cond
         if config.cond_dropout and cond is not None:
             drop = noise.rand()[:, None] < config.cond_dropout
-            cond = map_cond(lambda c, u: c.where(~drop.reshape(-1, *[1] * (c.ndim - 1)), u), cond, batch.uncond)
+            cond = map_cond(
+                lambda c, u: c.where(~drop.reshape(-1, *[1] * (c.ndim - 1)), u), cond, batch.uncond
+            )
         prediction = nets.student(nets.schedule.add_noise(batch.x0, eps, t), t, cond)
         return {"total": denoising(prediction, batch.x0, eps, unwrap(nets.student).sigma_data)}

@@ -67,8 +67,10 @@ def scene_lesson(seed: int) -> Lesson:
 def weathered(images: Tensor, rng: np.random.Generator) -> Tensor:
     """uint8 images, half of them a little noisy or blurred.
 
-    A net that has only seen clean renders leaves its range at the faintest noise, and a distance on its features then
-    measures nothing else: without this, noise of 10 grey levels cost 4,000 times what the renders' own spread does.
+    A net that has only seen clean renders leaves its range at the faintest noise, and a distance on its
+    features then
+    measures nothing else: without this, noise of 10 grey levels cost 4,000 times what the renders' own spread
+        does.
     """
     pixels = images.float()
     count = len(images)

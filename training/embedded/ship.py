@@ -14,7 +14,9 @@ from stepdistill.families.base import read_index
 
 
 def ship(source: Path, target: Path) -> None:
-    """Copy `source` to `target` with float16 weights; parts of `target` that are no part of the pipeline are kept."""
+    """Copy `source` to `target` with float16 weights; parts of `target` that are no part of the pipeline are
+    kept.
+    """
     import torch
     from safetensors.torch import load_file, save_file
 
