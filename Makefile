@@ -24,9 +24,10 @@ $(READY): pyproject.toml
 
 demo: $(READY)
 	$(LAUNCH)/2cpu.yaml -m training.train training/recipes/demo.yaml
-	$(RUN) -m evaluation run --pipeline runs/demo/student --teacher assets/teacher --steps 1 --teacher-guidance 2 \
+	$(RUN) -m evaluation run --pipeline runs/demo/student --teacher assets/teacher --steps 1,4 --teacher-guidance 2 \
 	    --n 500 --out runs/demo/results
-	$(RUN) -m evaluation picture --teacher assets/teacher --student assets/student --student-steps 4,1 --out runs/demo/picture.png
+	$(RUN) -m evaluation picture --teacher assets/teacher --student runs/demo/student --student-steps 4,1 --smooth \
+	    --out runs/demo/picture.png
 	@echo "the table is in runs/demo/results/results.md, the picture in runs/demo/picture.png"
 	@if [ "$(SERVE)" != 0 ]; then $(RUN) -m app --student runs/demo/student --teacher assets/teacher --port $(PORT); fi
 
