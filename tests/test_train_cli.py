@@ -273,7 +273,7 @@ def test_what_a_run_prints_is_its_own(tiny_sd):
     )
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip()]
-    strangers = [line for line in lines if not line.startswith(("dmd2:", "exported to"))]
+    strangers = [line for line in lines if not line.startswith(("dmd2:", "exported to", "1 process "))]
     assert strangers == [] and done.stdout == ""
 
 
@@ -284,3 +284,4 @@ def test_the_launcher_with_two_processes():
     done = command("toy.yaml", launcher=launcher)
     assert done.returncode == 0, done.stderr
     assert RunDirectory("out").latest() == 4 and "sw1 = " in done.stderr
+    assert "2 processes" in done.stderr

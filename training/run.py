@@ -47,6 +47,8 @@ def run(recipe: Recipe, fresh: bool = False) -> None:
         say(main, f"{directory.path} is finished at step {done}; nothing to do (--fresh starts over).")
         accelerator.end_training()
         return
+    count = accelerator.num_processes
+    say(main, f"{count} process{'es' * (count > 1)} on {accelerator.device}, precision {recipe.run.precision}")
     loggers = Loggers(directory.path, done) if main else None
     try:
         trainer = _stages(recipe, accelerator, family, sources, directory, loggers, checkpoint)
@@ -63,7 +65,9 @@ def _accelerator(recipe: Recipe) -> Accelerator:
     # Its cache would hand weights that were cast under no_grad (backward simulation) to the call that trains,
     # which then has no gradient.
     autocast = AutocastKwargs(cache_enabled=False)
-    accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[autocast])
+    # accelerate takes several processes without a GPU for one each unless it is told that the CPU is meant.
+    cpu = not torch.accelerator.is_available()
+    accelerator = Accelerator(mixed_precision=precision, cpu=cpu, kwargs_handlers=[autocast])
     if (
         precision == "fp16" and accelerator.device.type == "cpu"
     ):  # accelerate would train in float32 and not say so
