@@ -202,7 +202,7 @@ def read_pipeline(path: Path, **components: Any) -> Any:
         refuse_pickles(path)
     try:
         return DiffusionPipeline.from_pretrained(
-            text, torch_dtype=torch.float32, use_safetensors=True, **components
+            text, dtype=torch.float32, use_safetensors=True, **components
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise UserError(f"the pipeline at {text} cannot be loaded: {first_line(error)}") from None

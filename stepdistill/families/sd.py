@@ -270,7 +270,7 @@ def _components(path: Path) -> dict[str, Any]:
         refuse_pickles(path)
     try:
         return {
-            "vae": AutoencoderKL.from_pretrained(path, subfolder="vae", torch_dtype=torch.float32),
+            "vae": AutoencoderKL.from_pretrained(path, subfolder="vae", dtype=torch.float32),
             "text_encoder": CLIPTextModel.from_pretrained(
                 path, subfolder="text_encoder", dtype=torch.float32
             ),

@@ -88,7 +88,7 @@ def train(args: argparse.Namespace) -> None:
     common.prepare(args.threads, args.seed)
     _, pool = common.scene_pool(args.pool, seed=args.seed)
     held_out, held_images = common.scene_pool(256, seed=common.HELD_OUT_SEED)
-    vae = type(build()).from_pretrained(args.init, torch_dtype=torch.float32) if args.init else build()
+    vae = type(build()).from_pretrained(args.init, dtype=torch.float32) if args.init else build()
     average = common.Average(vae, 0.998)
     optimiser = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-4)
     draw = torch.Generator().manual_seed(args.seed)
