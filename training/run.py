@@ -48,7 +48,9 @@ def run(recipe: Recipe, fresh: bool = False) -> None:
         accelerator.end_training()
         return
     count = accelerator.num_processes
-    say(main, f"{count} process{'es' * (count > 1)} on {accelerator.device}, precision {recipe.run.precision}")
+    say(
+        main, f"{count} process{'es' * (count > 1)} on {accelerator.device}, precision {recipe.run.precision}"
+    )
     loggers = Loggers(directory.path, done) if main else None
     try:
         trainer = _stages(recipe, accelerator, family, sources, directory, loggers, checkpoint)
