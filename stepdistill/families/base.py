@@ -151,6 +151,14 @@ def cast(module: nn.Module, device: str | torch.device, dtype: torch.dtype) -> n
     return module if floating == dtype else module.to(dtype)
 
 
+def unet_blocks(unet: nn.Module) -> dict[str, int]:
+    """Down, middle and up blocks of a diffusers UNet held as `unet`, in forward order, name -> channels."""
+    widths = list(unet.config.block_out_channels)
+    down = {f"unet.down_blocks.{i}": width for i, width in enumerate(widths)}
+    up = {f"unet.up_blocks.{i}": width for i, width in enumerate(reversed(widths))}
+    return down | {"unet.mid_block": widths[-1]} | up
+
+
 def family_of(path: Path) -> str:
     """The family that serves a pipeline directory, told by its model_index.json."""
     name = read_index(path)["_class_name"]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from stepdistill.denoiser import Cond, Denoiser
 from stepdistill.errors import UserError
-from stepdistill.families.base import Family, first_line, read_pipeline, schedule_of
+from stepdistill.families.base import Family, first_line, read_pipeline, schedule_of, unet_blocks
 from stepdistill.schedule import EDM, expand
 
 
@@ -41,10 +41,7 @@ class PixelUNet(nn.Module):
 
     @property
     def blocks(self) -> dict[str, int]:
-        widths = list(self.unet.config.block_out_channels)
-        down = {f"unet.down_blocks.{i}": width for i, width in enumerate(widths)}
-        up = {f"unet.up_blocks.{i}": width for i, width in enumerate(reversed(widths))}
-        return down | {self.middle: widths[-1]} | up
+        return unet_blocks(self.unet)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         dtype = self.unet.dtype

@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from stepdistill import assets
 from stepdistill.denoiser import Cond, Denoiser
 from stepdistill.errors import UserError
-from stepdistill.families.base import Family, cast, first_line, read_pipeline, refuse_pickles, schedule_of
+from stepdistill.families.base import (
+    Family,
+    cast,
+    first_line,
+    read_pipeline,
+    refuse_pickles,
+    schedule_of,
+    unet_blocks,
+)
 
 GUIDANCE_DIM = 256  # of the embedded guidance scale, LCM's time_cond_proj_dim
 
@@ -36,10 +44,7 @@ class ConditionedUNet(nn.Module):
 
     @property
     def blocks(self) -> dict[str, int]:
-        widths = list(self.unet.config.block_out_channels)
-        down = {f"unet.down_blocks.{i}": width for i, width in enumerate(widths)}
-        up = {f"unet.up_blocks.{i}": width for i, width in enumerate(reversed(widths))}
-        return down | {self.middle: widths[-1]} | up
+        return unet_blocks(self.unet)
 
     middle = "unet.mid_block"
 
