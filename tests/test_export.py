@@ -145,8 +145,9 @@ def test_the_pipelines_own_defaults_say_what_to_pass(tiny_sd, tmp_path):
     )
     pipeline = DiffusionPipeline.from_pretrained(directory)
     pipeline.set_progress_bar_config(disable=True)
-    with pytest.raises(ValueError, match="original_steps"):
-        pipeline(PROMPT)
+    for wrong in ({}, {"num_inference_steps": 5}):  # the default 50, and one more than it was made for
+        with pytest.raises(ValueError, match="original_steps"):
+            pipeline(PROMPT, **wrong)
 
     def draw(guidance):
         generator = torch.Generator().manual_seed(0)
