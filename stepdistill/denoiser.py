@@ -38,16 +38,22 @@ class Denoiser(nn.Module):
         self.native = native
         self.schedule = schedule or native
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None, **extras: Tensor) -> Prediction:
-        """x_t: (B, ...); t: (B,) in `self.schedule`; extras: what the student alone is told, such as
-        `guidance` (B,).
+    def forward(
+        self, x_t: Tensor, t: Tensor, cond: Cond = None, in_schedule: Schedule | None = None, **extras: Tensor
+    ) -> Prediction:
+        """x_t: (B, ...); t: (B,) in `in_schedule`, by default `self.schedule`; extras: what the student alone
+        is told: `guidance` (B,), or `end` (B,), the time in the same schedule a two-time student jumps to.
 
-        The raw output is brought to at least float32 before any algebra.
+        `in_schedule` is for methods defined in one schedule (sCM's TrigFlow, MeanFlow's flow): unlike `under`
+        it reaches the network through whatever wraps this module for training. The raw output is brought to
+        at least float32 before any algebra.
         """
-        if self.schedule is self.native:
-            return Prediction(self._raw(x_t, t, cond, extras), self.kind, x_t, t, self.native)
-        ours, native = self.schedule, self.native
+        ours, native = in_schedule or self.schedule, self.native
+        if ours is native:
+            return Prediction(self._raw(x_t, t, cond, extras), self.kind, x_t, t, native)
         t_native = native.t_of_rho(ours.rho(t))
+        if "end" in extras:
+            extras = extras | {"end": native.t_of_rho(ours.rho(extras["end"]))}
         # Same ratio, and stable as alpha goes to 0: both norms are taken of (alpha, sigma).
         norm = torch.hypot(native.alpha(t_native), native.sigma(t_native)) / torch.hypot(
             ours.alpha(t), ours.sigma(t)
@@ -76,6 +82,12 @@ class Denoiser(nn.Module):
         1.
         """
         return getattr(self.network, "sigma_data", None) or 1.0
+
+    def backbone(self) -> Denoiser:
+        """The network whose activations a discriminator taps: this one. An exact teacher has none and gives
+        the network fitted to it.
+        """
+        return self
 
     def under(self, schedule: Schedule) -> Denoiser:
         """The same network (shared, not copied) spoken to in another schedule."""

@@ -116,7 +116,7 @@ class MLP(nn.Module):
     """A small denoiser for points: EDM-preconditioned (sigma_data 1) on the state at unit norm, conditioned
     on log rho.
 
-    blocks: each hidden layer can be tapped; cond and guidance enter as embeddings.
+    blocks: each hidden layer can be tapped; cond, guidance and the end of a jump enter as embeddings.
     """
 
     middle = "hidden.1"
@@ -130,10 +130,11 @@ class MLP(nn.Module):
         self.leave = nn.Sequential(nn.SiLU(), nn.Linear(width, dims))
         self.label = nn.Embedding(classes + 1, width) if classes else None
         self.guidance: nn.Linear | None = None
+        self.end: nn.Linear | None = None
 
     @property
     def extras(self) -> dict[str, Callable[[], None]]:
-        return {"guidance": self.add_guidance}
+        return {"guidance": self.add_guidance, "end": self.add_end}
 
     @property
     def blocks(self) -> dict[str, int]:
@@ -141,19 +142,30 @@ class MLP(nn.Module):
 
     def add_guidance(self) -> None:
         if self.guidance is None:
-            self.guidance = nn.Linear(1, self.width)
-            nn.init.zeros_(self.guidance.weight)
-            nn.init.zeros_(self.guidance.bias)
+            self.guidance = _zero_linear(1, self.width)
+
+    def add_end(self) -> None:
+        if self.end is None:
+            self.end = _zero_linear(33, self.width)
+
+    def _noise_features(self, t: Tensor, like: Tensor) -> Tensor:
+        """log rho / 4 and its sinusoids, (B, 33)."""
+        log_rho = expand(self.schedule.rho(t).clamp(1e-3, 1e3).log() / 4, like)
+        angles = log_rho * self.frequencies.to(like.dtype)
+        return torch.cat((log_rho, angles.sin(), angles.cos()), 1)
 
     def forward(
-        self, x_t: Tensor, t: Tensor, cond: Tensor | None = None, guidance: Tensor | None = None
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Tensor | None = None,
+        guidance: Tensor | None = None,
+        end: Tensor | None = None,
     ) -> Tensor:
         alpha, sigma = (expand(f(t), x_t) for f in (self.schedule.alpha, self.schedule.sigma))
         norm = (alpha**2 + sigma**2).sqrt()
-        log_rho = expand(self.schedule.rho(t).clamp(1e-3, 1e3).log() / 4, x_t)
-        angles = log_rho * self.frequencies.to(x_t.dtype)
         state = x_t / norm
-        h = self.enter(torch.cat((state, log_rho, angles.sin(), angles.cos()), 1))
+        h = self.enter(torch.cat((state, self._noise_features(t, x_t)), 1))
         if self.label is not None:
             h = h + self.label(
                 x_t.new_full((len(x_t),), self.label.num_embeddings - 1, dtype=torch.long)
@@ -162,10 +174,20 @@ class MLP(nn.Module):
             )
         if self.guidance is not None and guidance is not None:
             h = h + self.guidance(guidance[:, None].to(h) / 10)
+        if self.end is not None and end is not None:
+            h = h + self.end(self._noise_features(end, x_t))
         for layer in self.hidden:
             h = h + layer(h)
         # x0 = (alpha x_t + sigma F) / (alpha^2 + sigma^2)^(1/2) on the unit-norm state: exact at sigma = 0.
         return (alpha * state + sigma * self.leave(h)) / norm
+
+
+def _zero_linear(inputs: int, outputs: int) -> nn.Linear:
+    """A layer that adds nothing until it is trained."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 class ExactTeacher(Denoiser):
@@ -186,9 +208,13 @@ class ExactTeacher(Denoiser):
 
     def clone(self) -> Denoiser:
         """An MLP denoiser trained on the exact posterior mean, the same one at every call."""
+        return self.backbone().clone()
+
+    def backbone(self) -> Denoiser:
+        """That MLP itself, frozen."""
         if not self._fitted:
-            self._fitted.append(self._fit())
-        return self._fitted[0].clone()
+            self._fitted.append(self._fit().requires_grad_(False))
+        return self._fitted[0]
 
     def _fit(self) -> Denoiser:
         mixture, schedule = self.network, self.schedule

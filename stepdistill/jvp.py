@@ -1,0 +1,85 @@
+"""Directional derivatives of a network: forward mode through any diffusers model, and central differences.
+
+Continuous-time methods (sCM, MeanFlow) need dF/dt along a trajectory, the product of a network's Jacobian
+with the tangent (dx, dt). Forward mode gets it from one pass that carries the tangent beside every
+activation; what it costs is about one more forward, and no graph is kept. Central differences cost two
+ordinary passes and work where an operation has no forward derivative (fused attention kernels, FSDP).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+DERIVATIVES = ("forward", "difference")
+
+
+def jvp(
+    function: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """function(*primals) and its exact derivative along `tangents`, by forward mode; both without a graph.
+
+    Attention runs as plain math inside: no fused kernel has a forward derivative. Autocast is off, as the
+    derivative of a rounded function is noise.
+
+    Raises:
+        RuntimeError: an operation of `function` has no forward derivative.
+    """
+    device = primals[0].device.type
+    with (
+        torch.no_grad(),
+        torch.autocast(device, enabled=False),
+        sdpa_kernel(SDPBackend.MATH),
+        forward_ad.dual_level(),
+    ):
+        duals = [
+            forward_ad.make_dual(p.detach().clone(), d.to(p.dtype))
+            for p, d in zip(primals, tangents, strict=True)
+        ]
+        value, tangent = forward_ad.unpack_dual(function(*duals))
+        return value, torch.zeros_like(value) if tangent is None else tangent
+
+
+def difference(
+    function: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor], step: float = 1e-3
+) -> tuple[Tensor, Tensor]:
+    """(f(p + h d) - f(p - h d)) / 2h and the mean of the two, which is f(p) up to O(h^2).
+
+    Both points are on the line through the primals along `tangents`: for a distilled trajectory that is the
+    teacher's ODE, not re-noised data, which would add the conditional velocity's noise, and a bias under
+    guidance. Both passes draw the same dropout.
+    """
+    with torch.no_grad(), torch.autocast(primals[0].device.type, enabled=False):
+        moved = [step * d.to(p.dtype) for p, d in zip(primals, tangents, strict=True)]
+        with same_draws(primals[0]):
+            ahead = function(*(p + m for p, m in zip(primals, moved, strict=True)))
+        behind = function(*(p - m for p, m in zip(primals, moved, strict=True)))
+        return (ahead + behind) / 2, (ahead - behind) / (2 * step)
+
+
+def directional(
+    how: str,
+    function: Callable[..., Tensor],
+    primals: Sequence[Tensor],
+    tangents: Sequence[Tensor],
+    step: float = 1e-3,
+) -> tuple[Tensor, Tensor]:
+    """`jvp` ("forward") or `difference`, by one of the names in `DERIVATIVES`."""
+    if how == "forward":
+        return jvp(function, primals, tangents)
+    return difference(function, primals, tangents, step)
+
+
+@contextlib.contextmanager
+def same_draws(like: Tensor) -> Iterator[None]:
+    """What is drawn inside, dropout, is drawn again by what comes after: the two passes of a pair are then
+    one network with one mask.
+    """
+    devices = [like.device] if like.is_cuda else []
+    with torch.random.fork_rng(devices=devices):
+        yield
