@@ -312,7 +312,9 @@ class Engine:
             sampler = load(path, device=self.device, dtype=self.dtype)
             self._samplers[model] = sampler
             self._reports[model] = choose(sampler.pipeline, self._attention)
-            self._watch[model] = _Finite(sampler.pipeline)
+            if self.device == "cpu":
+                sampler.trace()  # half of a small network's time there is Python's
+            self._watch[model] = _Finite(sampler)
         self.limits = self._read_limits()
         for steps in self.limits.steps:
             self._shoot("student", Request(self._any_prompt(), steps=steps, seed=0))
@@ -473,18 +475,17 @@ def _refuse(job: Job, error: Exception) -> None:
 
 
 class _Finite:
-    """Watches the outputs of a pipeline's networks for NaN and infinity.
+    """Watches the outputs of a sampler's networks for NaN and infinity.
 
     The sampler returns uint8, where NaN has become black; so each network's output is looked at. The answer
-    stays on
-    the device until the image is there: asking after every step would stop the GPU each time.
+    stays on the device until the image is there: asking after every step would stop the GPU each time.
     """
 
-    def __init__(self, pipeline: Any) -> None:
+    def __init__(self, sampler: Any) -> None:
         self._stack = ExitStack()
         self._bad: torch.Tensor | None = None
-        for name in ("unet", "transformer", "text_encoder"):
-            network = getattr(pipeline, name, None)
+        pipeline = sampler.pipeline
+        for network in (sampler.denoiser.network, getattr(pipeline, "text_encoder", None)):
             if isinstance(network, torch.nn.Module):
                 self._stack.callback(network.register_forward_hook(self._look).remove)
         decoder = getattr(getattr(pipeline, "vae", None), "decoder", None)

@@ -50,9 +50,13 @@ class FakeSampler:
         self.resolution, self.conditions, self.class_names = (64, 64), conditions, class_names
         self.parameters, self.card = {"denoiser": 1000, "text": 10, "decoder": 10}, {}
         self.pipeline = SimpleNamespace(unet=Network().eval())
+        self.denoiser = SimpleNamespace(network=self.pipeline.unet)
         self.delay, self.gate, self.began = delay, threading.Event(), threading.Event()
         self.gate.set()
         self.calls, self.threads = [], set()
+
+    def trace(self):
+        return self
 
     def __call__(
         self,

@@ -246,6 +246,10 @@ class Sleeper:
     def __init__(self, per_call: float) -> None:
         self.per_call = per_call
         self.asked: list[tuple] = []
+        self.device, self.traced = torch.device("cpu"), False
+
+    def trace(self) -> None:
+        self.traced = True
 
     def calls(self, guidance: float) -> int:
         return 1 if guidance == 1 else 2

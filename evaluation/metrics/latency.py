@@ -63,6 +63,9 @@ def measure(
     `cpu_ms` (median of the process's CPU time), `nfe`, and `ms_per_call` (denoise_ms / nfe).
     """
     laps: list[dict[str, list[float]]] = [{} for _ in timed]
+    for entry in timed:
+        if entry.sampler.device.type == "cpu":
+            entry.sampler.trace()  # as the app serves it
     for index in range(-1, images):
         prompt = prompts[max(index, 0) % len(prompts)]
         for entry, lap in zip(timed, laps, strict=True):

@@ -1,0 +1,74 @@
+"""A network's operations without its Python: half of a small network's batch-1 time on a CPU is diffusers' own
+bookkeeping, and a trace replays the same kernels in the same order without it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.denoiser import Cond
+
+
+class Traced(nn.Module):
+    """`network(x_t, t, cond, **extras)`, recorded once per shape and replayed; bit-equal to the network itself.
+
+    For inference on fixed weights: a call that needs gradients, or one that cannot be recorded, goes to the
+    network. Attention is recorded as it was at the first call, so choose its backend before.
+    """
+
+    KEPT = 16  # shapes; a server that sees more replays the latest ones
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+        self._recorded: dict[Any, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        """Everything else (blocks, sigma_data) is the network's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("network"), name)
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None, **extras: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or self.training or torch.jit.is_tracing():
+            return self.network(x_t, t, cond, **extras)
+        names = sorted(cond) if isinstance(cond, dict) else None
+        conds = () if cond is None else (cond,) if names is None else tuple(cond[name] for name in names)
+        inputs = (x_t, t, *conds, *extras.values())
+        key = (names and tuple(names), tuple(extras), tuple((i.shape, i.dtype, i.device) for i in inputs))
+        if key not in self._recorded:
+            if len(self._recorded) >= self.KEPT:
+                self._recorded.pop(next(iter(self._recorded)))
+            self._recorded[key] = self._record(inputs, names, len(conds), tuple(extras))
+        return self._recorded[key](*inputs)
+
+    def _record(self, inputs: tuple[Tensor, ...], names: list[str] | None, conds: int, extras: tuple) -> Any:
+        plain = _Positional(self.network, names, conds, extras).eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # one per Python branch on a shape; shapes are in the key
+            try:
+                recorded = torch.jit.trace(plain, inputs, check_trace=False)
+                if torch.equal(recorded(*inputs), plain(*inputs)):
+                    return recorded
+            except (RuntimeError, TypeError, ValueError):
+                pass
+        return plain
+
+
+class _Positional(nn.Module):
+    """The network with its condition and extras as a flat list of tensors, which is what can be recorded."""
+
+    def __init__(self, network: nn.Module, names: list[str] | None, conds: int, extras: tuple[str, ...]):
+        super().__init__()
+        self.network, self.names, self.conds, self.extras = network, names, conds, extras
+
+    def forward(self, x_t: Tensor, t: Tensor, *rest: Tensor) -> Tensor:
+        told: Cond = None
+        if self.conds:
+            told = dict(zip(self.names, rest, strict=False)) if self.names else rest[0]
+        return self.network(x_t, t, told, **dict(zip(self.extras, rest[self.conds :], strict=True)))
