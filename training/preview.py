@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,8 @@ TEACHER_STEPS = 50
 
 
 def draw_preview(trainer: Trainer) -> Path:
-    """One PNG: a row per student step count, then the teacher, then the fake score's x0 of noised images.
+    """One PNG: a row per student step count, then the teacher, then the fake score's x0 of noised images, and
+    the health panel as it was at the last line of the log.
 
     Prompts are the first of the data, seeds 0, 1, 2, ... The teacher's row is drawn once per run.
     """
@@ -48,7 +50,7 @@ def draw_preview(trainer: Trainer) -> Path:
             rows.append((f"{name}: x0 of the student's images at half the noise", believed))
     path = trainer.directory.previews / f"{trainer.offset + trainer.step:07d}.png"
     with atomic_write(path) as temporary:
-        grid(rows).save(temporary, format="PNG")
+        grid(rows, trainer.health.lines()).save(temporary, format="PNG")
     return path
 
 
@@ -74,13 +76,17 @@ def _believed(trainer: Trainer, fake_score: Denoiser, x0: torch.Tensor, told: li
     return fake_score(x_t, t, cond.to(x0.device) if cond is not None else None).x0
 
 
-def grid(rows: list[tuple[str, np.ndarray]]) -> Image.Image:
-    """Rows of pictures with a line of text above each."""
+def grid(rows: list[tuple[str, np.ndarray]], notes: Sequence[str] = ()) -> Image.Image:
+    """Rows of pictures with a line of text above each, and lines of text below them all."""
     width, line = max(picture.shape[1] for _, picture in rows), 14
-    canvas = Image.new("RGB", (width, sum(line + picture.shape[0] for _, picture in rows)), "white")
+    height = sum(line + picture.shape[0] for _, picture in rows) + line * len(notes)
+    canvas = Image.new("RGB", (width, height), "white")
     pen, top = ImageDraw.Draw(canvas), 0
     for text, picture in rows:
         pen.text((2, top + 1), text, fill="black")
         canvas.paste(Image.fromarray(picture), (0, top + line))
         top += line + picture.shape[0]
+    for note in notes:
+        pen.text((2, top + 1), note, fill="red" if note.startswith("!") else "black")
+        top += line
     return canvas

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 import time
 import zlib
 from collections import defaultdict
@@ -31,6 +32,7 @@ from stepdistill.sampling import ImageSampler
 from training import interrupts
 from training.checkpoint import Checkpoint, RunDirectory
 from training.data import Source, order
+from training.health import Health
 from training.loggers import Loggers
 from training.measure import lower_is_better, measure
 from training.preview import draw_preview
@@ -81,6 +83,7 @@ class Trainer:
         self.step, self.batches, self.samples = 0, 0, 0
         self.updates: dict[str, int] = defaultdict(int)
         self.preview_teacher: Any = None  # drawn once
+        self.health = Health(self.method)
         self._sums: dict[
             str, list[float]
         ] = {}  # [sum, count] of what was observed since the last line of the log
@@ -289,8 +292,12 @@ class Trainer:
         self._samples_logged = self.samples
         lr = self.optim.lr * self.optim.lr_factor(self.step - 1, self.run.steps)
         values |= {"images_per_second": speed, "samples": self.samples, "lr": lr}
+        derived, warnings = self.health.check(values)
+        values |= derived
         if self.loggers:
             self.loggers.log(self.offset + self.step, values)
+            for warning in warnings:
+                tqdm.write(f"step {self.offset + self.step}: {warning}", file=sys.stderr)
         shown = {name: f"{value:.3g}" for name, value in values.items() if name.endswith("/total")}
         bar.set_postfix(shown | {"images/s": f"{speed:.0f}"}, refresh=False)
 

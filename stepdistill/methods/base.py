@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill import config as configuration
-from stepdistill.denoiser import Cond, Denoiser
+from stepdistill.denoiser import Cond, Denoiser, map_cond
 from stepdistill.errors import UserError
 from stepdistill.noise import SampleNoise
 from stepdistill.registry import resolve
@@ -45,6 +45,17 @@ class Batch:
     def randn(self) -> Tensor:
         """Fresh standard normal noise in the shape of x0."""
         return self.generator.randn(*self.shape)
+
+    def dropped_cond(self, share: float) -> Cond:
+        """`cond` with `uncond` in its place for that share of the samples, drawn at random; what guidance
+        needs a network to have learnt (Ho & Salimans 2022).
+        """
+        if not share or self.cond is None:
+            return self.cond
+        drop = self.generator.rand()[:, None] < share
+        return map_cond(
+            lambda c, u: c.where(~drop.reshape(-1, *[1] * (c.ndim - 1)), u), self.cond, self.uncond
+        )
 
 
 class Networks:
@@ -110,12 +121,16 @@ class Method:
         pass
 
     needs_teacher: ClassVar[bool] = True
-    # What the student alone is told besides x_t, t and cond: "guidance" (LCM's embedded scale).
+    # What the student alone is told besides x_t, t and cond: "guidance" (LCM's embedded scale), "end" (the
+    # time a two-time student jumps to).
     student_extras: ClassVar[tuple[str, ...]] = ()
     rule: ClassVar[str] = "renoise"  # how its student is sampled, one of sampling.RULES
     # Its student was taught one guidance scale and takes none; otherwise the scale is an argument at
     # sampling.
     guidance_free: ClassVar[bool] = True
+    # Normal ranges of logged values, "phase/name": (low, high, likely cause when it is left). The trainer
+    # shows them in previews and warns; what is common to all methods is in training/health.py.
+    health: ClassVar[dict[str, tuple[float, float, str]]] = {}
 
     def __init__(self, config: Any, steps: Sequence[int] = (1,)):
         self.config, self.steps = config, tuple(steps)
@@ -137,9 +152,24 @@ class Method:
         """Points of the grid all step counts are taken from (a scheduler's `original_inference_steps`)."""
         return max(self.steps)
 
+    @property
+    def eta(self) -> float:
+        """Of the rule "tcd": 0 draws no noise between steps, 1 forgets the state before."""
+        return 0.0
+
+    @property
+    def init_noise(self) -> str:
+        """What the student's first state is made of, one of `sampling.INIT_NOISE`."""
+        return "unit"
+
+    @property
+    def first_rho(self) -> float | None:
+        """The noise-to-signal ratio of the student's first time; None = the schedule's end."""
+        return None
+
     def grid(self, schedule: Schedule, steps: int) -> tuple[float, ...]:
         """The times a student of `steps` steps is called at."""
-        return few_step_grid(schedule, steps, self.finest)
+        return few_step_grid(schedule, steps, self.finest, self.first_rho)
 
     def networks(self, teacher: Denoiser | None, student: Denoiser) -> dict[str, nn.Module]:
         """Extra networks by name, made from the teacher or the student at the start of the run."""
@@ -165,8 +195,8 @@ def simulate(method: Method, nets: Networks, batch: Batch, **extras: Tensor) -> 
     sampling steps.
 
     Draws a step count of `method.steps` and a position K in its grid, both shared by the whole global batch,
-    and rolls the student out to there without gradient, by the very rule that samples it later. K = 0 is pure
-    noise.
+    and rolls the student out to there without gradient, by the very rule that samples it later. K = 0 is the
+    method's first state, pure noise.
 
     Returns:
         x_t (B, ...), t (B,) and t as a number.
@@ -176,8 +206,9 @@ def simulate(method: Method, nets: Networks, batch: Batch, **extras: Tensor) -> 
     grid = method.grid(schedule, count)
     grid = grid[: 1 + batch.generator.shared_randint(0, len(grid))]
     with torch.no_grad():
-        x = first_input(schedule, batch.randn(), grid[0], "unit")
-        x_t = walk(nets.student, x, grid, lambda _: batch.randn(), batch.cond, rule="renoise", **extras)
+        x = first_input(schedule, batch.randn(), grid[0], method.init_noise)
+        rule = {"rule": method.rule, "eta": method.eta}
+        x_t = walk(nets.student, x, grid, lambda _: batch.randn(), batch.cond, **rule, **extras)
     return x_t, torch.full((x_t.shape[0],), grid[-1], dtype=torch.float64, device=x_t.device), grid[-1]
 
 
@@ -215,14 +246,19 @@ class Compose(Method):
             self.parts.append((scope, weight, cls(configuration.build(cls.Config, section, where), steps)))
         extras = {part.student_extras for _, _, part in self.parts}
         rules = {part.rule for _, _, part in self.parts}
-        finest = {part.finest for _, _, part in self.parts}
-        if len(extras) > 1 or len(rules) > 1 or len(finest) > 1:
+        times = {(part.finest, part.first_rho, part.init_noise) for _, _, part in self.parts}
+        if len(extras) > 1 or len(rules) > 1 or len(times) > 1:
             raise UserError(
                 "method.parts cannot be composed: their students take different inputs, times or sampling rules."
             )
         self.student_extras, self.rule = extras.pop(), rules.pop()
         self.guidance_free = all(part.guidance_free for _, _, part in self.parts)
         self.needs_teacher = any(part.needs_teacher for _, _, part in self.parts)
+        self.health = {  # the student's phase is merged, the others have their part's name in front
+            name if name.startswith("student/") else f"{scope}/{name}": limits
+            for scope, _, part in self.parts
+            for name, limits in part.health.items()
+        }
 
     @property
     def needs_images(self) -> bool:
@@ -234,7 +270,15 @@ class Compose(Method):
 
     @property
     def finest(self) -> int:
-        return max(part.finest for _, _, part in self.parts)
+        return self.parts[0][2].finest
+
+    @property
+    def init_noise(self) -> str:
+        return self.parts[0][2].init_noise
+
+    @property
+    def first_rho(self) -> float | None:
+        return self.parts[0][2].first_rho
 
     def networks(self, teacher: Denoiser | None, student: Denoiser) -> dict[str, nn.Module]:
         return {
