@@ -1,11 +1,16 @@
-"""Small discriminator heads over a denoiser's tapped activations (DMD2, LADD)."""
+"""Small discriminator heads over tapped activations (DMD2, LADD, ADD, Lightning), and how they are trained."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+from stepdistill.denoiser import Denoiser
+from stepdistill.losses import GAN_LOSSES, approximate_r1, r1
 
 
 class Head(nn.Module):
@@ -44,3 +49,66 @@ class Discriminator(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         return torch.cat([head(feature) for head, feature in zip(self.heads, features, strict=True)], 1)
+
+
+Blocks = Literal["all", "half", "middle"]
+
+
+def chosen_blocks(denoiser: Denoiser, which: Blocks) -> dict[str, int]:
+    """Name -> channels of the blocks to tap: all, those up to the middle one (half of the cost), or that one."""
+    names = list(denoiser.blocks)
+    last = names.index(denoiser.middle)
+    kept = {"all": names, "half": names[: last + 1], "middle": names[last : last + 1]}[which]
+    return {name: denoiser.blocks[name] for name in kept}
+
+
+@dataclass
+class Adversarial:
+    """The part of a method's Config that says which game is played; `discriminator_losses` plays it."""
+
+    gan: Literal["hinge", "non_saturating", "relativistic"] = "hinge"
+    r1_weight: float = 0.0  # of |grad D|^2 at real inputs (half of the usual gamma); 0 = off
+    r1: Literal["exact", "finite"] = "finite"  # by a second derivative, or by a finite difference (APT's aR1)
+    r1_delta: float = 0.01  # standard deviation of the finite difference's nudge
+    r2: bool = False  # the same at generated inputs; the relativistic game needs it
+
+
+Critic = Callable[[Tensor], Tensor]
+
+
+def discriminator_losses(
+    config: Adversarial, real: tuple[Critic, Tensor], fake: tuple[Critic, Tensor], randn: Callable[[], Tensor]
+) -> dict[str, Tensor]:
+    """One discriminator step: the game's loss, the gradient penalties, and what tells how it goes.
+
+    Args:
+        real, fake: (critic, x_t) each: logits (B, ...) = critic(x_t), with time, condition and whatever else
+            bound. The penalties are taken at these very inputs.
+        randn: fresh unit noise in the shape of x_t, for the finite difference.
+
+    Returns:
+        total, gan, accuracy (share of inputs told right), real_logit, fake_logit and, where they are on, r1
+        and r2.
+    """
+    penalised = {"r1": config.r1_weight > 0, "r2": config.r1_weight > 0 and config.r2}
+    logits, penalties = [], {}
+    for (name, wanted), (critic, x_t) in zip(penalised.items(), (real, fake), strict=True):
+        x_t = x_t.detach().requires_grad_(wanted and config.r1 == "exact")
+        logits.append(critic(x_t))
+        if wanted:
+            penalties[name] = (
+                r1(logits[-1], x_t)
+                if config.r1 == "exact"
+                else approximate_r1(logits[-1], critic(x_t + config.r1_delta * randn()), config.r1_delta)
+            )
+    gan = GAN_LOSSES[config.gan][0](*logits)
+    told = [each.detach().flatten(1).mean(1) for each in logits]
+    right = told[0] > told[1] if config.gan == "relativistic" else torch.cat((told[0] > 0, told[1] < 0))
+    return {
+        "total": gan + config.r1_weight * sum(penalties.values()),
+        "gan": gan,
+        "accuracy": right.float().mean(),
+        "real_logit": told[0],
+        "fake_logit": told[1],
+        **penalties,
+    }

@@ -18,6 +18,12 @@ def mse(prediction: Tensor, target: Tensor) -> Tensor:
     return (prediction - target).square().flatten(1).mean(1)
 
 
+def moments(x0: Tensor) -> dict[str, Tensor]:
+    """Mean and standard deviation of all of `x0`: what brightness drift and collapse show in first."""
+    x0 = x0.detach()
+    return {"x0_mean": x0.mean(), "x0_std": x0.std()}
+
+
 def denoising(prediction: Prediction, x0: Tensor, eps: Tensor, sigma_data: float = 1.0) -> Tensor:
     """Squared error of a prediction at x_t = alpha x0 + sigma eps, measured in the kind the network predicts.
 
@@ -62,7 +68,40 @@ def distribution_matching(x0: Tensor, teacher_x0: Tensor, fake_x0: Tensor, norma
     return 0.5 * mse(x0, target)
 
 
-def gan_generator(fake_logits: Tensor) -> Tensor:
+def score_implicit(x0: Tensor, teacher_x0: Tensor, fake_x0: Tensor, huber_c: float) -> Tensor:
+    """The surrogate whose gradient is that of E d(s_fake - s_real), sampling law held (SIM, arXiv 2410.16794,
+    Eq. 9), read in x0-space: with D = teacher_x0 - fake_x0 and means over the sample's elements,
+
+        <D, fake_x0 - x0> / sqrt(<D, D> + huber_c^2)          pseudo-Huber, huber_c > 0
+        <D, fake_x0 - x0>                                     L2, huber_c = 0
+
+    The gradient must reach x0 through all three: the answers at x_t depend on x0 by the networks' inputs. At
+    the optimal fake score its expectation is 0 whatever the student, so its value says nothing of progress.
+    """
+    gap = (teacher_x0 - fake_x0).flatten(1)
+    product = (gap * (fake_x0 - x0).flatten(1)).mean(1)
+    return product / (gap.square().mean(1) + huber_c**2).sqrt() if huber_c else product
+
+
+def score_identity(
+    x0: Tensor, teacher_x0: Tensor, fake_x0: Tensor, alpha: float, normalise: bool = True
+) -> Tensor:
+    """SiD's loss (Zhou et al. 2024, arXiv 2404.04057, Eq. 23), means over the sample's elements:
+
+        <D, (teacher_x0 - x0) - alpha D> / w,    D = teacher_x0 - fake_x0,
+
+    and, when `normalise`, w = mean |x0 - teacher_x0|, a constant. The gradient must reach x0 through both
+    networks' inputs, as in `score_implicit`, which is alpha = 1. At the optimal fake score its expectation
+    is (1 - alpha) E <D, D>: negative for the paper's 1.2.
+    """
+    gap = (teacher_x0 - fake_x0).flatten(1)
+    loss = (gap * ((teacher_x0 - x0).flatten(1) - alpha * gap)).mean(1)
+    if normalise:
+        loss = loss / (x0 - teacher_x0).detach().abs().flatten(1).mean(1).clamp(min=1e-5)
+    return loss
+
+
+def gan_generator(fake_logits: Tensor, real_logits: Tensor | None = None) -> Tensor:
     """Non-saturating: softplus(-D(fake)) (Goodfellow et al. 2014). Logits (B, ...) are averaged per sample."""
     return nnf.softplus(-fake_logits).flatten(1).mean(1)
 
@@ -70,3 +109,52 @@ def gan_generator(fake_logits: Tensor) -> Tensor:
 def gan_discriminator(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """softplus(D(fake)) + softplus(-D(real)); log 4 when both logits are 0."""
     return (nnf.softplus(fake_logits) + nnf.softplus(-real_logits)).flatten(1).mean(1)
+
+
+def hinge_generator(fake_logits: Tensor, real_logits: Tensor | None = None) -> Tensor:
+    """-D(fake) (Lim & Ye 2017)."""
+    return -fake_logits.flatten(1).mean(1)
+
+
+def hinge_discriminator(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """relu(1 - D(real)) + relu(1 + D(fake)); flat where both are beyond the margin."""
+    return (nnf.relu(1 - real_logits) + nnf.relu(1 + fake_logits)).flatten(1).mean(1)
+
+
+def relativistic_generator(fake_logits: Tensor, real_logits: Tensor) -> Tensor:
+    """softplus(D(real) - D(fake)), each fake beside a real (Huang et al. 2024, arXiv 2501.05441, Eq. 2)."""
+    return nnf.softplus(real_logits - fake_logits).flatten(1).mean(1)
+
+
+def relativistic_discriminator(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """softplus(D(fake) - D(real)): what counts is which of the two looks more real."""
+    return nnf.softplus(fake_logits - real_logits).flatten(1).mean(1)
+
+
+# By name: the discriminator's loss (real, fake) and the generator's (fake, real); only the relativistic
+# generator looks at real logits.
+GAN_LOSSES = {
+    "hinge": (hinge_discriminator, hinge_generator),
+    "non_saturating": (gan_discriminator, gan_generator),
+    "relativistic": (relativistic_discriminator, relativistic_generator),
+}
+
+
+def r1(logits: Tensor, x_t: Tensor) -> Tensor:
+    """|grad_x D(x_t)|^2 per sample (Mescheder et al. 2018), D the mean of a sample's logits.
+
+    `logits` must come from `x_t` with its gradient on; the graph is kept for the second derivative. A
+    gradient that never reaches x_t (heads alone) is an error, not a zero.
+    """
+    (slope,) = torch.autograd.grad(logits.flatten(1).mean(1).sum(), x_t, create_graph=True)
+    return slope.square().flatten(1).sum(1)
+
+
+def approximate_r1(logits: Tensor, nudged_logits: Tensor, delta: float) -> Tensor:
+    """((D(x_t) - D(x_t + delta n)) / delta)^2, n ~ N(0, I): `r1` in expectation as delta goes to 0, without
+    its second derivative (APT, arXiv 2501.08316, Sec. 3.4).
+
+    Both logits are of the *same noised input*, at the same time: what is nudged is what the discriminator
+    sees. The paper's weight lambda on the plain square is lambda delta^2 here.
+    """
+    return ((logits - nudged_logits).flatten(1).mean(1) / delta).square()

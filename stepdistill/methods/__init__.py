@@ -6,5 +6,8 @@ METHODS = {
     "pretrain": "stepdistill.methods.pretrain:Pretrain",
     "lcm": "stepdistill.methods.lcm:LCM",
     "dmd2": "stepdistill.methods.dmd2:DMD2",
+    "ladd": "stepdistill.methods.ladd:LADD",
+    "sim": "stepdistill.methods.sim:SIM",
+    "sid": "stepdistill.methods.sid:SiD",
     "compose": "stepdistill.methods.base:Compose",
 }

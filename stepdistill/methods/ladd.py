@@ -1,0 +1,132 @@
+"""LADD: latent adversarial diffusion distillation (Sauer et al. 2024, arXiv 2403.12015).
+
+The frozen teacher is the discriminator's eye. Real and generated latents are noised again, the teacher looks
+at them, and one small head per block tells from its activations which is which, at every place:
+
+    x_hat = G(x_t, t),  x_t = alpha_t x0 + sigma_t eps                             student times of a few-step grid
+    x'    = alpha_tau x + sigma_tau eps',   log rho(tau) ~ N(m, s^2)               for x real and x_hat alike (Sec. 3)
+    D     = sum over blocks of the heads' hinge losses;  G minimises -D(x'_hat)
+
+The level tau steers what is judged: much noise leaves composition, little leaves texture; the paper's flow
+time is logit-normal(1, 1), which is this very law of rho. No pixel is decoded and nothing but the heads is
+trained on the discriminator's side. The gradient reaches the student through the input of the frozen teacher.
+
+There is no distillation loss. What ties the student to the teacher is that "real" data are best the teacher's
+own guided samples (Sec. 3.2): put them into `data`. Each block sees time and condition through the teacher, so
+the heads need neither.
+
+Beside the paper: other games and the gradient penalty R1 (`Adversarial`); SANA-Sprint's student times (a
+density with an atom at pure noise) and its misaligned pairs, real images under another's caption, counted as
+fake (arXiv 2503.09641, Sec. 3.3). Hinge on batches of 1 degenerates; use 2 at least per process.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill import timesteps
+from stepdistill.denoiser import Cond, Denoiser, map_cond, unwrap
+from stepdistill.discriminator import (
+    Adversarial,
+    Blocks,
+    Discriminator,
+    chosen_blocks,
+    discriminator_losses,
+)
+from stepdistill.features import block_features
+from stepdistill.losses import GAN_LOSSES, moments
+from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase
+from stepdistill.sampling import first_input
+from stepdistill.schedule import expand
+
+
+class LADD(Method):
+    needs_images = True
+    health: ClassVar[dict[str, tuple[float, float, str]]] = {
+        "discriminator/accuracy": (0.5, 0.98, "the discriminator wins outright: raise r1_weight or its lr falls"),
+    }
+
+    @dataclass
+    class Config(Adversarial):
+        blocks: Blocks = "all"  # of the teacher: all, half (up to the middle one) or middle
+        time_mean: float = 1.0  # of log rho(tau), the level real and generated data are judged at
+        time_std: float = 1.0
+        student_every: int = 1  # iterations per student update
+        student_times: Literal["grid", "density"] = "grid"  # of its few-step grid, or drawn from a density
+        first_weight: float = 0.7  # share of student times at pure noise
+        warmup: int = 500  # iterations before which a grid's less noisy half alone is trained
+        student_mean: float = 0.2  # of log rho(t), for density
+        student_std: float = 1.6
+        misaligned: bool = False  # real data under another sample's condition count as fake
+
+    def networks(self, teacher: Denoiser, student: Denoiser) -> dict[str, nn.Module]:
+        return {"discriminator": Discriminator([*chosen_blocks(teacher, self.config.blocks).values()])}
+
+    def phases(self, step: int) -> Iterator[Phase]:
+        warm = step < self.config.warmup
+        if step % self.config.student_every == 0:
+            loss = functools.partial(self.student_loss, warm=warm)
+            yield Phase("student", ("student",), ((1.0, loss),))
+        loss = functools.partial(self.discriminator_loss, warm=warm)
+        yield Phase("discriminator", ("discriminator",), ((1.0, loss),))
+
+    def times(self, nets: Networks, batch: Batch, warm: bool = False) -> Tensor:
+        """Student times (B,): t_max with probability `first_weight`, else one of the others (Sec. 3.3)."""
+        config, schedule = self.config, nets.schedule
+        at_first = batch.generator.rand() < config.first_weight
+        if config.student_times == "density":
+            drawn = timesteps.lognormal(schedule, batch.generator, config.student_mean, config.student_std)
+        else:
+            grid = sorted({t for count in self.steps for t in self.grid(schedule, count)}, reverse=True)
+            later = grid[len(grid) // 2 :] if warm else grid[1:] or grid
+            later = torch.tensor(later, dtype=torch.float64, device=at_first.device)
+            drawn = later[batch.generator.randint(0, len(later))]
+            at_first &= not (warm and len(grid) > 1)
+        return torch.where(at_first, schedule.t_max, drawn)
+
+    def generate(self, nets: Networks, batch: Batch, warm: bool) -> Tensor:
+        """x_hat = G(x_t, t) from noised real data; from the sampler's own first input where t is t_max."""
+        schedule, t, eps = nets.schedule, self.times(nets, batch, warm), batch.randn()
+        x_t = schedule.add_noise(batch.x0, eps, t)
+        first = expand((t == schedule.t_max).double(), x_t) > 0
+        x_t = torch.where(first, first_input(schedule, eps, schedule.t_max, "unit"), x_t)
+        return nets.student(x_t, t, batch.cond).x0
+
+    def seen(self, nets: Networks, batch: Batch, x0: Tensor, cond: Cond) -> tuple:
+        """(critic, x_tau): the discriminator bound to a fresh level tau, and x0 noised to it."""
+        teacher = unwrap(nets.teacher).backbone()
+        names = list(chosen_blocks(teacher, self.config.blocks))
+        tau = timesteps.lognormal(nets.schedule, batch.generator, self.config.time_mean, self.config.time_std)
+
+        def critic(x: Tensor) -> Tensor:
+            return nets.discriminator(block_features(teacher, x, tau, cond, names))
+
+        return critic, nets.schedule.add_noise(x0, batch.randn(), tau)
+
+    def student_loss(self, nets: Networks, batch: Batch, warm: bool = False) -> Losses:
+        x0 = self.generate(nets, batch, warm)
+        critic, x_tau = self.seen(nets, batch, x0, batch.cond)
+        fake, real = critic(x_tau), None
+        if self.config.gan == "relativistic":
+            critic, x_tau = self.seen(nets, batch, batch.x0, batch.cond)
+            real = critic(x_tau)
+        gan = GAN_LOSSES[self.config.gan][1](fake, real)
+        return {"total": gan, "gan": gan} | moments(x0)
+
+    def discriminator_loss(self, nets: Networks, batch: Batch, warm: bool = False) -> Losses:
+        with torch.no_grad():
+            x0 = self.generate(nets, batch, warm)
+        real, fake = (self.seen(nets, batch, each, batch.cond) for each in (batch.x0, x0))
+        losses = discriminator_losses(self.config, real, fake, batch.randn)
+        if self.config.misaligned and batch.cond is not None:
+            another = map_cond(lambda c: c.roll(1, 0), batch.cond)
+            critic, x_tau = self.seen(nets, batch, batch.x0, another)
+            losses["misaligned"] = GAN_LOSSES[self.config.gan][0](real[0](real[1]), critic(x_tau))
+            losses["total"] = losses["total"] + losses["misaligned"]
+        return losses
