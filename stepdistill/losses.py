@@ -18,10 +18,13 @@ def mse(prediction: Tensor, target: Tensor) -> Tensor:
     return (prediction - target).square().flatten(1).mean(1)
 
 
-def moments(x0: Tensor) -> dict[str, Tensor]:
-    """Mean and standard deviation of all of `x0`: what brightness drift and collapse show in first."""
+def moments(x0: Tensor, whose: str = "") -> dict[str, Tensor]:
+    """Mean and standard deviation of all of `x0`: what brightness drift and collapse show in first.
+
+    whose: goes before the names, such as "teacher_".
+    """
     x0 = x0.detach()
-    return {"x0_mean": x0.mean(), "x0_std": x0.std()}
+    return {f"{whose}x0_mean": x0.mean(), f"{whose}x0_std": x0.std()}
 
 
 def denoising(prediction: Prediction, x0: Tensor, eps: Tensor, sigma_data: float = 1.0) -> Tensor:
@@ -158,3 +161,10 @@ def approximate_r1(logits: Tensor, nudged_logits: Tensor, delta: float) -> Tenso
     sees. The paper's weight lambda on the plain square is lambda delta^2 here.
     """
     return ((logits - nudged_logits).flatten(1).mean(1) / delta).square()
+
+
+def vector_huber(prediction: Tensor, target: Tensor, c: float) -> Tensor:
+    """sqrt(|d|^2 + c^2) - c with the norm over the whole sample; c = 0 is the norm itself, with a gradient of
+    0 where it is 0.
+    """
+    return ((prediction - target).square().flatten(1).sum(1) + c * c + 1e-16).sqrt() - c

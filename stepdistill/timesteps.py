@@ -65,8 +65,10 @@ def draw(
     return {"uniform": uniform, "karras": karras}[density](schedule, noise, low, high)
 
 
-def few_step_grid(schedule: Schedule, steps: int, finest: int | None = None) -> tuple[float, ...]:
-    """The times a student of `steps` steps is called at, falling from t_max.
+def few_step_grid(
+    schedule: Schedule, steps: int, finest: int | None = None, first_rho: float | None = None
+) -> tuple[float, ...]:
+    """The times a student of `steps` steps is called at, falling from t_max, or from where rho is `first_rho`.
 
     Under a VP table of T entries: i T / steps - 1 for i = steps .. 1, which is 999, 749, 499, 249 at 4 and is
     what `LCMScheduler` lists, so the student leaves with a stock scheduler. `finest` (default: `steps`) is
@@ -74,6 +76,8 @@ def few_step_grid(schedule: Schedule, steps: int, finest: int | None = None) -> 
     one.
     Under EDM: taken likewise from the 40 Karras times `CMStochasticIterativeScheduler` has. Elsewhere: even
         in t.
+    With `first_rho` the schedule counts as ending there: its table is cut short (`cut_table`), so that one
+    step of Stable Diffusion from rho = 2.5 is called at 625.
 
     Raises:
         ValueError: steps is not at least 1 or exceeds `finest`.
@@ -82,17 +86,25 @@ def few_step_grid(schedule: Schedule, steps: int, finest: int | None = None) -> 
     if not 1 <= steps <= finest:
         raise ValueError(f"steps must be between 1 and {finest}, got {steps}")
     if isinstance(schedule, VP):
-        stride = (int(schedule.t_max) + 1) // finest
+        stride = cut_table(schedule, first_rho) // finest
         grid = [i * stride - 1 for i in range(finest, 0, -1)]
         # LCMScheduler picks floor(i * finest / steps), i = 0 .. steps - 1.
         return tuple(float(grid[i * finest // steps]) for i in range(steps))
     if isinstance(schedule, EDM):
         points = max(40, finest)
-        karras_times = ode_grid(schedule, points - 1, "karras").tolist()
+        cut = EDM(schedule.t_min, min(first_rho or schedule.t_max, schedule.t_max))
+        karras_times = ode_grid(cut, points - 1, "karras").tolist()
         # CMStochasticIterativeScheduler strides by floor(points / steps).
         return tuple(karras_times[i * (points // steps)] for i in range(steps))
-    span = schedule.t_max - schedule.t_min
-    return tuple(schedule.t_max - span * (i * finest // steps) / finest for i in range(steps))
+    first = float(schedule.t_of_rho(torch.tensor(first_rho))) if first_rho else schedule.t_max
+    span = first - schedule.t_min
+    return tuple(first - span * (i * finest // steps) / finest for i in range(steps))
+
+
+def cut_table(schedule: VP, first_rho: float | None = None) -> int:
+    """Entries of a VP table up to the whole time whose rho is nearest `first_rho` (in log rho); None = all."""
+    last = schedule.t_max if first_rho is None else round(float(schedule.t_of_rho(torch.tensor(first_rho))))
+    return int(last) + 1
 
 
 def teacher_grid(schedule: Schedule, steps: int) -> tuple[float, ...]:

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from stepdistill import config as configuration
-from stepdistill.denoiser import Cond, Denoiser, map_cond
+from stepdistill.denoiser import Cond, Denoiser, guided, map_cond
 from stepdistill.errors import UserError
 from stepdistill.noise import SampleNoise
+from stepdistill.prediction import Prediction
 from stepdistill.registry import resolve
 from stepdistill.sampling import first_input, walk
-from stepdistill.schedule import Schedule
+from stepdistill.schedule import Schedule, expand
 from stepdistill.timesteps import few_step_grid
 
 # Named values, each a scalar or one number per sample (B,). "total" is back-propagated, the rest is logged.
@@ -190,6 +192,34 @@ class Method:
         pass
 
 
+def guided_teacher(
+    nets: Networks, batch: Batch, scale: float, schedule: Schedule
+) -> Callable[[Tensor, Tensor], Prediction]:
+    """The teacher with the batch's condition and guidance applied, asked in `schedule`: what a solver takes."""
+
+    def predict(x_t: Tensor, t: Tensor) -> Prediction:
+        asked = partial(nets.teacher, in_schedule=schedule)
+        return guided(asked, x_t, t, batch.cond, batch.uncond, scale)
+
+    return predict
+
+
+def consistency(prediction: Prediction) -> Tensor:
+    """f(x_t, t): the network's x0, and x_t / alpha itself where no noise is left, the boundary condition of
+    every consistency function (Song et al. 2023, arXiv 2303.01469, Sec. 3).
+    """
+    schedule, x_t = prediction.schedule, prediction.x_t
+    clean = expand(prediction.t, x_t) <= schedule.t_min
+    return torch.where(clean, x_t / expand(schedule.alpha(prediction.t), x_t), prediction.x0)
+
+
+def track_average(average: nn.Module, module: nn.Module, decay: float) -> None:
+    """average <- decay average + (1 - decay) module, parameter by parameter: a consistency target network."""
+    with torch.no_grad():
+        for mean, parameter in zip(average.parameters(), module.parameters(), strict=True):
+            mean.lerp_(parameter, 1 - decay)
+
+
 def simulate(method: Method, nets: Networks, batch: Batch, **extras: Tensor) -> tuple[Tensor, Tensor, float]:
     """Backward simulation (DMD2, arXiv 2405.14867, Sec. 4.5): the state the student meets at one of its own
     sampling steps.
@@ -271,6 +301,10 @@ class Compose(Method):
     @property
     def finest(self) -> int:
         return self.parts[0][2].finest
+
+    @property
+    def eta(self) -> float:
+        return self.parts[0][2].eta
 
     @property
     def init_noise(self) -> str:

@@ -19,37 +19,28 @@ gradient is DMD's Eq. 8.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from stepdistill import timesteps
-from stepdistill.denoiser import Denoiser, guided, unwrap
+from stepdistill.denoiser import Denoiser, unwrap
 from stepdistill.discriminator import Discriminator
 from stepdistill.features import block_features
-from stepdistill.losses import denoising, distribution_matching, gan_discriminator, gan_generator
-from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase, simulate
+from stepdistill.losses import distribution_matching, gan_discriminator, gan_generator
+from stepdistill.methods.base import Batch, Losses, Networks
+from stepdistill.methods.score import ScoreDistillation, beside
 
 
-class DMD2(Method):
+class DMD2(ScoreDistillation):
     @dataclass
-    class Config:
+    class Config(ScoreDistillation.Config):
         student_every: int = (
             5  # iterations per student update (paper: 5 for ImageNet and SDXL, 10 for SD 1.5)
         )
-        guidance_scale: float = 1.75  # of the teacher; 1 = off. The fake score is never guided
-        time_density: Literal["uniform", "karras", "lognormal"] = (
-            "uniform"  # karras is the paper's choice for EDM
-        )
-        t_low: float = (
-            0.02  # range of the student's noise levels, as fractions of the schedule; the critic sees all
-        )
+        guidance_scale: float = 1.75  # of the teacher. Time is uniform; karras is the paper's choice for EDM
+        t_low: float = 0.02
         t_high: float = 0.98
-        time_mean: float = -1.2  # of log rho, for lognormal
-        time_std: float = 1.2
         normalise: bool = (
             True  # divide the gradient by mean |x0 - mu_real| per sample (DMD Eq. 8); off in few dimensions
         )
@@ -61,55 +52,30 @@ class DMD2(Method):
         return self.config.gan_weight > 0
 
     @property
-    def _critics(self) -> tuple[str, ...]:
+    def critics(self) -> tuple[str, ...]:
         return ("fake_score", "discriminator") if self.config.gan_weight > 0 else ("fake_score",)
 
     def networks(self, teacher: Denoiser, student: Denoiser) -> dict[str, nn.Module]:
-        extras: dict[str, nn.Module] = {"fake_score": teacher.clone()}
+        extras = super().networks(teacher, student)
         if self.config.gan_weight > 0:
             extras["discriminator"] = Discriminator([teacher.blocks[teacher.middle]])
         return extras
 
-    def phases(self, step: int) -> Iterator[Phase]:
-        if step % self.config.student_every == 0:  # two time-scale update rule, Sec. 4.2
-            yield Phase("student", ("student",), ((1.0, self.student_loss),))
-        yield Phase("critic", self._critics, ((1.0, self.critic_loss),))
-
-    def generate(self, nets: Networks, batch: Batch) -> Tensor:
-        """x0 = G(x_K, t_K) at one of the student's own sampling steps; with gradient through the last call
-        only.
-        """
-        x_t, t, _ = simulate(self, nets, batch)
-        return nets.student(x_t, t, batch.cond).x0
-
-    def times(self, nets: Networks, batch: Batch, low: float = 0.0, high: float = 1.0) -> Tensor:
-        config = self.config
-        mean, std = config.time_mean, config.time_std
-        return timesteps.draw(config.time_density, nets.schedule, batch.generator, low, high, mean, std)
-
     def student_loss(self, nets: Networks, batch: Batch) -> Losses:
-        config, schedule = self.config, nets.schedule
+        config = self.config
         x0 = self.generate(nets, batch)
-        t = self.times(nets, batch, config.t_low, config.t_high)
-        x_t = schedule.add_noise(x0.detach(), batch.randn(), t)
         with torch.no_grad():  # the networks only give the direction, DMD Eq. 7
-            real = guided(nets.teacher, x_t, t, batch.cond, batch.uncond, config.guidance_scale).x0
-            fake = nets.fake_score(x_t, t, batch.cond).x0
+            real, fake = (said.x0 for said in self.ask(nets, batch, x0))
         matching = distribution_matching(x0, real, fake, config.normalise)
         losses = {"total": matching, "matching": matching, "gap": (fake - real).square().flatten(1).mean(1)}
         if config.gan_weight > 0:
             losses["gan"] = gan_generator(self.logits(nets, x0, batch))
             losses["total"] = losses["total"] + config.gan_weight * losses["gan"]
-        return losses | {"x0_mean": x0.detach().mean(), "x0_std": x0.detach().std()}
+        return losses | beside(x0, real)
 
     def critic_loss(self, nets: Networks, batch: Batch) -> Losses:
-        config, schedule = self.config, nets.schedule
-        with torch.no_grad():
-            x0 = self.generate(nets, batch)
-        t, eps = self.times(nets, batch), batch.randn()
-        prediction = nets.fake_score(schedule.add_noise(x0, eps, t), t, batch.cond)
-        denoise = denoising(prediction, x0, eps, unwrap(nets.fake_score).sigma_data)
-        losses = {"total": denoise, "denoising": denoise}
+        config = self.config
+        losses, x0 = self.denoise(nets, batch)
         if config.gan_weight > 0:
             real, fake = self.logits(nets, batch.x0, batch), self.logits(nets, x0, batch)
             losses["gan"] = gan_discriminator(real, fake)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stepdistill import timesteps
-from stepdistill.denoiser import map_cond, unwrap
+from stepdistill.denoiser import unwrap
 from stepdistill.losses import denoising
 from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase
 
@@ -53,11 +53,6 @@ class Pretrain(Method):
             config.time_density, nets.schedule, noise, mean=config.time_mean, std=config.time_std
         )
         eps = batch.randn()
-        cond = batch.cond
-        if config.cond_dropout and cond is not None:
-            drop = noise.rand()[:, None] < config.cond_dropout
-            cond = map_cond(
-                lambda c, u: c.where(~drop.reshape(-1, *[1] * (c.ndim - 1)), u), cond, batch.uncond
-            )
+        cond = batch.dropped_cond(config.cond_dropout)
         prediction = nets.student(nets.schedule.add_noise(batch.x0, eps, t), t, cond)
         return {"total": denoising(prediction, batch.x0, eps, unwrap(nets.student).sigma_data)}

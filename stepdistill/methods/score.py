@@ -1,0 +1,136 @@
+"""What the score-distillation methods share: a student, and a fake score that follows what it makes.
+
+The student's own distribution has no known score, so a second denoiser, the fake score, is trained all the
+time by plain denoising on what the student makes now (Diff-Instruct, arXiv 2305.18455, Alg. 1; DMD, SiD and
+SIM do the same). The frozen teacher stands for the data. A method of this kind differs from the next only in
+what it does with the two answers at a diffused sample, which is its `student_loss`.
+
+Logged by all, with the names a health panel reads: "x0_mean", "x0_std" of the student's samples beside
+"teacher_x0_mean", "teacher_x0_std" of the teacher's answers to them, and "denoising", the fake score's loss.
+A student that leaves the teacher in mean or std (brightness drift, collapse) has outrun its fake score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn, no_grad
+
+from stepdistill import timesteps
+from stepdistill.denoiser import Denoiser, guided, unwrap
+from stepdistill.errors import UserError
+from stepdistill.losses import denoising, moments
+from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase, simulate
+from stepdistill.prediction import Prediction
+
+Density = Literal["uniform", "karras", "lognormal"]
+
+
+class ScoreDistillation(Method):
+    """Base of methods with a fake score; `student_loss` is theirs."""
+
+    @dataclass
+    class Config:
+        student_every: int = 1  # iterations per student update; the critic learns in every one
+        guidance_scale: float = 1.0  # of the teacher; 1 = off
+        fake_guidance_scale: float = 1.0  # of the fake score in the student's loss
+        critic_dropout: float = 0.0  # share of samples the fake score learns without their condition
+        time_density: Density = "uniform"  # of the noise levels the two scores are compared at
+        t_low: float = 0.0  # their range, as fractions of the schedule; the critic sees all
+        t_high: float = 1.0
+        time_mean: float = -1.2  # of log rho, for lognormal
+        time_std: float = 1.2
+        critic_density: Literal["same", "uniform", "karras", "lognormal"] = "same"
+        first_rho: float = 0.0  # noise-to-signal ratio the student starts from; 0 = the schedule's end
+        init_noise: Literal["unit", "sigma"] = "unit"  # of a one-step student under VP; see `first_input`
+
+    def __init__(self, config: Any, steps: tuple[int, ...] = (1,)):
+        super().__init__(config, steps)
+        if config.student_every < 1:
+            raise UserError(f"method.student_every must be at least 1, got {config.student_every}.")
+        if config.first_rho < 0:
+            raise UserError(
+                f"method.first_rho must be 0 (the schedule's end) or more, got {config.first_rho:g}."
+            )
+        if not 0 <= config.t_low < config.t_high <= 1:
+            raise UserError(
+                "method.t_low and method.t_high must be fractions of the schedule in rising order,"
+                f" got {config.t_low:g} and {config.t_high:g}."
+            )
+
+    @property
+    def init_noise(self) -> str:
+        # LCMScheduler, the stock scheduler that renoises between steps, starts from unit noise.
+        return self.config.init_noise if self.steps == (1,) else "unit"
+
+    @property
+    def first_rho(self) -> float | None:
+        return self.config.first_rho or None
+
+    @property
+    def critics(self) -> tuple[str, ...]:
+        """What the critic's phase trains."""
+        return ("fake_score",)
+
+    def networks(self, teacher: Denoiser, student: Denoiser) -> dict[str, nn.Module]:
+        return {"fake_score": teacher.clone()}
+
+    def phases(self, step: int) -> Iterator[Phase]:
+        if step % self.config.student_every == 0:
+            yield Phase("student", ("student",), ((1.0, self.student_loss),))
+        yield Phase("critic", self.critics, ((1.0, self.critic_loss),))
+
+    def student_loss(self, nets: Networks, batch: Batch) -> Losses:
+        raise NotImplementedError
+
+    def generate(self, nets: Networks, batch: Batch) -> Tensor:
+        """x0 = G(x_K, t_K) at one of the student's own sampling steps; with gradient through the last call
+        only.
+        """
+        x_t, t, _ = simulate(self, nets, batch)
+        return nets.student(x_t, t, batch.cond).x0
+
+    def times(
+        self, nets: Networks, batch: Batch, low: float = 0.0, high: float = 1.0, density: str = "same"
+    ) -> Tensor:
+        config = self.config
+        density = config.time_density if density == "same" else density
+        mean, std = config.time_mean, config.time_std
+        return timesteps.draw(density, nets.schedule, batch.generator, low, high, mean, std)
+
+    def ask(self, nets: Networks, batch: Batch, x0: Tensor) -> tuple[Prediction, Prediction]:
+        """What teacher and fake score say of x0 diffused to a drawn time.
+
+        Their inputs carry x0's gradient: methods that want none call this under no_grad.
+        """
+        config = self.config
+        t = self.times(nets, batch, config.t_low, config.t_high)
+        x_t = nets.schedule.add_noise(x0, batch.randn(), t)
+        real = guided(nets.teacher, x_t, t, batch.cond, batch.uncond, config.guidance_scale)
+        fake = guided(nets.fake_score, x_t, t, batch.cond, batch.uncond, config.fake_guidance_scale)
+        return real, fake
+
+    def critic_loss(self, nets: Networks, batch: Batch) -> Losses:
+        """Denoising of what the student makes now, over the full range of noise levels."""
+        return self.denoise(nets, batch)[0]
+
+    def denoise(self, nets: Networks, batch: Batch) -> tuple[Losses, Tensor]:
+        """The critic's denoising loss and the x0 (B, ...), a constant, it was taken on."""
+        with no_grad():
+            x0 = self.generate(nets, batch)
+        t, eps = self.times(nets, batch, density=self.config.critic_density), batch.randn()
+        cond = batch.dropped_cond(self.config.critic_dropout)
+        prediction = nets.fake_score(nets.schedule.add_noise(x0, eps, t), t, cond)
+        loss = self.critic_error(prediction, x0, eps, unwrap(nets.fake_score).sigma_data)
+        return {"total": loss, "denoising": loss}, x0
+
+    def critic_error(self, prediction: Prediction, x0: Tensor, eps: Tensor, sigma_data: float) -> Tensor:
+        """Per sample, (B,); the network's own kind of error unless a paper has another."""
+        return denoising(prediction, x0, eps, sigma_data)
+
+
+def beside(x0: Tensor, teacher_x0: Tensor) -> Losses:
+    """The health panel's view of the student's samples beside the teacher's answers to them."""
+    return moments(x0) | {f"teacher_{name}": value for name, value in moments(teacher_x0).items()}

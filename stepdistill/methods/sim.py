@@ -1,0 +1,52 @@
+"""SIM: score implicit matching (Luo et al. 2024, arXiv 2410.16794).
+
+A one-step student g is brought to the teacher's distribution by any divergence of the form
+
+    D = E_t w_t E_{x_t ~ sg p_g,t} [ d( s_g(x_t) - s_teacher(x_t) ) ],      s = grad log p_t            (Eq. 5)
+
+The student's score s_g is intractable, and so is its gradient in the student's parameters. The paper's
+theorem trades it for the fake score's *input*: at the fake score's optimum D has the gradient of
+
+    L = - E_t w_t E_{z,eps} [ d'(y)^T ( s_fake(x_t) - grad log q(x_t | x_0) ) ],  y = s_fake - s_teacher  (Eq. 9)
+
+with x_t = alpha g(z) + sigma eps and the networks' parameters frozen. grad log q(x_t | x_0) = -eps / sigma
+carries no gradient, so all of it flows through the inputs of teacher and fake score, inside d' as well:
+detaching either is another algorithm. d is pseudo-Huber, which weighs itself and needs no normaliser, or L2.
+
+In x0-space s = (alpha x0 - x_t) / sigma^2, and L is <D, fake - x0> / sqrt(|D|^2 + c^2) with D = teacher -
+fake: free of alpha and sigma, which leaves w_t and c per element of x0. No images are needed.
+
+The student starts from sigma noise at rho = 2.5 (t = 625 of Stable Diffusion), where a denoiser already draws
+something. Normal ranges: "gap", the RMS of D, falls from its first hundred updates on; a gap that grows
+while "denoising" grows too is a fake score left behind (raise its learning rate or `student_every`); x0_std
+far below teacher_x0_std is collapse. "total" hovers around 0 and says nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from stepdistill.losses import mse, score_implicit
+from stepdistill.methods.base import Batch, Losses, Networks
+from stepdistill.methods.score import Density, ScoreDistillation, beside
+
+
+class SIM(ScoreDistillation):
+    @dataclass
+    class Config(ScoreDistillation.Config):
+        distance: Literal["pseudo_huber", "l2"] = "pseudo_huber"
+        huber_c: float = 0.03  # c, per element and in units of x0
+        time_density: Density = "karras"  # of the student, SiD's; the fake score has EDM's lognormal
+        t_high: float = 0.8
+        critic_density: Literal["same", "uniform", "karras", "lognormal"] = "lognormal"
+        first_rho: float = 2.5
+        init_noise: Literal["unit", "sigma"] = "sigma"
+
+    def student_loss(self, nets: Networks, batch: Batch) -> Losses:
+        config = self.config
+        x0 = self.generate(nets, batch)
+        real, fake = (said.x0 for said in self.ask(nets, batch, x0))  # with gradient, through x_t
+        c = config.huber_c if config.distance == "pseudo_huber" else 0.0
+        gap = mse(real, fake).detach().sqrt()
+        return {"total": score_implicit(x0, real, fake, c), "gap": gap} | beside(x0, real)

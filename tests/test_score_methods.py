@@ -1,0 +1,236 @@
+"""Score-implicit and variational score methods: gradients against quadrature, zeros, values, conversions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stepdistill.config import build
+from stepdistill.denoiser import Denoiser
+from stepdistill.families.toy import SCHEDULES, Mixture
+from stepdistill.methods import METHODS
+from stepdistill.methods.base import Batch, Method, Networks
+from stepdistill.registry import resolve
+from stepdistill.schedule import Schedule
+
+# ------------------------------------------------------------------------------------- one dimension, exactly
+
+RHO = 0.7  # the noise level of every comparison
+SHIFT, SCALE = 0.4, 0.8  # the student: x0 = SHIFT + SCALE z
+EVERY_SCHEDULE = pytest.mark.parametrize("schedule", [f() for f in SCHEDULES.values()], ids=list(SCHEDULES))
+
+
+class Nodes:
+    """In the place of a batch's noise: the nodes of a product quadrature, so that means are exact.
+
+    The first normal draw is z, the second eps; a lognormal time of std 0 takes a draw of its own in between.
+    """
+
+    def __init__(self, z: Tensor, eps: Tensor):
+        self.draws = {"z": z, "eps": eps}
+        self.queue = ["z", "eps"]
+
+    def randn(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        if not shape:  # a time
+            return torch.zeros(len(self.draws["z"]), dtype=torch.float64)
+        return self.draws[self.queue.pop(0)][:, None]
+
+    def shared_randint(self, low: int, high: int) -> int:
+        return low
+
+
+def normal(count: int) -> tuple[Tensor, Tensor]:
+    """Nodes and weights for expectations under N(0, 1): the trapezoid rule, exponentially exact here."""
+    nodes = torch.linspace(-9, 9, count, dtype=torch.float64)
+    weights = (-0.5 * nodes**2).exp()
+    return nodes, weights / weights.sum()
+
+
+class Affine(nn.Module):
+    """x0 = shift + scale z of the unit noise z its first input was made from."""
+
+    def __init__(self, z_of: Callable[[Tensor, Tensor], Tensor]):
+        super().__init__()
+        self.shift = nn.Parameter(torch.tensor(SHIFT, dtype=torch.float64))
+        self.scale = nn.Parameter(torch.tensor(SCALE, dtype=torch.float64))
+        self.z_of = z_of
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        return self.shift + self.scale * self.z_of(x_t, t)
+
+
+class Line:
+    """A method on the line: affine student, two-mode teacher, the exact fake score of the student's law."""
+
+    def __init__(self, name: str, schedule: Schedule, **settings: Any):
+        cls = resolve(name, METHODS, "method")
+        common = {"time_density": "lognormal", "time_mean": math.log(RHO), "time_std": 0.0}
+        self.method: Method = cls(build(cls.Config, common | settings, "method"), (1,))
+        self.schedule = schedule
+        self.t = schedule.t_of_rho(torch.tensor([RHO], dtype=torch.float64))
+        alpha, sigma = float(schedule.alpha(self.t)), float(schedule.sigma(self.t))
+        self.alpha, self.sigma = alpha, sigma
+        means = torch.tensor([[-1.0], [1.3]], dtype=torch.float64)
+        weights = torch.tensor([0.3, 0.7], dtype=torch.float64)
+        self.data = Mixture(schedule, means, 0.35, weights)
+        first = first_sigma(self.method, schedule)
+        self.student = Affine(lambda x_t, t: x_t / first)
+        modules = {
+            "student": Denoiser(self.student, "x0", schedule),
+            "teacher": Denoiser(self.data, "x0", schedule),
+            "fake_score": Denoiser(self.own(SHIFT, SCALE), "x0", schedule),
+        }
+        self.nets = Networks(modules, schedule)
+        z, wz = normal(161)
+        grid_z, grid_eps = torch.meshgrid(z, z, indexing="ij")
+        self.z, self.eps = grid_z.flatten(), grid_eps.flatten()
+        self.weights = torch.outer(wz, wz).flatten()
+
+    def own(self, shift: float, scale: float) -> Mixture:
+        return Mixture(self.schedule, torch.tensor([[shift]], dtype=torch.float64), scale)
+
+    def batch(self) -> Batch:
+        noise = Nodes(self.z, self.eps)
+        return Batch(None, None, (1,), torch.arange(len(self.z)), noise)
+
+    def expected(self, name: str = "total") -> Tensor:
+        return (self.weights * self.method.student_loss(self.nets, self.batch())[name]).sum()
+
+    def gradient(self) -> Tensor:
+        """d E[loss] / d (shift, scale), through the method's own code."""
+        parameters = (self.student.shift, self.student.scale)
+        return torch.stack(torch.autograd.grad(self.expected(), parameters))
+
+    def score_gap(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """s_student - s_data at x_t, the student's differentiable in its parameters."""
+        variance = self.alpha**2 * scale**2 + self.sigma**2
+        own = -(x - self.alpha * shift) / variance
+        t = self.t.expand(len(x))
+        state = x[:, None] if x.requires_grad else x[:, None].clone().requires_grad_(True)
+        (data,) = torch.autograd.grad(self.data.log_prob(state, t).sum(), state, create_graph=True)
+        return own - data[:, 0]
+
+    def direct(self, d: Callable[[Tensor], Tensor], sampling: bool) -> Tensor:
+        """d / d (shift, scale) of E_{x_t} d(s_student - s_data), the sampling law differentiated or held."""
+        shift, scale = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (SHIFT, SCALE))
+        nodes, weights = normal(1601)
+        spread = (self.alpha**2 * scale**2 + self.sigma**2).sqrt()
+        x = self.alpha * shift + spread * nodes
+        x = x if sampling else x.detach()
+        value = (weights * d(self.score_gap(x, shift, scale))).sum()
+        return torch.stack(torch.autograd.grad(value, (shift, scale)))
+
+    def reverse_kl(self) -> Tensor:
+        """d KL(student at t || data at t) / d (shift, scale)."""
+        return self.density_gradient(lambda log_q, log_p: log_q.exp() * (log_q - log_p))
+
+    def density_gradient(self, integrand: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """The same for the integral of any function of the two log densities, by the trapezoid rule."""
+        shift, scale = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (SHIFT, SCALE))
+        x = torch.linspace(-14, 14, 20001, dtype=torch.float64)
+        variance = self.alpha**2 * scale**2 + self.sigma**2
+        log_q = -0.5 * (x - self.alpha * shift) ** 2 / variance - 0.5 * (2 * math.pi * variance).log()
+        log_p = self.data.log_prob(x[:, None], self.t.expand(len(x)))
+        value = torch.trapezoid(integrand(log_q, log_p), x)
+        return torch.stack(torch.autograd.grad(value, (shift, scale)))
+
+
+def first_sigma(method: Method, schedule: Schedule) -> float:
+    """What the first input divides into the unit noise it was made from."""
+    from stepdistill.sampling import first_input
+
+    t = method.grid(schedule, 1)[0]
+    return float(first_input(schedule, torch.ones(1, 1, dtype=torch.float64), t, method.init_noise))
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-9) -> None:
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+# ------------------------------------------------------------------------------------------------ SIM and SiD
+
+
+@EVERY_SCHEDULE
+def test_sim_has_the_gradient_of_its_divergence(schedule):
+    """Through the inputs of teacher and fake score: without either the gradient is another one."""
+    line = Line("sim", schedule, distance="l2")
+    ratio = line.alpha / line.sigma**2  # of a score to an x0
+    close(line.gradient(), line.direct(lambda y: y**2, sampling=False) / (2 * ratio**2))
+    c = 0.2
+    line = Line("sim", schedule, huber_c=c)
+    c_score = c * ratio
+    huber = line.direct(lambda y: (y**2 + c_score**2).sqrt() - c_score, sampling=False) / ratio
+    close(line.gradient(), huber, 1e-6)  # the kink of width c is what limits the quadrature
+
+
+@EVERY_SCHEDULE
+def test_sid_at_one_half_is_the_fisher_divergence_and_at_one_is_sim(schedule):
+    def sid(alpha: float) -> Line:
+        return Line("sid", schedule, alpha=alpha, normalise=False)
+
+    half, one = sid(0.5), sid(1.0)
+    ratio = half.alpha / half.sigma**2
+    close(half.gradient(), half.direct(lambda y: y**2, sampling=True) / (2 * ratio**2))
+    close(one.gradient(), Line("sim", schedule, distance="l2").gradient())
+    # And 1.2, the default, extrapolates from there.
+    close(sid(1.2).gradient(), one.gradient() + 0.4 * (one.gradient() - half.gradient()))
+
+
+@EVERY_SCHEDULE
+def test_values_at_the_optimal_fake_score(schedule):
+    """SIM's surrogate is 0 whatever the student; SiD's is (1 - alpha) E |teacher - fake|^2."""
+    for settings in ({"distance": "l2"}, {"huber_c": 0.2}):
+        assert abs(float(Line("sim", schedule, **settings).expected())) < 1e-6
+    for alpha in (0.5, 1.0, 1.2):
+        line = Line("sid", schedule, alpha=alpha, normalise=False)
+        gap = (line.weights * line.method.student_loss(line.nets, line.batch())["gap"].square()).sum()
+        assert float(gap) > 0.01
+        close(line.expected(), (1 - alpha) * gap)
+
+
+@pytest.mark.parametrize(("name", "settings"), [("sim", {}), ("sim", {"distance": "l2"}), ("sid", {})])
+def test_no_gradient_where_the_fake_score_is_the_teacher(name, settings):
+    line = Line(name, SCHEDULES["vp"](), **settings)
+    line.nets.modules["fake_score"] = line.nets.teacher
+    assert float(line.gradient().abs().max()) == 0
+
+
+@pytest.mark.parametrize("name", ["sim", "sid"])
+@pytest.mark.parametrize("network", ["teacher", "fake_score"])
+def test_the_gradient_crosses_the_input_of_both_networks_and_not_their_parameters(name, network):
+    line = Line(name, SCHEDULES["vp"]())
+    inputs = []
+
+    class Watched(nn.Module):
+        def __init__(self, inner: nn.Module):
+            super().__init__()
+            self.inner = inner
+            self.weight = nn.Parameter(torch.ones(1, dtype=torch.float64), requires_grad=False)
+
+        def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+            x_t.retain_grad()
+            inputs.append(x_t)
+            return self.weight * self.inner(x_t, t)
+
+    watched = Watched(line.nets.modules[network].network)
+    line.nets.modules[network] = Denoiser(watched, "x0", line.schedule)
+    line.expected().backward()
+    assert len(inputs) == 1 and float(inputs[0].grad.abs().max()) > 0
+    assert watched.weight.grad is None
+    assert float(line.student.shift.grad) != 0
+
+
+def test_the_paper_times_and_first_state():
+    """sigma z at t = 625 of Stable Diffusion's table; SiD compares at Karras indices up to 0.8 (sigma 24.4)."""
+    line = Line("sid", SCHEDULES["vp"]())
+    assert line.method.grid(line.schedule, 1) == (625.0,) and line.method.init_noise == "sigma"
+    assert Line("sid", SCHEDULES["edm"]()).method.grid(SCHEDULES["edm"](), 1) == pytest.approx((2.5,))
+    config = resolve("sid", METHODS, "method").Config()
+    assert (config.alpha, config.time_density, config.t_low, config.t_high) == (1.2, "karras", 0.0, 0.8)
+    top = (0.002 ** (1 / 7) + 0.8 * (80 ** (1 / 7) - 0.002 ** (1 / 7))) ** 7
+    assert top == pytest.approx(24.4, abs=0.05)
