@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from stepdistill.methods.base import Method
 
@@ -19,7 +20,8 @@ COMMON: Ranges = {
     "student/x0_std_ratio": (
         0.6,
         2.5,
-        "collapse below, saturation above: the fake score lags (train it more often or lower the student's lr), or guidance_scale is too high",
+        "collapse below, saturation above: the fake score lags (train it more often or lower optim.student.lr),"
+        " or guidance_scale is too high",
     ),
     "student/x0_shift": (
         -0.5,
@@ -74,6 +76,13 @@ class Health:
                 shown = "not finite" if not math.isfinite(value) else f"{value:.3g}"
                 warnings.append(f"warning: {name} = {shown}, normally {low:g} to {high:g}: {cause}.")
         return derived, warnings
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run that goes on must remember."""
+        return {"first_norm": self.first_norm, "left": sorted(self.left)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.first_norm, self.left = state["first_norm"], set(state["left"])
 
     def lines(self) -> list[str]:
         """The panel as text, a line a value; those outside their range are marked."""

@@ -363,7 +363,7 @@ class Trainer:
             counters = {"batches": self.batches, "samples": self.samples, "updates": dict(self.updates)}
             counters |= {"sums": self._sums, "samples_logged": self._samples_logged}
             extra = {"stage": self.stage, "offset": self.offset, "counters": counters}
-            extra["method"] = self.method.state_dict()
+            extra |= {"method": self.method.state_dict(), "health": self.health.state_dict()}
             self.directory.save(self.offset + self.step, tensors, optimizers, extra)
         self._saved_at = self.step
         self.accelerator.wait_for_everyone()
@@ -388,6 +388,8 @@ class Trainer:
         self._sums = counters.get("sums", {})
         self._samples_logged = counters.get("samples_logged", self.samples)
         self.method.load_state_dict(extra["method"])
+        if "health" in extra:
+            self.health.load_state_dict(extra["health"])
 
 
 def trained_by(method: Method, steps: int) -> list[str]:
