@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from stepdistill.families.base import Family
 
 CARD = "stepdistill.json"  # what a student directory knows of itself beside the stock files
-RULES = ("renoise", "ode")
+RULES = ("renoise", "ode", "tcd", "flowmap")
 INIT_NOISE = ("unit", "sigma")
 QUANTISE = {  # [0, 1] to grey levels 0 .. 255; peers differ, and a mean half a level darker moves a distance
     "round": lambda u: (255 * u).round(),
@@ -59,25 +59,43 @@ def walk(
     cond: Cond = None,
     *,
     rule: str = "renoise",
+    eta: float = 0.0,
     on_step: Callable[[int, int], None] | None = None,
     **extras: Tensor,
 ) -> Tensor:
     """From the state at times[0] to the state at times[-1], one prediction per interval.
 
-    renoise: x_s = alpha_s x0 + sigma_s eps', fresh eps' = noise(i) (LCM, DMD2). ode: x_s = alpha_s x0 +
-    sigma_s eps, the prediction's own eps (DDIM).
+    renoise: x_s = alpha_s x0 + sigma_s eps', fresh eps' = noise(i) (LCM, DMD2, sCM). ode: x_s = alpha_s x0 +
+    sigma_s eps, the prediction's own eps (DDIM). tcd: the ode's move to a time below s, then noise up to s;
+    eta in [0, 1] goes from ode to (almost) renoise (Zheng et al. 2024, arXiv 2402.19159, Alg. 2). flowmap:
+    the ode's move by a two-time network that is told where it ends (MeanFlow).
     """
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
     for i, (t, s) in enumerate(itertools.pairwise(times)):
-        prediction = predict(x_t, times_like(t, x_t), cond, **extras)
         s_ = times_like(s, x_t)
-        x_t = (
-            prediction.at(s_) if rule == "ode" else prediction.schedule.add_noise(prediction.x0, noise(i), s_)
-        )
+        told = extras | {"end": s_} if rule == "flowmap" else extras
+        prediction = predict(x_t, times_like(t, x_t), cond, **told)
+        if rule == "renoise":
+            x_t = prediction.schedule.add_noise(prediction.x0, noise(i), s_)
+        elif rule == "tcd" and eta > 0:
+            x_t = _strategic_step(prediction, s_, noise(i), eta)
+        else:
+            x_t = prediction.at(s_)
         if on_step:
             on_step(i + 1, len(times))
     return x_t
+
+
+def _strategic_step(prediction: Prediction, s: Tensor, noise: Tensor, eta: float) -> Tensor:
+    """Along the prediction's line to the time (1 - eta) s, then diffused up to s, as `TCDScheduler` steps."""
+    schedule, x_t = prediction.schedule, prediction.x_t
+    below = schedule.t_min + (1 - eta) * (s - schedule.t_min)
+    if isinstance(schedule, VP):
+        below = below.float().floor().double()
+    ratio = schedule.alpha(s) / schedule.alpha(below)
+    spread = (schedule.sigma(s) ** 2 - (ratio * schedule.sigma(below)) ** 2).clamp(min=0).sqrt()
+    return expand(ratio, x_t) * prediction.at(below) + expand(spread, x_t) * noise
 
 
 def sample(
@@ -88,14 +106,22 @@ def sample(
     cond: Cond = None,
     *,
     rule: str = "renoise",
+    eta: float = 0.0,
+    t_min: float = 0.0,
     on_step: Callable[[int, int], None] | None = None,
     **extras: Tensor,
 ) -> Tensor:
     """x0 by len(times) predictions: `walk` to the last time, then its x0. No noise is added after the last
     one.
+
+    t_min: the schedule's end, to which "tcd" and "flowmap" jump last. As with `TCDScheduler`, the result of
+    "tcd" is the state there, not x0.
     """
-    x_t = walk(predict, x_t, times, noise, cond, rule=rule, on_step=on_step, **extras)
-    x0 = predict(x_t, times_like(times[-1], x_t), cond, **extras).x0
+    x_t = walk(predict, x_t, times, noise, cond, rule=rule, eta=eta, on_step=on_step, **extras)
+    end = times_like(t_min, x_t)
+    told = extras | {"end": end} if rule == "flowmap" else extras
+    prediction = predict(x_t, times_like(times[-1], x_t), cond, **told)
+    x0 = prediction.at(end) if rule == "tcd" else prediction.x0
     if on_step:
         on_step(len(times), len(times))
     return x0
@@ -279,8 +305,12 @@ class ImageSampler:
             return torch.stack(draws).to(self.device, self.dtype)
 
         x_t = first_input(schedule, noise(0), times[0], self.card.get("init_noise", "unit"))
-        rule = self.card.get("rule", "ode")
-        x0 = sample(predict, x_t, times, noise, cond, rule=rule, on_step=on_step, **extras)
+        rule = {
+            "rule": self.card.get("rule", "ode"),
+            "eta": self.card.get("eta", 0.0),
+            "t_min": schedule.t_min,
+        }
+        x0 = sample(predict, x_t, times, noise, cond, **rule, on_step=on_step, **extras)
         self._lap(timings, "denoise", clock)
         return x0
 

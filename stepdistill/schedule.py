@@ -200,5 +200,15 @@ class VP(Schedule):
         return (above - 1).double() + (log_rho - low) / (high - low)
 
 
+def as_edm(schedule: Schedule, least: float = 0.002, most: float = 80.0) -> EDM:
+    """The variance-exploding schedule over the noise levels `schedule` has, within EDM's range: where methods
+    written in EDM's terms run, whatever their networks were trained in.
+    """
+    if isinstance(schedule, EDM):
+        return schedule
+    low, high = schedule.rho(torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64)).tolist()
+    return EDM(max(low, least), min(high, most))
+
+
 def _time(t: Tensor) -> Tensor:
     return torch.as_tensor(t, dtype=torch.float64)

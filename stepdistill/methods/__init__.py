@@ -5,6 +5,8 @@ from __future__ import annotations
 METHODS = {
     "pretrain": "stepdistill.methods.pretrain:Pretrain",
     "lcm": "stepdistill.methods.lcm:LCM",
+    "cd": "stepdistill.methods.cd:CD",
+    "ect": "stepdistill.methods.ect:ECT",
     "dmd2": "stepdistill.methods.dmd2:DMD2",
     "ladd": "stepdistill.methods.ladd:LADD",
     "sim": "stepdistill.methods.sim:SIM",

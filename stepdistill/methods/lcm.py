@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from stepdistill.denoiser import Denoiser, guided, unwrap
 from stepdistill.errors import UserError
 from stepdistill.losses import pseudo_huber
-from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase
+from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase, track_average
 from stepdistill.prediction import Prediction
 from stepdistill.schedule import VP, Schedule, expand
 from stepdistill.timesteps import few_step_grid
@@ -68,9 +68,7 @@ class LCM(Method):
         yield Phase("student", ("student",), ((1.0, self.loss),))
 
     def after_step(self, nets: Networks, step: int, ran: tuple[str, ...]) -> None:
-        with torch.no_grad():
-            for average, parameter in zip(nets.target.parameters(), nets.student.parameters(), strict=True):
-                average.lerp_(parameter.detach(), 1 - self.config.target_ema)
+        track_average(nets.target, nets.student, self.config.target_ema)
 
     def boundary(self, prediction: Prediction) -> Tensor:
         """f = c_skip x + c_out x0; c_skip = 1 at the least noise. On whole VP timesteps it is a switch at t =

@@ -1,0 +1,87 @@
+"""CD: consistency distillation (Song et al. 2023, "Consistency Models", arXiv 2303.01469).
+
+A consistency function maps every point of a probability-flow ODE trajectory to the trajectory's beginning.
+The student learns it from pairs of neighbours, the second made from the first by one step of the teacher:
+
+    neighbours   x_s = x_t + one Heun step of dx/dt = (x - D(x, t)) / t, from t down to s          (Eq. 6, Alg. 2)
+    boundary     f(x, t_min) = x                                                                    (Sec. 3)
+    loss         d( f_theta(x_t, t), sg f_ema(x_s, s) )                                             (Eq. 7)
+
+t and s are neighbours among `points` noise levels, even in rho^(1/7) (Karras et al. 2022, Eq. 5). Everything
+runs in EDM's terms (alpha = 1, sigma = t): a network of another schedule is asked there at equal noise.
+
+Real images say where trajectories are looked at; what they hold comes from the teacher alone. The loss is the
+error of one link of a chain of `points` links, so its size says nothing about the samples; `x0_std` falling
+well below that of the data does: the student then averages over trajectories.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from stepdistill.denoiser import Denoiser, unwrap
+from stepdistill.jvp import same_draws
+from stepdistill.losses import moments, mse, pseudo_huber
+from stepdistill.methods.base import (
+    Batch,
+    Losses,
+    Method,
+    Networks,
+    Phase,
+    consistency,
+    guided_teacher,
+    track_average,
+)
+from stepdistill.schedule import as_edm
+from stepdistill.solvers import SOLVERS
+from stepdistill.timesteps import ode_grid
+
+
+class CD(Method):
+    needs_images = True
+    first_rho = 80.0
+
+    @dataclass
+    class Config:
+        points: int = 40  # noise levels, the paper's N (18 for CIFAR-10, 40 for ImageNet 64)
+        solver: Literal["heun", "euler"] = "heun"  # of the teacher's step
+        guidance_scale: float = 1.0  # of the teacher; 1 = off
+        distance: Literal["l2", "pseudo_huber"] = "l2"  # d; the paper's best, LPIPS, needs its own network
+        huber_c: float = 1e-3
+        target_ema: float = 0.95  # of f_ema; 0 = the student itself
+
+        def __post_init__(self) -> None:
+            if self.points < 2:
+                raise ValueError(f"points must be at least 2, got {self.points}.")
+
+    def networks(self, teacher: Denoiser, student: Denoiser) -> dict[str, nn.Module]:
+        return {"target": unwrap(student).clone()}
+
+    def phases(self, step: int) -> Iterator[Phase]:
+        yield Phase("student", ("student",), ((1.0, self.loss),))
+
+    def after_step(self, nets: Networks, step: int, ran: tuple[str, ...]) -> None:
+        track_average(nets.target, nets.student, self.config.target_ema)
+
+    def loss(self, nets: Networks, batch: Batch) -> Losses:
+        config, frame = self.config, as_edm(nets.schedule)
+        grid = ode_grid(frame, config.points - 1, "karras").to(batch.index.device)
+        n = batch.generator.randint(0, config.points - 1)
+        t, s = grid[n], grid[n + 1]
+        x_t = frame.add_noise(batch.x0, batch.randn(), t)
+        with torch.no_grad():
+            teacher = guided_teacher(nets, batch, config.guidance_scale, frame)
+            x_s = SOLVERS[config.solver](teacher, x_t, t, s).to(x_t.dtype)
+            with same_draws(x_t):
+                target = consistency(nets.target(x_s, s, batch.cond, in_schedule=frame))
+        online = consistency(nets.student(x_t, t, batch.cond, in_schedule=frame))
+        if config.distance == "l2":
+            losses = {"total": mse(online, target)}
+        else:
+            losses = {"total": pseudo_huber(online, target, config.huber_c)}
+        return losses | moments(online) | moments(target, "teacher_")

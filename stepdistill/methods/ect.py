@@ -1,0 +1,89 @@
+"""ECT: easy consistency tuning (Geng et al. 2024, "Consistency Models Made Easy", arXiv 2406.14548).
+
+A pretrained denoiser is already the consistency model of pairs whose second point is the data itself. ECT
+starts there and brings the pair's points together while it trains, so that one curriculum leads from
+diffusion to consistency:
+
+    pair      x_t = x0 + t eps,  x_r = x0 + r eps,  the same eps                                    (Sec. 3.1)
+    mapping   r / t = max(0, 1 - n(t) / q^(a + 1)),  n(t) = 1 + k sigmoid(-b t),  a = stage         (Sec. 3.3)
+    loss      w(t) (sqrt(|f(x_t, t) - sg f(x_r, r)|^2 + c^2) - c),  w = 1 / (t - r)                 (Sec. 3.2)
+
+No teacher is called and no average is kept: the target is the same network with its gradient stopped, on the
+same dropout mask; where r is 0 it is the data. With `teacher_step` x_r comes from one Euler step of the
+guided teacher instead (consistency distillation under the same mapping). All in EDM's terms, whatever
+schedule the network was trained in.
+
+`ratio`, the mean r / t, rises with the stage towards 1 and the loss with it; x0_std should stay near
+teacher_x0_std, here that of the target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from stepdistill import timesteps
+from stepdistill.jvp import same_draws
+from stepdistill.losses import moments, vector_huber
+from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase, consistency, guided_teacher
+from stepdistill.schedule import as_edm
+from stepdistill.solvers import euler
+
+
+class ECT(Method):
+    needs_images = True
+    first_rho = 80.0
+
+    @dataclass
+    class Config:
+        double_every: int = (
+            25_000  # updates per stage (the paper's CIFAR-10 run: 250 ticks of 100 batches of 128)
+        )
+        stages: int = 8  # the last is kept to the end; its r / t is 0.996 with q = 2
+        q: float = 2.0
+        k: float = 8.0
+        b: float = 1.0
+        time_mean: float = -1.1  # of log t
+        time_std: float = 2.0
+        huber_c: float = 0.0  # c of the loss; 0 is the plain norm
+        teacher_step: bool = False  # x_r by the teacher's ODE instead of the data's own noise
+        guidance_scale: float = 1.0  # of that teacher
+
+        def __post_init__(self) -> None:
+            for name in ("double_every", "stages"):
+                if getattr(self, name) < 1:
+                    raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+
+    def phases(self, step: int) -> Iterator[Phase]:
+        stage = min(step // self.config.double_every, self.config.stages - 1)
+        yield Phase("student", ("student",), ((1.0, partial(self.loss, stage=stage)),))
+
+    def ratio(self, t: Tensor, stage: int) -> Tensor:
+        """r / t of the mapping function, (B,) for EDM times (B,)."""
+        config = self.config
+        n = 1 + config.k * torch.sigmoid(-config.b * t)
+        return (1 - n / config.q ** (stage + 1)).clamp(min=0)
+
+    def loss(self, nets: Networks, batch: Batch, stage: int = 0) -> Losses:
+        config, frame = self.config, as_edm(nets.schedule)
+        t = timesteps.lognormal(frame, batch.generator, config.time_mean, config.time_std)
+        r = t * self.ratio(t, stage)
+        r = torch.where(r > frame.t_min, r, 0.0)
+        eps = batch.randn()
+        x_t = frame.add_noise(batch.x0, eps, t)
+        with torch.no_grad(), same_draws(x_t):
+            if config.teacher_step:
+                teacher = guided_teacher(nets, batch, config.guidance_scale, frame)
+                x_r = euler(teacher, x_t, t, r).to(x_t.dtype)
+            else:
+                x_r = frame.add_noise(batch.x0, eps, r)
+            target = consistency(nets.student(x_r, r, batch.cond, in_schedule=frame))
+        online = consistency(nets.student(x_t, t, batch.cond, in_schedule=frame))
+        distance = vector_huber(online, target, config.huber_c)
+        total = distance / (t - r).clamp(min=1e-8).to(distance)
+        seen = moments(online) | moments(target, "teacher_")
+        return {"total": total, "ratio": (r / t).mean()} | seen
