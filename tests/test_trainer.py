@@ -505,10 +505,10 @@ def test_two_processes_stop_after_the_same_step_and_measure(tmp_path, monkeypatc
 def test_previews_show_student_teacher_and_fake_score(tmp_path, tiny_sd, monkeypatch):
     titles, original = [], preview.grid
 
-    def grid(rows: list[tuple[str, np.ndarray]]) -> Image.Image:
+    def grid(rows: list[tuple[str, np.ndarray]], notes: list[str]) -> Image.Image:
         titles.append([title for title, _ in rows])
         assert all(picture.shape == (16, 16 * 3, 3) for _, picture in rows)
-        return original(rows)
+        return original(rows, notes)
 
     monkeypatch.setattr(preview, "grid", grid)
     monkeypatch.setattr(preview, "TEACHER_STEPS", 3)
