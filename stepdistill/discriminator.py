@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from stepdistill.denoiser import Denoiser
@@ -22,19 +23,17 @@ class Head(nn.Module):
     def __init__(self, channels: int, width: int = 128):
         super().__init__()
         groups = next(g for g in (16, 8, 4, 2, 1) if width % g == 0)
-        self.layers = nn.Sequential(
-            nn.Conv1d(channels, width, 1), nn.GroupNorm(groups, width), nn.SiLU(), nn.Conv1d(width, 1, 1)
-        )
+        self.enter, self.norm = nn.Linear(channels, width), nn.GroupNorm(groups, width)
+        self.leave = nn.Linear(width, 1)
 
     def forward(self, features: Tensor) -> Tensor:
         """-> logits (B, places)."""
         if features.ndim == 4:
-            places = features.flatten(2)
-        elif features.ndim == 3:
-            places = features.transpose(1, 2)
+            places = features.flatten(2).transpose(1, 2)
         else:
-            places = features[..., None]
-        return self.layers(places)[:, 0]
+            places = features if features.ndim == 3 else features[:, None]
+        hidden = self.norm(self.enter(places).transpose(1, 2)).transpose(1, 2)
+        return self.leave(nnf.silu(hidden))[..., 0]
 
 
 class Discriminator(nn.Module):

@@ -49,7 +49,11 @@ from stepdistill.schedule import expand
 class LADD(Method):
     needs_images = True
     health: ClassVar[dict[str, tuple[float, float, str]]] = {
-        "discriminator/accuracy": (0.5, 0.98, "the discriminator wins outright: raise r1_weight or its lr falls"),
+        "discriminator/accuracy": (
+            0.5,
+            0.98,
+            "the discriminator wins outright: raise r1_weight or its lr falls",
+        ),
     }
 
     @dataclass

@@ -1,0 +1,324 @@
+"""Adversarial methods: games and penalties against closed forms, taps against a plain forward, LADD's two steps."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from stepdistill.discriminator import (
+    Adversarial,
+    Discriminator,
+    chosen_blocks,
+    discriminator_losses,
+)
+from stepdistill.features import block_features
+from stepdistill.losses import GAN_LOSSES, approximate_r1, r1
+from stepdistill.prediction import Prediction
+from stepdistill.timesteps import few_step_grid
+from tests.test_methods import COUNT, make, world
+
+GAMES = pytest.mark.parametrize("game", GAN_LOSSES)
+
+
+def logits(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)[:, None].requires_grad_()
+
+
+def points(count: int = 64, dims: int = 3, seed: int = 0) -> torch.Tensor:
+    return torch.randn(count, dims, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# --------------------------------------------------------------------------------------------- the games
+
+
+def test_the_hinge_is_flat_beyond_its_margin_and_has_slope_one_within():
+    real, fake = logits(1.5, 0.2, -3.0), logits(-1.5, -0.2, 3.0)
+    discriminator, generator = GAN_LOSSES["hinge"]
+    values = discriminator(real, fake)
+    torch.testing.assert_close(values, torch.tensor([0.0, 1.6, 8.0], dtype=torch.float64))
+    values.sum().backward()
+    assert real.grad[:, 0].tolist() == [0, -1, -1] and fake.grad[:, 0].tolist() == [0, 1, 1]
+    assert torch.equal(generator(fake), -fake[:, 0])
+
+
+def test_the_relativistic_game_sees_differences_only():
+    discriminator, generator = GAN_LOSSES["relativistic"]
+    real, fake = logits(0.3, 2.0), logits(-0.1, 5.0)
+    torch.testing.assert_close(discriminator(real, fake), discriminator(real + 7, fake + 7))
+    torch.testing.assert_close(generator(fake, real), discriminator(fake, real))  # the roles are exchanged
+    closed = torch.log1p((fake - real).exp())[:, 0]
+    torch.testing.assert_close(discriminator(real, fake), closed)
+
+
+@GAMES
+def test_the_generator_climbs_and_the_discriminator_tells_apart(game):
+    discriminator, generator = GAN_LOSSES[game]
+    real, fake = logits(0.1), logits(-0.2)
+    slope_real, slope_fake = torch.autograd.grad(discriminator(real, fake).sum(), (real, fake))
+    assert float(slope_real) < 0 < float(slope_fake)
+    (slope,) = torch.autograd.grad(generator(fake, real).sum(), fake)
+    assert float(slope) < 0
+
+
+@GAMES
+def test_no_pull_on_a_discriminator_that_cannot_tell_equal_distributions_apart(game):
+    """Logits 0 on two samples of one distribution: D's expected gradient, a linear critic's, is 0."""
+    weight = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    x = points(4096)
+    GAN_LOSSES[game][0](x @ weight[:, None], x.flip(0) @ weight[:, None]).mean().backward()
+    assert float(weight.grad.abs().max()) < 1e-12
+    # And it is the minimum: any other weight is worse. The hinge is flat there, so not better.
+    worse = GAN_LOSSES[game][0](x @ torch.ones(3, 1).double(), x.flip(0) @ torch.ones(3, 1).double()).mean()
+    at_zero = GAN_LOSSES[game][0](x[:, :1] * 0, x[:, :1] * 0).mean()
+    assert float(worse) > float(at_zero)
+
+
+# -------------------------------------------------------------------------------------------- the penalties
+
+
+def quadratic(x: torch.Tensor) -> torch.Tensor:
+    """Two logits, of mean |x|^2 / 2: a critic whose gradient is x itself."""
+    half = x.square().sum(1, keepdim=True) / 2
+    return torch.cat((half - x[:, :1], half + x[:, :1]), 1)
+
+
+def test_r1_is_the_squared_slope_and_can_be_differentiated():
+    x = points(6).requires_grad_()
+    scale = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+    value = r1(scale * quadratic(x), x)
+    torch.testing.assert_close(value, 1.5**2 * x.square().sum(1))
+    (by_scale,) = torch.autograd.grad(value.sum(), scale)
+    torch.testing.assert_close(by_scale, 2 * 1.5 * x.detach().square().sum())
+
+
+def test_the_finite_difference_tends_to_r1():
+    """In expectation over the nudge: E (g . n)^2 = |g|^2, with an error of order delta^2."""
+    x = torch.tensor([[0.7, -0.4, 1.1]], dtype=torch.float64)
+    nudge = points(200_000, seed=1)
+    many = x.expand(len(nudge), -1)
+    exact = float(x.square().sum())
+    for delta in (0.1, 0.01):
+        value = float(approximate_r1(quadratic(many), quadratic(many + delta * nudge), delta).mean())
+        # (g.n + delta |n|^2 / 2)^2: the cross term has mean 0, the square adds delta^2 E|n|^4 / 4 = 15/4 delta^2.
+        expected = exact + delta**2 * 15 / 4
+        assert value == pytest.approx(expected, rel=5 * (2 / len(nudge)) ** 0.5)
+
+
+@pytest.mark.parametrize("kind", ["exact", "finite"])
+def test_penalties_are_taken_at_the_noised_input_the_critic_saw(kind):
+    """real and fake are told apart by their own critics; the penalty of each is at its own x_t."""
+    real, fake = points(5, seed=2), 3 * points(5, seed=3)
+    config = Adversarial("non_saturating", r1_weight=0.5, r1=kind, r1_delta=1e-4, r2=True)
+    nudge = points(5, seed=4)
+    heard = []
+
+    def critic(x):
+        heard.append(x.detach().clone())
+        return quadratic(x)
+
+    losses = discriminator_losses(config, (critic, real), (critic, fake), lambda: nudge)
+
+    def expected(x):
+        return x.square().sum(1) if kind == "exact" else (x * nudge).sum(1).square()
+
+    torch.testing.assert_close(losses["r1"], expected(real), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(losses["r2"], expected(fake), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(losses["total"], losses["gan"] + 0.5 * (losses["r1"] + losses["r2"]))
+    at = [real, real + 1e-4 * nudge, fake, fake + 1e-4 * nudge] if kind == "finite" else [real, fake]
+    for a, b in zip(heard, at, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_without_a_penalty_no_second_call_is_made():
+    calls = []
+    losses = discriminator_losses(
+        Adversarial(),
+        (lambda x: calls.append(1) or x, points(4)),
+        (lambda x: calls.append(2) or x, points(4)),
+        points,
+    )
+    assert calls == [1, 2] and "r1" not in losses
+    torch.testing.assert_close(losses["total"], losses["gan"])
+
+
+def test_accuracy_counts_samples_told_right():
+    real, fake = logits(1.0, 2.0, -1.0), logits(-1.0, 3.0, -2.0)
+    for game, expected in (("hinge", 4 / 6), ("relativistic", 2 / 3)):
+        told = discriminator_losses(
+            Adversarial(game), (lambda _: real, real.detach()), (lambda _: fake, fake.detach()), points
+        )
+        assert float(told["accuracy"]) == pytest.approx(expected)
+
+
+# ------------------------------------------------------------------------------------------- heads and taps
+
+
+def test_the_loss_of_several_heads_is_the_mean_of_theirs_when_they_have_equally_many_places():
+    torch.manual_seed(0)
+    heads = Discriminator([4, 6], width=16)
+    maps = [torch.randn(3, 4, 2, 5), torch.randn(3, 6, 5, 2)]
+    both = GAN_LOSSES["hinge"][0](heads(maps), -heads(maps))
+    each = [GAN_LOSSES["hinge"][0](head(m), -head(m)) for head, m in zip(heads.heads, maps, strict=True)]
+    torch.testing.assert_close(both, (each[0] + each[1]) / 2)
+    uneven = [maps[0], torch.randn(3, 6, 1, 1)]
+    logits = [head(m) for head, m in zip(heads.heads, uneven, strict=True)]
+    assert [each.shape for each in logits] == [(3, 10), (3, 1)] and heads(uneven).shape == (3, 11)
+
+
+def test_a_head_reads_maps_tokens_and_vectors_alike():
+    torch.manual_seed(0)
+    head = Discriminator([8], width=16).heads[0]
+    tokens = torch.randn(2, 12, 8)
+    as_map = tokens.transpose(1, 2).reshape(2, 8, 3, 4)
+    torch.testing.assert_close(head(as_map), head(tokens))
+    torch.testing.assert_close(head(tokens[:, 0]), head(tokens[:, :1]))
+
+
+def test_tapped_features_equal_a_plain_forwards(tiny_sd):
+    """Every block of a stock UNet, against the outputs of a forward nobody cut short."""
+    from stepdistill.families.sd import SD
+
+    family = SD(SD.Config(teacher=str(tiny_sd)))
+    teacher, unet = family.teacher, family.teacher.network.unet
+    x, t = torch.randn(2, *family.shape), torch.tensor([10.0, 700.0], dtype=torch.float64)
+    cond = family.encode(["a red circle", "a blue square"])
+    names = list(chosen_blocks(teacher, "all"))
+    ours = block_features(teacher, x, t, cond, names)
+    plain = {}
+    handles = [
+        module.register_forward_hook(lambda m, i, out, name=name: plain.__setitem__(name, out))
+        for name, module in unet.named_modules()
+    ]
+    unet(x, t.float(), cond)
+    for handle in handles:
+        handle.remove()
+    assert len(names) == 5
+    for name, feature in zip(names, ours, strict=True):
+        out = plain[name.removeprefix("network.unet.")]
+        assert torch.equal(feature, out if isinstance(out, torch.Tensor) else out[0])
+    assert [f.shape[1] for f in ours] == list(chosen_blocks(teacher, "all").values())
+    assert list(chosen_blocks(teacher, "half")) == names[:3] and list(chosen_blocks(teacher, "middle")) == [
+        names[2]
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------- LADD
+
+
+def ladd(steps=(1, 2, 4), classes: int = 2, schedule: str = "vp", **settings):
+    return world(make("ladd", settings, steps), classes=classes, schedule=schedule)
+
+
+def test_the_students_gradient_comes_through_the_frozen_teachers_input():
+    """Put together again from the phase's draws; with the taps cut off the input, nothing is left."""
+    made = ladd()
+    phase = next(iter(made.method.phases(600)))
+    made.backward(phase, 600)
+    ours = [p.grad.clone() for p in made.nets.student.parameters()]
+    backbone = made.nets.teacher.backbone()
+    assert all(p.grad is None for p in backbone.parameters())
+    batch = made.batch(600, "student")
+    method, schedule = made.method, made.nets.schedule
+    t = method.times(made.nets, batch)
+    eps = batch.randn()
+    x_t = torch.where((t == 999)[:, None], eps, schedule.add_noise(batch.x0, eps, t))
+    x0 = made.nets.student(x_t, t, batch.cond).x0
+    tau = schedule.t_of_rho((1 + batch.generator.randn(dtype=torch.float64)).exp())
+    x_tau = schedule.add_noise(x0, batch.randn(), tau)
+    features = block_features(backbone, x_tau, tau, batch.cond, list(backbone.blocks))
+    expected = torch.autograd.grad(
+        -made.nets.discriminator(features).mean(), list(made.nets.student.parameters())
+    )
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
+    assert sum(float(a.abs().sum()) for a in ours) > 1e-6
+
+
+def test_student_times_are_the_grids_with_the_asked_shares():
+    method = make("ladd", {"first_weight": 0.7}, (1, 2, 4))
+    made = world(method)
+    grid = sorted({t for n in (1, 2, 4) for t in few_step_grid(made.nets.schedule, n, 4)}, reverse=True)
+
+    def shares(warm: bool) -> list[float]:
+        drawn = torch.cat([method.times(made.nets, made.batch(step), warm) for step in range(200)])
+        assert set(drawn.tolist()) <= set(grid)
+        return [float((drawn == t).double().mean()) for t in grid]
+
+    spread = 5 * (0.25 / (200 * COUNT)) ** 0.5
+    for got, expected in zip(shares(False), (0.7, 0.1, 0.1, 0.1), strict=True):
+        assert abs(got - expected) < spread
+    for got, expected in zip(shares(True), (0, 0, 0.5, 0.5), strict=True):
+        assert abs(got - expected) < spread
+    alone = make("ladd", {}, (1,))
+    assert set(alone.times(made.nets, made.batch(), True).tolist()) == {999.0}
+    warm = [next(iter(method.phases(step))).terms[0][1].keywords["warm"] for step in (0, 499, 500)]
+    assert warm == [True, True, False]
+
+
+def test_max_time_weighting_puts_its_atom_on_pure_noise():
+    """SANA-Sprint: half of the student's times are t_max, the rest lognormal in rho."""
+    settings = {"student_times": "density", "first_weight": 0.5, "student_mean": 0.2, "student_std": 1.6}
+    made = ladd(schedule="trig", **settings)
+    t = torch.cat([made.method.times(made.nets, made.batch(step)) for step in range(400)])
+    first = t == math.pi / 2
+    assert abs(float(first.double().mean()) - 0.5) < 5 * (0.25 / len(t)) ** 0.5
+    log_rho = made.nets.schedule.rho(t[~first]).log()
+    assert abs(float(log_rho.mean()) - 0.2) < 5 * 1.6 / len(log_rho) ** 0.5
+    assert abs(float(log_rho.std()) - 1.6) < 5 * 1.6 / (2 * len(log_rho)) ** 0.5
+
+
+def test_the_student_starts_from_what_it_is_sampled_from():
+    """At t_max pure noise, not alpha_999 x0 + sigma_999 eps; elsewhere noised data."""
+    made, heard = ladd(first_weight=0.5), []
+    made.nets.modules["student"] = lambda x_t, t, cond: (
+        heard.append((x_t, t)) or Prediction(x_t, "x0", x_t, t, made.nets.schedule)
+    )
+    batch, twin = made.batch(600), made.batch(600)
+    made.method.generate(made.nets, batch, False)
+    ((x_t, t),) = heard
+    assert torch.equal(made.method.times(made.nets, twin), t)
+    eps, first = twin.randn(), t == 999
+    assert bool(first.any()) and not bool(first.all())
+    assert torch.equal(x_t[first], eps[first])
+    torch.testing.assert_close(
+        x_t[~first], made.nets.schedule.add_noise(twin.x0, eps, t)[~first], rtol=1e-6, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("schedule", ["vp", "edm", "flow", "trig"])
+def test_what_is_judged_is_the_same_under_every_schedule(schedule):
+    """One level rho, whatever the schedule: the heads' inputs at equal noise are equal."""
+    made = ladd(schedule=schedule, classes=1)
+    batch = made.batch()
+    _, x_tau = made.method.seen(made.nets, batch, batch.x0, None)
+    again = made.batch()
+    rho = (1 + again.generator.randn(dtype=torch.float64)).exp()
+    at_unit_alpha = again.x0 + rho[:, None].float() * again.randn()
+    alpha = made.nets.schedule.alpha(made.nets.schedule.t_of_rho(rho))[:, None].float()
+    inside = rho < made.nets.schedule.rho(torch.tensor([made.nets.schedule.t_max], dtype=torch.float64))
+    torch.testing.assert_close((x_tau / alpha)[inside], at_unit_alpha[inside], rtol=1e-4, atol=1e-4)
+
+
+def test_misaligned_pairs_are_real_data_under_anothers_condition():
+    made = ladd(misaligned=True)
+    heard = []
+    seen = made.method.seen
+    made.method.seen = lambda nets, batch, x0, cond: heard.append((x0, cond)) or seen(nets, batch, x0, cond)
+    losses = made.method.discriminator_loss(made.nets, made.batch(phase="discriminator"))
+    batch = made.batch()
+    (x_real, c_real), (_, c_fake), (x_mis, c_mis) = heard
+    assert torch.equal(x_real, x_mis) and torch.equal(x_real, batch.x0)
+    assert torch.equal(c_real, batch.cond) and torch.equal(c_fake, batch.cond)
+    assert torch.equal(c_mis, batch.cond.roll(1))
+    torch.testing.assert_close(losses["total"], losses["gan"] + losses["misaligned"])
+
+
+def test_the_discriminators_step_leaves_no_gradient_on_the_student():
+    made = ladd()
+    loss = made.method.discriminator_loss(made.nets, made.batch(phase="discriminator"))["total"].sum()
+    student = list(made.nets.student.parameters())
+    assert all(p.requires_grad for p in student)
+    assert all(g is None for g in torch.autograd.grad(loss, student, allow_unused=True, retain_graph=True))
+    assert not any(p.requires_grad for p in made.nets.teacher.backbone().parameters())
