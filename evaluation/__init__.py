@@ -7,7 +7,9 @@ and writes a report. The command line is `python -m evaluation --help`.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,10 +28,14 @@ def evaluate(
     metrics: Sequence[str] = ("fd", "clip", "attributes"),
     extractor: str | Extractor | None = None,
     reference: str | os.PathLike[str] | FeatureStats | None = None,
+    captions: str | os.PathLike[str] | None = None,
     classes: int = 0,
     batch: int = 64,
 ) -> dict[str, Any]:
-    """Draw the samples of a protocol and measure them. Prints and writes nothing.
+    """Draw the samples of a protocol and measure them. Prints nothing, and writes nothing that stays.
+
+    Equal pixels give equal numbers whatever `batch` is. Samples beyond a quarter of a gigabyte wait in a
+    temporary folder, so that memory doesn't grow with n.
 
     Args:
         sampler_fn: `sampler_fn(prompts, seeds) -> uint8 (N, 3, H, W)`, called with up to `batch` of each.
@@ -38,8 +44,10 @@ def evaluate(
         n: number of samples; None is the protocol's own. Fewer are marked in the result: "scenes-2k[n=500]".
         metrics: names in `evaluation.metrics.METRICS`. Latency needs a pipeline directory: see `run`.
         extractor: "scenes-v1", a directory, or an `Extractor`; None is the protocol's.
-        reference: a folder or Parquet file of real images instead of the protocol's reference (only "fd" can
-            then be measured), or statistics made by the same extractor.
+        reference: where the protocol's named reference is; for a protocol without one, a folder or Parquet
+            file of real images instead of it (what needs captions cannot then be measured); or statistics
+            made by the same extractor.
+        captions: where the protocol's captions are, if it has a file of them.
         classes: number of classes of a class-conditional sampler; image i has the class i mod `classes`.
 
     Returns:
@@ -51,33 +59,39 @@ def evaluate(
             promised.
     """
     from evaluation.extractors import load_extractor
-    from evaluation.generate import drawn
-    from evaluation.images import MemoryImages
+    from evaluation.generate import drawn, kept
+    from evaluation.images import ResizedImages
     from evaluation.metrics import get_metrics
     from evaluation.metrics.base import Inputs
-    from evaluation.protocols import checked_n, get_protocol, real_images
+    from evaluation.protocols import NamedReference, checked_n, get_protocol, measurable, real_images
     from evaluation.reference import reference_stats
     from evaluation.stats import FeatureStats
 
-    if reference is not None and not isinstance(reference, FeatureStats):
+    protocol, given = get_protocol(protocol), isinstance(reference, FeatureStats)
+    if given:
+        protocol = protocol.with_captions(captions)
+    elif reference is None or isinstance(protocol.reference, NamedReference):
+        protocol = protocol.located(reference, captions)
+    else:
         protocol = real_images(reference, classes=classes)
-    protocol = get_protocol(protocol)
-    computed = get_metrics(metrics, [name for name in protocol.metrics if name != "latency"])
+    computed = get_metrics(metrics, [name for name in measurable(protocol) if name != "latency"])
     n = checked_n(n, protocol)
     inputs = Inputs()
     needs = set().union(*(metric.needs for metric in computed.values()))
     if "extractor" in needs:
         wanted = extractor if extractor is not None else protocol.extractor
         inputs.extractor = load_extractor(wanted) if isinstance(wanted, (str, os.PathLike)) else wanted
-        given = isinstance(reference, FeatureStats)
+    if "reference" in needs:
         inputs.reference = reference if given else reference_stats(protocol, inputs.extractor)
     prompts, seeds = protocol.prompts(n), protocol.seeds(n)
-    inputs.captions = prompts if protocol.conditions == "scenes" else None
+    inputs.captions = prompts if protocol.has_text else None
     parts = (slice(start, start + batch) for start in range(0, n, batch))
-    inputs.images = MemoryImages(drawn(sampler_fn, prompts[part], seeds[part]) for part in parts)
     found: dict[str, Any] = {}
-    for metric in computed.values():
-        found |= metric.compute(inputs)
+    with tempfile.TemporaryDirectory() as folder:
+        images = kept((drawn(sampler_fn, prompts[part], seeds[part]) for part in parts), Path(folder))
+        inputs.images = ResizedImages(images, protocol.resize) if protocol.resize else images
+        for metric in computed.values():
+            found |= metric.compute(inputs)
     return found | {"n": n, "protocol": protocol.label(n)}
 
 

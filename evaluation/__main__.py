@@ -160,13 +160,19 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--reference",
         metavar="PATH",
-        help="real images instead of a protocol: a folder or .parquet file (pipelines without prompts)",
+        help="where the protocol's reference is: a folder, .parquet file or statistics (.npz); or real images "
+        "instead of a protocol (pipelines without prompts)",
     )
+    how.add_argument("--captions", metavar="FILE", help="where the protocol's captions are, if it has a file")
     how.add_argument(
         "--extractor", help="scenes-v1 or the directory of a feature net (default: the protocol's)"
     )
     how.add_argument(
-        "--batch", type=int, default=64, metavar="64", help="batch size of the networks (default: 64)"
+        "--batch", type=int, default=64, metavar="64",
+        help="batch size of the sampled networks (default: 64); compare only samples of one size bit by bit",
+    )  # fmt: skip
+    how.add_argument(
+        "--io-batch", type=int, metavar="N", help="samples asked for at a time; changes nothing but memory"
     )
     how.add_argument(
         "--latency-images", type=int, default=10, metavar="10", help="images timed per model (default: 10)"
@@ -216,9 +222,10 @@ def _run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from evaluation import report, run
+    from evaluation.processes import Processes
 
-    for name in ("batch", "latency_images"):
-        if getattr(args, name) < 1:
+    for name in ("batch", "io_batch", "latency_images"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}.")
     _quieten()
     # Into a log file a line every half minute is enough; a terminal wants it to move.
@@ -231,9 +238,11 @@ def _run(args: argparse.Namespace) -> None:
         args.pipeline, args.out,
         teacher=args.teacher, steps=args.steps, guidance=args.guidance, teacher_steps=args.teacher_steps,
         teacher_guidance=args.teacher_guidance, n=args.n, teacher_n=args.teacher_n, metrics=args.metrics,
-        protocol=args.protocol, reference=args.reference, extractor=args.extractor, batch=args.batch,
-        device=args.device, latency_images=args.latency_images, force=args.force, bar=bar,
+        protocol=args.protocol, reference=args.reference, captions=args.captions, extractor=args.extractor,
+        batch=args.batch, io_batch=args.io_batch, device=args.device, latency_images=args.latency_images, force=args.force, bar=bar,
     )  # fmt: skip
+    if not Processes.join().first:
+        return
     print(f"\n{results['protocol']} (hash {results['protocol_hash']}, n = {results['n']})\n")
     print(report.table(results))
     for warning in results["warnings"]:

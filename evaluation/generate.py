@@ -1,4 +1,7 @@
-"""Drawing a protocol's samples, kept on disk so that a killed run goes on where it was."""
+"""Drawing a protocol's samples, kept on disk so that a killed run goes on where it was.
+
+Samples lie in shards by index. With several processes each draws whole shards in turn; no image travels.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,13 +19,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from evaluation.images import Images, as_images, sha256_of_files
+from evaluation.images import Images, MemoryImages, as_images, rechunked, sha256_of_files
+from evaluation.processes import Processes
 from stepdistill.errors import UserError, atomic_write
 
 if TYPE_CHECKING:
     from stepdistill.sampling import ImageSampler
 
-SHARD = 128  # images per file: what a killed run loses at most
+SHARD = 128  # images per file: what a killed run loses at most, for each process
+IN_MEMORY = 1 << 28  # bytes of samples that are kept without a file
 SamplerFn = Callable[[Sequence[str] | Sequence[int], Sequence[int]], Tensor]
 Progress = Callable[[int], None]  # called with the number of images that became ready
 
@@ -72,35 +77,75 @@ def generate(
     *,
     force: bool = False,
     progress: Progress = lambda count: None,
+    processes: Processes | None = None,
+    io_batch: int | None = None,
 ) -> Shards:
     """Draw one image per prompt and seed into `folder`/<key>/, skipping what is there already.
 
     A shard that was cut short, or holds fewer images than are wanted now, is completed. `force` draws all
-    again.
+    again. `processes` share the work, all waiting for the last; `progress` hears of this one's images. The
+    sampler is asked for `io_batch` samples at a time, by default as many as its networks take at once.
 
     Raises:
-        UserError: the sampler returned something else than one uint8 image per prompt.
+        UserError: the sampler returned something else than one uint8 image per prompt, or the processes don't
+            see one file system.
     """
-    folder = folder / configuration.key
-    if force:
-        shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(folder / "configuration.json") as temporary:
-        temporary.write_text(json.dumps(asdict(configuration), indent=2) + "\n")
-    for start in range(0, len(prompts), SHARD):
+    processes = processes or Processes()
+    folder, at_once = folder / configuration.key, io_batch or configuration.chunk
+    if processes.first:
+        if force:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(folder / "configuration.json") as temporary:
+            temporary.write_text(json.dumps(asdict(configuration), indent=2) + "\n")
+    processes.wait()
+    starts = range(0, len(prompts), SHARD)
+    for index, start in enumerate(starts):
+        if not processes.mine(index):
+            continue
         stop = min(start + SHARD, len(prompts))
         path = _shard(folder, start)
         parts = _present(path)
         have = sum(map(len, parts))
         progress(min(have, stop - start))
-        for at in range(start + have, stop, configuration.chunk):
-            until = min(at + configuration.chunk, stop)
+        for at in range(start + have, stop, at_once):
+            until = min(at + at_once, stop)
             parts.append(drawn(sample, prompts[at:until], seeds[at:until]))
             progress(until - at)
         if start + have < stop:
             with atomic_write(path) as temporary:
                 save_file({"images": torch.cat(parts)}, temporary)
+    processes.wait()
+    if not all(_shard(folder, start).is_file() for start in starts):
+        raise UserError(
+            f"{folder} lacks samples another process drew; --out must be on a disk all of them see."
+        )
     return Shards(folder, len(prompts))
+
+
+def kept(batches: Iterable[Tensor], folder: Path) -> Images:
+    """Batches uint8 (n, 3, H, W) as a set: in memory while they are few, in files of `folder` once not."""
+    batches = iter(batches)
+    waiting: list[Tensor] = []
+    size = 0
+    for batch in batches:
+        waiting.append(batch)
+        size += batch.nbytes
+        if size > IN_MEMORY:
+            break
+    else:
+        return MemoryImages(waiting)
+
+    def everything() -> Iterator[Tensor]:
+        while waiting:
+            yield waiting.pop(0)
+        yield from batches
+
+    count = 0
+    for shard in rechunked(everything(), SHARD):
+        save_file({"images": shard.contiguous()}, _shard(folder, count))
+        count += len(shard)
+    return Shards(folder, count)
 
 
 def drawn(sample: SamplerFn, prompts: Sequence[str] | Sequence[int], seeds: Sequence[int]) -> Tensor:
@@ -113,9 +158,12 @@ def drawn(sample: SamplerFn, prompts: Sequence[str] | Sequence[int], seeds: Sequ
     return images
 
 
-def draw_with(sampler: ImageSampler, steps: int, guidance: float, chunk: int) -> SamplerFn:
+def draw_with(
+    sampler: ImageSampler, steps: int, guidance: float, chunk: int, quantise: str = "round"
+) -> SamplerFn:
     """`sampler` at fixed settings."""
-    return functools.partial(sampler, steps=steps, guidance_scale=guidance, chunk=chunk)
+    rounding = {} if quantise == "round" else {"quantise": quantise}
+    return functools.partial(sampler, steps=steps, guidance_scale=guidance, chunk=chunk, **rounding)
 
 
 def pipeline_sha256(path: Path) -> str:

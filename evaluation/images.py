@@ -138,6 +138,25 @@ class ResizedImages(Images):
             yield _to_tensor([np.asarray(self.resize(image)) for image in shown])
 
 
+class Watched(Images):
+    """Another set, of which every whole pass finds out `facts`."""
+
+    def __init__(self, images: Images) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        facts = Facts()
+        for batch in self.images:
+            facts.n += len(batch)
+            facts.size = (batch.shape[-1], batch.shape[-2])
+            facts.hashes.extend(_hash(image.contiguous().numpy()) for image in batch)
+            yield batch
+        self.facts = facts
+
+
 class _Files(Images):
     """Encoded images, decoded ahead. A subclass says where their bytes are: `_encoded`."""
 
@@ -177,8 +196,7 @@ class _Files(Images):
         for read, name in job:
             image, form, grey = _opened(read(), name)
             pixels = np.asarray(self.resize(image))
-            digest = hashlib.blake2b(pixels.tobytes(), digest_size=8).digest()
-            found.append(_Decoded(name, pixels, form == "JPEG", grey, int.from_bytes(digest, "little")))
+            found.append(_Decoded(name, pixels, form == "JPEG", grey, _hash(pixels)))
         return found
 
 
@@ -399,6 +417,11 @@ class _First(Images):
             left -= len(batch)
             if left <= 0:
                 return
+
+
+def _hash(pixels: np.ndarray) -> int:
+    """64 bits of the pixels."""
+    return int.from_bytes(hashlib.blake2b(np.ascontiguousarray(pixels), digest_size=8).digest(), "little")
 
 
 def _to_tensor(batch: list[np.ndarray]) -> Tensor:

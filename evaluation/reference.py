@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 
 from evaluation.extractors import Extractor
-from evaluation.protocols import Protocol
+from evaluation.processes import Processes
+from evaluation.protocols import NamedReference, Protocol
 from evaluation.stats import FeatureStats
 from stepdistill import assets
 from stepdistill.errors import UserError
@@ -20,30 +21,63 @@ def cache_directory() -> Path:
     return Path(os.environ.get(ENVIRONMENT) or assets.ROOT.parent / "cache") / "statistics"
 
 
-def reference_stats(protocol: Protocol, extractor: Extractor) -> FeatureStats:
+def reference_stats(
+    protocol: Protocol, extractor: Extractor, processes: Processes | None = None
+) -> FeatureStats:
     """Statistics of the reference images of `protocol`.
 
     They are cached under the protocol's hash, the content of the reference and the extractor's weights, so
-    nothing stale can be found. A cache which cannot be written to is done without.
+    nothing stale can be found. A cache which cannot be written to is done without. A named reference may be a
+    statistics file itself.
 
     Raises:
-        UserError: a reference image is damaged or of another size than the others.
+        UserError: the protocol has none, a reference image is damaged or of another size than the others, or
+            the statistics are another extractor's or of another number of images.
     """
+    processes = processes or Processes()
+    reference = protocol.reference
+    if reference is None:
+        raise UserError(f"the protocol {protocol.name} has no reference images to take a distance to.")
+    if isinstance(reference, NamedReference) and reference.is_statistics:
+        return _given(reference, extractor)
+    path = processes.from_first(lambda: _place(protocol, extractor))
+    stats = processes.from_first(lambda: _known(path, extractor))
+    if stats is None:
+        stats = FeatureStats(extractor.dim, extractor.source)
+        for features in extractor.stream(reference):
+            stats.add(features)
+        if processes.first:
+            with contextlib.suppress(PermissionError):
+                stats.save(path)
+    return stats
+
+
+def _given(reference: NamedReference, extractor: Extractor) -> FeatureStats:
+    stats = FeatureStats.load(reference.path, expect=extractor.source)
+    if stats.n not in (0, reference.n):  # published files often don't say theirs
+        raise UserError(
+            f"{reference.path} holds statistics of {stats.n} images, but the reference {reference.name} has "
+            f"{reference.n}; {reference.about}"
+        )
+    return stats
+
+
+def _place(protocol: Protocol, extractor: Extractor) -> Path:
     parts = (
         protocol.name.replace(":", "-"),
         protocol.hash,
         protocol.reference.sha256()[:16],
         extractor.sha256[:16],
     )
-    path = cache_directory() / f"{'-'.join(parts)}.npz"
-    if path.is_file():
-        try:
-            return FeatureStats.load(path, expect=extractor.source)
-        except UserError:
-            path.unlink(missing_ok=True)  # damaged; the file is ours and is made again below
-    stats = FeatureStats(extractor.dim, extractor.source)
-    for features in extractor.stream(protocol.reference):
-        stats.add(features)
-    with contextlib.suppress(PermissionError):
-        stats.save(path)
-    return stats
+    return cache_directory() / f"{'-'.join(parts)}.npz"
+
+
+def _known(path: Path, extractor: Extractor) -> FeatureStats | None:
+    """What is kept at `path`, or None. What is damaged there is ours, and removed to be made again."""
+    if not path.is_file():
+        return None
+    try:
+        return FeatureStats.load(path, expect=extractor.source)
+    except UserError:
+        path.unlink(missing_ok=True)
+        return None

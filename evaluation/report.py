@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stepdistill.errors import UserError, atomic_write
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SHOWN = 8  # samples of every row shown in the report
 Cell = Callable[[dict[str, Any], dict[str, float | None]], str]
 
 
@@ -26,7 +30,7 @@ def check_writable(out: Path) -> None:
         ) from None
 
 
-def write(results: dict[str, Any], out: Path) -> None:
+def write(results: dict[str, Any], out: Path, grid: Sequence[Sequence[Tensor]] = ()) -> None:
     """Write results.json and results.md."""
     for name, content in (
         ("results.json", json.dumps(results, indent=2) + "\n"),

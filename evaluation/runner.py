@@ -1,4 +1,8 @@
-"""`python -m evaluation run`: students beside their teacher, on the same prompts, noise and reference."""
+"""`python -m evaluation run`: students beside their teacher, on the same prompts, noise and reference.
+
+Under `accelerate launch` every process goes through the same program: each draws its shards of samples and its
+part of every chunk of features, all come to the same numbers, and the first writes them.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,13 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,13 +26,14 @@ import torch
 from evaluation import report
 from evaluation.extractors import load_extractor
 from evaluation.generate import Configuration, Shards, draw_with, generate, pipeline_sha256
-from evaluation.images import Images
+from evaluation.images import Facts, Images, ResizedImages, Watched
 from evaluation.metrics import get_metrics
 from evaluation.metrics.base import Inputs
 from evaluation.metrics.latency import IMAGES, Timed, measure, speedups
-from evaluation.protocols import Protocol, checked_n, get_protocol, real_images
+from evaluation.processes import Processes
+from evaluation.protocols import NamedReference, Protocol, checked_n, get_protocol, measurable, real_images
 from evaluation.reference import reference_stats
-from evaluation.stats import frechet_ratio_with_error
+from evaluation.stats import frechet_distance, frechet_ratio_with_error
 from stepdistill.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,7 +41,7 @@ if TYPE_CHECKING:
 
 SWEEP_N = 500  # samples a sweep over many scales chooses by
 SWEEP_SCALES = 4  # from this many scales on
-METRICS = ("fd", "clip", "attributes", "latency")
+DISK_MARGIN = 1 << 28  # bytes left free beside the samples
 
 
 @dataclass
@@ -51,6 +57,8 @@ class Row:
     metrics: dict[str, float] = field(default_factory=dict)
     sweep: dict[str, Any] | None = None
     inputs: Inputs | None = None
+    folds: dict[str, list[float]] = field(default_factory=dict)  # values with each fold of samples left out
+    facts: Facts | None = None
     seconds: float = 0.0
 
 
@@ -68,14 +76,16 @@ def run(
     metrics: Sequence[str] | None = None,
     protocol: str | Protocol = "scenes-2k",
     reference: str | os.PathLike[str] | None = None,
+    captions: str | os.PathLike[str] | None = None,
     extractor: str | os.PathLike[str] | None = None,
     batch: int = 64,
+    io_batch: int | None = None,
     device: str = "cpu",
     latency_images: int = IMAGES,
     force: bool = False,
     bar: Callable[..., Any] | None = None,
 ) -> dict[str, Any]:
-    """Measure pipeline directories and write `out`/results.json and `out`/results.md.
+    """Measure pipeline directories and write `out`/results.json and the report beside it.
 
     Args:
         pipelines: directories to measure, usually students.
@@ -87,10 +97,13 @@ def run(
         teacher_steps: None is the teacher's default.
         n, teacher_n: numbers of samples; None is the protocol's. A ratio uses the first min(n, teacher_n) of
             both.
-        metrics: names in METRICS; None is all the protocol has.
-        reference: folder or Parquet file of real images instead of a protocol.
-        extractor: "scenes-v1" or a directory; None is the protocol's.
-        batch: batch size of the networks.
+        metrics: names in METRICS; None is what the protocol says.
+        reference: where the protocol's named reference is; or, for pipelines without prompts, a folder or
+            Parquet file of real images instead of a protocol.
+        captions: where the protocol's captions are, if it has a file of them.
+        extractor: a name or a directory; None is the protocol's. Another one makes another protocol hash.
+        batch: batch size of the sampled networks; samples of two sizes differ in their last bits.
+        io_batch: samples asked for at a time; changes nothing but memory.
         force: draw again what is kept under `out`/samples.
         bar: makes a progress bar from `total` and `desc` (tqdm); None shows nothing.
 
@@ -101,15 +114,16 @@ def run(
         UserError: wrong input, found before anything is drawn.
     """
     began = time.time()
-    session = _Session(Path(out), batch, device, force, bar or _NoBar)
-    samplers = [_load(path, device) for path in pipelines]
-    teacher_sampler = _load(teacher, device) if teacher is not None else None
+    processes = Processes.join()
+    session = _Session(Path(out), batch, io_batch, processes.device(device), force, bar or _NoBar, processes)
+    samplers = [_load(path, session.device) for path in pipelines]
+    teacher_sampler = _load(teacher, session.device) if teacher is not None else None
     everyone = [*samplers, *([teacher_sampler] if teacher_sampler else [])]
-    session.protocol = chosen = _protocol(protocol, reference, extractor, everyone)
+    session.drawn_by = chosen = _protocol(protocol, reference, captions, extractor, everyone)
     n = checked_n(n, chosen)
     teacher_n = n if teacher_n is None else checked_n(teacher_n, chosen)
-    names = [name for name in METRICS if name in chosen.metrics] if metrics is None else list(metrics)
-    session.computed = get_metrics(names, chosen.metrics)
+    names = list(chosen.metrics if metrics is None else metrics)
+    session.computed = get_metrics(names, measurable(chosen))
     timed = session.computed.pop("latency", None) is not None
     if teacher_sampler and "fd" not in session.computed:
         raise UserError(
@@ -121,49 +135,93 @@ def run(
         for count, scale in _settings(sampler, steps, guidance)
     ]
     report.check_writable(Path(out))
-    if "fd" in session.computed:
-        session.extractor = load_extractor(extractor or chosen.extractor, device)
-        session.reference = reference_stats(chosen, session.extractor)
+    session.prepare(extractor)
     session.check(everyone, n, teacher_n)
+    scales = [1.0]
+    if teacher_sampler and not teacher_sampler.guidance_free:
+        scales = list(dict.fromkeys(map(float, teacher_guidance)))
+    session.check_disk(rows, teacher_sampler, len(scales), teacher_n)
 
+    done: list[Row] = []
     best = None
-    if teacher_sampler:
-        scales = [1.0] if teacher_sampler.guidance_free else list(dict.fromkeys(map(float, teacher_guidance)))
-        full = teacher_steps or teacher_sampler.default_steps
-        best = session.swept("teacher", teacher_sampler, full, scales, teacher_n)
-        few = sorted({row.steps for row in rows} - {full})
-        before = [
-            session.swept("teacher, few steps", teacher_sampler, count, scales, teacher_n) for count in few
-        ]
-        rows = [best, *before, *rows]
-    for row in rows:
-        if not row.metrics:
+    try:
+        if teacher_sampler:
+            full = teacher_steps or teacher_sampler.default_steps
+            best = session.swept("teacher", teacher_sampler, full, scales, teacher_n)
+            done.append(best)
+            for count in sorted({row.steps for row in rows} - {full}):
+                done.append(session.swept("teacher, few steps", teacher_sampler, count, scales, teacher_n))
+                session.compared(done[-1], best)
+        for row in rows:
             session.measured(row)
-        if best is not None and row is not best:
-            session.compared(row, best)
+            if best is not None:
+                session.compared(row, best)
+            done.append(row)
+    except UserError:
+        if done and processes.first:  # hours may have gone into these
+            report.write(session.results(done, n, time.time() - began, complete=False), Path(out))
+        raise
     if timed:
-        entries = [Timed(row.sampler, row.steps, row.guidance) for row in rows]
-        times = measure(entries, chosen.prompts(latency_images), latency_images)
-        for row, found in zip(rows, times, strict=True):
+        entries = [Timed(row.sampler, row.steps, row.guidance) for row in done]
+        prompts = chosen.prompts(min(latency_images, chosen.n))
+        times = processes.from_first(lambda: measure(entries, prompts, latency_images))
+        for row, found in zip(done, times, strict=True):
             row.metrics |= {f"latency/{name}": value for name, value in found.items()}
             if best is not None and row is not best:
                 row.metrics |= {f"latency/{name}": value for name, value in speedups(found, times[0]).items()}
-    results = session.results(rows, n, time.time() - began)
-    report.write(results, Path(out))
+    results = processes.from_first(lambda: session.results(done, n, time.time() - began))
+    if processes.first:
+        report.write(results, Path(out), session.grid(done))
+    processes.wait()
     return results
 
 
 class _Session:
     """What the rows of one run share."""
 
-    def __init__(self, out: Path, batch: int, device: str, force: bool, bar: Callable[..., Any]) -> None:
-        self.out, self.batch, self.device, self.force, self.bar = out, batch, device, force, bar
-        self.protocol: Protocol
+    def __init__(
+        self, out: Path, batch: int, io_batch: int | None, device: str, force: bool, bar: Callable[..., Any],
+        processes: Processes,
+    ) -> None:  # fmt: skip
+        self.out, self.batch, self.io_batch, self.device, self.force = out, batch, io_batch, device, force
+        self.processes, self.bar = processes, bar if processes.first else _NoBar
+        self.drawn_by: Protocol  # samples are kept under its hash: they don't depend on the extractor
+        self.protocol: Protocol  # the same with the extractor that is used: what results are published under
         self.computed: dict[str, Any] = {}
         self.extractor = self.reference = None
         self.warnings: list[str] = []
         self.hashes: dict[Path, str] = {}
         self.drawn: dict[str, Shards] = {}  # by key, as far as this run has come
+
+    def prepare(self, extractor: str | os.PathLike[str] | None) -> None:
+        """Load all that measures, and the reference, so that a missing file ends a run before it begins."""
+        self.protocol = self.drawn_by
+        needs = set().union(*(metric.needs for metric in self.computed.values()))
+        if "extractor" in needs:
+            self.extractor = self.processes.share(
+                load_extractor(extractor or self.drawn_by.extractor, self.device)
+            )
+            self.protocol = replace(self.drawn_by, extractor=self.extractor.name)
+        if "reference" in needs:
+            self.reference = reference_stats(self.protocol, self.extractor, self.processes)
+        for metric in self.computed.values():
+            getattr(metric, "prepare", lambda: None)()
+
+    def check_disk(
+        self, rows: Sequence[Row], teacher: ImageSampler | None, scales: int, teacher_n: int
+    ) -> None:
+        """Raises UserError when the samples that may have to be drawn don't fit on the disk of `out`."""
+        needed = sum(row.n * 3 * math.prod(row.sampler.resolution) for row in rows)
+        if teacher is not None:
+            counts = len({row.steps for row in rows}) + 1
+            needed += counts * scales * teacher_n * 3 * math.prod(teacher.resolution)
+        have = sum(file.stat().st_size for file in (self.out / "samples").glob("*/*.safetensors"))
+        free = shutil.disk_usage(self.out).free
+        if needed - have + DISK_MARGIN > free:
+            raise UserError(
+                f"--out {self.out} needs about {(needed - have) / 1e9:.1f} GB for samples, but {free / 1e9:.1f} GB "
+                "are free there; choose another disk or a smaller --n."
+            )
 
     def check(self, samplers: Sequence[ImageSampler], n: int, teacher_n: int) -> None:
         """Note what a reader of the numbers has to know."""
@@ -193,27 +251,33 @@ class _Session:
             self.hashes[path] = pipeline_sha256(path)
         row.sha256 = self.hashes[path]
         configuration = Configuration(
-            path.name, row.sha256, self.protocol.hash, row.steps, row.guidance, self.batch, self.device
-        )
+            path.name, row.sha256, self.drawn_by.hash, row.steps, row.guidance, self.batch,
+            self.device.partition(":")[0],
+        )  # fmt: skip
         # A sweep's samples are part of the full set: what this run has drawn is never drawn again, even with
         # --force.
         known = self.drawn.get(configuration.key)
         if known is None or len(known) < n:
             with self.bar(total=n, desc=f"{path.name}, {row.steps} steps, guidance {row.guidance:g}") as bar:
                 known = self.drawn[configuration.key] = generate(
-                    draw_with(row.sampler, row.steps, row.guidance, self.batch),
+                    draw_with(row.sampler, row.steps, row.guidance, self.batch, self.drawn_by.quantise),
                     configuration,
                     self.protocol.prompts(n),
                     self.protocol.seeds(n),
                     self.out / "samples",
                     force=self.force and known is None,
                     progress=bar.update,
+                    processes=self.processes,
+                    io_batch=self.io_batch,
                 )
         return known.first(n)
 
     def inputs(self, row: Row, n: int) -> Inputs:
-        captions = self.protocol.prompts(n) if self.protocol.conditions == "scenes" else None
-        return Inputs(self.samples(row, n), captions, self.extractor, self.reference)
+        captions = self.protocol.prompts(n) if self.protocol.has_text else None
+        images = self.samples(row, n)
+        if self.protocol.resize:
+            images = ResizedImages(images, self.protocol.resize)
+        return Inputs(Watched(images), captions, self.extractor, self.reference)
 
     def measured(self, row: Row) -> Row:
         """Draw the row's samples and compute every metric but latency."""
@@ -221,6 +285,9 @@ class _Session:
         row.inputs = self.inputs(row, row.n)
         for metric in self.computed.values():
             row.metrics |= metric.compute(row.inputs)
+        row.facts = row.inputs.images.facts
+        if "fd" in self.computed:
+            row.folds[f"fd:{self.extractor.name}"] = fold_values(row.inputs)
         row.seconds = time.time() - began
         return row
 
@@ -239,8 +306,8 @@ class _Session:
         for scale in scales:
             row = Row(role, sampler, "", steps, scale, n_sweep)
             found = self.computed["fd"].compute(self.inputs(row, n_sweep))
-            value, error = found.values()
-            tried.append({"guidance": scale, "fd": value, "se": error})
+            name = f"fd:{self.extractor.name}"
+            tried.append({"guidance": scale, "fd": found[name], "se": found[f"{name}/se"]})
         chosen = min(tried, key=lambda entry: entry["fd"])["guidance"]
         best = self.measured(Row(role, sampler, "", steps, chosen, n))
         best.sweep = {"n": n_sweep, "chosen_on_a_subset": n_sweep != n, "chosen": chosen, "tried": tried}
@@ -254,8 +321,15 @@ class _Session:
         ratio, error = frechet_ratio_with_error(sides[0].folds, sides[1].folds, self.reference)
         row.metrics |= {"fd_ratio": ratio, "fd_ratio/se": error, "fd_ratio/n": float(count)}
 
-    def results(self, rows: Sequence[Row], n: int, seconds: float) -> dict[str, Any]:
+    def grid(self, rows: Sequence[Row]) -> list[list[Any]]:
+        """The first images of every row, uint8 (3, H, W)."""
+        return [list(next(iter(row.inputs.images.first(report.SHOWN)))) for row in rows]
+
+    def results(self, rows: Sequence[Row], n: int, seconds: float, complete: bool = True) -> dict[str, Any]:
         """Everything results.json holds."""
+        warnings = [*self.warnings, *self.sample_warnings(rows)]
+        if not complete:
+            warnings.append("the run ended early; the same command goes on where it was.")
         known = self.extractor
         names = _names([row.sampler.path for row in rows])
         return {
@@ -264,9 +338,15 @@ class _Session:
             "protocol_version": self.protocol.version,
             "protocol_hash": self.protocol.hash,
             "protocol_definition": self.protocol.describe(),
-            "reference_sha256": self.protocol.reference.sha256(),
+            "protocol_n": self.protocol.n,
+            "protocol_source": self.protocol.source,
+            "reference_sha256": self.protocol.reference.sha256() if self.protocol.reference else None,
+            "reference_n": self.reference.n if self.reference is not None else None,
+            "captions_sha256": self.protocol.captions.sha256() if self.protocol.captions else None,
+            "complete": complete,
             "n": n,
-            "seeds": [self.protocol.first_seed, self.protocol.first_seed + n - 1],
+            "seeds": [min(self.protocol.seeds(n)), max(self.protocol.seeds(n))],
+            "prompts": [str(prompt) for prompt in self.protocol.prompts(min(n, report.SHOWN))],
             "extractor": None
             if known is None
             else {"name": known.name, "sha256": known.sha256, "resize": known.resize},
@@ -285,12 +365,14 @@ class _Session:
                     "metrics": {
                         name: value if math.isfinite(value) else None for name, value in row.metrics.items()
                     },
+                    "folds": row.folds,
                     "sweep": row.sweep,
                     "seconds": round(row.seconds, 2),
                 }
                 for row in rows
             ],
             "batch": self.batch,
+            "processes": self.processes.count,
             "dtype": "float32",
             "machine": machine(self.device),
             "versions": {
@@ -303,8 +385,28 @@ class _Session:
             "command": command(),
             "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "seconds": round(seconds, 1),
-            "warnings": self.warnings,
+            "warnings": warnings,
         }
+
+    def sample_warnings(self, rows: Sequence[Row]) -> list[str]:
+        """What the samples themselves give reason to doubt."""
+        names = _names([row.sampler.path for row in rows])
+        found = []
+        for row in rows:
+            if row.facts is not None and row.facts.duplicates:
+                found.append(
+                    f"{row.facts.duplicates} of {row.facts.n} samples of {names[row.sampler.path]} at {row.steps} "
+                    "steps have the same pixels as another one."
+                )
+        return found
+
+
+def fold_values(inputs: Inputs) -> list[float]:
+    """The distance with each fold of the samples left out, for differences between runs; empty if too few."""
+    folds = inputs.folds.folds
+    if sum(fold.n > 0 for fold in folds) < len(folds) or inputs.folds.n - max(fold.n for fold in folds) < 2:
+        return []
+    return [frechet_distance(inputs.folds.without(k), inputs.reference) for k in range(len(folds))]
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -367,33 +469,46 @@ def _load(path: str | os.PathLike[str], device: str) -> ImageSampler:
     return load(path, device=device)
 
 
-def _protocol(protocol, reference, extractor, samplers: Sequence[ImageSampler]) -> Protocol:
-    """The named protocol, or that of a set of real images; every sampler has to fit it."""
+def _protocol(protocol, reference, captions, extractor, samplers: Sequence[ImageSampler]) -> Protocol:
+    """The named protocol, its files found, or that of a set of real images; every sampler has to fit it."""
     kinds = {sampler.conditions for sampler in samplers}
     if len(kinds) > 1:
         raise UserError(
             f"the pipelines take different conditions ({', '.join(sorted(kinds))}); measure them apart."
         )
-    kind = kinds.pop()
-    if reference is None:
-        chosen = get_protocol(protocol)
-        if kind != "prompt":
-            raise UserError(
-                f"the protocol {chosen.name} needs a pipeline with prompts, but {samplers[0].path} takes "
-                f"{'a class' if kind == 'class' else 'no condition'}; give --reference with real images."
-            )
-        return chosen
-    if kind == "prompt":
-        raise UserError(
-            f"{samplers[0].path} takes prompts, which a folder of images does not have; leave --reference "
-            "out to use a protocol with prompts."
-        )
+    kind, where = kinds.pop(), samplers[0].path
     classes = {len(sampler.class_names or ()) for sampler in samplers}
     if len(classes) > 1:
         raise UserError(
             f"the pipelines have different numbers of classes {sorted(classes)}; measure them apart."
         )
-    return real_images(reference, classes=classes.pop(), extractor=str(extractor or "scenes-v1"))
+    chosen = get_protocol(protocol)
+    takes = {"prompt": "prompts", "class": "a class"}.get(kind, "no condition")
+    if reference is not None and not isinstance(chosen.reference, NamedReference):
+        if kind == "prompt":
+            raise UserError(
+                f"{where} takes prompts, which a folder of images does not have; leave --reference "
+                "out to use a protocol with prompts."
+            )
+        return real_images(reference, classes=classes.pop(), extractor=str(extractor or "scenes-v1"))
+    if chosen.has_text != (kind == "prompt"):
+        needs = "a pipeline with prompts" if chosen.has_text else "a pipeline without prompts"
+        raise UserError(
+            f"the protocol {chosen.name} needs {needs}, but {where} takes {takes}; "
+            + ("give --reference with real images." if chosen.has_text else "name another protocol.")
+        )
+    if kind == "class" and classes != {chosen.classes}:
+        raise UserError(
+            f"the protocol {chosen.name} has {chosen.classes} classes, but {where} has {classes.pop()}."
+        )
+    for sampler in samplers:
+        if chosen.resolution and tuple(sampler.resolution) != (chosen.resolution, chosen.resolution):
+            height, width = sampler.resolution
+            raise UserError(
+                f"the protocol {chosen.name} wants images of {chosen.resolution}x{chosen.resolution}, but "
+                f"{sampler.path} draws {width}x{height}."
+            )
+    return chosen.located(reference, captions)
 
 
 def _settings(

@@ -290,18 +290,21 @@ class Protocol:
         Raises:
             UserError: one is nowhere, or is another one than the protocol fixes.
         """
-        found = self
         if isinstance(self.reference, NamedReference):
-            found = replace(found, reference=self.reference.found(reference))
-        elif reference is not None:
+            return replace(self, reference=self.reference.found(reference)).with_captions(captions)
+        if reference is not None:
             raise UserError(
                 f"the protocol {self.name} has its own reference; leave --reference out, or name another protocol."
             )
+        return self.with_captions(captions)
+
+    def with_captions(self, path: str | os.PathLike[str] | None = None) -> Protocol:
+        """The same with its captions found on this machine. Raises UserError as `located` does."""
         if self.captions is not None:
-            found = replace(found, captions=self.captions.found(captions))
-        elif captions is not None:
+            return replace(self, captions=self.captions.found(path))
+        if path is not None:
             raise UserError(f"the protocol {self.name} has no use for --captions; leave it out.")
-        return found
+        return self
 
 
 _PARTS = {

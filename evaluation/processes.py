@@ -1,0 +1,103 @@
+"""Several processes at one measurement, as `accelerate launch` or `torchrun` starts them.
+
+Every process runs the same program and ends with the same numbers. What is dear is dealt out: whole shards of
+samples, and the rows of every chunk of features. What is written is written by the first process alone. Only
+features and small objects travel, over gloo, so that this works without a GPU and beside any.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from stepdistill.errors import UserError
+
+if TYPE_CHECKING:
+    from evaluation.extractors import Extractor
+
+T = TypeVar("T")
+_PATIENCE = timedelta(days=2)  # the slowest process may be hours behind
+
+
+class Processes:
+    """This process among `count`; by default alone, when everything below costs nothing."""
+
+    def __init__(self, rank: int = 0, count: int = 1) -> None:
+        self.rank, self.count = rank, count
+
+    @classmethod
+    def join(cls) -> Processes:
+        """The processes a launcher started (it sets WORLD_SIZE), or this one alone.
+
+        Raises:
+            UserError: the launcher's settings are incomplete.
+        """
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            return cls()
+        if not dist.is_initialized():
+            try:
+                dist.init_process_group("gloo", timeout=_PATIENCE)
+            except (ValueError, RuntimeError) as error:
+                raise UserError(
+                    f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes cannot find each other "
+                    f"({str(error).splitlines()[0]}); start them with accelerate launch."
+                ) from None
+        return cls(dist.get_rank(), dist.get_world_size())
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that prints and writes."""
+        return self.rank == 0
+
+    def device(self, name: str) -> str:
+        """`name`, or for "cuda" the GPU of this process on its machine."""
+        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" and self.count > 1 else name
+
+    def mine(self, index: int) -> bool:
+        """Whether piece `index` of dealt-out work is this process's."""
+        return index % self.count == self.rank
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self.count > 1:
+            dist.barrier()
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """make() of the first process, for all. A UserError there is one everywhere."""
+        if self.count == 1:
+            return make()
+        made: list[Any] = [None]
+        if self.first:
+            try:
+                made = [make()]
+            except UserError as error:
+                made = [error]
+        dist.broadcast_object_list(made)
+        if isinstance(made[0], UserError):
+            raise made[0]
+        return made[0]
+
+    def share(self, extractor: Extractor) -> Extractor:
+        """An extractor of the same features, bit for bit, of whose chunks each process does one in turn.
+
+        Its chunk is as many of the old one's as there are processes, and each process runs its own part at
+        the old size; so every row sees the neighbours it would see in a single process.
+        """
+        if self.count == 1:
+            return extractor
+        size, inner = extractor.chunk, extractor.network
+
+        def network(images: Tensor) -> Tensor:
+            own = inner(images[self.rank * size : (self.rank + 1) * size]).float().cpu().contiguous()
+            parts = [torch.empty_like(own) for _ in range(self.count)]
+            dist.all_gather(parts, own)
+            return torch.cat(parts)
+
+        return replace(extractor, chunk=size * self.count, network=network)
