@@ -53,27 +53,31 @@ def pseudo_huber(prediction: Tensor, target: Tensor, c: float) -> Tensor:
     return ((prediction - target).square().add(c * c).sqrt() - c).flatten(1).mean(1)
 
 
-def distribution_matching(x0: Tensor, teacher_x0: Tensor, fake_x0: Tensor, normalise: bool = True) -> Tensor:
+def distribution_matching(
+    x0: Tensor, teacher_x0: Tensor, fake_x0: Tensor, normalise: bool = True, weight: Tensor | None = None
+) -> Tensor:
     """The surrogate whose gradient is DMD's (Yin et al. 2023, arXiv 2311.18828, Eqs. 7 and 8).
 
     Its gradient with respect to `x0` is G / (elements per sample), with G = (fake_x0 - teacher_x0) / w and,
     when `normalise`, w = mean |x0 - teacher_x0| over the sample. Fake minus real in x0-space is the reverse-
     KL descent direction sigma^2 / alpha (s_fake - s_real). Only the direction carries information, so G is a
-    constant: the paper stops the gradient at both networks, and so do we.
+    constant: the paper stops the gradient at both networks, and so do we. weight: (B,), multiplies G.
     """
     with torch.no_grad():
         gradient = fake_x0 - teacher_x0
+        if weight is not None:
+            gradient = gradient * expand(weight, x0)
         if normalise:
             # The floor only matters where student and teacher agree to all digits.
-            weight = (x0 - teacher_x0).abs().flatten(1).mean(1).clamp(min=1e-5)
-            gradient = gradient / weight.reshape(-1, *[1] * (x0.ndim - 1))
+            scale = (x0 - teacher_x0).abs().flatten(1).mean(1).clamp(min=1e-5)
+            gradient = gradient / expand(scale, x0)
         target = x0 - gradient
     return 0.5 * mse(x0, target)
 
 
 def score_implicit(x0: Tensor, teacher_x0: Tensor, fake_x0: Tensor, huber_c: float) -> Tensor:
     """The surrogate whose gradient is that of E d(s_fake - s_real), sampling law held (SIM, arXiv 2410.16794,
-    Eq. 9), read in x0-space: with D = teacher_x0 - fake_x0 and means over the sample's elements,
+    Theorem 3.1), read in x0-space: with D = teacher_x0 - fake_x0 and means over the sample's elements,
 
         <D, fake_x0 - x0> / sqrt(<D, D> + huber_c^2)          pseudo-Huber, huber_c > 0
         <D, fake_x0 - x0>                                     L2, huber_c = 0
@@ -89,7 +93,7 @@ def score_implicit(x0: Tensor, teacher_x0: Tensor, fake_x0: Tensor, huber_c: flo
 def score_identity(
     x0: Tensor, teacher_x0: Tensor, fake_x0: Tensor, alpha: float, normalise: bool = True
 ) -> Tensor:
-    """SiD's loss (Zhou et al. 2024, arXiv 2404.04057, Eq. 23), means over the sample's elements:
+    """SiD's loss (Zhou et al. 2024, arXiv 2404.04057, Sec. 4), means over the sample's elements:
 
         <D, (teacher_x0 - x0) - alpha D> / w,    D = teacher_x0 - fake_x0,
 

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from stepdistill.config import build
-from stepdistill.denoiser import Denoiser, guided, unwrap
+from stepdistill.denoiser import Cond, Denoiser, guided, unwrap
 from stepdistill.errors import UserError
 from stepdistill.families.sd import SD, guidance_embedding
 from stepdistill.families.toy import Toy, gaussian_flow_map
 from stepdistill.losses import distribution_matching
 from stepdistill.methods import METHODS
-from stepdistill.methods.base import Batch, Compose, Method, Networks, Phase, simulate
+from stepdistill.methods.base import Batch, Compose, Method, Networks, Pairs, Phase, simulate
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.methods.pretrain import Pretrain
 from stepdistill.noise import SampleNoise
@@ -61,7 +61,17 @@ class World:
         labels = family.told(None, range(COUNT))
         x0 = family.examples(None, range(COUNT)) if images else None
         noise = SampleNoise(index, step=step, phase=phase)
-        return Batch(family.encode(labels), family.uncond(COUNT), family.shape, index, noise, x0)
+        cond = family.encode(labels)
+        return Batch(cond, family.uncond(COUNT), family.shape, index, noise, x0, self.pairs(step, cond))
+
+    def pairs(self, step: int, cond: Cond) -> Pairs | None:
+        """Stand-ins for the teacher's trajectories."""
+        settings = self.method.pairs(self.family.schedule)
+        if settings is None:
+            return None
+        noise = SampleNoise(range(COUNT), step=step, phase="pairs")
+        points = noise.randn(2 + len(settings.times), *self.family.shape)
+        return Pairs(points[:, 0], points[:, 1], points[:, 2:], cond)
 
     def backward(self, phase: Phase, step: int = 0) -> None:
         """As the trainer does it: everything but `trains` frozen, the terms one after another."""

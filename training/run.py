@@ -19,7 +19,7 @@ from training.checkpoint import Checkpoint, RunDirectory
 from training.data import Source
 from training.loggers import Loggers
 from training.measure import check_metric, measure
-from training.precompute import latents
+from training.precompute import Trajectories, latents, trajectories
 from training.recipe import Recipe
 from training.trainer import Trainer, trained_by
 
@@ -104,8 +104,9 @@ def _stages(
         if not over:
             needs = stage.method.make(stage.student.steps).needs_images
             x0 = _latents(family, source, accelerator) if needs else None
+            pairs = _pairs(stage, family, source, accelerator)
             accelerator.free_memory()  # of the stage before
-            place = {"stage": number, "offset": offset, "student": student}
+            place = {"stage": number, "offset": offset, "student": student, "pairs": pairs}
             trainer = Trainer(stage, recipe, accelerator, family, source, x0, directory, loggers, **place)
             if checkpoint is not None and checkpoint.extra["stage"] == number:
                 trainer.restore(checkpoint)
@@ -190,6 +191,18 @@ def _latents(family: Family, source: Source, accelerator: Accelerator) -> Tensor
 def export_checkpoint(recipe: Recipe, which: str) -> str:
     """Export the weights (run.export: ema or raw) of one checkpoint to run.out/student-STEP-WEIGHTS."""
     directory = RunDirectory(recipe.run.out, recipe.run.keep)
+def _pairs(
+    stage: Recipe, family: Family, source: Source, accelerator: Accelerator
+) -> Trajectories | None:
+    """The teacher's trajectories, sampled once per teacher, source and settings; None where none are wanted."""
+    settings = stage.method.make(stage.student.steps).pairs(family.schedule)
+    if settings is None:
+        return None
+    batch, main = stage.optim.split(accelerator.num_processes)[0], accelerator.is_main_process
+    with accelerator.main_process_first():
+        return trajectories(family, source, settings, CACHE, accelerator.device, batch, progress=main)
+
+
     directory.check(recipe)
     chosen = {"latest": directory.latest(), "best": (directory.best() or (None,))[0]}.get(which, which)
     if chosen is None or not str(chosen).isdecimal():

@@ -35,6 +35,7 @@ from training.data import Source, order
 from training.health import Health
 from training.loggers import Loggers
 from training.measure import lower_is_better, measure
+from training.precompute import Trajectories
 from training.preview import draw_preview
 from training.recipe import OptimConfig, Recipe
 
@@ -49,6 +50,7 @@ class Trainer:
         stage: its number; offset: the global step it starts at.
         student: the one of the stage before, whose weights this stage starts from, or None to start as the
             recipe says.
+        pairs: the teacher's trajectories, for methods that want them.
     """
 
     def __init__(
@@ -65,9 +67,11 @@ class Trainer:
         stage: int = 0,
         offset: int = 0,
         student: Denoiser | None = None,
+        pairs: Trajectories | None = None,
     ) -> None:
         self.recipe, self.whole, self.accelerator, self.family = recipe, whole, accelerator, family
-        self.source, self.x0, self.directory, self.loggers = source, x0, directory, loggers
+        self.source, self.x0, self.pairs = source, x0, pairs
+        self.directory, self.loggers = directory, loggers
         self.stage, self.offset, self.run, self.optim = stage, offset, recipe.run, recipe.optim
         self.device = accelerator.device
         self.micro, self.passes = self.optim.split(accelerator.num_processes)
@@ -242,13 +246,18 @@ class Trainer:
 
     def _batches(self, phase: Phase) -> Iterator[Batch]:
         """This process's passes of the next global batch."""
-        picked = order(self.run.seed, self.source.size, self.batches, self.optim.batch_size)
+        size = self.optim.batch_size
+        picked = order(self.run.seed, self.source.size, self.batches, size)
+        pairs = order(self.run.seed, self.pairs.size, self.batches, size) if self.pairs else None
         self.batches += 1
         self.samples += self.optim.batch_size
         for number in range(self.passes):
             first = (number * self.accelerator.num_processes + self.accelerator.process_index) * self.micro
             positions = range(first, first + self.micro)
-            yield self._batch(phase, [picked[i] for i in positions], positions)
+            batch = self._batch(phase, [picked[i] for i in positions], positions)
+            if pairs is not None:
+                batch.pairs = self.pairs.rows([pairs[i] for i in positions], self.device)
+            yield batch
 
     def _batch(self, phase: Phase, examples: list[int], positions: range) -> Batch:
         source, family = self.source, self.family

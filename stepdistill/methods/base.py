@@ -29,12 +29,42 @@ from stepdistill.timesteps import few_step_grid
 Losses = dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class PairSettings:
+    """What a method wants computed once before training: trajectories of the guided teacher's ODE.
+
+    count: how many; steps: DDIM steps of each; times: where, besides both ends, the state is kept.
+    """
+
+    count: int
+    steps: int
+    guidance_scale: float = 1.0
+    times: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, value in (("pair_count", self.count), ("pair_steps", self.steps)):
+            if value < 1:
+                raise UserError(f"method.{name} must be at least 1, got {value}.")
+
+
+@dataclass
+class Pairs:
+    """Trajectories: unit noise z (B, *shape) -> x0 (B, *shape), the conditions they were drawn under, and the
+    states (B, K, *shape) at the K times asked for.
+    """
+
+    z: Tensor
+    x0: Tensor
+    states: Tensor
+    cond: Cond
+
+
 @dataclass
 class Batch:
     """One process's part of one phase's fresh batch. Conditions arrive encoded.
 
     index: positions in the global batch (B,), from which `generator` draws; x0: real data (B, *shape) or None
-    when the run has none.
+    when the run has none; pairs: as many trajectories as samples, of their own conditions, or None.
     """
 
     cond: Cond
@@ -43,6 +73,7 @@ class Batch:
     index: Tensor
     generator: SampleNoise
     x0: Tensor | None = None
+    pairs: Pairs | None = None
 
     def randn(self) -> Tensor:
         """Fresh standard normal noise in the shape of x0."""
@@ -143,6 +174,10 @@ class Method:
     def needs_images(self) -> bool:
         """Whether batches must carry real x0."""
         return False
+
+    def pairs(self, schedule: Schedule) -> PairSettings | None:
+        """The teacher's trajectories batches must carry, if any; they are computed once and cached."""
+        return None
 
     @property
     def guidance_scale(self) -> float:
@@ -293,6 +328,12 @@ class Compose(Method):
     @property
     def needs_images(self) -> bool:
         return any(part.needs_images for _, _, part in self.parts)
+
+    def pairs(self, schedule: Schedule) -> PairSettings | None:
+        wanted = {settings for _, _, part in self.parts if (settings := part.pairs(schedule))}
+        if len(wanted) > 1:
+            raise UserError("method.parts cannot be composed: two of them want different trajectory pairs.")
+        return wanted.pop() if wanted else None
 
     @property
     def guidance_scale(self) -> float:

@@ -29,7 +29,8 @@ from stepdistill.discriminator import Discriminator
 from stepdistill.features import block_features
 from stepdistill.losses import distribution_matching, gan_discriminator, gan_generator
 from stepdistill.methods.base import Batch, Losses, Networks
-from stepdistill.methods.score import ScoreDistillation, beside
+from stepdistill.methods.score import ScoreDistillation, compared
+from stepdistill.prediction import Prediction
 
 
 class DMD2(ScoreDistillation):
@@ -65,13 +66,18 @@ class DMD2(ScoreDistillation):
         config = self.config
         x0 = self.generate(nets, batch)
         with torch.no_grad():  # the networks only give the direction, DMD Eq. 7
-            real, fake = (said.x0 for said in self.ask(nets, batch, x0))
-        matching = distribution_matching(x0, real, fake, config.normalise)
-        losses = {"total": matching, "matching": matching, "gap": (fake - real).square().flatten(1).mean(1)}
+            real, fake = self.ask(nets, batch, x0)
+            weight = self.weight(nets, batch, real)
+        matching = distribution_matching(x0, real.x0, fake.x0, config.normalise, weight)
+        losses = {"total": matching, "matching": matching} | compared(x0, real, fake)
         if config.gan_weight > 0:
             losses["gan"] = gan_generator(self.logits(nets, x0, batch))
             losses["total"] = losses["total"] + config.gan_weight * losses["gan"]
-        return losses | beside(x0, real)
+        return losses
+
+    def weight(self, nets: Networks, batch: Batch, real: Prediction) -> Tensor | None:
+        """Per sample (B,), of the gradient at the teacher's prediction `real`; None = 1."""
+        return None
 
     def critic_loss(self, nets: Networks, batch: Batch) -> Losses:
         config = self.config
@@ -88,6 +94,8 @@ class DMD2(ScoreDistillation):
         4.3).
         """
         t = self.times(nets, batch)
-        x_t = nets.schedule.add_noise(x0, batch.randn(), t)
+        return self.logits_at(nets, nets.schedule.add_noise(x0, batch.randn(), t), t, batch)
+
+    def logits_at(self, nets: Networks, x_t: Tensor, t: Tensor, batch: Batch) -> Tensor:
         middle = unwrap(nets.fake_score).middle
         return nets.discriminator(block_features(nets.fake_score, x_t, t, batch.cond, [middle]))

@@ -5,9 +5,10 @@ time by plain denoising on what the student makes now (Diff-Instruct, arXiv 2305
 SIM do the same). The frozen teacher stands for the data. A method of this kind differs from the next only in
 what it does with the two answers at a diffused sample, which is its `student_loss`.
 
-Logged by all, with the names a health panel reads: "x0_mean", "x0_std" of the student's samples beside
-"teacher_x0_mean", "teacher_x0_std" of the teacher's answers to them, and "denoising", the fake score's loss.
-A student that leaves the teacher in mean or std (brightness drift, collapse) has outrun its fake score.
+Logged by all, with the names a health panel reads: "gap", the mean square distance of the two answers, which
+falls; "x0_mean", "x0_std" of the student's samples beside "teacher_x0_mean", "teacher_x0_std" of the
+teacher's answers to them; and "denoising", the fake score's loss. A student that leaves the teacher in mean
+or std (brightness drift, collapse) has outrun its fake score.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor, nn, no_grad
 from stepdistill import timesteps
 from stepdistill.denoiser import Denoiser, guided, unwrap
 from stepdistill.errors import UserError
-from stepdistill.losses import denoising, moments
+from stepdistill.losses import denoising, moments, mse
 from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase, simulate
 from stepdistill.prediction import Prediction
 
@@ -131,6 +132,9 @@ class ScoreDistillation(Method):
         return denoising(prediction, x0, eps, sigma_data)
 
 
-def beside(x0: Tensor, teacher_x0: Tensor) -> Losses:
-    """The health panel's view of the student's samples beside the teacher's answers to them."""
-    return moments(x0) | {f"teacher_{name}": value for name, value in moments(teacher_x0).items()}
+def compared(x0: Tensor, real: Prediction, fake: Prediction) -> Losses:
+    """What is logged of a comparison: the two answers' mean square distance, the student's samples beside the
+    teacher's answers.
+    """
+    teacher = {f"teacher_{name}": value for name, value in moments(real.x0).items()}
+    return {"gap": mse(fake.x0, real.x0).detach()} | moments(x0) | teacher

@@ -4,14 +4,14 @@ The Fisher divergence E |s_g - s_teacher|^2 between the diffused laws of a one-s
 the student's own score in it. Two estimates of its gradient are at hand, each biased in its own way while
 the fake score is imperfect:
 
-    L1 = w^2 |teacher - fake|^2                                     the fake score in the score's place    (Eq. 17)
-    L2 = w^2 <teacher - fake, teacher - x0>                         one of the two by the score identity   (Eq. 20)
-    L  = L2 - alpha L1                                                                                     (Eq. 23)
+    L1 = w^2 |teacher - fake|^2                                     the fake score in the score's place
+    L2 = w^2 <teacher - fake, teacher - x0>                         one of the two by the score identity
+    L  = L2 - alpha L1                                              (Sec. 4)
 
 all in x0-space at x_t = alpha_t g(z) + sigma_t eps. Subtracting more of L1 than it has (alpha 1.2) works best
 in the paper. At the optimal fake score alpha = 0.5 is the exact gradient of the Fisher divergence, and
 alpha = 1 that of SIM's L2, whose sampling law is held. The gradient flows through the *inputs* of teacher and
-fake score; their parameters are frozen. Each sample is divided by mean |x0 - teacher|, a constant (Sec. 3.4).
+fake score; their parameters are frozen. Each sample is divided by mean |x0 - teacher|, a constant.
 
 The paper sums over pixels and multiplies by 100; here it is the mean, which Adam does not notice. Use
 optim.betas = [0, 0.999] as the paper does: momentum makes the two networks circle each other. No images are
@@ -25,9 +25,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from stepdistill.losses import mse, score_identity
+from stepdistill.losses import score_identity
 from stepdistill.methods.base import Batch, Losses, Networks
-from stepdistill.methods.score import Density, ScoreDistillation, beside
+from stepdistill.methods.score import Density, ScoreDistillation, compared
 
 
 class SiD(ScoreDistillation):
@@ -44,6 +44,6 @@ class SiD(ScoreDistillation):
     def student_loss(self, nets: Networks, batch: Batch) -> Losses:
         config = self.config
         x0 = self.generate(nets, batch)
-        real, fake = (said.x0 for said in self.ask(nets, batch, x0))  # with gradient, through x_t
-        loss = score_identity(x0, real, fake, config.alpha, config.normalise)
-        return {"total": loss, "gap": mse(real, fake).detach().sqrt()} | beside(x0, real)
+        real, fake = self.ask(nets, batch, x0)  # with gradient, through x_t
+        loss = score_identity(x0, real.x0, fake.x0, config.alpha, config.normalise)
+        return {"total": loss} | compared(x0, real, fake)

@@ -1,0 +1,85 @@
+"""f-distill: one-step students by any f-divergence (Xu, Nie and Vahdat 2025, arXiv 2502.15681).
+
+DMD2 descends the reverse KL, which forgives a student that misses modes. The gradient of any f-divergence
+D_f(data || student) = E_student f(r), r = p_data / p_student, is DMD's times a weight of the density ratio:
+
+    grad = E_t,eps [ h(r(x_t)) (s_fake(x_t) - s_teacher(x_t))^T dx_t/dtheta ],    h(r) = f''(r) r^2
+
+    divergence          f(r)                           h(r)
+    reverse_kl          -log r                         1            DMD2 itself
+    softened_kl         (r + 1) log((r + 1) / 2r)      1 / (r + 1)
+    jensen_shannon      r log r - (r + 1) log((r + 1) / 2)          r / (r + 1)
+    hellinger           1 - sqrt(r)                    sqrt(r) / 4
+    forward_kl          r log r                        r
+    jeffreys            (r - 1) log r                  r + 1
+    neyman              (r - 1)^2 / r                  2 / r
+
+A weight that grows with r listens to samples the data finds likely: those divergences cover modes and have
+more variance. r comes for free from DMD2's discriminator, r = exp(logit), at the x_t the scores are asked at.
+Since E_student r = 1, the ratios are divided by their batch mean, then the weights by theirs, so that the
+learning rate means the same for all (the paper also keeps an average per time bin). Needs real images.
+
+Normal ranges are DMD2's; "weight_max" (largest over mean weight) in the hundreds means that single samples
+rule, and "accuracy" of 1 that the discriminator has won and r says nothing: lower gan_critic_weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from stepdistill.errors import UserError
+from stepdistill.methods.base import Batch, Networks
+from stepdistill.methods.dmd2 import DMD2
+from stepdistill.prediction import Prediction
+
+WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "reverse_kl": lambda r: r**0,
+    "softened_kl": lambda r: 1 / (r + 1),
+    "jensen_shannon": lambda r: r / (r + 1),
+    "hellinger": lambda r: r.sqrt() / 4,
+    "forward_kl": lambda r: r,
+    "jeffreys": lambda r: r + 1,
+    "neyman": lambda r: 2 / r,
+}
+
+
+class FDistill(DMD2):
+    @dataclass
+    class Config(DMD2.Config):
+        divergence: Literal[
+            "reverse_kl", "softened_kl", "jensen_shannon", "hellinger", "forward_kl", "jeffreys", "neyman"
+        ] = "jensen_shannon"
+        ratio_low: float = 0.1  # r is clipped to this range before anything else
+        ratio_high: float = 20.0
+        normalise_weight: bool = True  # ratios and weights by their batch means
+        gan_weight: float = 1e-3
+
+    def __init__(self, config: Any, steps: tuple[int, ...] = (1,)):
+        super().__init__(config, steps)
+        if config.gan_weight <= 0:
+            raise UserError(
+                f"method.gan_weight={config.gan_weight:g}: f_distill takes its density ratio from the"
+                " discriminator; set it above 0."
+            )
+        if not 0 < config.ratio_low < config.ratio_high:
+            raise UserError(
+                "method.ratio_low and method.ratio_high must be positive and rising,"
+                f" got {config.ratio_low:g} and {config.ratio_high:g}."
+            )
+
+    def weight(self, nets: Networks, batch: Batch, real: Prediction) -> Tensor:
+        """h(r) at the diffused samples, (B,), a constant."""
+        config = self.config
+        ratio = self.log_ratio(nets, batch, real).exp().clamp(config.ratio_low, config.ratio_high)
+        if config.normalise_weight:
+            ratio = ratio / ratio.mean()
+        weight = WEIGHTS[config.divergence](ratio)
+        return weight / weight.mean() if config.normalise_weight else weight
+
+    def log_ratio(self, nets: Networks, batch: Batch, real: Prediction) -> Tensor:
+        """log p_data / p_student at (x_t, t), which is what an optimal discriminator's logit is; (B,)."""
+        return self.logits_at(nets, real.x_t, real.t, batch).flatten(1).mean(1)
