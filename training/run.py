@@ -188,9 +188,6 @@ def _latents(family: Family, source: Source, accelerator: Accelerator) -> Tensor
         return latents(source, encode, CACHE, family.latent_key(), progress=accelerator.is_main_process)
 
 
-def export_checkpoint(recipe: Recipe, which: str) -> str:
-    """Export the weights (run.export: ema or raw) of one checkpoint to run.out/student-STEP-WEIGHTS."""
-    directory = RunDirectory(recipe.run.out, recipe.run.keep)
 def _pairs(
     stage: Recipe, family: Family, source: Source, accelerator: Accelerator
 ) -> Trajectories | None:
@@ -203,6 +200,9 @@ def _pairs(
         return trajectories(family, source, settings, CACHE, accelerator.device, batch, progress=main)
 
 
+def export_checkpoint(recipe: Recipe, which: str) -> str:
+    """Export the weights (run.export: ema or raw) of one checkpoint to run.out/student-STEP-WEIGHTS."""
+    directory = RunDirectory(recipe.run.out, recipe.run.keep)
     directory.check(recipe)
     chosen = {"latest": directory.latest(), "best": (directory.best() or (None,))[0]}.get(which, which)
     if chosen is None or not str(chosen).isdecimal():

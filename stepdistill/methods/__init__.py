@@ -11,10 +11,10 @@ METHODS = {
     "ladd": "stepdistill.methods.ladd:LADD",
     "sim": "stepdistill.methods.sim:SIM",
     "sid": "stepdistill.methods.sid:SiD",
-    "compose": "stepdistill.methods.base:Compose",
-}
     "diff_instruct": "stepdistill.methods.diff_instruct:DiffInstruct",
     "f_distill": "stepdistill.methods.f_distill:FDistill",
     "vsd": "stepdistill.methods.vsd:VSD",
     "dmd": "stepdistill.methods.dmd:DMD",
     "kd": "stepdistill.methods.kd:KD",
+    "compose": "stepdistill.methods.base:Compose",
+}
