@@ -244,3 +244,13 @@ def test_everything_stays_on_the_device_of_the_state(name):
         guidance = torch.ones(4, dtype=torch.float64)
         assert student.network(x, t, cond, guidance=guidance).device.type == "meta"
         assert student.network(x, t).device.type == "meta"
+
+
+def test_modes_covered_counts_what_is_reached():
+    family = Toy(Toy.Config(modes=8, fit_steps=0))
+    assert family.modes_covered(lambda n: family.data(range(n), seed=5)) == 8
+    three = family.mixture.means[:3].float()
+    assert family.modes_covered(lambda n: three[torch.arange(n) % 3]) == 3
+    assert family.modes_covered(lambda n: torch.zeros(n, 2)) == 0  # the centre is no mode
+    thin = family.mixture.means[torch.cat((torch.zeros(4000), torch.ones(96))).long()].float()
+    assert family.modes_covered(lambda n: thin) == 1  # 96 of 4,096 is less than a quarter of an eighth

@@ -16,15 +16,17 @@ from training.recipe import RunConfig
 SEED = 10_000_019  # of the points a family's own metric draws
 
 
-def measure(run: RunConfig, family: Family, sampler: ImageSampler, metric: str | None = None) -> float:
-    """`metric`, by default the run's, of `sampler` at its least number of steps."""
+def measure(
+    run: RunConfig, family: Family, sampler: ImageSampler, metric: str | None = None, steps: int | None = None
+) -> float:
+    """`metric`, by default the run's, of `sampler` at `steps`, by default its least number of them."""
     metric = metric or run.metric
     classes = len(family.class_names or ())
     if metric in family.metrics:
 
         def points(n: int) -> Tensor:
             told = [i % max(classes, 1) for i in range(n)]
-            return sampler.x0(told, range(SEED, SEED + n), chunk=n)
+            return sampler.x0(told, range(SEED, SEED + n), steps=steps, chunk=n)
 
         return float(family.metrics[metric](points))
     from evaluation import evaluate
@@ -32,7 +34,7 @@ def measure(run: RunConfig, family: Family, sampler: ImageSampler, metric: str |
     kind, _, extractor = metric.partition(":")
 
     def draw(prompts: Any, seeds: Any) -> Tensor:
-        return sampler(prompts, seeds, chunk=64)
+        return sampler(prompts, seeds, steps=steps, chunk=64)
 
     values = evaluate(
         draw,

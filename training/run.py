@@ -98,7 +98,7 @@ def _stages(
     checkpoint: Checkpoint | None,
 ) -> Trainer:
     """Every stage that is not over yet, one after another; the last one's trainer."""
-    student, offset = None, 0
+    student, extras, offset = None, None, 0
     for number, (stage, source) in enumerate(zip(recipe.stages(), sources, strict=True)):
         over = checkpoint is not None and checkpoint.extra["stage"] > number
         if not over:
@@ -106,21 +106,24 @@ def _stages(
             x0 = _latents(family, source, accelerator) if needs else None
             pairs = _pairs(stage, family, source, accelerator)
             accelerator.free_memory()  # of the stage before
-            place = {"stage": number, "offset": offset, "student": student, "pairs": pairs}
+            place = {"stage": number, "offset": offset, "student": student, "pairs": pairs, "extras": extras}
             trainer = Trainer(stage, recipe, accelerator, family, source, x0, directory, loggers, **place)
             if checkpoint is not None and checkpoint.extra["stage"] == number:
                 trainer.restore(checkpoint)
                 say(accelerator.is_main_process, f"resuming {directory.path} at step {checkpoint.step}")
-            student = trainer.fit()
+            student, extras = trainer.fit(), trainer.raw
         offset += stage.run.steps
     return trainer
 
 
 def _finish(trainer: Trainer, family: Family, directory: RunDirectory) -> None:
+    sampler = trainer.sampler()
     for name in family.metrics:
-        value = measure(trainer.run, family, trainer.sampler(), name)
-        trainer.loggers.log(trainer.offset + trainer.step, {f"metric/{name}": value})
-        say(True, f"{name} = {value:.3f}")
+        for steps in sorted(sampler.steps or (sampler.default_steps,)):
+            value = measure(trainer.run, family, sampler, name, steps)
+            label = name if steps == sampler.default_steps else f"{name}@{steps}"
+            trainer.loggers.log(trainer.offset + trainer.step, {f"metric/{label}": value})
+            say(True, f"{name} = {value:.3f} at {steps} step{'s' * (steps > 1)}")
     if _exports(family):
         export.write(family, trainer.raw["student"], directory.student, trainer.card())
         say(True, f"exported to {directory.student}")

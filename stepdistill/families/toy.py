@@ -265,7 +265,7 @@ class Toy(Family):
         self.shape, self.resolution = (2,), (96, 96)
         self.conditions = "class" if config.classes > 1 else "none"
         self.class_names = tuple(str(i) for i in range(config.classes)) if config.classes > 1 else None
-        self.metrics = {"sw1": self.sliced_w1}
+        self.metrics = {"sw1": self.sliced_w1, "modes": self.modes_covered}
 
     def encode(self, prompts: Sequence[int]) -> Cond:
         return torch.as_tensor([int(label) for label in prompts]) if self.conditions == "class" else None
@@ -304,6 +304,13 @@ class Toy(Family):
         """
         reference, other = self.data(range(count), seed=1), self.data(range(count), seed=2)
         return sliced_wasserstein(draw(count), reference) / sliced_wasserstein(other, reference)
+
+    def modes_covered(self, draw: Callable[[int], Tensor], count: int = 4096) -> float:
+        """How many modes get at least a quarter of their share of `count` samples, within 4 std of them."""
+        distances = torch.cdist(draw(count).double().cpu(), self.mixture.means)
+        nearest = distances.argmin(1)[distances.min(1).values < 4 * self.config.std]
+        shares = torch.bincount(nearest, minlength=len(self.mixture.means)) / count
+        return float((shares >= self.mixture.weights / 4).sum())
 
 
 def sliced_wasserstein(a: Tensor, b: Tensor, projections: int = 512, seed: int = 0) -> float:
