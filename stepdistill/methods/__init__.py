@@ -7,6 +7,9 @@ METHODS = {
     "lcm": "stepdistill.methods.lcm:LCM",
     "cd": "stepdistill.methods.cd:CD",
     "ect": "stepdistill.methods.ect:ECT",
+    "tscd": "stepdistill.methods.tscd:TSCD",
+    "scm": "stepdistill.methods.scm:SCM",
+    "meanflow": "stepdistill.methods.meanflow:MeanFlow",
     "dmd2": "stepdistill.methods.dmd2:DMD2",
     "ladd": "stepdistill.methods.ladd:LADD",
     "sim": "stepdistill.methods.sim:SIM",
@@ -16,5 +19,8 @@ METHODS = {
     "vsd": "stepdistill.methods.vsd:VSD",
     "dmd": "stepdistill.methods.dmd:DMD",
     "kd": "stepdistill.methods.kd:KD",
+    "boot": "stepdistill.methods.boot:BOOT",
+    "progressive": "stepdistill.methods.progressive:Progressive",
+    "disback": "stepdistill.methods.disback:DisBack",
     "compose": "stepdistill.methods.base:Compose",
 }

@@ -1,0 +1,113 @@
+"""MeanFlow: a two-time student of the average velocity (Geng et al. 2025, arXiv 2505.13447).
+
+Under flow matching (x = (1 - t) x0 + t eps) the average velocity between t and r < t is u(x, t, r) = 1/(t - r)
+times the integral of the velocity v along the trajectory; x_t - (t - r) u is then the point at r, in one call.
+Differentiating (t - r) u by t gives an identity with no integral in it:
+
+    u = v - (t - r) du/dt,  du/dt = derivative of u along (v, dt = 1, dr = 0)                       (Eqs. 6, 8)
+    loss   w |u_theta - sg(v - (t - r) du_theta/dt)|^2,  w = sg 1 / (|.|^2 + c)^p                   (Eqs. 9, 22)
+
+v is the teacher's (distillation) or eps - x0 (training; `guidance_scale` then mixes the student's own
+velocities into it, Eqs. 19 and 21, and conditions are dropped at random). For `equal_share` of the samples r
+is t, where the identity is plain flow matching. The student is told where its jump ends (`end`); asked in
+flow's terms whatever schedule its network was trained in.
+
+The weight makes the loss nearly constant: watch `error`, the root of |.|^2 / D before it, and `derivative`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from stepdistill import timesteps
+from stepdistill.denoiser import Cond, Denoiser, unwrap
+from stepdistill.jvp import directional, same_draws
+from stepdistill.losses import moments
+from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase, guided_teacher
+from stepdistill.schedule import Flow, as_edm, expand
+
+
+class MeanFlow(Method):
+    needs_images = True
+    student_extras = ("end",)
+    rule = "flowmap"
+
+    @dataclass
+    class Config:
+        direction: Literal["teacher", "data"] = "teacher"  # distillation, or training from data alone
+        guidance_scale: float = 1.0  # of the teacher, or omega of the training form
+        kappa: float = 0.0  # share of the conditional velocity in the guided target of the training form
+        cond_dropout: float = 0.1  # of the training form
+        equal_share: float = 0.75  # of samples with r = t
+        time_mean: float = -0.4  # of log rho, which under flow is the logit-normal density
+        time_std: float = 1.0
+        weight_power: float = 1.0  # p; 0 is the plain square, 0.5 resembles a Huber loss
+        weight_c: float = 1e-3
+        first_rho: float = 0.0  # noise-to-signal ratio the student starts from; 0 = the schedule's end
+        derivative: Literal["forward", "difference"] = "forward"
+        difference_step: float = 1e-3
+
+    @property
+    def first_rho(self) -> float | None:
+        return self.config.first_rho or None
+
+    def phases(self, step: int) -> Iterator[Phase]:
+        yield Phase("student", ("student",), ((1.0, self.loss),))
+
+    def times(self, nets: Networks, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Flow times t and r <= t, (B,) each, of noise levels the network knows."""
+        config, noise = self.config, batch.generator
+        frame = as_edm(nets.schedule, most=config.first_rho or 1e4)
+        both = [timesteps.lognormal(frame, noise, config.time_mean, config.time_std) for _ in range(2)]
+        t, r = (Flow().t_of_rho(pick(*both)) for pick in (torch.maximum, torch.minimum))
+        return t, torch.where(noise.rand() < config.equal_share, t, r)
+
+    def loss(self, nets: Networks, batch: Batch) -> Losses:
+        config, flow, student = self.config, Flow(), unwrap(nets.student)
+        t, r = self.times(nets, batch)
+        eps = batch.randn()
+        x_t = flow.add_noise(batch.x0, eps, t)
+        cond = batch.dropped_cond(config.cond_dropout) if config.direction == "data" else batch.cond
+        with torch.no_grad(), same_draws(x_t):
+            v = self.velocity(nets, batch, cond, x_t, t, eps)
+            target, derivative = self.target(student, cond, x_t, t, r, v)
+        prediction = nets.student(x_t, t, cond, in_schedule=flow, end=r)
+        squared = (prediction.flow - target).square().flatten(1).sum(1)
+        total = squared / (squared.detach() + config.weight_c) ** config.weight_power
+        error = (squared.detach() / batch.x0[0].numel()).sqrt()
+        seen = {"error": error, "derivative": derivative.flatten(1).norm(dim=1)}
+        return {"total": total} | seen | moments(prediction.x0)
+
+    def target(
+        self, student: Denoiser, cond: Cond, x_t: Tensor, t: Tensor, r: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """v - (t - r) du/dt (Eq. 10), and du/dt."""
+
+        def u(x: Tensor, time: Tensor) -> Tensor:
+            return student(x, time, cond, in_schedule=Flow(), end=r).flow
+
+        config, along = self.config, (v, torch.ones_like(t))
+        _, derivative = directional(config.derivative, u, (x_t, t), along, config.difference_step)
+        return v - expand(t - r, v) * derivative, derivative
+
+    def velocity(
+        self, nets: Networks, batch: Batch, cond: Cond, x_t: Tensor, t: Tensor, eps: Tensor
+    ) -> Tensor:
+        """dx_t/dt, guided (Eq. 21 in the training form)."""
+        config = self.config
+        if config.direction == "teacher":
+            return guided_teacher(nets, batch, config.guidance_scale, Flow())(x_t, t).flow.to(x_t.dtype)
+        v = eps - batch.x0
+        if config.guidance_scale == 1 and config.kappa == 0:
+            return v
+        own = [
+            unwrap(nets.student)(x_t, t, told, in_schedule=Flow(), end=t).flow
+            for told in (cond, batch.uncond)
+        ]
+        omega, kappa = config.guidance_scale, config.kappa
+        return omega * v + kappa * own[0] + (1 - omega - kappa) * own[1]

@@ -1,0 +1,139 @@
+"""sCM: continuous-time consistency models (Lu & Song 2024, arXiv 2410.11081).
+
+Discrete consistency training compares two neighbours on a trajectory; here their distance goes to zero, and
+what remains is the derivative of the student along the trajectory. Under TrigFlow (x = cos(t) x0 + sin(t) z,
+z of the data's standard deviation s) the student is f = cos(t) x - s sin(t) F(x, t), and
+
+    direction    dx/dt = s F_teacher(x, t)  (distillation), or  cos(t) z - sin(t) x0  (training)    (Sec. 3)
+    tangent      cos(t) df/dt = -cos^2(t) (s F - dx/dt) - r (cos(t) sin(t) x + s J),
+                 J = derivative of F along (cos(t) sin(t) dx/dt, cos(t) sin(t))                     (Eq. 6, Sec. 4.1)
+    normalised   g = tangent / (|tangent| + c)                                                      (Sec. 4.1)
+    loss         e^u(t) w(t) / D |s F - sg(s F + g)|^2 - u(t),  w = 1 / (s tan(t))                  (Eq. 8)
+
+Its gradient is -2 w g dF: the loss itself is known beforehand (|g|^2, about 1 after normalisation), so it is
+`tangent`, the mean norm before normalisation, that falls as the student becomes consistent. r rises from 0 to
+1 over `warmup` updates, because the second half of the tangent is what diverges early. u is a small learned
+weight of the noise level. The teacher may be of any schedule, it is asked in TrigFlow's terms.
+
+Networks whose time embedding is steep (Stable Diffusion's, 1000 t into sinusoids of period down to 2 pi)
+have a J that says more about the embedding than about the image; `derivative: difference` with a
+`difference_step` that spans whole timesteps (1e-2) smooths it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill import timesteps
+from stepdistill.denoiser import Cond, Denoiser, unwrap
+from stepdistill.jvp import directional, same_draws
+from stepdistill.losses import moments, mse
+from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase, guided_teacher
+from stepdistill.schedule import Schedule, TrigFlow, as_edm, expand
+
+
+class SCM(Method):
+    needs_images = True
+    health: ClassVar[dict[str, tuple[float, float, str]]] = {
+        "student/tangent": (0.0, 100.0, "divergence: raise method.warmup, or use derivative: difference"),
+    }
+
+    @dataclass
+    class Config:
+        direction: Literal["teacher", "data"] = "teacher"  # distillation (sCD) or training (sCT)
+        guidance_scale: float = 1.0  # of the teacher
+        warmup: int = 10_000  # H, updates until r is 1
+        tangent_c: float = 0.1  # c of the normalisation
+        normalise: bool = True
+        time_mean: float = -1.0  # of log rho, the paper's P_mean and P_std
+        time_std: float = 1.4
+        first_rho: float = 80.0  # noise-to-signal ratio the student starts from; 0 = the schedule's end
+        middle_time: float = (
+            1.3  # TrigFlow time of the second of two steps (SCMScheduler's; the paper has 1.1)
+        )
+        derivative: Literal["forward", "difference"] = "forward"
+        difference_step: float = 1e-3  # of the differences, in units of the tangent
+
+    @property
+    def first_rho(self) -> float | None:
+        return self.config.first_rho or None
+
+    def grid(self, schedule: Schedule, steps: int) -> tuple[float, ...]:
+        grid = super().grid(schedule, steps)
+        return (grid[0], self.config.middle_time) if steps == 2 and isinstance(schedule, TrigFlow) else grid
+
+    def networks(self, teacher: Denoiser, student: Denoiser) -> dict[str, nn.Module]:
+        return {"weighting": NoiseWeight()}
+
+    def phases(self, step: int) -> Iterator[Phase]:
+        r = min(1.0, (step + 1) / max(1, self.config.warmup))
+        yield Phase("student", ("student", "weighting"), ((1.0, partial(self.loss, r=r)),))
+
+    def loss(self, nets: Networks, batch: Batch, r: float = 1.0) -> Losses:
+        config, student = self.config, unwrap(nets.student)
+        trig = TrigFlow(student.sigma_data)
+        t = self.times(nets, batch, trig)
+        x0, eps = batch.x0, batch.randn()
+        x_t = trig.add_noise(x0, eps, t)
+        with torch.no_grad():
+            dx_dt = self.velocity(nets, batch, trig, x_t, t, eps)
+        with same_draws(x_t):
+            F, tangent = self.tangent(student, batch.cond, trig, x_t, t, dx_dt, r)
+        norm = tangent.flatten(1).norm(dim=1)
+        g = tangent / (expand(norm, x_t) + config.tangent_c) if config.normalise else tangent
+        online = nets.student(x_t, t, batch.cond, in_schedule=trig)
+        u, prior = nets.weighting(trig.rho(t)).to(x_t.dtype), (1 / trig.rho(t)).to(x_t.dtype)
+        distance = mse(trig.sigma_data * online.F, trig.sigma_data * F + g)
+        total = u.exp() * prior * distance - u
+        return {"total": total, "tangent": norm, "distance": distance} | moments(online.x0)
+
+    def times(self, nets: Networks, batch: Batch, trig: TrigFlow) -> Tensor:
+        """TrigFlow times of log-normal rho, within what the teacher knows and the student is sampled at."""
+        config = self.config
+        frame = as_edm(nets.schedule, most=config.first_rho or 80.0)
+        return trig.t_of_rho(timesteps.lognormal(frame, batch.generator, config.time_mean, config.time_std))
+
+    def velocity(
+        self, nets: Networks, batch: Batch, trig: TrigFlow, x_t: Tensor, t: Tensor, eps: Tensor
+    ) -> Tensor:
+        """dx_t/dt: where the trajectory, or the straight noising path, goes."""
+        if self.config.direction == "data":
+            return expand(trig.d_alpha(t), x_t) * batch.x0 + expand(trig.d_sigma(t), x_t) * eps
+        return guided_teacher(nets, batch, self.config.guidance_scale, trig)(x_t, t).velocity.to(x_t.dtype)
+
+    def tangent(
+        self, student: Denoiser, cond: Cond, trig: TrigFlow, x_t: Tensor, t: Tensor, dx_dt: Tensor, r: float
+    ) -> tuple[Tensor, Tensor]:
+        """F and cos(t) df/dt, both without a graph; r = 1 is the exact derivative."""
+        cos, sin = expand(t.cos(), x_t), expand(t.sin(), x_t)
+
+        def network(x: Tensor, time: Tensor) -> Tensor:
+            return student(x, time, cond, in_schedule=trig).F
+
+        along = (cos * sin * dx_dt, t.cos() * t.sin())
+        config = self.config
+        F, J = directional(config.derivative, network, (x_t, t), along, config.difference_step)
+        s = trig.sigma_data
+        return F, -(cos**2) * (s * F - dx_dt) - r * (cos * sin * x_t + s * J)
+
+
+class NoiseWeight(nn.Module):
+    """u(t), the learned logarithm of a loss weight, as a function of the noise level; 0 at the start."""
+
+    def __init__(self, width: int = 16):
+        super().__init__()
+        self.register_buffer("frequencies", torch.linspace(0.25, 4.0, width) * math.pi / 4)
+        self.leave = nn.Linear(2 * width, 1)
+        nn.init.zeros_(self.leave.weight)
+        nn.init.zeros_(self.leave.bias)
+
+    def forward(self, rho: Tensor) -> Tensor:
+        angles = rho.clamp(1e-3, 1e3).log().float()[:, None] * self.frequencies
+        return self.leave(torch.cat((angles.sin(), angles.cos()), 1))[:, 0]

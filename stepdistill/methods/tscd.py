@@ -1,0 +1,101 @@
+"""TSCD: trajectory-segmented consistency distillation (Hyper-SD, Ren et al. 2024, arXiv 2404.13686).
+
+Consistency to the end of the whole trajectory is a hard first task. TSCD cuts the trajectory into k segments
+and asks for consistency inside each, the student jumping from t to its segment's lower edge b(t) along its
+own prediction, and repeats that with fewer segments, each stage from the one before (k = 8, 4, 2, 1):
+
+    jump           f(x_t, t -> b) = alpha_b x0 + sigma_b eps, both of one prediction; f(x_b, b -> b) = x_b
+    teacher step   x_s = DDIM( x_t, t -> s ) of the guided teacher, s = max(next point, b)
+    loss           d( f_theta(x_t, t -> b), sg f_ema(x_s, s -> b) )                                 (Eq. 9)
+
+With k = 1 it is the consistency trajectory of TCD (arXiv 2402.19159), and so is its sampling: along the line to
+(1 - eta) of the next time, then noise up to it (`TCDScheduler`). Stages are written as a recipe's `stages:`,
+one segment count each; the paper adds an adversarial term that grows with the stage (`compose` with `ladd`).
+
+The edges are the times a student of k steps is sampled at, so after stage k a k-step student without noise
+(eta 0) makes exactly the jumps it was trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.denoiser import Denoiser, unwrap
+from stepdistill.errors import UserError
+from stepdistill.jvp import same_draws
+from stepdistill.losses import moments, mse, pseudo_huber
+from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase, guided_teacher, track_average
+from stepdistill.schedule import Schedule
+from stepdistill.solvers import ddim
+from stepdistill.timesteps import few_step_grid, teacher_grid
+
+
+class TSCD(Method):
+    needs_images = True
+    rule = "tcd"
+
+    @dataclass
+    class Config:
+        segments: int = 8  # k, of this stage
+        ddim_steps: int = 50  # points of the teacher's grid
+        guidance_scale: float = 7.5  # of the teacher; 1 = off
+        distance: Literal["l2", "pseudo_huber"] = "l2"
+        huber_c: float = 1e-3
+        target_ema: float = 0.95
+        eta: float = 0.3  # noise between sampling steps, from 0 (none) to 1; TCDScheduler's default
+
+    def __init__(self, config: Any, steps: tuple[int, ...] = (1,)):
+        super().__init__(config, steps)
+        if not 1 <= config.segments <= config.ddim_steps:
+            raise UserError(
+                f"method.segments must be from 1 to method.ddim_steps = {config.ddim_steps}, got {config.segments}."
+            )
+        if not 0 <= config.eta <= 1:
+            raise UserError(f"method.eta must be between 0 and 1, got {config.eta:g}.")
+
+    @property
+    def eta(self) -> float:
+        return self.config.eta
+
+    def networks(self, teacher: Denoiser, student: Denoiser) -> dict[str, nn.Module]:
+        return {"target": unwrap(student).clone()}
+
+    def phases(self, step: int) -> Iterator[Phase]:
+        yield Phase("student", ("student",), ((1.0, self.loss),))
+
+    def after_step(self, nets: Networks, step: int, ran: tuple[str, ...]) -> None:
+        track_average(nets.target, nets.student, self.config.target_ema)
+
+    def lower_edge(self, schedule: Schedule, t: Tensor) -> Tensor:
+        """b(t), (B,): the lower edge of the segment (b, top] that holds t; an edge belongs to the one below it."""
+        times = (*few_step_grid(schedule, self.config.segments), schedule.t_min)
+        edges = torch.tensor(times[::-1], dtype=torch.float64, device=t.device)
+        return edges[torch.searchsorted(edges, t.contiguous()) - 1]
+
+    def loss(self, nets: Networks, batch: Batch) -> Losses:
+        config, schedule = self.config, nets.schedule
+        times = (*teacher_grid(schedule, config.ddim_steps), schedule.t_min)
+        grid = torch.tensor(times, dtype=torch.float64, device=batch.index.device)
+        i = batch.generator.randint(0, config.ddim_steps)
+        t = grid[i]
+        b = self.lower_edge(schedule, t)
+        s = torch.maximum(grid[i + 1], b)
+        x_t = schedule.add_noise(batch.x0, batch.randn(), t)
+        with torch.no_grad():
+            teacher = guided_teacher(nets, batch, config.guidance_scale, schedule)
+            x_s = ddim(teacher, x_t, t, s).to(x_t.dtype)
+            with same_draws(x_t):
+                target = nets.target(x_s, s, batch.cond).at(b)
+            target = torch.where((s == b).reshape(-1, *[1] * (x_s.ndim - 1)), x_s, target)
+        prediction = nets.student(x_t, t, batch.cond)
+        online = prediction.at(b)
+        if config.distance == "l2":
+            losses = {"total": mse(online, target)}
+        else:
+            losses = {"total": pseudo_huber(online, target, config.huber_c)}
+        return losses | moments(prediction.x0)
