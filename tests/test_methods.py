@@ -22,6 +22,7 @@ from stepdistill.methods.pretrain import Pretrain
 from stepdistill.noise import SampleNoise
 from stepdistill.prediction import Prediction
 from stepdistill.registry import resolve
+from stepdistill.sampling import RULES
 from stepdistill.schedule import EDM, VP, Flow, expand
 from stepdistill.solvers import ddim
 from stepdistill.timesteps import few_step_grid, times_like
@@ -31,19 +32,25 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "compose": {"parts": [{"name": "dmd2"}, {"name": "dmd2", "weight": 0.5}]},
     # Within its margin the hinge gives the last bias +1 and -1: no move, and rightly so.
     "ladd": {"gan": "non_saturating", "warmup": 3},
+    # A longer path begins at what the fake score begins as, where there is no pull, and rightly so.
+    "disback": {"path": 1},
 }
 VARIANTS = [(name, SETTINGS.get(name, {})) for name in METHODS] + [
     ("dmd2", {"gan_weight": 1e-2}),
+    ("progressive", {"predecessor": "teacher"}),
+    ("disback", {"stage": "degrade"}),
     ("compose", {"parts": [{"name": "dmd2", "gan_weight": 1e-2}, {"name": "dmd2", "student_every": 2}]}),
 ]
 EVERY = pytest.mark.parametrize(
     ("name", "settings"), VARIANTS, ids=[f"{n}{i}" for i, (n, _) in enumerate(VARIANTS)]
 )
 COUNT = 16
+STEPS = {"boot": (1,), "progressive": (2,)}  # of methods whose student serves one number of steps
 
 
-def make(name: str, settings: dict[str, Any], steps=(1, 2)) -> Method:
+def make(name: str, settings: dict[str, Any], steps: tuple[int, ...] | None = None) -> Method:
     cls = resolve(name, METHODS, "method")
+    steps = STEPS.get(name, (1, 2)) if steps is None else steps
     return cls(build(cls.Config, settings, "method"), steps)
 
 
@@ -174,12 +181,12 @@ def test_state_survives_a_round_trip(name, settings):
 
 @EVERY
 def test_grids_and_declarations(name, settings):
-    method = make(name, settings, (1, 2, 4))
+    method = make(name, settings, STEPS.get(name, (1, 2, 4)))
     for steps in method.steps:
         grid = method.grid(VP.from_betas(), steps)
         assert len(grid) == steps and grid == tuple(sorted(grid, reverse=True))
         assert grid[0] == 999 or method.first_rho
-    assert method.rule in ("renoise", "ode") and method.guidance_scale >= 1
+    assert method.rule in RULES and method.guidance_scale >= 1
     for wrong in ((), (0,)):
         with pytest.raises(UserError, match=r"student\.steps"):
             make(name, settings, wrong)

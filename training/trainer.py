@@ -13,7 +13,7 @@ import sys
 import time
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -51,6 +51,7 @@ class Trainer:
         student: the one of the stage before, whose weights this stage starts from, or None to start as the
             recipe says.
         pairs: the teacher's trajectories, for methods that want them.
+        extras: the networks of the stage before, from which `Method.carried` are taken.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Trainer:
         offset: int = 0,
         student: Denoiser | None = None,
         pairs: Trajectories | None = None,
+        extras: Mapping[str, nn.Module] | None = None,
     ) -> None:
         self.recipe, self.whole, self.accelerator, self.family = recipe, whole, accelerator, family
         self.source, self.x0, self.pairs = source, x0, pairs
@@ -83,6 +85,8 @@ class Trainer:
         if recipe.student.gradient_checkpointing:
             _checkpoint_gradients(own)
         self._prepare(own)
+        if extras is not None or stage == 0:  # later without them: `restore` brings the weights
+            self._take_over(extras or {})
         self.ema = EMA(own, recipe.student.ema)
         self.step, self.batches, self.samples = 0, 0, 0
         self.updates: dict[str, int] = defaultdict(int)
@@ -113,6 +117,16 @@ class Trainer:
         for name in self.trained:
             pair = (self.raw[name], _optimizer(self.raw[name], self.optim.for_network(name)))
             self.wrapped[name], self.optimizers[name] = self.accelerator.prepare(*pair)
+
+    def _take_over(self, extras: Mapping[str, nn.Module]) -> None:
+        """The weights of `Method.carried`, every key of which must match."""
+        for name in self.method.carried:
+            if name not in extras:
+                raise UserError(
+                    f"stages.{self.stage}.method takes the network {name!r} over from the stage before, which has"
+                    f" {', '.join(sorted(extras)) or 'none'}; write both as `stages:` with the same settings."
+                )
+            self.raw[name].load_state_dict(extras[name].state_dict())
 
     # ----------------------------------------------------------------------------------------------- the loop
 

@@ -161,6 +161,9 @@ class Method:
     # Its student was taught one guidance scale and takes none; otherwise the scale is an argument at
     # sampling.
     guidance_free: ClassVar[bool] = True
+    # Networks whose weights a stage takes over from networks of the same names of the stage before, key by key
+    # (the student always is). Any other network is made anew.
+    carried: tuple[str, ...] = ()
     # Normal ranges of logged values, "phase/name": (low, high, likely cause when it is left). The trainer
     # shows them in previews and warns; what is common to all methods is in training/health.py.
     health: ClassVar[dict[str, tuple[float, float, str]]] = {}

@@ -1,0 +1,146 @@
+"""DisBack: distribution backtracking around any score distillation (Zhang et al. 2024, arXiv 2408.15991).
+
+At the start of a distillation the teacher's score is trustworthy where data are, and the student's samples are
+somewhere else. DisBack first walks from the teacher to the student, and leads the student back along that way:
+
+    degradation    G0, the student as it starts, stays frozen; s' starts as the teacher and learns by denoising the
+                   score of what G0 makes. On the way it is recorded:  s'_0 = teacher, s'_1, ..., s'_N   (Sec. 4.1)
+    backtracking   the base method runs with s'_(N-1), ..., s'_1, s'_0 in turn as its teacher, `interval` iterations
+                   each and the last to the end; its fake score starts as s'_N                         (Sec. 4.2)
+
+Written as two `stages:` with the same `path` (N) and `base`, the base method's own section; the second takes over
+what the first recorded, key by key. The recorded networks have never seen guidance, so the base's guidance_scale
+holds for the last target alone. `denoising` of the first stage falling well below its start shows that the walk
+has arrived; the record is even in iterations.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from stepdistill import config as configuration
+from stepdistill import timesteps
+from stepdistill.denoiser import Denoiser, unwrap
+from stepdistill.errors import UserError
+from stepdistill.losses import denoising
+from stepdistill.methods.base import Batch, Losses, LossFn, Method, Networks, Phase, simulate
+from stepdistill.registry import resolve
+
+
+class DisBack(Method):
+    @dataclass
+    class Config:
+        stage: Literal["degrade", "backtrack"] = "backtrack"
+        path: int = 4  # N, recorded networks, of which the last starts the fake score
+        interval: int = 1000  # iterations between two records, and with each target
+        base: dict[str, Any] = field(default_factory=lambda: {"name": "dmd2"})  # a method with a fake score
+
+    def __init__(self, config: Any, steps: Sequence[int] = (1,)):
+        super().__init__(config, steps)
+        from stepdistill.methods import METHODS
+
+        for name in ("path", "interval"):
+            if getattr(config, name) < 1:
+                raise UserError(f"method.{name} must be at least 1, got {getattr(config, name)}.")
+        section = dict(config.base)
+        cls = resolve(section.pop("name", ""), METHODS, "method")
+        own = configuration.build(cls.Config, section, "method.base")
+        self.base: Method = cls(own, steps)
+        unguided = replace(own, guidance_scale=1.0) if hasattr(own, "guidance_scale") else own
+        self.on_the_way: Method = cls(unguided, steps)
+        for name in ("student_extras", "rule", "guidance_free", "health"):
+            setattr(self, name, getattr(self.base, name))
+
+    @property
+    def _records(self) -> tuple[str, ...]:
+        """s'_1 .. s'_(N-1); s'_0 is the teacher, s'_N the fake score."""
+        return tuple(f"path_{i}" for i in range(1, self.config.path))
+
+    @property
+    def carried(self) -> tuple[str, ...]:
+        return ("fake_score", *self._records) if self.config.stage == "backtrack" else ()
+
+    @property
+    def needs_images(self) -> bool:
+        return self.config.stage == "backtrack" and self.base.needs_images
+
+    @property
+    def guidance_scale(self) -> float:
+        return self.base.guidance_scale
+
+    @property
+    def finest(self) -> int:
+        return self.base.finest
+
+    @property
+    def eta(self) -> float:
+        return self.base.eta
+
+    @property
+    def init_noise(self) -> str:
+        return self.base.init_noise
+
+    @property
+    def first_rho(self) -> float | None:
+        return self.base.first_rho
+
+    def networks(self, teacher: Denoiser, student: Denoiser) -> dict[str, nn.Module]:
+        made = {"fake_score": teacher.clone()}
+        if self.config.stage == "backtrack":
+            made = self.base.networks(teacher, student)
+            if not isinstance(made.get("fake_score"), Denoiser):
+                raise UserError("method.base must be a method with a fake score, such as dmd2 or sid.")
+        return made | {name: teacher.clone() for name in self._records}
+
+    def phases(self, step: int) -> Iterator[Phase]:
+        if self.config.stage == "degrade":
+            yield Phase("record", ("fake_score",), ((1.0, self.record),))
+            return
+        target = max(self.config.path - 1 - step // self.config.interval, 0)  # index of s' on the path
+        method = self.on_the_way if target else self.base
+        for phase in method.phases(step):
+            terms = tuple((weight, _towards(loss, target)) for weight, loss in phase.terms)
+            yield Phase(phase.name, phase.trains, terms)
+
+    def record(self, nets: Networks, batch: Batch) -> Losses:
+        """Denoising on G0's samples (Sec. 4.1); the fake score's first walk, with the student standing still."""
+        with torch.no_grad():
+            x_t, t, _ = simulate(self.base, nets, batch)
+            x0 = nets.student(x_t, t, batch.cond).x0
+        t, eps = timesteps.uniform(nets.schedule, batch.generator), batch.randn()
+        prediction = nets.fake_score(nets.schedule.add_noise(x0, eps, t), t, batch.cond)
+        loss = denoising(prediction, x0, eps, unwrap(nets.fake_score).sigma_data)
+        return {"total": loss, "denoising": loss}
+
+    def after_step(self, nets: Networks, step: int, ran: tuple[str, ...]) -> None:
+        if self.config.stage == "backtrack":
+            self.base.after_step(nets, step, ran)
+            return
+        done, rest = divmod(step + 1, self.config.interval)
+        if rest == 0 and f"path_{done}" in self._records:
+            nets.modules[f"path_{done}"].load_state_dict(unwrap(nets.fake_score).state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.base.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.base.load_state_dict(state)
+
+
+def _towards(loss: LossFn, target: int) -> LossFn:
+    """`loss` with s'_target in the teacher's place; 0 is the teacher."""
+    if target == 0:
+        return loss
+
+    @functools.wraps(loss)
+    def redirected(nets: Networks, batch: Batch) -> Losses:
+        modules = nets.modules | {"teacher": nets.modules[f"path_{target}"]}
+        return loss(Networks(modules, nets.schedule, nets.decode), batch)
+
+    return redirected
