@@ -1,4 +1,4 @@
-"""The command line: `python -m evaluation run | picture | images | stats | protocols`."""
+"""The command line: `python -m evaluation run | images | stats | compare | doctor | protocols | picture | geneval`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ examples:
   python -m evaluation run --pipeline assets/student --n 200 --out /tmp/quick
   python -m evaluation picture --teacher assets/teacher --student assets/student --out picture.png
   python -m evaluation images MY_SAMPLES --ref MY_DATASET
+  python -m evaluation doctor --protocol coco14-30k
+  python -m evaluation compare runs/eval runs/other
 
 `python -m evaluation COMMAND --help` explains each. The package also has a Python interface:
 evaluation.evaluate(...).""",
@@ -28,7 +30,8 @@ what it does:
   Samples are kept under OUT/samples, so a run that was stopped goes on where it was when the same command is
   given again. With --teacher, the teacher's guidance is swept and its least distance taken ("teacher FD");
   the teacher is also measured at the students' step counts, which is where distillation started. OUT gets
-  results.json (everything) and results.md.
+  results.json (everything), results.md, results.html (tables, plot, samples; one file) and pareto.png.
+  Under `accelerate launch` the processes share the work and come to the same numbers, bit for bit.
 
 examples:
   # everything about the embedded student, next to its teacher (long: 50 steps for each of 2,000 prompts)
@@ -37,7 +40,10 @@ examples:
   python -m evaluation run --pipeline assets/student --n 200 --out /tmp/quick
   # a class-conditional student against real images (classes are taken in turn)
   python -m evaluation run --pipeline STUDENT --reference train.parquet --extractor FEATURE_NET --n 10000 \\
-      --out OUT""",
+      --out OUT
+  # eight GPUs
+  accelerate launch --config_file training/accelerate/8gpu.yaml -m evaluation run --pipeline STUDENT \\
+      --protocol coco14-30k --reference val2014 --captions captions.txt --device cuda --out OUT""",
     "picture": """\
 example:
   python -m evaluation picture --teacher assets/teacher --student assets/student --out picture.png --before \\
@@ -48,11 +54,32 @@ examples:
   python -m evaluation images MY_SAMPLES --ref MY_DATASET
   python -m evaluation stats MY_DATASET -o ref.npz && python -m evaluation images MY_SAMPLES --ref ref.npz
 
+  python -m evaluation images MY_SAMPLES --ref val2014 --protocol coco14-30k --metrics fd,clip --captions FILE
+
 A set of images is a folder with PNG, JPEG, WebP or BMP files, or a Parquet file with a column `image`.
-All images of a set must have one size. The distance is named after its feature net; it is not FID.""",
+All images of a set must have one size, unless a protocol brings them to one. The distance is named after its
+feature net; only that of the Inception weights is FID.""",
     "stats": """\
 example:
-  python -m evaluation stats MY_DATASET -o ref.npz""",
+  python -m evaluation stats MY_DATASET -o ref.npz
+  python -m evaluation stats val2014 -o coco14-val.npz --protocol coco14-30k""",
+    "compare": """\
+examples:
+  python -m evaluation compare runs/a runs/b      # tables, and what really differs, with its standard error
+  python -m evaluation compare runs/a --published # beside published numbers, if the protocol is theirs
+
+Runs are put into one table only if protocol, number of samples, extractor and reference agree.""",
+    "doctor": """\
+examples:
+  python -m evaluation doctor
+  python -m evaluation doctor --protocol coco14-30k --reference val2014 --captions FILE --out runs/eval
+
+With --protocol, the exit code is 2 if that protocol cannot be measured here.""",
+    "geneval": """\
+examples:
+  python -m evaluation geneval export --pipeline STUDENT --captions evaluation_metadata.jsonl --out OUT
+  # in GenEval's own environment: python evaluation/evaluate_images.py OUT/images --outfile results.jsonl ...
+  python -m evaluation geneval summarise results.jsonl""",
     "protocols": """\
 examples:
   python -m evaluation protocols
@@ -70,9 +97,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _quieten() -> None:
     """Keep the loading bars and deprecation notes of the libraries below out of the report."""
     from diffusers.utils import logging as diffusers_logging
+    from PIL import Image
     from transformers.utils import logging as transformers_logging
 
     warnings.simplefilter("ignore", FutureWarning)
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # such an image is refused by name
     for logging in (diffusers_logging, transformers_logging):
         logging.disable_progress_bar()
         logging.set_verbosity_error()
@@ -102,13 +131,16 @@ def _parser() -> argparse.ArgumentParser:
     _add_picture(
         command("picture", _picture, "Draw teacher and student side by side on the same prompts and noise.")
     )
-    images = command("images", _images, "Fréchet distance of one set of images to another.")
+    images = command("images", _images, "Measure one set of images against another.")
     images.add_argument("images", metavar="IMAGES", help="folder of images or .parquet file to measure")
     images.add_argument(
         "--ref", required=True, help="folder, .parquet file, or statistics (.npz) to compare with"
     )
     images.add_argument(
-        "--extractor", default="scenes-v1", help="scenes-v1 (default) or the directory of a feature net"
+        "--metrics", type=_names, default=["fd"], metavar="fd,clip,...", help="what to measure (default: fd)"
+    )
+    images.add_argument(
+        "--captions", metavar="FILE", help="a caption for every image, by order of the files' names"
     )
     images.add_argument("-o", "--out", help="also write the result to this JSON file")
     stats = command(
@@ -116,8 +148,37 @@ def _parser() -> argparse.ArgumentParser:
     )
     stats.add_argument("images", metavar="IMAGES", help="folder of images or .parquet file")
     stats.add_argument("-o", "--out", required=True, help="the .npz file to write")
-    stats.add_argument(
-        "--extractor", default="scenes-v1", help="scenes-v1 (default) or the directory of a feature net"
+    for added in (images, stats):
+        added.add_argument(
+            "--extractor", help="name or directory of a feature net (default: the protocol's, else scenes-v1)"
+        )
+        added.add_argument(
+            "--protocol", help="crop, resize and extract as this protocol does (default: as they are)"
+        )
+        added.add_argument(
+            "--io-batch",
+            type=int,
+            default=64,
+            metavar="64",
+            help="images decoded at a time; changes no number",
+        )
+        added.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
+    compare = command(
+        "compare", _compare, "Tables of several runs, their paired differences, published numbers."
+    )
+    compare.add_argument(
+        "runs", nargs="+", metavar="RUN", help="--out directories of runs, or results.json files"
+    )
+    compare.add_argument(
+        "--published",
+        action="store_true",
+        help="also print published numbers; refused under another protocol",
+    )
+    _add_doctor(
+        command("doctor", _doctor, "Find out whether a measurement can be made here, before it is begun.")
+    )
+    _add_geneval(
+        command("geneval", _geneval, "Write images for GenEval's detector, and summarise its results.")
     )
     protocols = command("protocols", _protocols, "List the protocols, or show everything one fixes.")
     protocols.add_argument("action", nargs="?", choices=["show"], help="show one protocol in full, as JSON")
@@ -218,28 +279,51 @@ def _add_picture(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
 
 
-def _run(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--protocol", help="only this one (default: all)")
+    parser.add_argument("--reference", metavar="PATH", help="where its reference is")
+    parser.add_argument("--captions", metavar="FILE", help="where its captions are")
+    parser.add_argument("--extractor", help="another extractor than the protocol's")
+    parser.add_argument(
+        "--out", default=".", metavar="DIR", help="where samples would be kept (default: here)"
+    )
+    parser.add_argument(
+        "--settings",
+        type=int,
+        default=1,
+        metavar="1",
+        help="models times step counts to be measured (default: 1)",
+    )
 
+
+def _add_geneval(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(metavar="export | summarise", required=True, dest="action")
+    export = actions.add_parser("export", help="draw four images of each prompt into GenEval's folder layout")
+    export.add_argument("--pipeline", required=True, metavar="DIR", help="pipeline directory")
+    export.add_argument("--captions", metavar="FILE", help="GenEval's evaluation_metadata.jsonl")
+    export.add_argument("--out", required=True, metavar="DIR", help="gets images/ and samples/")
+    export.add_argument("--steps", type=int, help="sampling steps (default: the pipeline's)")
+    export.add_argument("--guidance", type=float, metavar="G", help="guidance (default: the pipeline's)")
+    export.add_argument("--batch", type=int, default=16, metavar="16", help="batch size of the networks")
+    export.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
+    summarise = actions.add_parser("summarise", help="scores by task from the detector's results.jsonl")
+    summarise.add_argument("results", metavar="RESULTS", help="results.jsonl")
+    summarise.add_argument("-o", "--out", help="also write the scores to this JSON file")
+
+
+def _run(args: argparse.Namespace) -> None:
     from evaluation import report, run
     from evaluation.processes import Processes
 
-    for name in ("batch", "io_batch", "latency_images"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}.")
+    _at_least_one(args, "batch", "io_batch", "latency_images")
     _quieten()
-    # Into a log file a line every half minute is enough; a terminal wants it to move.
-    interval = 0.5 if sys.stderr.isatty() else 30
-
-    def bar(total: int, desc: str) -> Any:
-        return tqdm(total=total, desc=desc, unit="image", mininterval=interval, dynamic_ncols=True)
-
     results = run(
         args.pipeline, args.out,
         teacher=args.teacher, steps=args.steps, guidance=args.guidance, teacher_steps=args.teacher_steps,
         teacher_guidance=args.teacher_guidance, n=args.n, teacher_n=args.teacher_n, metrics=args.metrics,
         protocol=args.protocol, reference=args.reference, captions=args.captions, extractor=args.extractor,
-        batch=args.batch, io_batch=args.io_batch, device=args.device, latency_images=args.latency_images, force=args.force, bar=bar,
+        batch=args.batch, io_batch=args.io_batch, device=args.device,
+        latency_images=args.latency_images, force=args.force, bar=_bar(),
     )  # fmt: skip
     if not Processes.join().first:
         return
@@ -247,7 +331,7 @@ def _run(args: argparse.Namespace) -> None:
     print(report.table(results))
     for warning in results["warnings"]:
         print(f"warning: {warning}")
-    print(f"\nwritten: {Path(args.out) / 'results.json'} and results.md")
+    print(f"\nwritten: {Path(args.out) / 'results.html'}, results.md, results.json and pareto.png")
 
 
 def _picture(args: argparse.Namespace) -> None:
@@ -285,60 +369,138 @@ def _picture(args: argparse.Namespace) -> None:
 
 
 def _images(args: argparse.Namespace) -> None:
-    from evaluation.extractors import load_extractor
-    from evaluation.images import open_images
-    from evaluation.metrics.base import Inputs
-    from evaluation.metrics.fd import FrechetDistance
-    from evaluation.stats import FeatureStats
+    from evaluation import folders
 
     target = _target(args.out) if args.out else None
-    images = open_images(args.images)
-    reference = Path(args.ref)
-    against = None if reference.suffix == ".npz" else open_images(reference)
-    extractor = load_extractor(args.extractor)
-    if against is None:
-        stats = FeatureStats.load(reference, expect=extractor.source)
-    else:
-        stats = _statistics(against, extractor)
-    inputs = Inputs(images=images, extractor=extractor, reference=stats)
-    found = FrechetDistance().compute(inputs)
-    name = f"fd:{extractor.name}"
-    counts = f"n = {inputs.folds.n}, reference n = {stats.n}"
-    print(f"{name} {found[name]:.6g} ± {found[name + '/se']:.2g}  ({counts})")
-    if Path(args.images).resolve() == reference.resolve():
-        print("warning: the images were compared with themselves.")
-    if min(inputs.folds.n, stats.n) <= extractor.dim:
-        print(
-            f"warning: no more images than the {extractor.dim} features; the distance is biased far upwards."
-        )
+    _at_least_one(args, "io_batch")
+    _quieten()
+    found = folders.measure(
+        args.images, args.ref, metrics=args.metrics, extractor=args.extractor, protocol=args.protocol,
+        captions=args.captions, io_batch=args.io_batch, device=args.device,
+    )  # fmt: skip
+    print(f"n = {found['n']}, reference n = {found['reference_n'] or 'not said'}")
+    _print_values(found)
+    for warning in found["warnings"]:
+        print(f"warning: {warning}")
     if target:
-        content = found | {
-            "n": inputs.folds.n,
-            "reference_n": stats.n,
-            "extractor": extractor.name,
-            "sha256": extractor.sha256,
-        }
-        with atomic_write(target) as temporary:
-            temporary.write_text(json.dumps(content, indent=2) + "\n")
+        _write_json(found, target)
 
 
 def _stats(args: argparse.Namespace) -> None:
+    from evaluation import folders
     from evaluation.extractors import load_extractor
-    from evaluation.images import open_images
+    from evaluation.images import Resize, open_images
+    from evaluation.protocols import get_protocol
 
     target = _target(args.out)
-    stats = _statistics(open_images(args.images), load_extractor(args.extractor))
+    _at_least_one(args, "io_batch")
+    _quieten()
+    chosen = get_protocol(args.protocol) if args.protocol else None
+    resize = getattr(chosen.reference, "resize", Resize()) if chosen else Resize()
+    images = open_images(args.images, resize, args.io_batch)
+    extractor = load_extractor(args.extractor or (chosen.extractor if chosen else "scenes-v1"), args.device)
+    stats = folders.statistics(images, extractor)
     stats.save(target)
     print(f"written: {target} (n = {stats.n}, {stats.dim} features of {stats.source.extractor})")
+    if images.facts.duplicates:
+        print(f"warning: {images.facts.duplicates} images have the same pixels as another one.")
 
 
-def _statistics(images: Any, extractor: Any) -> Any:
-    from evaluation.stats import FeatureStats
+def _compare(args: argparse.Namespace) -> None:
+    from evaluation import compare
 
-    stats = FeatureStats(extractor.dim, extractor.source)
-    for features in extractor.stream(images):
-        stats.add(features)
-    return stats
+    if len(args.runs) < 2 and not args.published:
+        raise UserError("compare needs at least two runs, or one and --published.")
+    print(compare.text([compare.load(path) for path in args.runs], args.published))
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    from evaluation import doctor
+
+    _at_least_one(args, "settings")
+    _quieten()
+    found = doctor.examine(
+        args.protocol, reference=args.reference, captions=args.captions, extractor=args.extractor, out=args.out,
+        settings=args.settings,
+    )  # fmt: skip
+    for finding in found:
+        print(f"{'ok     ' if finding.good else 'MISSING'}  {finding.name}: {finding.text}")
+    missing = [finding.name for finding in found if not finding.good]
+    if args.protocol and missing:
+        raise UserError(f"{args.protocol} cannot be measured here yet: see {', '.join(missing)} above.")
+
+
+def _geneval(args: argparse.Namespace) -> None:
+    from evaluation import geneval
+
+    if args.action == "summarise":
+        target = _target(args.out) if args.out else None
+        found = geneval.summarise(args.results)
+        print(f"{found['prompts']:.0f} prompts, {found['images']:.0f} images")
+        _print_values(found)
+        if target:
+            _write_json(found, target)
+        return
+    from evaluation.generate import Configuration, draw_with, generate, pipeline_sha256
+    from evaluation.protocols import get_protocol
+    from evaluation.report import check_writable
+    from stepdistill import load
+
+    _at_least_one(args, "batch")
+    _quieten()
+    protocol = get_protocol("geneval").located(captions=args.captions)
+    check_writable(Path(args.out))
+    sampler = load(args.pipeline, device=args.device)
+    steps = args.steps or sampler.default_steps
+    guidance = sampler.default_guidance if args.guidance is None else args.guidance
+    configuration = Configuration(
+        sampler.path.name,
+        pipeline_sha256(sampler.path),
+        protocol.hash,
+        steps,
+        guidance,
+        args.batch,
+        args.device,
+    )
+    with _bar()(total=protocol.n, desc=f"{sampler.path.name}, {steps} steps") as bar:
+        samples = generate(
+            draw_with(sampler, steps, guidance, args.batch), configuration, protocol.prompts(protocol.n),
+            protocol.seeds(protocol.n), Path(args.out) / "samples", progress=bar.update,
+        )  # fmt: skip
+    folder = Path(args.out) / "images"
+    count = geneval.export(samples, protocol.captions, protocol.images_per_prompt, folder)
+    print(f"written: {folder} ({count} prompts, {len(samples)} images)")
+
+
+def _print_values(found: dict[str, Any]) -> None:
+    """Every number with its standard error, one a line."""
+    for name, value in found.items():
+        if isinstance(value, float) and not name.endswith("/se"):
+            error = found.get(f"{name}/se")
+            print(f"{name} {value:.6g}" + (f" ± {error:.2g}" if error is not None else ""))
+
+
+def _write_json(content: dict[str, Any], target: Path) -> None:
+    with atomic_write(target) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _at_least_one(args: argparse.Namespace, *names: str) -> None:
+    """Raises UserError for an option that is given and below 1."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
+
+
+def _bar() -> Callable[..., Any]:
+    """Makes a progress bar from `total` and `desc`."""
+    from functools import partial
+
+    from tqdm import tqdm
+
+    interval = 0.5 if sys.stderr.isatty() else 30
+    return partial(tqdm, unit="image", mininterval=interval, dynamic_ncols=True)
 
 
 def _protocols(args: argparse.Namespace) -> None:
@@ -346,12 +508,20 @@ def _protocols(args: argparse.Namespace) -> None:
 
     if args.action is None:
         for protocol in PROTOCOLS.values():
-            print(f"{protocol.name}  version {protocol.version}, hash {protocol.hash}: {protocol.about}")
+            print(f"{protocol.name:16} version {protocol.version}, hash {protocol.hash}: {protocol.about}")
         return
     if args.name is None:
         raise UserError(f"say which protocol to show: {', '.join(PROTOCOLS)}.")
     protocol = get_protocol(args.name)
-    print(json.dumps(protocol.describe() | {"hash": protocol.hash, "about": protocol.about}, indent=2))
+    files = [part for part in (protocol.reference, protocol.captions) if getattr(part, "about", "")]
+    shown = protocol.describe() | {
+        "hash": protocol.hash,
+        "metrics": list(protocol.metrics),
+        "about": protocol.about,
+        "source": protocol.source,
+        "files": {part.name: part.about for part in files},
+    }
+    print(json.dumps(shown, indent=2))
 
 
 def _target(path: str) -> Path:

@@ -33,7 +33,7 @@ from evaluation.metrics.latency import IMAGES, Timed, measure, speedups
 from evaluation.processes import Processes
 from evaluation.protocols import NamedReference, Protocol, checked_n, get_protocol, measurable, real_images
 from evaluation.reference import reference_stats
-from evaluation.stats import frechet_distance, frechet_ratio_with_error
+from evaluation.stats import fold_distances, frechet_ratio_with_error
 from stepdistill.errors import UserError
 
 if TYPE_CHECKING:
@@ -287,7 +287,9 @@ class _Session:
             row.metrics |= metric.compute(row.inputs)
         row.facts = row.inputs.images.facts
         if "fd" in self.computed:
-            row.folds[f"fd:{self.extractor.name}"] = fold_values(row.inputs)
+            row.folds[f"fd:{self.extractor.name}"] = list(
+                fold_distances(row.inputs.folds, self.reference).left_out
+            )
         row.seconds = time.time() - began
         return row
 
@@ -399,14 +401,6 @@ class _Session:
                     "steps have the same pixels as another one."
                 )
         return found
-
-
-def fold_values(inputs: Inputs) -> list[float]:
-    """The distance with each fold of the samples left out, for differences between runs; empty if too few."""
-    folds = inputs.folds.folds
-    if sum(fold.n > 0 for fold in folds) < len(folds) or inputs.folds.n - max(fold.n for fold in folds) < 2:
-        return []
-    return [frechet_distance(inputs.folds.without(k), inputs.reference) for k in range(len(folds))]
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,7 +19,8 @@ import stepdistill
 from evaluation import protocols
 from evaluation.__main__ import main
 from evaluation.feature_net import FeatureNet
-from evaluation.protocols import PROTOCOLS, SceneReference
+from evaluation.images import Resize
+from evaluation.protocols import PROTOCOLS, CaptionFile, NamedReference, SceneReference
 from evaluation.stats import FeatureStats
 from stepdistill import scenes
 from stepdistill.errors import UserError
@@ -250,10 +252,100 @@ def test_images_against_a_folder_and_against_statistics(tmp_path, net, capsys) -
             ]
         )
         found.append(json.loads((tmp_path / "r.json").read_text()))
-    assert found[0] == found[1] and found[0]["fd:tiny"] > 0 and found[0]["reference_n"] == 40
+    assert found[0]["fd:tiny"] == found[1]["fd:tiny"] > 0 and found[0]["reference_n"] == 40
+    assert found[0]["fd:tiny/se"] == found[1]["fd:tiny/se"] and found[0]["extractor"] == "tiny"
     assert "fd:tiny" in capsys.readouterr().out
     main(["images", str(one), "--ref", str(one), "--extractor", str(net)])
     assert "compared with themselves" in capsys.readouterr().out
+
+
+def test_every_io_batch_gives_the_same_distance(tmp_path, net) -> None:
+    one, other = save_images(tmp_path / "one", 70), save_images(tmp_path / "other", 40)
+    found = []
+    for size in (1, 7, 64):
+        command = [
+            "images",
+            one,
+            "--ref",
+            other,
+            "--extractor",
+            net,
+            "--io-batch",
+            size,
+            "-o",
+            tmp_path / "r.json",
+        ]
+        main([*map(str, command)])
+        found.append(json.loads((tmp_path / "r.json").read_text()))
+    for result in found:
+        assert (result["fd:tiny"], result["fd:tiny/se"]) == (found[0]["fd:tiny"], found[0]["fd:tiny/se"])
+
+
+def test_doubts_about_two_sets(tmp_path, net, capsys) -> None:
+    def doubted(*more: object) -> str:
+        main(
+            [*map(str, ("images", tmp_path / "one", "--ref", tmp_path / "other", "--extractor", net, *more))]
+        )
+        return capsys.readouterr().out
+
+    save_images(tmp_path / "one", 30)
+    (tmp_path / "other").mkdir()
+    for index in range(30):
+        pixels = Image.fromarray(scenes.image_at(100 + index, 3)[1])
+        pixels.resize((80, 80)).save(tmp_path / "other" / f"{index}.jpg")
+    shown = doubted()
+    assert "differ in size, 64x64 and 80x80" in shown and "30 of the 30 of the reference are JPEG" in shown
+    assert "30 images are few" in shown and "same pixels" not in shown and "without colour" not in shown
+    shutil.copy(tmp_path / "one" / "3.png", tmp_path / "one" / "copy.png")
+    Image.new("L", (64, 64), 7).save(tmp_path / "one" / "grey.png")
+    shutil.rmtree(tmp_path / "other")
+    save_images(tmp_path / "other", 9)
+    shown = doubted()
+    for part in ("1 of 32 images have the same pixels", "1 of 32 images are stored without colour",
+                 "9 different images are in both sets", "no more images than the 16 features"):  # fmt: skip
+        assert part in shown
+
+
+def test_images_as_a_protocol_wants_them(tmp_path, net, capsys, monkeypatch) -> None:
+    """Mixed sizes are brought to one by the protocol, on both sides, and the result carries its hash."""
+    protocol = replace(
+        PROTOCOLS["coco14-30k"], name="mine", resize=Resize("centre", 32, "box"), n=20,
+        captions=CaptionFile("c", 20), reference=NamedReference("r", 20, Resize("centre", 32, "box")),
+    )  # fmt: skip
+    monkeypatch.setitem(protocols.PROTOCOLS, "mine", protocol)
+    for name in ("one", "other"):
+        save_images(tmp_path / name, 19)
+        Image.new("RGB", (64, 40), (5, 9, 200)).save(tmp_path / name / "wide.png")
+    command = ["images", tmp_path / "one", "--ref", tmp_path / "other", "--extractor", net]
+    assert "is 64x40 but" in refused(capsys, *command)
+    main([*map(str, command), "--protocol", "mine", "-o", str(tmp_path / "r.json")])
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["fd:tiny"] < 1e-8 and (found["protocol"], found["protocol_hash"]) == ("mine", protocol.hash)
+    main(
+        [
+            "stats",
+            str(tmp_path / "other"),
+            "-o",
+            str(tmp_path / "s.npz"),
+            "--extractor",
+            str(net),
+            "--protocol",
+            "mine",
+        ]
+    )
+    main([*map(str, command[:3]), str(tmp_path / "s.npz"), "--extractor", str(net), "--protocol", "mine"])
+    assert "fd:tiny 0" in capsys.readouterr().out or found["fd:tiny"] < 1e-8
+
+
+def test_a_score_of_captions_needs_them_all(tmp_path, net, capsys) -> None:
+    one = save_images(tmp_path / "one", 4)
+    command = ["images", one, "--ref", one, "--extractor", net, "--metrics", "fd,clip"]
+    assert "the metric 'clip' needs captions" in refused(capsys, *command)
+    (tmp_path / "c.txt").write_text("a\nb\nc\n")
+    assert "has 3 captions for the 4 images" in refused(capsys, *command, "--captions", tmp_path / "c.txt")
+    assert "needs captions and timed" in refused(
+        capsys, "images", one, "--ref", one, "--extractor", net, "--metrics", "latency"
+    )
 
 
 def test_images_that_cannot_be_measured(tmp_path, net, capsys) -> None:
@@ -272,6 +364,17 @@ def test_images_that_cannot_be_measured(tmp_path, net, capsys) -> None:
     Image.new("RGB", (32, 32)).save(mixed / "9.png")
     assert "9.png is 32x32 but" in wrong(mixed)
     assert "at least 2 images, got 1" in wrong(save_images(tmp_path / "single", 1))
+    for name, image in (
+        ("deep", Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64))),
+        ("clear", Image.new("RGBA", (64, 64), (1, 2, 3, 4))),
+        ("cmyk", Image.new("CMYK", (64, 64))),
+    ):
+        odd = save_images(tmp_path / name)
+        image.save(odd / f"{name}.{'jpg' if name == 'cmyk' else 'png'}")
+        assert ("transparent pixels" if name == "clear" else "the pixel format") in wrong(odd)
+    bomb = save_images(tmp_path / "bomb")
+    Image.new("1", (10_000, 10_000)).save(bomb / "bomb.png")  # 100 megapixels in a few kilobytes
+    assert "bomb.png cannot be read as an image (10000x10000 pixels are too many)" in wrong(bomb)
     torch.manual_seed(1)
     FeatureNet("other", 32, 16, {"label": ["a", "b"]}).save(tmp_path / "net")
     main(["stats", str(good), "-o", str(tmp_path / "ref.npz"), "--extractor", str(tmp_path / "net")])

@@ -139,7 +139,7 @@ def test_captions_in_every_layout(tmp_path, name, content) -> None:
 
 def test_captions_that_are_missing_too_few_or_empty(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("STEPDISTILL_REFERENCES", str(tmp_path))
-    with pytest.raises(UserError, match=rf"captions c was not found at {tmp_path}/c.txt.*with --captions"):
+    with pytest.raises(UserError, match=rf"nothing for the captions c at {tmp_path}/c.txt.*with --captions"):
         CaptionFile("c", 2).found()
     (tmp_path / "c.txt").write_text("one\n")
     with pytest.raises(UserError, match="has 1 captions, but the protocol's c has 2"):
@@ -155,7 +155,7 @@ def test_captions_that_are_missing_too_few_or_empty(tmp_path, monkeypatch) -> No
 def test_references_are_found_and_counted(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("STEPDISTILL_REFERENCES", str(tmp_path))
     with pytest.raises(
-        UserError, match=rf"reference pictures was not found at {tmp_path}/pictures, .*--reference"
+        UserError, match=rf"the reference pictures at {tmp_path}/pictures, .*--reference"
     ):
         small(captions=None, conditions="none").located()
     (tmp_path / "pictures").mkdir()

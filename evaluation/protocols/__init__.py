@@ -474,7 +474,7 @@ def _find(
         if place.exists():
             return place
     raise UserError(
-        f"{what} {name} was not found at {', '.join(map(str, places))}; {about} Name its place with {option}, "
+        f"there is nothing for {what} {name} at {', '.join(map(str, places))}; {about} Name its place with {option}, "
         f"or put it into the folder that ${ENVIRONMENT} names."
     )
 

@@ -1,0 +1,169 @@
+"""`python -m evaluation compare`: tables of several runs, what really differs, and published numbers.
+
+Only what was measured alike stands in one table: equal protocol hash, number of samples, extractor weights and
+reference. There every sample of one run has its partner in another (same prompt, same noise), so a difference
+of distances has a far smaller error than the two distances.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from evaluation import report
+from evaluation.protocols import PROTOCOLS
+from evaluation.stats import FoldDistances
+from stepdistill.errors import UserError
+
+PUBLISHED = Path(__file__).resolve().parent / "published.yaml"
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The results of a run, from its directory or its results.json.
+
+    Raises:
+        UserError: there is no such file, or it is none of ours.
+    """
+    path = Path(path)
+    file = path / "results.json" if path.is_dir() else path
+    try:
+        results = json.loads(file.read_text())
+        if not str(results["format"]).startswith("stepdistill-results-") or not results["rows"]:
+            raise KeyError("rows")
+    except OSError as error:
+        raise UserError(
+            f"there are no results at {file} ({error.strerror}); give the --out of a run."
+        ) from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{file} holds no results of `python -m evaluation run`; give the --out of a run."
+        ) from None
+    return results | {"label": path.resolve().name if path.is_dir() else path.stem}
+
+
+def identity(results: dict[str, Any]) -> tuple[Any, ...]:
+    """What two runs have to agree in before a number of one says anything about a number of the other."""
+    extractor = results["extractor"] or {}
+    return results["protocol_hash"], results["n"], extractor.get("sha256"), results.get("reference_sha256")
+
+
+def groups(runs: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Runs that may be compared, together, in the order given."""
+    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for run in runs:
+        found.setdefault(identity(run), []).append(run)
+    return list(found.values())
+
+
+def merged(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Results with the rows of all runs, each named after its run: what the report makes tables of."""
+    rows = [row | {"name": f"{run['label']}: {row['name']}"} for run in runs for row in run["rows"]]
+    return runs[0] | {"rows": rows}
+
+
+def differences(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Paired differences of the later runs to the first one, of rows with equal role and steps.
+
+    Standard errors are by the delete-one-fold jackknife of the difference: the same fold is left out on both
+    sides, which cancels what the samples have in common.
+    """
+    found = []
+    first, *others = runs
+    for run in others:
+        for row in run["rows"]:
+            for base in first["rows"]:
+                if (row["role"], row["steps"], row["n"]) != (base["role"], base["steps"], base["n"]):
+                    continue
+                for name in sorted(set(row.get("folds") or {}) & set(base.get("folds") or {})):
+                    ours, theirs = row["folds"][name], base["folds"][name]
+                    if ours and len(ours) == len(theirs):
+                        value = row["metrics"][name] - base["metrics"][name]
+                        left_out = tuple(x - y for x, y in zip(ours, theirs, strict=True))
+                        found.append(
+                            {
+                                "metric": name,
+                                "what": f"{run['label']}: {row['name']}",
+                                "than": f"{first['label']}: {base['name']}",
+                                "role": row["role"],
+                                "steps": row["steps"],
+                                "difference": value,
+                                "se": FoldDistances(value, row["n"], left_out, ()).error,
+                            }
+                        )
+    return found
+
+
+def published() -> dict[str, list[dict[str, Any]]]:
+    """Published numbers by the hash of the protocol they were measured under."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name, entries in yaml.safe_load(PUBLISHED.read_text()).items():
+        found[PROTOCOLS[name].hash] = [entry | {"protocol": name} for entry in entries]
+    return found
+
+
+def published_beside(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Published numbers that the results may stand beside; empty where there are none.
+
+    Raises:
+        UserError: the results are of another protocol than any published number, or of fewer samples.
+    """
+    known = published()
+    found = known.get(results["protocol_hash"])
+    if found is None:
+        listed = ", ".join(
+            f"{name} ({PROTOCOLS[name].hash})" for name in yaml.safe_load(PUBLISHED.read_text())
+        )
+        raise UserError(
+            f"{results['label']} was measured under {results['protocol']} (hash {results['protocol_hash']}), and "
+            f"no published number was: those are of {listed}; numbers of two protocols are not compared."
+        )
+    full = results.get("protocol_n")
+    if results["n"] != full:
+        raise UserError(
+            f"{results['label']} has {results['n']} samples, but the published numbers have {full}; distances of "
+            "different numbers of samples are not compared."
+        )
+    return found
+
+
+def text(runs: Sequence[dict[str, Any]], with_published: bool = False) -> str:
+    """Everything above as text for a terminal."""
+    parts = []
+    together = groups(runs)
+    for group in together:
+        names = ", ".join(run["label"] for run in group)
+        parts.append(f"{group[0]['protocol']} (hash {group[0]['protocol_hash']}): {names}")
+        parts.append(report.table(merged(group)))
+        if found := differences(group):
+            parts.append("\n".join(map(_said, found)))
+        if with_published:
+            parts += [_published_table(published_beside(run)) for run in group[:1]]
+    if len(together) > 1:
+        parts.append(
+            "warning: these tables are of different protocols, numbers of samples, extractors or references; "
+            "don't compare numbers of one with those of another."
+        )
+    return "\n\n".join(parts)
+
+
+def _said(found: dict[str, Any]) -> str:
+    size = abs(found["difference"]) / found["se"] if found["se"] else math.inf
+    return (
+        f"{found['metric']}, {found['steps']} step{'s' if found['steps'] > 1 else ''}: {found['what']} minus "
+        f"{found['than']} is {found['difference']:+.4g} ± {found['se']:.2g} "
+        f"({size:.1f} standard errors{'' if size >= 2 else ': no evidence of a difference'})"
+    )
+
+
+def _published_table(entries: Iterable[dict[str, Any]]) -> str:
+    lines = ["published under this protocol:"]
+    for entry in entries:
+        numbers = ", ".join(f"{name} {value:g}" for name, value in entry["metrics"].items())
+        lines.append(f"  {entry['model']}, {entry['steps']} steps: {numbers}  [{entry['source']}]")
+    return "\n".join(lines)

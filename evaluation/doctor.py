@@ -1,0 +1,133 @@
+"""`python -m evaluation doctor`: whether a measurement can be made here, before hours are spent on it."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from evaluation.extractors import load_extractor
+from evaluation.images import open_images
+from evaluation.protocols import PROTOCOLS, NamedReference, Protocol, get_protocol
+from evaluation.reference import cache_directory
+from stepdistill.errors import UserError
+
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "pillow")
+_USUAL_SIDE = 512  # of samples where neither protocol nor pipeline says it
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: what was looked at, whether it is as it should be, and what was found."""
+
+    name: str
+    good: bool
+    text: str
+
+
+def examine(
+    protocol: str | Protocol | None = None,
+    *,
+    reference: str | os.PathLike[str] | None = None,
+    captions: str | os.PathLike[str] | None = None,
+    extractor: str | None = None,
+    out: str | os.PathLike[str] = ".",
+    settings: int = 1,
+) -> list[Finding]:
+    """Versions, devices and caches; then the protocol's weights, files and disk space, or those of all.
+
+    `settings` is the number of models times step counts that samples are kept of.
+
+    Raises:
+        UserError: there is no such protocol.
+    """
+    chosen = [get_protocol(protocol)] if protocol is not None else list(PROTOCOLS.values())
+    found = [_versions(), _device(), _cache()]
+    nets = dict.fromkeys(extractor or one.extractor for one in chosen if one.reference is not None)
+    found += [_extractor(name) for name in nets]
+    for one in chosen:
+        found += _files(one, reference, captions)
+        found.append(_disk(one, Path(out), settings))
+    return found
+
+
+def _versions() -> Finding:
+    found = [f"python {platform.python_version()}"]
+    missing = []
+    for name in PACKAGES:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            missing.append(name)
+    text = ", ".join(found) + (f"; missing: {', '.join(missing)}" if missing else "")
+    return Finding("versions", not missing, text)
+
+
+def _device() -> Finding:
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    cpu = f"cpu with {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return Finding("devices", True, ", ".join([cpu, *gpus]) + ("" if gpus else "; no GPU is visible"))
+
+
+def _cache() -> Finding:
+    place = cache_directory()
+    kept = list(place.glob("*.npz")) if place.is_dir() else []
+    parent = next(folder for folder in (place, *place.parents) if folder.exists())
+    good = os.access(parent, os.W_OK)
+    text = f"{place}: {len(kept)} kept" + (
+        "" if good else "; it cannot be written to, so nothing will be kept"
+    )
+    return Finding("statistics cache", good, text)
+
+
+def _extractor(name: str) -> Finding:
+    try:
+        net = load_extractor(name)
+    except UserError as error:
+        return Finding(f"extractor {name}", False, str(error))
+    return Finding(f"extractor {name}", True, f"{net.dim} features, sha256 {net.sha256[:16]}")
+
+
+def _files(
+    protocol: Protocol, reference: str | os.PathLike[str] | None, captions: str | os.PathLike[str] | None
+) -> list[Finding]:
+    """Reference and captions, as far as they are files that a person has to bring."""
+    found = []
+    parts = []
+    if isinstance(protocol.reference, NamedReference):
+        parts.append(("reference", protocol.reference, reference))
+    if protocol.captions is not None:
+        parts.append(("captions", protocol.captions, captions))
+    for what, part, path in parts:
+        name = f"{protocol.name}: {what}"
+        try:
+            known = part.found(path)
+            if what == "reference" and not known.is_statistics:
+                next(iter(open_images(known.path, known.resize)))
+            found.append(Finding(name, True, known.path))
+        except UserError as error:
+            found.append(Finding(name, False, str(error)))
+    return found
+
+
+def _disk(protocol: Protocol, out: Path, settings: int) -> Finding:
+    side = protocol.resolution or (64 if protocol.conditions == "scenes" else _USUAL_SIDE)
+    needed = settings * protocol.n * 3 * side**2
+    place = next(folder for folder in (out.resolve(), *out.resolve().parents) if folder.exists())
+    free = shutil.disk_usage(place).free
+    text = (
+        f"{_bytes(needed)} for the samples of {settings} setting{'s' * (settings > 1)} at {side}x{side}, "
+        f"{_bytes(free)} free at {place}"
+    )
+    return Finding(f"{protocol.name}: disk", needed < free, text)
+
+
+def _bytes(count: int) -> str:
+    power = min(4, int(math.log(max(count, 1), 1000)))
+    return f"{count / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
