@@ -37,6 +37,7 @@ class ScoreDistillation(Method):
         student_every: int = 1  # iterations per student update; the critic learns in every one
         guidance_scale: float = 1.0  # of the teacher; 1 = off
         fake_guidance_scale: float = 1.0  # of the fake score in the student's loss
+        carry_fake_score: bool = False  # in a later stage: go on with the fake score of the stage before
         critic_dropout: float = 0.0  # share of samples the fake score learns without their condition
         time_density: Density = "uniform"  # of the noise levels the two scores are compared at
         t_low: float = 0.0  # their range, as fractions of the schedule; the critic sees all
@@ -60,6 +61,10 @@ class ScoreDistillation(Method):
                 "method.t_low and method.t_high must be fractions of the schedule in rising order,"
                 f" got {config.t_low:g} and {config.t_high:g}."
             )
+
+    @property
+    def carried(self) -> tuple[str, ...]:
+        return ("fake_score",) if self.config.carry_fake_score else ()
 
     @property
     def init_noise(self) -> str:
