@@ -17,37 +17,44 @@ from stepdistill.losses import GAN_LOSSES, approximate_r1, r1
 class Head(nn.Module):
     """One tapped block -> logits. (B, C, H, W) maps, (B, N, C) tokens or (B, C) vectors.
 
-    One logit per place (LADD); a vector has one place.
+    One logit per place (LADD); a vector has one place. condition: width of what else the head is told, which
+    enters by projection (Miyato & Koyama 2018): its product with the hidden state is added to the logit.
     """
 
-    def __init__(self, channels: int, width: int = 128):
+    def __init__(self, channels: int, width: int = 128, condition: int = 0):
         super().__init__()
         groups = next(g for g in (16, 8, 4, 2, 1) if width % g == 0)
         self.enter, self.norm = nn.Linear(channels, width), nn.GroupNorm(groups, width)
         self.leave = nn.Linear(width, 1)
+        self.project = nn.Linear(condition, width, bias=False) if condition else None
 
-    def forward(self, features: Tensor) -> Tensor:
-        """-> logits (B, places)."""
+    def forward(self, features: Tensor, told: Tensor | None = None) -> Tensor:
+        """told: (B, condition) -> logits (B, places)."""
         if features.ndim == 4:
             places = features.flatten(2).transpose(1, 2)
         else:
             places = features if features.ndim == 3 else features[:, None]
         hidden = self.norm(self.enter(places).transpose(1, 2)).transpose(1, 2)
-        return self.leave(nnf.silu(hidden))[..., 0]
+        hidden = nnf.silu(hidden)
+        logits = self.leave(hidden)[..., 0]
+        if self.project is not None:
+            logits = logits + (hidden * self.project(told)[:, None]).sum(-1) / hidden.shape[-1] ** 0.5
+        return logits
 
 
 class Discriminator(nn.Module):
     """A head per tapped block; their logits side by side, (B, all places).
 
-    channels: the channel count of each tap, in the order the features come.
+    channels: the channel count of each tap, in the order the features come. condition: see `Head`.
     """
 
-    def __init__(self, channels: Sequence[int], width: int = 128):
+    def __init__(self, channels: Sequence[int], width: int = 128, condition: int = 0):
         super().__init__()
-        self.heads = nn.ModuleList(Head(count, width) for count in channels)
+        self.heads = nn.ModuleList(Head(count, width, condition) for count in channels)
 
-    def forward(self, features: Sequence[Tensor]) -> Tensor:
-        return torch.cat([head(feature) for head, feature in zip(self.heads, features, strict=True)], 1)
+    def forward(self, features: Sequence[Tensor], told: Tensor | None = None) -> Tensor:
+        pairs = zip(self.heads, features, strict=True)
+        return torch.cat([head(feature, told) for head, feature in pairs], 1)
 
 
 Blocks = Literal["all", "half", "middle"]

@@ -34,6 +34,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ladd": {"gan": "non_saturating", "warmup": 3},
     # A longer path begins at what the fake score begins as, where there is no pull, and rightly so.
     "disback": {"path": 1},
+    # On points: an eye and a reward of the tests' own.
+    "add": {"eye": "stepdistill.families.toy:FourierEye", "gan": "non_saturating"},
+    "reward": {"reward": "tests.test_around:Towards", "margin": 10.0},
 }
 VARIANTS = [(name, SETTINGS.get(name, {})) for name in METHODS] + [
     ("dmd2", {"gan_weight": 1e-2}),
@@ -69,7 +72,8 @@ class World:
         x0 = family.examples(None, range(COUNT)) if images else None
         noise = SampleNoise(index, step=step, phase=phase)
         cond = family.encode(labels)
-        return Batch(cond, family.uncond(COUNT), family.shape, index, noise, x0, self.pairs(step, cond))
+        pairs = self.pairs(step, cond)
+        return Batch(cond, family.uncond(COUNT), family.shape, index, noise, x0, pairs, labels)
 
     def pairs(self, step: int, cond: Cond) -> Pairs | None:
         """Stand-ins for the teacher's trajectories."""

@@ -276,16 +276,16 @@ class Trainer:
     def _batch(self, phase: Phase, examples: list[int], positions: range) -> Batch:
         source, family = self.source, self.family
         noise = SampleNoise(positions, self.run.seed, self.offset + self.step, phase.name, self.device)
-        cond = _to(family.encode(family.told(source, examples)), self.device)
+        told = family.told(source, examples)
+        cond = _to(family.encode(told), self.device)
         x0 = None
         if self.method.needs_images:
             if self.x0 is not None:
                 x0 = self.x0[examples].float().to(self.device)
             else:
                 x0 = family.examples(source, examples).to(self.device)
-        return Batch(
-            cond, _to(family.uncond(len(examples)), self.device), family.shape, noise.index, noise, x0
-        )
+        uncond = _to(family.uncond(len(examples)), self.device)
+        return Batch(cond, uncond, family.shape, noise.index, noise, x0, prompts=told)
 
     # ------------------------------------------------------------------------------------------ what one sees
 

@@ -22,5 +22,7 @@ METHODS = {
     "boot": "stepdistill.methods.boot:BOOT",
     "progressive": "stepdistill.methods.progressive:Progressive",
     "disback": "stepdistill.methods.disback:DisBack",
+    "reward": "stepdistill.methods.reward:Reward",
+    "add": "stepdistill.methods.add:ADD",
     "compose": "stepdistill.methods.base:Compose",
 }

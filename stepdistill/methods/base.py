@@ -65,6 +65,7 @@ class Batch:
 
     index: positions in the global batch (B,), from which `generator` draws; x0: real data (B, *shape) or None
     when the run has none; pairs: as many trajectories as samples, of their own conditions, or None.
+    prompts: what the conditions were encoded from, captions or class indices (reward models read them).
     """
 
     cond: Cond
@@ -74,6 +75,7 @@ class Batch:
     generator: SampleNoise
     x0: Tensor | None = None
     pairs: Pairs | None = None
+    prompts: Sequence[str] | Sequence[int] | None = None
 
     def randn(self) -> Tensor:
         """Fresh standard normal noise in the shape of x0."""
@@ -258,13 +260,15 @@ def track_average(average: nn.Module, module: nn.Module, decay: float) -> None:
             mean.lerp_(parameter, 1 - decay)
 
 
-def simulate(method: Method, nets: Networks, batch: Batch, **extras: Tensor) -> tuple[Tensor, Tensor, float]:
+def simulate(
+    method: Method, nets: Networks, batch: Batch, late: float = 0.0, **extras: Tensor
+) -> tuple[Tensor, Tensor, float]:
     """Backward simulation (DMD2, arXiv 2405.14867, Sec. 4.5): the state the student meets at one of its own
     sampling steps.
 
     Draws a step count of `method.steps` and a position K in its grid, both shared by the whole global batch,
     and rolls the student out to there without gradient, by the very rule that samples it later. K = 0 is the
-    method's first state, pure noise.
+    method's first state, pure noise. late: positions before that fraction of the grid are left out.
 
     Returns:
         x_t (B, ...), t (B,) and t as a number.
@@ -272,7 +276,7 @@ def simulate(method: Method, nets: Networks, batch: Batch, **extras: Tensor) -> 
     schedule = nets.schedule
     count = method.steps[batch.generator.shared_randint(0, len(method.steps))]
     grid = method.grid(schedule, count)
-    grid = grid[: 1 + batch.generator.shared_randint(0, len(grid))]
+    grid = grid[: 1 + batch.generator.shared_randint(int(late * len(grid)), len(grid))]
     with torch.no_grad():
         x = first_input(schedule, batch.randn(), grid[0], method.init_noise)
         rule = {"rule": method.rule, "eta": method.eta}

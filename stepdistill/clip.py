@@ -1,0 +1,92 @@
+"""A CLIP model as methods see it: embeddings and hidden states of images in [0, 1], differentiable, and of texts.
+
+The embedded micro-CLIP (`assets/clip`) stands where a full-size CLIP or DINO would; any directory with a
+transformers CLIPModel, its tokenizer and preprocessor_config.json does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from stepdistill import assets
+from stepdistill.errors import UserError
+
+
+class Clip(nn.Module):
+    """Frozen. directory: "" is the embedded model.
+
+    Raises:
+        UserError: the directory holds no CLIP model that can be loaded.
+    """
+
+    def __init__(self, directory: str = ""):
+        from transformers import AutoTokenizer, CLIPModel
+
+        super().__init__()
+        path = Path(directory) if directory else assets.path("clip")
+        try:
+            processor = json.loads((path / "preprocessor_config.json").read_text())
+            mean, std = (torch.tensor(processor[key]).view(3, 1, 1) for key in ("image_mean", "image_std"))
+            self.model = CLIPModel.from_pretrained(
+                path, use_safetensors=True, dtype=torch.float32, local_files_only=True
+            )
+            self.tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(
+                f"the CLIP model in {path} cannot be loaded ({str(error).strip().splitlines()[0]})."
+            ) from None
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+        self.eval().requires_grad_(False)
+
+    @property
+    def width(self) -> int:
+        """Of the hidden states of images."""
+        return self.model.config.vision_config.hidden_size
+
+    @property
+    def layers(self) -> int:
+        """Transformer layers over images."""
+        return self.model.config.vision_config.num_hidden_layers
+
+    @property
+    def dim(self) -> int:
+        """Of embeddings."""
+        return self.model.config.projection_dim
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in about [0, 1] at the model's size, normalised. Not clamped, which would stop
+        gradients.
+        """
+        side = self.model.config.vision_config.image_size
+        if images.shape[-2:] != (side, side):
+            images = nnf.interpolate(images, (side, side), mode="bicubic", antialias=True)
+        return (images - self.mean) / self.std
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """(B, dim)."""
+        return self.model.get_image_features(pixel_values=self.pixels(images)).pooler_output
+
+    def hidden_states(self, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        """Token states (B, tokens, width) after the given layers, counted from 1."""
+        states = self.model.vision_model(
+            pixel_values=self.pixels(images), output_hidden_states=True
+        ).hidden_states
+        return [states[i] for i in layers]
+
+    @torch.no_grad()
+    def embed_texts(self, prompts: Sequence[str]) -> Tensor:
+        """(B, dim)."""
+        positions = self.model.config.text_config.max_position_embeddings
+        length = min(self.tokenizer.model_max_length, positions)
+        tokens = self.tokenizer(
+            list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        )
+        ids = tokens.input_ids.to(self.mean.device)
+        return self.model.get_text_features(input_ids=ids).pooler_output

@@ -1,0 +1,148 @@
+"""ADD: adversarial diffusion distillation (Sauer et al. 2023, arXiv 2311.17042).
+
+The critic's eye is a frozen image network, which must be shown pixels; the teacher adds what it knows:
+
+    x_hat = G(x_t, t),  x_t = alpha_t x0 + sigma_t eps                          student times of a few-step grid
+    L_adv   hinge; one small head per tapped layer of the frozen network on decode(x_hat) and decode(x0),
+            conditioned on the caption's embedding by projection; R1 at the *features*                 (Eq. 2-3)
+    L_dist  c(t) |x_hat - sg x0_teacher( alpha_t sg x_hat + sigma_t eps', t )|^2,  c(t) = alpha_t      (Eq. 4)
+    loss    L_adv + 2.5 L_dist                                                                         (Eq. 1)
+
+The teacher judges a re-noised x_hat, so L_dist is a score distillation, not a regression to the data.
+
+The eye is pluggable (`eye`): a class that gives features of images as (B, places, C) per layer, their widths, and
+embeddings of prompts. The paper's DINOv2 ViT-S stands behind the same interface; embedded is the micro-CLIP's
+image tower (`assets/clip`), whose own text tower embeds the caption. Real images go through the same decoder as
+generated ones, lest the decoder's own traces tell them apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill import timesteps
+from stepdistill.clip import Clip
+from stepdistill.denoiser import Denoiser, guided
+from stepdistill.discriminator import Adversarial, Critic, Discriminator, discriminator_losses
+from stepdistill.losses import GAN_LOSSES, moments, mse
+from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase
+from stepdistill.registry import resolve
+from stepdistill.sampling import first_input
+from stepdistill.schedule import expand
+
+EYES = {"clip": "stepdistill.methods.add:ClipEye"}
+
+
+class ClipEye:
+    """Hidden states of a CLIP image tower after `layers` (counted from 1), and its caption embeddings."""
+
+    def __init__(self, directory: str = "", layers: Sequence[int] = ()):
+        self.clip = Clip(directory)
+        self.layers = tuple(layers) or tuple(range(1, self.clip.layers + 1))
+        self.widths, self.prompt_width = (self.clip.width,) * len(self.layers), self.clip.dim
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """images (B, 3, H, W) in [0, 1] -> (B, places, C) per layer, with gradient."""
+        return self.clip.to(images.device).hidden_states(images, self.layers)
+
+    def prompts(self, prompts: Sequence[str], device: torch.device) -> Tensor:
+        """(B, prompt_width)."""
+        return self.clip.to(device).embed_texts(prompts)
+
+
+class ADD(Method):
+    needs_images = True
+
+    @dataclass
+    class Config(Adversarial):
+        eye: str = "clip"  # a name in EYES, or my_module:MyEye
+        arguments: dict[str, Any] = field(default_factory=dict)  # of that class
+        r1_weight: float = 1e-5  # at the features; the paper's gamma
+        r1: Literal["exact", "finite"] = "exact"
+        distillation_weight: float = 2.5  # lambda
+        guidance_scale: float = 1.0  # of the teacher in L_dist
+
+    def __init__(self, config: Any, steps: Sequence[int] = (1,)):
+        super().__init__(config, steps)
+        self.cls = resolve(config.eye, EYES, "eye")
+        self._eye: Any = None
+
+    @property
+    def eye(self) -> Any:
+        if self._eye is None:
+            self._eye = self.cls(**self.config.arguments)
+        return self._eye
+
+    def networks(self, teacher: Denoiser, student: Denoiser) -> dict[str, nn.Module]:
+        return {"discriminator": Discriminator(self.eye.widths, condition=self.eye.prompt_width)}
+
+    def phases(self, step: int) -> Iterator[Phase]:
+        yield Phase("student", ("student",), ((1.0, self.student_loss),))
+        yield Phase("discriminator", ("discriminator",), ((1.0, self.discriminator_loss),))
+
+    def generate(self, nets: Networks, batch: Batch) -> Tensor:
+        """x_hat from noised real data at a time of the grid, drawn evenly; from pure noise at its first."""
+        schedule = nets.schedule
+        grid = sorted({t for count in self.steps for t in self.grid(schedule, count)})
+        grid = torch.tensor(grid, dtype=torch.float64, device=batch.index.device)
+        t, eps = grid[batch.generator.randint(0, len(grid))], batch.randn()
+        first = expand((t == schedule.t_max).double(), eps) > 0
+        start = first_input(schedule, eps, schedule.t_max, self.init_noise)
+        x_t = torch.where(first, start, schedule.add_noise(batch.x0, eps, t))
+        return nets.student(x_t, t, batch.cond).x0
+
+    def told(self, batch: Batch) -> Tensor | None:
+        return self.eye.prompts(batch.prompts, batch.index.device) if self.eye.prompt_width else None
+
+    def student_loss(self, nets: Networks, batch: Batch) -> Losses:
+        config, told = self.config, self.told(batch)
+        x0 = self.generate(nets, batch)
+        fake = nets.discriminator(self.eye.features(nets.decode(x0)), told)
+        real = None
+        if config.gan == "relativistic":
+            with torch.no_grad():
+                real = nets.discriminator(self.eye.features(nets.decode(batch.x0)), told)
+        losses = {"gan": GAN_LOSSES[config.gan][1](fake, real)}
+        losses["distillation"], teacher_x0 = self.distillation(nets, batch, x0)
+        teacher = {f"teacher_{name}": value for name, value in moments(teacher_x0).items()}
+        total = losses["gan"] + config.distillation_weight * losses["distillation"]
+        return {"total": total} | losses | moments(x0) | teacher
+
+    def distillation(self, nets: Networks, batch: Batch, x0: Tensor) -> tuple[Tensor, Tensor]:
+        """L_dist, and what the teacher made of the re-noised x_hat."""
+        schedule = nets.schedule
+        t = timesteps.uniform(schedule, batch.generator)
+        x_t = schedule.add_noise(x0.detach(), batch.randn(), t)
+        with torch.no_grad():
+            scale = self.config.guidance_scale
+            target = guided(nets.teacher, x_t, t, batch.cond, batch.uncond, scale).x0
+        weight = schedule.alpha(t) / torch.hypot(schedule.alpha(t), schedule.sigma(t))
+        return weight.to(x0) * mse(x0, target), target
+
+    def discriminator_loss(self, nets: Networks, batch: Batch) -> Losses:
+        told = self.told(batch)
+        with torch.no_grad():
+            x0 = self.generate(nets, batch)
+            seen = [self.eye.features(nets.decode(each)) for each in (batch.x0, x0)]
+        (real, critic), (fake, _) = (self.packed(nets, features, told) for features in seen)
+        return discriminator_losses(self.config, (critic, real), (critic, fake), lambda: _like(real, batch))
+
+    def packed(self, nets: Networks, features: list[Tensor], told: Tensor | None) -> tuple[Tensor, Critic]:
+        """All features of a sample as one vector (B, n), and the heads as a function of it: where R1 is taken."""
+        shapes = [each.shape[1:] for each in features]
+
+        def critic(vector: Tensor) -> Tensor:
+            parts = vector.split([shape.numel() for shape in shapes], 1)
+            unpacked = [part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)]
+            return nets.discriminator(unpacked, told)
+
+        return torch.cat([each.flatten(1) for each in features], 1), critic
+
+
+def _like(vector: Tensor, batch: Batch) -> Tensor:
+    return batch.generator.randn(vector.shape[1]).to(vector)

@@ -1,0 +1,86 @@
+"""Reward feedback on a few-step student (ReFL, Xu et al. 2023, arXiv 2304.05977; as in Hyper-SD, arXiv 2404.13686).
+
+A differentiable reward model r scores the student's decoded images, and its gradient is the teacher:
+
+    roll the student out to a late one of its own steps, without gradient; one call with gradient gives x0
+    loss         relu(margin - r(decode(x0), c))                                            (Hyper-SD, Sec. 3.2)
+
+Where r has reached the margin the loss and its gradient are zero: what a reward is climbed for beyond that is
+mostly its blind spots. A reward alone forgets what images look like; run it beside a distillation loss
+(`compose`), for few iterations, or with `anchor_weight`, the squared distance to what the student said when
+the stage began (not in the papers).
+
+`rule` and `eta` are the student's own sampling, as the stage before taught it. Watch `score`: when it rises and
+the images get worse, the margin is too high.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as nnf
+from torch import nn
+
+from stepdistill.denoiser import Denoiser, unwrap
+from stepdistill.errors import UserError
+from stepdistill.losses import moments, mse
+from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase, simulate
+from stepdistill.registry import resolve
+from stepdistill.rewards import REWARDS, RewardModel, scores
+
+
+class Reward(Method):
+    @dataclass
+    class Config:
+        reward: str = "clip"  # a name in rewards.REWARDS, or my_module:MyReward
+        arguments: dict[str, Any] = field(default_factory=dict)  # of that class
+        margin: float = 1.0  # no gradient where the score has reached it
+        late: float = 0.5  # steps before this fraction of a rollout are not rewarded
+        anchor_weight: float = 0.0
+        rule: Literal["renoise", "ode", "tcd"] = "renoise"
+        eta: float = 0.3  # of the rule tcd
+
+    def __init__(self, config: Any, steps: Sequence[int] = (1,)):
+        super().__init__(config, steps)
+        if not 0 <= config.late < 1:
+            raise UserError(f"method.late must be at least 0 and below 1, got {config.late:g}.")
+        self.rule = config.rule
+        self.cls = resolve(config.reward, REWARDS, "reward")
+        self._model: RewardModel | None = None
+
+    @property
+    def eta(self) -> float:
+        return self.config.eta
+
+    @property
+    def model(self) -> RewardModel:
+        """Made when it is first asked: a recipe is checked without loading it."""
+        if self._model is None:
+            try:
+                self._model = self.cls(**self.config.arguments)
+            except TypeError as error:
+                raise UserError(f"method.arguments do not fit {self.config.reward}: {error}.") from None
+        return self._model
+
+    def networks(self, teacher: Denoiser, student: Denoiser) -> dict[str, nn.Module]:
+        return {"start": unwrap(student).clone()} if self.config.anchor_weight > 0 else {}
+
+    def phases(self, step: int) -> Iterator[Phase]:
+        yield Phase("student", ("student",), ((1.0, self.loss),))
+
+    def loss(self, nets: Networks, batch: Batch) -> Losses:
+        config = self.config
+        x_t, t, _ = simulate(self, nets, batch, late=config.late)
+        x0 = nets.student(x_t, t, batch.cond).x0
+        score = scores(self.model, config.reward, nets.decode(x0), batch.prompts)
+        loss = nnf.relu(config.margin - score)
+        losses = {"total": loss, "reward": loss, "score": score, "short": (score < config.margin).float()}
+        if config.anchor_weight > 0:
+            with torch.no_grad():
+                start = nets.start(x_t, t, batch.cond).x0
+            losses["anchor"] = mse(x0, start)
+            losses["total"] = loss + config.anchor_weight * losses["anchor"]
+        return losses | moments(x0)
