@@ -12,9 +12,13 @@ from torch import Tensor, nn
 
 from stepdistill.config import build
 from stepdistill.denoiser import Denoiser
+from stepdistill.errors import UserError
 from stepdistill.families.toy import SCHEDULES, Mixture
+from stepdistill.losses import distribution_matching
 from stepdistill.methods import METHODS
 from stepdistill.methods.base import Batch, Method, Networks
+from stepdistill.methods.f_distill import WEIGHTS
+from stepdistill.prediction import Prediction
 from stepdistill.registry import resolve
 from stepdistill.schedule import Schedule
 
@@ -195,7 +199,129 @@ def test_values_at_the_optimal_fake_score(schedule):
         assert line.mean("total") == pytest.approx((1 - alpha) * line.mean("gap"), abs=1e-9)
 
 
-@pytest.mark.parametrize(("name", "settings"), [("sim", {}), ("sim", {"distance": "l2"}), ("sid", {})])
+# --------------------------------------------------------------------------------------------------- KL methods
+
+
+@EVERY_SCHEDULE
+def test_the_matching_gradient_is_that_of_the_reverse_kl(schedule):
+    """In x0-space it is sigma^2 / alpha^2 times the KL's: one factor from the scores, one from dx_t/dx0."""
+    line = Line("diff_instruct", schedule)
+    expected = (line.sigma / line.alpha) ** 2 * line.reverse_kl()
+    close(line.gradient(), expected)
+    plain = {"normalise": False, "guidance_scale": 1.0}
+    for name, settings in (("dmd", plain), ("dmd2", plain)):
+        close(Line(name, schedule, **settings).gradient(), expected)
+    unguided = {"guidance_scale": 1.0, "fake_guidance_scale": 1.0}
+    close(Line("vsd", schedule, **unguided).gradient(), RHO / (1 + RHO**2) * expected)
+
+
+def test_dmd_divides_by_the_distance_to_the_teachers_answer():
+    line = Line("dmd", SCHEDULES["edm"]())
+    batch = line.batch()
+    x0 = line.method.generate(line.nets, batch)
+    with torch.no_grad():
+        real, fake = line.method.ask(line.nets, batch, x0)
+    pull = (fake.x0 - real.x0) / (x0.detach() - real.x0).abs().clamp(min=1e-5)
+    parameters = (line.student.shift, line.student.scale)
+    expected = torch.autograd.grad((line.weights[:, None] * pull * x0).sum(), parameters)
+    close(line.gradient(), torch.stack(expected))
+
+
+F = {  # f(r), r = p / q, of D_f(p || q) = E_q f(r)
+    "reverse_kl": lambda r: -r.log(),
+    "softened_kl": lambda r: (r + 1) * ((r + 1) / (2 * r)).log(),
+    "jensen_shannon": lambda r: r * r.log() - (r + 1) * ((r + 1) / 2).log(),
+    "hellinger": lambda r: 1 - r.sqrt(),
+    "forward_kl": lambda r: r * r.log(),
+    "jeffreys": lambda r: (r - 1) * r.log(),
+    "neyman": lambda r: (r - 1) ** 2 / r,
+}
+
+
+@pytest.mark.parametrize("divergence", WEIGHTS)
+def test_f_distill_has_the_gradient_of_its_divergence(divergence, monkeypatch):
+    """With the exact density ratio in the discriminator's place."""
+    settings = {
+        "divergence": divergence,
+        "normalise": False,
+        "normalise_weight": False,
+        "guidance_scale": 1.0,
+    }
+    limits = {"ratio_low": 1e-12, "ratio_high": 1e12}
+    line = Line("f_distill", SCHEDULES["vp"](), **settings, **limits)
+    line.method.config.gan_weight = 0.0
+    own, data = line.nets.fake_score.network, line.data
+
+    def log_ratio(nets: Networks, batch: Batch, real: Prediction) -> Tensor:
+        return data.log_prob(real.x_t, real.t) - own.log_prob(real.x_t, real.t)
+
+    monkeypatch.setattr(line.method, "log_ratio", log_ratio)
+    f = F[divergence]
+    direct = line.density_gradient(lambda log_q, log_p: log_q.exp() * f((log_p - log_q).exp()))
+    close(line.gradient(), (line.sigma / line.alpha) ** 2 * direct, 1e-7)
+
+
+@pytest.mark.parametrize("divergence", WEIGHTS)
+def test_f_distill_weights_are_f_second_times_r_squared(divergence):
+    r = torch.linspace(0.1, 20, 200, dtype=torch.float64, requires_grad=True)
+    (first,) = torch.autograd.grad(F[divergence](r).sum(), r, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), r)
+    torch.testing.assert_close(WEIGHTS[divergence](r), second * r**2, rtol=1e-9, atol=1e-9)
+    assert float(F[divergence](torch.ones(1))) == 0
+
+
+def test_reverse_kl_is_dmd2_and_ratios_are_clipped_and_normalised():
+    common = {"guidance_scale": 1.0, "gan_weight": 1e-3}
+    method = Line("f_distill", SCHEDULES["vp"](), divergence="reverse_kl", **common).method
+    logits = torch.tensor([[-50.0], [0.0], [1.0], [50.0]])
+    method.logits_at = lambda *_: logits
+    real = Prediction(logits, "x0", logits, torch.ones(4), SCHEDULES["vp"]())
+    assert method.weight(None, None, real).tolist() == [1, 1, 1, 1]
+    method.config.divergence = "forward_kl"
+    clipped = torch.tensor([0.1, 1.0, math.e, 20.0])
+    torch.testing.assert_close(method.weight(None, None, real), clipped / clipped.mean())
+    for settings, says in (({"gan_weight": 0.0}, "gan_weight"), ({"ratio_low": 30.0}, "ratio_low")):
+        with pytest.raises(UserError, match=says):
+            Line("f_distill", SCHEDULES["vp"](), **settings)
+
+
+@pytest.mark.parametrize("name", ["diff_instruct", "dmd", "vsd"])
+def test_kl_methods_keep_no_graph_through_the_networks(name):
+    line, graphs = Line(name, SCHEDULES["vp"](), guidance_scale=1.0), []
+
+    class Watched(nn.Module):
+        def __init__(self, inner: nn.Module):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+            graphs.append(x_t.requires_grad or torch.is_grad_enabled())
+            return self.inner(x_t, t)
+
+    for network in ("teacher", "fake_score"):
+        inner = line.nets.modules[network].network
+        line.nets.modules[network] = Denoiser(Watched(inner), "x0", line.schedule)
+    line.expected()
+    assert graphs == [False, False]
+
+
+def test_normalised_gradients_do_not_depend_on_the_scale_of_the_images():
+    x0, real, fake = torch.randn(3, 8, 4, generator=torch.Generator().manual_seed(0))
+    pulls = []
+    for factor in (1.0, 50.0):
+        x = (factor * x0).requires_grad_(True)
+        distribution_matching(x, factor * real, factor * fake).sum().backward()
+        pulls.append(x.grad)
+    torch.testing.assert_close(*pulls, rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------- fixed points
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("sim", {}), ("sim", {"distance": "l2"}), ("sid", {}), ("diff_instruct", {}), ("dmd", {}), ("vsd", {})],
+)
 def test_no_gradient_where_the_fake_score_is_the_teacher(name, settings):
     line = Line(name, SCHEDULES["vp"](), **settings)
     line.nets.modules["fake_score"] = line.nets.teacher
@@ -225,6 +351,34 @@ def test_the_gradient_crosses_the_input_of_both_networks_and_not_their_parameter
     assert len(inputs) == 1 and float(inputs[0].grad.abs().max()) > 0
     assert watched.weight.grad is None
     assert float(line.student.shift.grad) != 0
+
+
+def test_the_critic_of_vsd_weighs_eps_by_alpha_squared():
+    """The same error of x0 costs the same at equal rho, whatever the schedule."""
+    costs = []
+    for make in SCHEDULES.values():
+        schedule = make()
+        method = Line("vsd", schedule).method
+        t = schedule.t_of_rho(torch.full((4,), RHO, dtype=torch.float64))
+        x0, eps = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        prediction = Prediction(x0 + 0.3, "x0", schedule.add_noise(x0, eps, t), t, schedule)
+        costs.append(method.critic_error(prediction, x0, eps, 1.0))
+    expected = torch.full((4,), (0.3 / RHO) ** 2 / (1 + RHO**2), dtype=torch.float64)
+    for cost in costs:
+        close(cost, expected, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"student_every": 0}, "student_every"),
+        ({"first_rho": -1.0}, "first_rho"),
+        ({"t_low": 0.9, "t_high": 0.1}, "t_low"),
+    ],
+)
+def test_bad_settings_are_one_sentence(wrong, says):
+    with pytest.raises(UserError, match=says):
+        Line("sim", SCHEDULES["vp"](), **wrong)
 
 
 def test_the_paper_times_and_first_state():
