@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evaluation import page, pareto
 from stepdistill.errors import UserError, atomic_write
 
 if TYPE_CHECKING:
@@ -31,13 +32,33 @@ def check_writable(out: Path) -> None:
 
 
 def write(results: dict[str, Any], out: Path, grid: Sequence[Sequence[Tensor]] = ()) -> None:
-    """Write results.json and results.md."""
+    """Write results.json, results.md, results.html and, where there is something to plot, pareto.png.
+
+    grid: for each row its first samples, uint8 (3, H, W).
+    """
+    published = _published(results)
     for name, content in (
         ("results.json", json.dumps(results, indent=2) + "\n"),
-        ("results.md", markdown(results)),
+        ("results.md", markdown(results, published)),
+        ("results.html", page.render(results, cells(results), facts(results), published, grid)),
     ):
         with atomic_write(out / name) as temporary:
-            temporary.write_text(content)
+            temporary.write_text(content, encoding="utf-8")
+    if metrics := page.plotted(results["rows"]):
+        found = {cost: pareto.points(results["rows"], metrics[0], cost) for cost in pareto.COSTS}
+        plots = [pareto.plot(points, metrics[0], cost) for cost, points in found.items() if len(points) > 1]
+        with atomic_write(out / "pareto.png") as temporary:
+            pareto.to_image(plots, pareto.legend(found["nfe"])).save(temporary, format="PNG", optimize=True)
+
+
+def _published(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Published numbers that may stand beside these; none where the protocol or the number differs."""
+    from evaluation import compare
+
+    try:
+        return compare.published_beside(results | {"label": results["protocol"]})
+    except UserError:
+        return []
 
 
 def columns(results: dict[str, Any]) -> list[tuple[str, Cell]]:
@@ -90,12 +111,26 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join([text[0], "  ".join("-" * width for width in widths), *text[1:]])
 
 
-def markdown(results: dict[str, Any]) -> str:
+def markdown(results: dict[str, Any], published: Sequence[dict[str, Any]] = ()) -> str:
     """The table with everything one needs to repeat it."""
     lines = cells(results)
     rows = ["| " + " | ".join(line) + " |" for line in lines]
+    text = [f"# {results['protocol']}", "", rows[0], "|" + "---|" * len(lines[0]), *rows[1:], ""]
+    text += [f"- {fact}" for fact in facts(results)]
+    text += [f"- warning: {warning}" for warning in results["warnings"]]
+    for entry in published:
+        numbers = ", ".join(f"{name} {value:g}" for name, value in entry["metrics"].items())
+        differs = f"; differs: {entry['differs']}" if "differs" in entry else ""
+        text.append(
+            f"- published: {entry['model']}, {entry['steps']} steps: {numbers} ({entry['source']}{differs})"
+        )
+    return "\n".join(text) + "\n"
+
+
+def facts(results: dict[str, Any]) -> list[str]:
+    """How it was measured, in sentences."""
     extractor, where = results["extractor"], results["machine"]
-    facts = [
+    found = [
         f"protocol `{results['protocol']}` version {results['protocol_version']}, "
         f"hash `{results['protocol_hash']}`; seeds {results['seeds'][0]} to {results['seeds'][1]}",
         "± is one standard error; for distances and ratios by the jackknife over 10 folds of samples",
@@ -105,23 +140,21 @@ def markdown(results: dict[str, Any]) -> str:
         f"`{results['command']}`",
     ]
     if extractor:
-        facts.insert(
-            1, f"features `{extractor['name']}`, sha256 `{extractor['sha256'][:16]}` (this is not FID)"
+        is_fid = extractor["name"].startswith("inception-2015")
+        found.insert(
+            1,
+            f"features `{extractor['name']}`, sha256 `{extractor['sha256'][:16]}`"
+            + ("" if is_fid else " (this is not FID)"),
         )
     if any("latency/ms" in row["metrics"] for row in results["rows"]):
-        facts.append("ms/image: batch of one, prompt to pixels, median, all models in turns in one process")
-    sweeps = [
-        f"{row['name']} at {row['steps']} steps: "
-        + ", ".join(f"{entry['guidance']:g}: {entry['fd']:.3f}" for entry in row["sweep"]["tried"])
-        + f" (n = {row['sweep']['n']})"
-        for row in results["rows"]
-        if row["sweep"]
-    ]
-    text = [f"# {results['protocol']}", "", rows[0], "|" + "---|" * len(lines[0]), *rows[1:], ""]
-    text += [f"- {fact}" for fact in facts]
-    text += [f"- guidance sweep, {sweep}" for sweep in sweeps]
-    text += [f"- warning: {warning}" for warning in results["warnings"]]
-    return "\n".join(text) + "\n"
+        found.append("ms/image: batch of one, prompt to pixels, median, all models in turns in one process")
+    for row in results["rows"]:
+        if row["sweep"]:
+            tried = ", ".join(f"{entry['guidance']:g}: {entry['fd']:.3f}" for entry in row["sweep"]["tried"])
+            found.append(
+                f"guidance sweep, {row['name']} at {row['steps']} steps: {tried} (n = {row['sweep']['n']})"
+            )
+    return found
 
 
 def _number(value: float | None, form: str) -> str:

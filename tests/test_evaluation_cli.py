@@ -160,6 +160,10 @@ def test_run_compares_students_with_their_teacher(tmp_path, painters, net, capsy
     for part in ("fd:tiny", "speed-up", "±", "scenes-2k[n=40]"):
         assert part in shown and part in text
     assert "FID" not in shown
+    html = (tmp_path / "out" / "results.html").read_text()
+    assert html.count("data:image/png;base64,") == 8 * 5 and "scenes-2k[n=40]" in html
+    assert (tmp_path / "out" / "pareto.png").stat().st_size > 1000
+    assert [len(row["folds"]["fd:tiny"]) for row in results["rows"]] == [10] * 5
 
     # The same command again draws nothing but what is timed; --force draws everything.
     drawn = painters["teacher"].drawn

@@ -1,0 +1,167 @@
+"""The report: the frontier is one, the plots show what the numbers say, and the page needs nothing else."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from evaluation import page, pareto, report
+from evaluation.protocols import PROTOCOLS
+
+
+def row(role: str, steps: int, fd: float, ms: float | None, **metrics: float) -> dict:
+    found = {"fd:tiny": fd, "fd:tiny/se": 0.1} | metrics
+    if ms is not None:
+        found["latency/ms"] = ms
+    return {"role": role, "name": role.partition(",")[0], "steps": steps, "guidance": 1.0, "nfe": steps, "n": 40,
+            "metrics": found, "sweep": None}  # fmt: skip
+
+
+def results(**changes) -> dict:
+    coco = PROTOCOLS["coco14-30k"]
+    rows = [row("teacher", 50, 3.0, 900.0), row("teacher, few steps", 4, 90.0, 80.0), row("student", 4, 4.0, 60.0),
+            row("student", 1, 5.0, 25.0)]  # fmt: skip
+    return {
+        "protocol": "coco14-30k", "protocol_version": 1, "protocol_hash": coco.hash, "protocol_n": 30_000, "n": 30_000,
+        "seeds": [0, 39], "extractor": {"name": "tiny", "sha256": "ab" * 32}, "rows": rows, "date": "today",
+        "machine": {"device": "cpu", "cpu": "a cpu", "cores": 2, "threads": 1}, "git_commit": "c0ffee", "seconds": 1.0,
+        "versions": {"torch": "2", "diffusers": "0"}, "command": "evaluation run", "warnings": ["a < warning"],
+        "prompts": ["<b>bold</b> & a star", "two"],
+    } | changes  # fmt: skip
+
+
+# -------------------------------------------------------------------------------- plots
+
+
+def test_the_frontier_is_what_nothing_beats() -> None:
+    rng = np.random.default_rng(0)
+    for lower in (True, False):
+        points = [pareto.Point("s", "p", float(c), float(v)) for c, v in rng.integers(1, 12, (60, 2))]
+
+        def beats(a: pareto.Point, b: pareto.Point, sign: int = 1 if lower else -1) -> bool:
+            better = sign * (b.value - a.value)
+            return (a.cost <= b.cost and better >= 0) and (a.cost < b.cost or better > 0)
+
+        best = pareto.frontier(points, lower)
+        assert not any(beats(other, kept) for other in points for kept in best)
+        assert all(
+            any(beats(kept, p) or (kept.cost, kept.value) == (p.cost, p.value) for kept in best)
+            for p in points
+        )
+        assert [p.cost for p in best] == sorted({p.cost for p in best})
+
+
+def test_points_take_what_a_row_has() -> None:
+    rows = [row("student", 1, 5.0, 20.0), row("student", 2, 4.0, None)]
+    assert [p.cost for p in pareto.points(rows, "fd:tiny", "nfe")] == [1, 2]
+    (only,) = pareto.points(rows, "fd:tiny", "latency/ms")
+    assert (only.cost, only.value, only.error) == (20.0, 5.0, 0.1)
+    assert pareto.points(rows, "clip:tiny", "nfe") == []
+
+
+def test_a_plot_keeps_the_order_of_the_numbers() -> None:
+    found = pareto.points(results()["rows"], "fd:tiny", "nfe")
+    shapes = pareto.plot(found, "fd:tiny", "nfe")
+    by_text = {shape.text.splitlines()[0]: shape.points[0] for shape in shapes if shape.kind == "dot"}
+    for a in found:
+        for b in found:
+            (xa, ya), (xb, yb) = by_text[a.label], by_text[b.label]
+            assert (a.cost < b.cost) == (xa < xb) and (a.value < b.value) == (ya > yb)
+    assert all(0 < x < pareto.WIDTH and 0 < y < pareto.HEIGHT for x, y in by_text.values())
+    (dashed,) = [shape for shape in shapes if shape.dashed]
+    assert set(dashed.points) >= {
+        by_text[name] for name in ("student, 1 step", "student, 4 steps", "teacher (teacher), 50 steps")
+    }
+    assert by_text["teacher (teacher, few steps), 4 steps"] not in dashed.points
+
+
+@pytest.mark.parametrize("values", [(1.0, 1.0), (2.0, 300.0), (-1.0, 1.0), (0.0, 0.5), (1e-6, 2e-6)])
+def test_axes_have_ticks_for_any_values(values) -> None:
+    found = [pareto.Point("s", "p", 10.0 ** (3 * i), value, 0.1) for i, value in enumerate(values)]
+    shapes = pareto.plot(found, "fd:tiny", "nfe")
+    texts = [shape.text for shape in shapes if shape.kind == "text"]
+    assert len(texts) >= 2 + 2 + 2  # a title each, and two ticks or more
+    assert all(np.isfinite(shape.points).all() for shape in shapes)
+
+
+def test_svg_is_well_formed_and_says_what_its_dots_are() -> None:
+    found = [pareto.Point('a <"b">', 'a <"b">, 1 step', 1, 2.0, 0.5), pareto.Point("c", "c, 2 steps", 2, 1.0)]
+    tree = ElementTree.fromstring(pareto.to_svg(pareto.plot(found, "fd:tiny", "nfe")))
+    circles = [node for node in tree.iter() if node.tag == "circle"]
+    assert circles[0].get("data-says").startswith('a <"b">, 1 step\nfd:tiny 2 ± 0.5')
+    assert [node.get("class") for node in circles] == ["s0", "s1"]
+
+
+def test_the_picture_has_every_series_in_its_colour() -> None:
+    found = pareto.points(results()["rows"], "fd:tiny", "nfe")
+    image = pareto.to_image([pareto.plot(found, "fd:tiny", "nfe")] * 2, pareto.legend(found))
+    pixels = np.asarray(image)
+    assert image.width == 2 * 2 * pareto.WIDTH and len(pareto.legend(found)) == 3
+    for _, colour in pareto.legend(found):
+        want = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+        for half in (pixels[:, : image.width // 2], pixels[:, image.width // 2 :]):
+            assert (np.abs(half[: 2 * pareto.HEIGHT].astype(int) - want).max(-1) < 8).sum() > 30
+
+
+def test_which_way_is_better() -> None:
+    assert all(map(pareto.lower_is_better, ("fd:scenes-v1", "fid", "kid:x", "cmmd")))
+    assert not any(map(pareto.lower_is_better, ("clip:scenes-v1", "attributes/all", "precision:x", "is:x")))
+
+
+# -------------------------------------------------------------------------------- files
+
+
+def written(tmp_path: Path, side: int = 16, **changes) -> tuple[str, str]:
+    images = torch.randint(0, 256, (4, 2, 3, side, side), dtype=torch.uint8)
+    report.write(results(**changes), tmp_path, [list(line) for line in images])
+    return (tmp_path / "results.html").read_text(), (tmp_path / "results.md").read_text()
+
+
+def test_the_page_is_one_file_and_escapes_what_it_shows(tmp_path) -> None:
+    shown, _ = written(tmp_path)
+    assert (
+        "&lt;b&gt;bold&lt;/b&gt; &amp; a star" in shown
+        and "<b>bold" not in shown
+        and "a &lt; warning" in shown
+    )
+    assert (
+        not re.findall(r'(?:src|href)="(?!data:)', shown) and "http" not in shown and "@import" not in shown
+    )
+    assert shown.count("data:image/png;base64,") == 8 and shown.count("<svg") == 2
+    assert json.loads((tmp_path / "results.json").read_text())["rows"][0]["nfe"] == 50
+    with Image.open(tmp_path / "pareto.png") as image:
+        assert image.width == 2 * 2 * pareto.WIDTH
+
+
+def test_samples_are_kept_exactly_while_small_and_shrunk_when_large() -> None:
+    import base64
+
+    small = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
+    data = re.search(r"base64,([^\"]+)", page._image(small)).group(1)
+    with Image.open(io.BytesIO(base64.b64decode(data))) as image:
+        assert np.array_equal(np.asarray(image), small.permute(1, 2, 0).numpy())
+    assert "image/webp" in page._image(torch.zeros(3, 512, 512, dtype=torch.uint8))
+
+
+def test_published_numbers_stand_beside_their_protocol_only(tmp_path) -> None:
+    for changes, there in (({}, True), ({"n": 500}, False), ({"protocol_hash": "0"}, False)):
+        shown, text = written(tmp_path, **changes)
+        assert ("DMD2, SD 1.5" in shown) == ("published: DMD2, SD 1.5, 1 steps: fid 8.35" in text) == there
+
+
+def test_the_page_says_what_is_fid_and_what_not(tmp_path) -> None:
+    assert "this is not FID" in written(tmp_path)[0]
+    assert "not FID" not in written(tmp_path, extractor={"name": "inception-2015", "sha256": "0" * 64})[1]
+
+
+def test_one_row_and_no_latency_need_no_plot(tmp_path) -> None:
+    report.write(results(rows=[row("student", 1, 5.0, None)]), tmp_path)
+    assert "<svg" not in (tmp_path / "results.html").read_text() and not (tmp_path / "pareto.png").exists()
