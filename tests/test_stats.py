@@ -7,10 +7,14 @@ import pytest
 
 from evaluation.stats import (
     FeatureStats,
+    FoldDistances,
     FoldedStats,
     Source,
+    fold_distances,
     fold_of,
     frechet_distance,
+    frechet_from_features,
+    frechet_paired_with_error,
     frechet_ratio_with_error,
     frechet_with_error,
 )
@@ -261,3 +265,169 @@ def test_wrong_features() -> None:
         frechet_distance(stats_of(x), stats_of(x[:, :3]))
     with pytest.raises(UserError, match="same samples"):
         frechet_ratio_with_error(folded(x), folded(x[:9]), stats_of(x))
+
+
+# -------------------------------------------------------------------------------- few rows and infinitely many
+
+
+def test_few_rows_are_kept_and_many_are_not() -> None:
+    x = correlated(np.random.default_rng(10), 400, 300)
+    assert stats_of(x[:300])._rows().shape == (300, 300) and stats_of(x[:301])._rows() is None
+    parts = stats_of(x[:100]).merge(stats_of(x[100:290]))
+    assert np.array_equal(parts._rows(), x[:290]) and np.array_equal(parts.cov, stats_of(x[:290]).cov)
+    assert parts.merge(stats_of(x[290:]))._rows() is None and parts.n == 400
+    np.testing.assert_allclose(parts.cov, np.cov(x.T), atol=1e-13)
+
+
+def test_few_rows_are_saved_with_every_bit(tmp_path) -> None:
+    x, y = (correlated(np.random.default_rng(s), 90, 128) for s in (1, 2))
+    stats = stats_of(x)
+    again = FeatureStats.load(stats.save(tmp_path / "a.npz"))
+    assert again.n == 90 and frechet_distance(again, stats_of(y)) == frechet_distance(stats, stats_of(y))
+    assert np.array_equal(again.add(y).cov, stats.add(y).cov)
+
+
+@pytest.mark.parametrize(("n", "m"), [(40, 40), (40, 90), (200, 30), (129, 128)])
+def test_from_features(n: int, m: int) -> None:
+    x, y = correlated(np.random.default_rng(n), n, 128), correlated(np.random.default_rng(m + 1), m, 128, 0.1)
+    assert frechet_from_features(x, y) == pytest.approx(nuclear_truth(x, y), rel=1e-9)
+    assert frechet_from_features(y, x) == pytest.approx(nuclear_truth(x, y), rel=1e-9)
+
+
+def test_duplicates_among_few_rows_and_rows_far_from_zero() -> None:
+    x, y = correlated(np.random.default_rng(1), 60, 128), correlated(np.random.default_rng(2), 50, 128, 0.1)
+    twice = np.concatenate([x, x[:30]])
+    assert frechet_from_features(twice, y) == pytest.approx(nuclear_truth(twice, y), rel=1e-9)
+    moved = frechet_from_features(x + 2.0**20, y + 2.0**20)
+    assert moved == pytest.approx(
+        frechet_from_features(x + 2.0**20 - 2.0**20, y + 2.0**20 - 2.0**20), rel=1e-9
+    )
+
+
+def test_leaving_folds_out_is_the_statistics_of_the_others() -> None:
+    x = correlated(np.random.default_rng(3), 207, 20)
+    fold = fold_of(np.arange(207))
+    for k, stats in enumerate(folded(x).left_out()):
+        assert stats.n == (fold != k).sum()
+        np.testing.assert_allclose(stats.cov, np.cov(x[fold != k].T), atol=1e-13)
+    assert folded(x[:2]).left_out() == [] and len(folded(x[:3]).left_out()) == 3
+
+
+@pytest.mark.parametrize("dim", [8, 64])
+def test_infinity_finds_the_distance_of_the_distributions(dim: int) -> None:
+    rng = np.random.default_rng(dim)
+    a = np.linalg.qr(rng.standard_normal((dim, dim)))[0] * np.arange(1, dim + 1) ** -0.7
+    b = 1.1 * a + 0.05 * rng.standard_normal((dim, dim)) * np.arange(1, dim + 1) ** -0.7
+    mean, reference = np.full(dim, 0.02), FeatureStats.of_moments(np.zeros(dim), b @ b.T)
+    truth = frechet_distance(FeatureStats.of_moments(mean, a @ a.T), reference)
+    naive, found, errors = [], [], []
+    for seed in range(25):
+        rows = np.random.default_rng(seed).standard_normal((6 * dim, dim)) @ a.T + mean
+        distances = fold_distances(folded(rows), reference)
+        value, error = distances.infinity
+        naive.append(distances.value)
+        found.append(value)
+        errors.append(error)
+    bias = np.mean(naive) - truth
+    assert bias > 5 * np.std(naive) / 5  # what is to be removed stands out clearly
+    assert abs(np.mean(found) - truth) < 0.15 * bias + 3 * np.std(found) / 5
+    assert np.mean(errors) == pytest.approx(np.std(found), rel=0.4)
+
+
+def test_infinity_is_exact_for_a_bias_of_first_order() -> None:
+    sizes = (90, 91, 93)
+    found = FoldDistances(2 + 7 / 102, 102, tuple(2 + 7 / size for size in sizes), sizes)
+    assert found.infinity == pytest.approx((2, 0), abs=1e-12)
+
+
+def test_paired_distance_has_the_error_of_pairs() -> None:
+    rng = np.random.default_rng(6)
+    x = rng.standard_normal((500, 6))
+    a, c = folded(x + 0.05 * rng.standard_normal(x.shape) + 0.1), folded(x)
+    value, error = frechet_paired_with_error(a, c)
+    assert value == frechet_distance(a.total, c.total)
+    assert 0 < error < 0.3 * frechet_with_error(a, c.total)[1]
+    with pytest.raises(UserError, match="same samples"):
+        frechet_paired_with_error(a, folded(x[:9]))
+
+
+# -------------------------------------------------------------------------------- files of others
+
+
+INCEPTION = Source("inception-2015", "c" * 64, "TF1")
+
+
+def foreign(path, **arrays):
+    x = correlated(np.random.default_rng(8), 300, 12)
+    np.savez(path, mu=x.mean(0), sigma=np.cov(x.T), **arrays)
+    return x
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {},  # EDM, pytorch-fid, clean-fid
+        {"mu_s": np.zeros(3), "sigma_s": np.eye(3), "arr_0": np.zeros((2, 8, 8, 3), np.uint8)},  # ADM
+        {"num_images": np.array(300)},
+    ],
+)
+def test_layouts_of_others_load(tmp_path, others) -> None:
+    x = foreign(tmp_path / "edm.npz", **others)
+    y = correlated(np.random.default_rng(9), 200, 12, 0.1)
+    stats = FeatureStats.load(tmp_path / "edm.npz", expect=INCEPTION)
+    assert stats.n == (300 if "num_images" in others else 0) and not stats.marked
+    assert frechet_distance(stats_of(y, source=INCEPTION), stats) == pytest.approx(
+        nuclear_truth(x, y), rel=1e-9
+    )
+    again = FeatureStats.load(stats.save(tmp_path / "again.npz"), expect=INCEPTION)
+    assert again.n == stats.n
+    np.testing.assert_allclose(again.cov, stats.cov, rtol=1e-15)
+
+
+def test_foreign_files_belong_to_inception_alone(tmp_path) -> None:
+    foreign(tmp_path / "edm.npz")
+    for expect in (None, Source("scenes-v1", "a")):
+        with pytest.raises(UserError, match="does not say what made"):
+            FeatureStats.load(tmp_path / "edm.npz", expect=expect)
+    np.savez(tmp_path / "bad.npz", mu=np.zeros(3), sigma=np.eye(4))
+    with pytest.raises(UserError, match="don't fit"):
+        FeatureStats.load(tmp_path / "bad.npz", expect=INCEPTION)
+    np.savez(tmp_path / "nan.npz", mu=np.zeros(3), sigma=np.full((3, 3), np.nan))
+    with pytest.raises(UserError, match="NaN"):
+        FeatureStats.load(tmp_path / "nan.npz", expect=INCEPTION)
+    stats = FeatureStats.load(tmp_path / "edm.npz", expect=INCEPTION)
+    with pytest.raises(UserError, match="cannot be merged"):
+        stats.merge(FeatureStats(12, INCEPTION))
+
+
+@pytest.mark.parametrize("name", ["ref.pkl", "ref.pt", "ref.PICKLE"])
+def test_pickled_references_are_refused(tmp_path, name: str) -> None:
+    import pickle
+
+    class Bomb:
+        def __reduce__(self):
+            return (pytest.fail, ("the pickle was opened",))
+
+    (tmp_path / name).write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(UserError, match="is a pickle"):
+        FeatureStats.load(tmp_path / name, expect=INCEPTION)
+    (tmp_path / "renamed.npz").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(UserError, match="not a statistics file of ours"):
+        FeatureStats.load(tmp_path / "renamed.npz", expect=INCEPTION)
+
+
+def test_another_resize_is_refused(tmp_path) -> None:
+    path = stats_of(np.eye(4), source=INCEPTION).save(tmp_path / "a.npz")
+    with pytest.raises(UserError, match="resize 'TF1', but 'bicubic'"):
+        FeatureStats.load(path, expect=Source("inception-2015", "c" * 64, "bicubic"))
+
+
+@pytest.mark.parametrize(("n", "m"), [(300, 200), (40, 30)])
+def test_agrees_with_torch_fidelity(n: int, m: int) -> None:
+    metric = pytest.importorskip("torch_fidelity.metric_fid")
+    x, y = correlated(np.random.default_rng(1), n, 64), correlated(np.random.default_rng(2), m, 64, 0.1)
+    theirs = [{"mu": z.mean(0), "sigma": np.cov(z.T)} for z in (x, y)]
+    found = metric.fid_statistics_to_metric(*theirs, verbose=False)["frechet_inception_distance"]
+    # With fewer samples than features their formula has an error of 1e-6 and more.
+    rel = 1e-9 if n > 64 else 1e-4
+    assert frechet_from_features(x, y) == pytest.approx(found, rel=rel)
