@@ -29,6 +29,7 @@ def evaluate(
     extractor: str | Extractor | None = None,
     reference: str | os.PathLike[str] | FeatureStats | None = None,
     captions: str | os.PathLike[str] | None = None,
+    clip: str | os.PathLike[str] | None = None,
     classes: int = 0,
     batch: int = 64,
 ) -> dict[str, Any]:
@@ -48,6 +49,7 @@ def evaluate(
             file of real images instead of it (what needs captions cannot then be measured); or statistics
             made by the same extractor.
         captions: where the protocol's captions are, if it has a file of them.
+        clip: directory of the protocol's CLIP model, where that is not the embedded one.
         classes: number of classes of a class-conditional sampler; image i has the class i mod `classes`.
 
     Returns:
@@ -63,7 +65,15 @@ def evaluate(
     from evaluation.images import ResizedImages
     from evaluation.metrics import get_metrics
     from evaluation.metrics.base import Inputs
-    from evaluation.protocols import NamedReference, checked_n, get_protocol, measurable, real_images
+    from evaluation.metrics.clip_score import ClipScore
+    from evaluation.protocols import (
+        NamedReference,
+        checked_clip,
+        checked_n,
+        get_protocol,
+        measurable,
+        real_images,
+    )
     from evaluation.reference import reference_stats
     from evaluation.stats import FeatureStats
 
@@ -75,6 +85,8 @@ def evaluate(
     else:
         protocol = real_images(reference, classes=classes)
     computed = get_metrics(metrics, [name for name in measurable(protocol) if name != "latency"])
+    if "clip" in computed and protocol.clip:
+        computed["clip"] = ClipScore(**checked_clip(protocol, clip))
     n = checked_n(n, protocol)
     inputs = Inputs()
     needs = set().union(*(metric.needs for metric in computed.values()))
@@ -84,7 +96,7 @@ def evaluate(
     if "reference" in needs:
         inputs.reference = reference if given else reference_stats(protocol, inputs.extractor)
     prompts, seeds = protocol.prompts(n), protocol.seeds(n)
-    inputs.captions = prompts if protocol.has_text else None
+    inputs.captions = protocol.scored_captions(n)
     parts = (slice(start, start + batch) for start in range(0, n, batch))
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -142,6 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     images.add_argument(
         "--captions", metavar="FILE", help="a caption for every image, by order of the files' names"
     )
+    images.add_argument("--clip", metavar="DIR", help="directory of the CLIP model, if not the embedded one")
     images.add_argument("-o", "--out", help="also write the result to this JSON file")
     stats = command(
         "stats", _stats, "Compute the feature statistics of a set of images once, for later comparisons."
@@ -225,6 +226,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "instead of a protocol (pipelines without prompts)",
     )
     how.add_argument("--captions", metavar="FILE", help="where the protocol's captions are, if it has a file")
+    how.add_argument(
+        "--clip", metavar="DIR", help="directory of the protocol's CLIP model, if not the embedded one"
+    )
     how.add_argument(
         "--extractor", help="scenes-v1 or the directory of a feature net (default: the protocol's)"
     )
@@ -322,7 +326,7 @@ def _run(args: argparse.Namespace) -> None:
         teacher=args.teacher, steps=args.steps, guidance=args.guidance, teacher_steps=args.teacher_steps,
         teacher_guidance=args.teacher_guidance, n=args.n, teacher_n=args.teacher_n, metrics=args.metrics,
         protocol=args.protocol, reference=args.reference, captions=args.captions, extractor=args.extractor,
-        batch=args.batch, io_batch=args.io_batch, device=args.device,
+        clip=args.clip, batch=args.batch, io_batch=args.io_batch, device=args.device,
         latency_images=args.latency_images, force=args.force, bar=_bar(),
     )  # fmt: skip
     if not Processes.join().first:
@@ -376,7 +380,7 @@ def _images(args: argparse.Namespace) -> None:
     _quieten()
     found = folders.measure(
         args.images, args.ref, metrics=args.metrics, extractor=args.extractor, protocol=args.protocol,
-        captions=args.captions, io_batch=args.io_batch, device=args.device,
+        captions=args.captions, clip=args.clip, io_batch=args.io_batch, device=args.device,
     )  # fmt: skip
     print(f"n = {found['n']}, reference n = {found['reference_n'] or 'not said'}")
     _print_values(found)

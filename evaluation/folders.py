@@ -12,7 +12,8 @@ from evaluation.extractors import Extractor, load_extractor
 from evaluation.images import IO_BATCH, Facts, Images, Resize, open_images
 from evaluation.metrics import METRICS, get_metrics
 from evaluation.metrics.base import Inputs
-from evaluation.protocols import Protocol, get_protocol, read_captions
+from evaluation.metrics.clip_score import ClipScore
+from evaluation.protocols import Protocol, checked_clip, get_protocol, read_captions
 from evaluation.stats import FeatureStats
 from stepdistill.errors import UserError
 
@@ -32,6 +33,7 @@ def measure(
     extractor: str | os.PathLike[str] | None = None,
     protocol: str | Protocol | None = None,
     captions: str | os.PathLike[str] | None = None,
+    clip: str | os.PathLike[str] | None = None,
     io_batch: int = IO_BATCH,
     device: str = "cpu",
 ) -> dict[str, Any]:
@@ -43,6 +45,7 @@ def measure(
         extractor: a name or a directory; None is the protocol's, else the embedded one.
         protocol: whose image path, extractor and number of samples are used; None is images as they are.
         captions: a file with a caption for every image, in the order of the files' names.
+        clip: directory of the CLIP model, where that is not the embedded one.
         io_batch: images decoded by one job; changes nothing but memory.
 
     Returns:
@@ -63,8 +66,11 @@ def measure(
                 f"{_WHERE_FROM.get(missing[-1], 'leave the metric out')}."
             )
     inputs = Inputs(images=own)
+    if "clip" in computed and (clip or (chosen and chosen.clip)):
+        computed["clip"] = ClipScore(**(checked_clip(chosen, clip) if chosen else {"directory": clip}))
     if captions:
-        inputs.captions = read_captions(Path(captions))
+        prefix = chosen.clip_prefix if chosen else ""
+        inputs.captions = [prefix + caption for caption in read_captions(Path(captions))]
         if len(inputs.captions) != len(own):
             raise UserError(
                 f"{captions} has {len(inputs.captions)} captions for the {len(own)} images of {images}; "

@@ -32,7 +32,7 @@ from stepdistill.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FILTERS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")  # Pillow's names, antialiased
-IO_BATCH = 64  # images decoded by one job; nothing depends on it
+IO_BATCH = 16  # images decoded by one job; nothing depends on it
 _JOBS = 4  # under way or waiting to be taken, at most
 
 

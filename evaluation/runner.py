@@ -29,9 +29,18 @@ from evaluation.generate import Configuration, Shards, draw_with, generate, pipe
 from evaluation.images import Facts, Images, ResizedImages, Watched
 from evaluation.metrics import get_metrics
 from evaluation.metrics.base import Inputs
+from evaluation.metrics.clip_score import ClipScore
 from evaluation.metrics.latency import IMAGES, Timed, measure, speedups
 from evaluation.processes import Processes
-from evaluation.protocols import NamedReference, Protocol, checked_n, get_protocol, measurable, real_images
+from evaluation.protocols import (
+    NamedReference,
+    Protocol,
+    checked_clip,
+    checked_n,
+    get_protocol,
+    measurable,
+    real_images,
+)
 from evaluation.reference import reference_stats
 from evaluation.stats import fold_distances, frechet_ratio_with_error
 from stepdistill.errors import UserError
@@ -78,6 +87,7 @@ def run(
     reference: str | os.PathLike[str] | None = None,
     captions: str | os.PathLike[str] | None = None,
     extractor: str | os.PathLike[str] | None = None,
+    clip: str | os.PathLike[str] | None = None,
     batch: int = 64,
     io_batch: int | None = None,
     device: str = "cpu",
@@ -102,6 +112,7 @@ def run(
             Parquet file of real images instead of a protocol.
         captions: where the protocol's captions are, if it has a file of them.
         extractor: a name or a directory; None is the protocol's. Another one makes another protocol hash.
+        clip: directory of the protocol's CLIP model, where that is not the embedded one.
         batch: batch size of the sampled networks; samples of two sizes differ in their last bits.
         io_batch: samples asked for at a time; changes nothing but memory.
         force: draw again what is kept under `out`/samples.
@@ -125,6 +136,8 @@ def run(
     names = list(chosen.metrics if metrics is None else metrics)
     session.computed = get_metrics(names, measurable(chosen))
     timed = session.computed.pop("latency", None) is not None
+    if "clip" in session.computed and (clip or chosen.clip):
+        session.computed["clip"] = ClipScore(**checked_clip(chosen, clip))
     if teacher_sampler and "fd" not in session.computed:
         raise UserError(
             f"comparing with a teacher needs the metric 'fd', got {', '.join(names)}; add it to --metrics."
@@ -273,10 +286,10 @@ class _Session:
         return known.first(n)
 
     def inputs(self, row: Row, n: int) -> Inputs:
-        captions = self.protocol.prompts(n) if self.protocol.has_text else None
         images = self.samples(row, n)
         if self.protocol.resize:
             images = ResizedImages(images, self.protocol.resize)
+        captions = self.protocol.scored_captions(n)
         return Inputs(Watched(images), captions, self.extractor, self.reference)
 
     def measured(self, row: Row) -> Row:

@@ -217,6 +217,68 @@ def test_run_refuses_wrong_input_before_drawing(tmp_path, painters, net, capsys)
     assert painters["student"].drawn == painters["teacher"].drawn == 0
 
 
+def test_a_run_that_fails_keeps_what_is_finished(tmp_path, painters, net, capsys) -> None:
+    painter, drawn = painters["student"], painters["student"].__call__
+
+    class Breaking(Painter):
+        def __call__(self, prompts, seeds, *, steps, **options) -> Tensor:
+            images = drawn(prompts, seeds, steps=steps, **options)
+            return images.float() if steps == 2 else images
+
+    painter.__class__ = Breaking
+    out, command = tmp_path / "out", ["run", "--pipeline", tmp_path / "student", "--metrics", "fd", "--n", 40]
+    command += ["--extractor", net, "--out", out]
+    with pytest.raises(SystemExit) as stopped:
+        main([*map(str, command)])
+    last = capsys.readouterr().err.splitlines()[-1]  # after the progress bars
+    assert stopped.value.code == 2 and last.startswith("error: images must be a uint8 tensor")
+    results = json.loads((out / "results.json").read_text())
+    assert [row["steps"] for row in results["rows"]] == [1] and results["complete"] is False
+    assert any("ended early" in warning for warning in results["warnings"])
+    painter.__class__ = Painter
+    before = painter.drawn
+    main([*map(str, command)])
+    again = json.loads((out / "results.json").read_text())
+    assert again["complete"] and again["rows"][0]["metrics"] == results["rows"][0]["metrics"]
+    assert painter.drawn - before == 40  # of two steps; those of one step were kept
+
+
+def test_a_run_looks_for_all_it_needs_first(tmp_path, painters, net, capsys, monkeypatch) -> None:
+    public = replace(
+        PROTOCOLS["coco14-30k"], name="public", n=4, captions=CaptionFile("lines", 4), extractor=str(net),
+        reference=NamedReference("pictures", 5), quantise="round", resize=Resize(size=32), metrics=("fd", "clip"),
+    )  # fmt: skip
+    monkeypatch.setitem(protocols.PROTOCOLS, "public", public)
+    command = ["run", "--pipeline", tmp_path / "student", "--protocol", "public", "--out", tmp_path / "out"]
+    assert "nothing for the reference pictures at" in refused(capsys, *command)
+    command += ["--reference", save_images(tmp_path / "five", 5)]
+    assert "nothing for the captions lines at" in refused(capsys, *command)
+    (tmp_path / "lines.txt").write_text("\n".join(scenes.scene_at(index, 1).caption for index in range(4)))
+    command += ["--captions", tmp_path / "lines.txt"]
+    assert "CLIP model vit-g-14-laion2b; name the directory" in refused(capsys, *command)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "disk_usage", lambda place: usage)
+        assert "GB are free there; choose another disk" in refused(capsys, *command, "--metrics", "fd")
+    assert painters["student"].drawn == 0
+    main([*map(str, command), "--metrics", "fd", "--steps", "1"])
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (
+        results["protocol"] == "public"
+        and results["reference_n"] == 5
+        and len(results["captions_sha256"]) == 64
+    )
+    assert results["protocol_definition"]["clip_prefix"] == "A photo depicts "
+    located = public.located(tmp_path / "five", tmp_path / "lines.txt")
+    assert located.scored_captions(1) == ["A photo depicts " + scenes.scene_at(0, 1).caption]
+
+
+def test_another_extractor_is_another_protocol(tmp_path, painters, net) -> None:
+    results = run(tmp_path, net, "--teacher-guidance", "2", "--n", 24, "--steps", "1")
+    scenes_2k = protocols.PROTOCOLS["scenes-2k"]
+    assert results["protocol_hash"] == replace(scenes_2k, extractor="tiny").hash != scenes_2k.hash
+
+
 def test_picture_has_a_row_per_prompt_and_a_column_per_sampler(tmp_path, painters, capsys) -> None:
     prompt = "a large red star on a black background"
     command = ["picture", "--teacher", tmp_path / "teacher", "--student", tmp_path / "student", "--before"]

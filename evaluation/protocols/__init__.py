@@ -277,6 +277,10 @@ class Protocol:
         modulus = self.images_per_prompt if self.seeds_by == "prompt" else n
         return [self.first_seed + i % modulus for i in range(n)]
 
+    def scored_captions(self, n: int) -> list[str] | None:
+        """What the first n samples are compared with: their captions after `clip_prefix`; None without text."""
+        return [self.clip_prefix + caption for caption in self.prompts(n)] if self.has_text else None
+
     @property
     def has_text(self) -> bool:
         """Whether samples are drawn for captions, which they can be compared with."""
@@ -411,6 +415,20 @@ def checked_n(n: int | None, protocol: Protocol) -> int:
             f"n is {n}, but {protocol.name} has captions for {protocol.n} samples; ask for no more."
         )
     return n
+
+
+def checked_clip(protocol: Protocol, clip: str | os.PathLike[str] | None) -> dict[str, Any]:
+    """What a `ClipScore` of the protocol's model is made with, given the directory `clip` of that model.
+
+    Raises:
+        UserError: the protocol's model is not the embedded one, and no directory is given.
+    """
+    if protocol.clip and clip is None:
+        raise UserError(
+            f"the protocol {protocol.name} scores captions with the CLIP model {protocol.clip}; name the directory of "
+            "that model with --clip, or leave clip out of --metrics."
+        )
+    return {"directory": clip, "name": protocol.clip or None}
 
 
 def reference_folders() -> list[Path]:
