@@ -109,7 +109,7 @@ def main() -> None:
                 written(Path(place) / f"{kind}-{start}", side, suffix, start, size)
                 for start in range(0, count, size)
             ]
-            slices(folders[:1], extractor)  # the first pass fills the file cache and sets the networks up
+            extractor(next(iter(open_images(folders[0]))))  # the first call sets the networks up
             seconds = slices(folders, extractor)
             parts = [seconds[name] for name in ("decode alone", "extract alone")]
             slower = max(part["wall_s"] for part in parts)

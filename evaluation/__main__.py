@@ -159,8 +159,8 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument(
             "--io-batch",
             type=int,
-            default=64,
-            metavar="64",
+            default=16,
+            metavar="16",
             help="images decoded at a time; changes no number",
         )
         added.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
