@@ -332,7 +332,8 @@ def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float
     """A teacher or student directory as a sampler.
 
     A student is a stock diffusers directory with a `stepdistill.json` beside its model_index.json; without
-    that file the directory is a teacher, and its family is told by the pipeline class.
+    that file the directory is a teacher, and its family is told by the pipeline class. Merged students are a
+    `routing.Students`, which is called like any other.
 
     Raises:
         UserError: the directory is missing, is no diffusers pipeline, or holds pickled weights.
@@ -347,6 +348,10 @@ def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float
             card = json.loads((path / CARD).read_text())
         except ValueError as error:
             raise UserError(f"{path / CARD} is not valid JSON ({error}); export the student again.") from None
+    if card.get("kind") == "students":
+        from stepdistill.routing import Students
+
+        return Students(path, card, device, dtype)
     cls = resolve(card.get("family") or family_of(path), FAMILIES, "family")
     family = cls.from_directory(path)
     family.to(device, dtype)

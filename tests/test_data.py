@@ -87,11 +87,14 @@ def test_scenes_are_those_of_image_at() -> None:
 
 def test_partitions_of_scenes_are_disjoint_and_complete() -> None:
     parts = [source("scenes", size=11, partition=f"{k}/3") for k in (1, 2, 3)]
-    assert sum(part.size for part in parts) == 11
-    assert [caption for part in parts for caption in part.captions] == list(
-        source("scenes", size=11).captions
-    )
-    assert parts[1].counts == {"kept": 4, "in other partitions": 7}
+    assert sum(part.size for part in parts) == 11 and all(part.size for part in parts)
+    whole = source("scenes", size=11)
+    assert sorted(caption for part in parts for caption in part.captions) == sorted(whole.captions)
+    kept = parts[1].size
+    assert parts[1].counts == {"kept": kept, "in other partitions": 11 - kept}
+    for part in parts:  # the pictures are those of the captions
+        index = list(whole.captions).index(part.captions[0])
+        assert np.array_equal(part.images([0]), whole.images([index]))
     assert len({part.fingerprint() for part in parts}) == 3
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from stepdistill import scenes
+from stepdistill import routing, scenes
 from stepdistill.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class Source:
         captions: one text per example, or None.
         labels: one class number per example, or None; `class_names[label]` is its name.
         counts: "kept", and for every reason to drop an example, how many it was.
+        routing: by which rule conditions belong to this part of a partition, or None; goes into the card.
     """
 
     has_images: bool = True
@@ -65,6 +66,7 @@ class Source:
         self.labels: Sequence[int] | None = None
         self.class_names: tuple[str, ...] | None = None
         self.counts: dict[str, int] = {}
+        self.routing: dict[str, Any] | None = None
 
     def images(self, indices: Sequence[int]) -> np.ndarray:
         """uint8 (n, resolution, resolution, 3), RGB."""
@@ -120,7 +122,8 @@ def order(seed: int, size: int, batch_index: int, batch_size: int) -> list[int]:
 class Partition:
     """What every source's Config begins with: which part of the examples to take."""
 
-    # "k/K": block k (from 1) of K, of the classes or, where there are none, of the examples; "" = all
+    # "k/K": part k (from 1) of K: a block of the classes, a cluster of the captions (stepdistill/routing.py) or,
+    # where there are neither, a block of the examples; "" = all
     partition: str = ""
 
     def __post_init__(self) -> None:
@@ -143,6 +146,22 @@ class Partition:
             )
         return range((k - 1) * count // of, k * count // of)
 
+    def of_captions(self, captions: Sequence[str]) -> tuple[list[int], dict[str, Any] | None]:
+        """The numbers of the captions in our cluster, and the rule by which prompts are routed to it."""
+        k, of = self.parts()
+        if of == 1:
+            return list(range(len(captions))), None
+        centroids = routing.cluster(captions, of)
+        ours = np.flatnonzero(routing.nearest(captions, centroids) == k - 1).tolist()
+        return ours, {"by": "prompt", "of": of, "part": k, "centroids": centroids.tolist()}
+
+    def of_classes(self, count: int) -> tuple[range, dict[str, Any] | None]:
+        """Our block of the classes, and the rule by which classes are routed to it."""
+        k, of = self.parts()
+        blocks = [[i * count // of, (i + 1) * count // of] for i in range(of)]
+        rule = {"by": "class", "of": of, "part": k, "blocks": blocks} if of > 1 else None
+        return self.block(count), rule
+
 
 class Scenes(Source):
     """Procedural captioned scenes, drawn when they are asked for."""
@@ -164,7 +183,10 @@ class Scenes(Source):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self._block = config.block(config.size)
+        self._block: Sequence[int] = range(config.size)
+        if config.parts()[1] > 1:
+            everything = _SceneCaptions(self._block, config.seed)[:]
+            self._block, self.routing = config.of_captions(everything)
         self.size = len(self._block)
         self.captions = _SceneCaptions(self._block, config.seed)
         self.counts = _counts(self.size, {"in other partitions": config.size - self.size})
@@ -187,7 +209,7 @@ class Scenes(Source):
 class _SceneCaptions(Sequence):
     """Captions of a block of scenes, made when they are read."""
 
-    def __init__(self, block: range, seed: int) -> None:
+    def __init__(self, block: Sequence[int], seed: int) -> None:
         self._block, self._seed = block, seed
 
     def __len__(self) -> int:
@@ -251,10 +273,10 @@ class Prompts(Source):
                     dropped["line without a prompt"] += 1
         if not prompts:
             raise UserError(f"data.path={path} holds no prompts{_because(dropped)}.")
-        block = config.block(len(prompts))
-        dropped["in other partitions"] = len(prompts) - len(block)
-        self.captions = prompts[block.start : block.stop]
-        self.size = len(block)
+        ours, self.routing = config.of_captions(prompts)
+        dropped["in other partitions"] = len(prompts) - len(ours)
+        self.captions = [prompts[i] for i in ours]
+        self.size = len(ours)
         self.counts = _counts(self.size, dropped)
 
     def fingerprint(self) -> str:
@@ -298,8 +320,11 @@ class Stored(Source):
         """Drop what cannot be used of `total` listed examples and take stock of the rest."""
         config = self.config
         if labels is not None:
-            ours = set(config.block(len(class_names or ())))
+            block, self.routing = config.of_classes(len(class_names or ()))
+            ours = set(block)
             mine = [i for i in range(total) if labels[i] is None or labels[i] in ours]
+        elif captions is not None:
+            mine, self.routing = config.of_captions([caption or "" for caption in captions])
         else:
             mine = list(config.block(total))
         dropped["in other partitions"] += total - len(mine)

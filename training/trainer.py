@@ -351,7 +351,8 @@ class Trainer:
         recipe = self.recipe.mapping()  # with stages, `whole` may have no method of its own
         if self.whole.partials:
             recipe["stages"] = self.whole.mapping()["stages"]
-        return export.card_of(self.family, self.method, recipe, step=self.offset + self.step, weights=weights)
+        card = export.card_of(self.family, self.method, recipe, step=self.offset + self.step, weights=weights)
+        return card | ({"routing": self.source.routing} if self.source.routing else {})
 
     def _preview(self) -> None:
         if self.loggers:

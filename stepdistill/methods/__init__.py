@@ -24,5 +24,6 @@ METHODS = {
     "disback": "stepdistill.methods.disback:DisBack",
     "reward": "stepdistill.methods.reward:Reward",
     "add": "stepdistill.methods.add:ADD",
+    "tsm": "stepdistill.methods.tsm:TSM",
     "compose": "stepdistill.methods.base:Compose",
 }

@@ -1,0 +1,56 @@
+"""TSM: teacher score matching, the first stage of a smaller student (MSD, Song et al. 2024, arXiv 2410.23274, Sec. 4.2).
+
+Score distillation needs a student that already resembles a denoiser; a network of another size starts from
+random weights. So it first learns the teacher's answers by regression:
+
+    loss   w_t |D_student(x_t, t, c) - sg D_teacher(x_t, t, c)|^2,   x_t = alpha_t x0 + sigma_t eps of real data  (Eq. 9)
+
+in the kind the student predicts, with the weight that kind carries. Written as the first of two or more
+`stages:`, with `student.init: random` and the smaller network in `family.student_unet`; distribution matching
+follows, its fake score from the *teacher*, which needs no such stage. A student of the teacher's own size and
+weights has nothing to learn here: its loss is 0.
+
+Multi-student distillation is K ordinary runs of such recipes, each with its `data.partition: k/K`, and
+`python -m training.merge OUT STUDENTS...`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from stepdistill import timesteps
+from stepdistill.denoiser import guided, unwrap
+from stepdistill.losses import denoising, moments
+from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase
+
+
+class TSM(Method):
+    needs_images = True
+    rule = "ode"  # what it leaves is a many-step denoiser
+
+    @dataclass
+    class Config:
+        guidance_scale: float = 1.0  # of the teacher; 1 = off
+        cond_dropout: float = 0.1  # share of samples without their condition, where guidance is off
+        time_density: Literal["uniform", "karras", "lognormal"] = "uniform"
+        time_mean: float = -1.2
+        time_std: float = 1.2
+
+    def phases(self, step: int) -> Iterator[Phase]:
+        yield Phase("student", ("student",), ((1.0, self.loss),))
+
+    def loss(self, nets: Networks, batch: Batch) -> Losses:
+        config, schedule, noise = self.config, nets.schedule, batch.generator
+        t = timesteps.draw(config.time_density, schedule, noise, mean=config.time_mean, std=config.time_std)
+        x_t = schedule.add_noise(batch.x0, batch.randn(), t)
+        cond = batch.dropped_cond(config.cond_dropout) if config.guidance_scale == 1 else batch.cond
+        with torch.no_grad():
+            said = guided(nets.teacher, x_t, t, cond, batch.uncond, config.guidance_scale)
+        prediction = nets.student(x_t, t, cond)
+        # The teacher's x0 and eps stand where training from data has the true ones.
+        loss = denoising(prediction, said.x0, said.eps, unwrap(nets.student).sigma_data)
+        return {"total": loss} | moments(prediction.x0)
