@@ -143,8 +143,11 @@ def test_what_cannot_be_adapted_is_one_sentence():
 def test_vsd_holds_the_teachers_weights_once(tiny_sd):
     family = SD(SD.Config(teacher=str(tiny_sd)))
     student = family.student("teacher", ())
-    nets = VSD(VSD.Config(lora_rank=2), (1,)).networks(family.teacher, student)
-    fake_score = nets["fake_score"]
-    assert fake_score.network is family.teacher.network
-    assert set(VSD(VSD.Config(lora_rank=2, lora_targets=["to_q", "to_v"]), (1,)).networks(family.teacher, student)["fake_score"].adapters) < set(fake_score.adapters)  # fmt: skip
-    assert parameter_count(fake_score) < parameter_count(family.teacher) / 5
+
+    def fake(**settings) -> LoRA:
+        method = VSD(VSD.Config(lora_rank=2, **settings), (1,))
+        return method.networks(family.teacher, student)["fake_score"]
+
+    assert fake().network is family.teacher.network
+    assert set(fake(lora_targets=["to_q", "to_v"]).adapters) < set(fake().adapters)
+    assert parameter_count(fake()) < parameter_count(family.teacher) / 5

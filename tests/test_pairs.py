@@ -1,0 +1,186 @@
+"""Trajectories of the teacher: right ends, computed once, gone on with after an interruption."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from stepdistill.errors import UserError
+from stepdistill.families.sd import SD
+from stepdistill.families.toy import Toy, gaussian_flow_map
+from stepdistill.methods.base import Batch, Compose, Networks, PairSettings
+from stepdistill.methods.dmd import DMD
+from stepdistill.methods.kd import KD
+from stepdistill.noise import SampleNoise
+from stepdistill.prediction import Prediction
+from stepdistill.schedule import Flow
+from stepdistill.timesteps import times_like
+from training import precompute
+from training.data import Prompts
+from training.data import Toy as Indices
+
+
+@pytest.fixture
+def one_mode() -> Toy:
+    return Toy(Toy.Config(modes=1, std=0.5, schedule="flow", fit_steps=0))
+
+
+@pytest.fixture
+def source() -> Indices:
+    return Indices(Indices.Config(size=50))
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    monkeypatch.setattr(precompute, "PART", 16)
+
+
+def test_they_end_where_the_flow_takes_them(one_mode, source, tmp_path):
+    settings = PairSettings(40, 300, times=(0.7, 0.301))  # 0.301 is no point of the teacher's own grid
+    made = precompute.trajectories(one_mode, source, settings, tmp_path, batch=7, progress=False)
+    pairs = made.rows(range(40))
+    assert pairs.z.shape == pairs.x0.shape == (40, 2) and pairs.states.shape == (40, 2, 2)
+    mean = one_mode.mixture.means.float()
+    start = times_like(1.0, pairs.z)
+    schedule = one_mode.schedule
+    for time, got in ((0.7, pairs.states[:, 0]), (0.301, pairs.states[:, 1]), (0.0, pairs.x0)):
+        to = times_like(time, got)
+        for axis in range(2):
+            column = pairs.z[:, axis : axis + 1]
+            exact = gaussian_flow_map(schedule, float(mean[0, axis]), 0.5, column, start, to)
+            torch.testing.assert_close(got[:, axis : axis + 1], exact, atol=0.02, rtol=0)
+
+
+def test_they_are_computed_once_and_go_on_after_an_interruption(one_mode, source, tmp_path, monkeypatch):
+    calls = []
+    original = precompute._trajectory
+
+    def counted(*arguments):
+        calls.append(list(arguments[3]))
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(precompute, "_trajectory", counted)
+    settings = PairSettings(40, 5)
+    with pytest.raises(KeyboardInterrupt):
+        precompute.trajectories(one_mode, source, settings, tmp_path, batch=8, progress=False)
+    made = precompute.trajectories(one_mode, source, settings, tmp_path, batch=8, progress=False)
+    assert calls[5][0] == 32  # the two finished files of 16 are kept
+    count = len(calls)
+    again = precompute.trajectories(one_mode, source, settings, tmp_path, batch=8, progress=False)
+    fewer = precompute.trajectories(one_mode, source, PairSettings(20, 5), tmp_path, progress=False)
+    assert len(calls) == count and fewer.size == 20
+    whole = precompute.trajectories(one_mode, source, settings, tmp_path / "other", batch=8, progress=False)
+    for other in (again, whole):
+        for name, tensor in made.tensors.items():
+            assert torch.equal(tensor, other.tensors[name])
+    assert torch.equal(fewer.tensors["x0"], made.tensors["x0"][:20])
+
+
+def test_a_damaged_file_is_made_again_and_other_settings_lie_elsewhere(one_mode, source, tmp_path):
+    settings = PairSettings(16, 5)
+    made = precompute.trajectories(one_mode, source, settings, tmp_path, progress=False)
+    (path,) = tmp_path.glob("pairs-*/*.safetensors")
+    path.write_bytes(path.read_bytes()[:100])
+    again = precompute.trajectories(one_mode, source, settings, tmp_path, progress=False)
+    assert torch.equal(made.tensors["x0"], again.tensors["x0"])
+    other = Toy(Toy.Config(modes=2, std=0.5, schedule="flow", fit_steps=0))
+    for family, changed in ((one_mode, PairSettings(16, 6)), (other, settings)):
+        precompute.trajectories(family, source, changed, tmp_path, progress=False)
+    assert len(list(tmp_path.glob("pairs-*"))) == 3
+
+
+def test_conditions_and_guidance_are_the_examples(tmp_path):
+    """Classes in turn, and the teacher guided by the scale asked for."""
+    family = Toy(Toy.Config(modes=4, std=0.1, classes=2, schedule="flow", fit_steps=0))
+    source = Indices(Indices.Config(size=6))
+    made = {
+        scale: precompute.trajectories(family, source, PairSettings(16, 40, scale), tmp_path, progress=False)
+        for scale in (1.0, 3.0)
+    }
+    pairs = made[1.0].rows(range(16))
+    assert pairs.cond.tolist() == [i % 6 % 2 for i in range(16)]
+    nearest = torch.cdist(pairs.x0.double(), family.mixture.means).argmin(1)
+    assert torch.equal(family.mixture.classes[nearest], pairs.cond)
+    assert torch.equal(made[3.0].tensors["z"], made[1.0].tensors["z"])
+    assert not torch.allclose(made[3.0].tensors["x0"], made[1.0].tensors["x0"], atol=1e-3)
+
+
+def test_they_are_made_for_a_pipeline_of_prompts(tiny_sd, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a large red star\na small blue circle\n")
+    source = Prompts(Prompts.Config(path=tmp_path / "prompts.txt"))
+    family = SD(SD.Config(teacher=str(tiny_sd)))
+    settings = PairSettings(3, 2, 2.0, (499.0,))
+    pairs = precompute.trajectories(family, source, settings, tmp_path, batch=8, progress=False).rows([0, 2])
+    assert pairs.x0.shape == (2, *family.shape) and pairs.states.shape == (2, 1, *family.shape)
+    assert torch.equal(pairs.cond[0], pairs.cond[1])  # number 2 has the first prompt again
+    assert not torch.equal(pairs.x0[0], pairs.x0[1])
+
+
+def test_a_teacher_that_diverges_is_one_sentence(one_mode, source, tmp_path):
+    one_mode.mixture.means *= float("nan")
+    with pytest.raises(UserError, match=r"method\.pair_steps"):
+        precompute.trajectories(one_mode, source, PairSettings(4, 2), tmp_path, progress=False)
+
+
+# ---------------------------------------------------------------------------------- the methods that want them
+
+
+def carried(family: Toy, method, source, tmp_path, count: int = 32) -> tuple[Networks, Batch]:
+    settings = method.pairs(family.schedule)
+    made = precompute.trajectories(family, source, settings, tmp_path, progress=False)
+    noise = SampleNoise(range(count))
+    batch = Batch(None, None, family.shape, noise.index, noise, pairs=made.rows(range(count)))
+    return Networks({"teacher": family.teacher}, family.schedule), batch
+
+
+def test_kd_is_zero_for_the_teachers_own_map_at_every_time_of_its_grids(one_mode, source, tmp_path):
+    method = KD(KD.Config(pair_count=32, pair_steps=400), (1, 2, 4))
+    schedule = one_mode.schedule
+    assert method.pairs(schedule).times == (0.75, 0.5, 0.25)
+    nets, batch = carried(one_mode, method, source, tmp_path)
+    mean, met = one_mode.mixture.means.float(), []
+
+    def oracle(x_t, t, cond=None):
+        met.append(t)
+        alpha, sigma = schedule.alpha(t).float()[:, None], schedule.sigma(t).float()[:, None]
+        spread = (alpha**2 * 0.25 + sigma**2).sqrt()
+        return Prediction(mean + 0.5 * (x_t - alpha * mean) / spread, "x0", x_t, t, schedule)
+
+    nets.modules["student"] = oracle
+    assert float(method.loss(nets, batch)["total"].max()) < 1e-4
+    assert set(met[0].tolist()) == {1.0, 0.75, 0.5, 0.25}
+    batch.pairs.x0 += 1
+    assert float(method.loss(nets, batch)["total"].min()) > 0.9
+
+
+def test_dmd_regresses_at_the_first_time_of_its_sampling_and_only_if_asked(one_mode, source, tmp_path):
+    method = DMD(DMD.Config(pair_count=32, pair_steps=2), (1,))
+    nets, batch = carried(one_mode, method, source, tmp_path)
+    heard = []
+    nets.modules["student"] = lambda x_t, t, cond: (
+        heard.append((x_t, t)) or Prediction(batch.pairs.x0 + 0.5, "x0", x_t, t, one_mode.schedule)
+    )
+    torch.testing.assert_close(method.regression_loss(nets, batch)["total"], torch.full((32,), 0.25))
+    assert torch.equal(heard[0][0], batch.pairs.z) and bool((heard[0][1] == 1).all())
+    (student, critic) = method.phases(0)
+    assert [weight for weight, _ in student.terms] == [1.0, 0.25] and len(critic.terms) == 1
+    without = DMD(DMD.Config(regression_weight=0.0), (1,))
+    assert without.pairs(Flow()) is None and len(next(iter(without.phases(0))).terms) == 1
+
+
+def test_parts_of_a_composition_share_one_set_of_pairs():
+    def compose(*parts):
+        return Compose(Compose.Config(list(parts)), (1,))
+
+    kd, dmd = {"name": "kd", "pair_count": 10}, {"name": "dmd", "pair_count": 10}
+    assert compose(kd, dmd).pairs(Flow()) == PairSettings(10, 50)
+    assert compose({"name": "dmd2"}, {"name": "vsd"}).pairs(Flow()) is None
+    with pytest.raises(UserError, match="different trajectory pairs"):
+        compose(kd, dmd | {"pair_steps": 3}).pairs(Flow())
+
+
+def test_counts_must_be_positive():
+    with pytest.raises(UserError, match=r"method\.pair_count must be at least 1, got 0"):
+        KD(KD.Config(pair_count=0), (1,)).pairs(Flow())
