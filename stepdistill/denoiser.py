@@ -89,6 +89,17 @@ class Denoiser(nn.Module):
         """
         return self
 
+    def encoder(self) -> Denoiser:
+        """A trainable copy that ends at the middle block, for a discriminator whose features are trained.
+
+        It can be tapped up to there (`features.block_features`) and says nothing itself.
+        """
+        twin = self.clone()
+        for name in twin.network.behind_middle:
+            parent, _, leaf = name.rpartition(".")
+            setattr(twin.network.get_submodule(parent), leaf, nn.ModuleList())
+        return twin
+
     def under(self, schedule: Schedule) -> Denoiser:
         """The same network (shared, not copied) spoken to in another schedule."""
         return Denoiser(self.network, self.kind, self.native, schedule)

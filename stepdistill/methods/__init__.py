@@ -22,6 +22,7 @@ METHODS = {
     "boot": "stepdistill.methods.boot:BOOT",
     "progressive": "stepdistill.methods.progressive:Progressive",
     "disback": "stepdistill.methods.disback:DisBack",
+    "lightning": "stepdistill.methods.lightning:Lightning",
     "reward": "stepdistill.methods.reward:Reward",
     "add": "stepdistill.methods.add:ADD",
     "tsm": "stepdistill.methods.tsm:TSM",
