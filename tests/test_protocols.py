@@ -88,6 +88,7 @@ def test_prompts_and_seeds_of_several_images_a_prompt(tmp_path) -> None:
     assert protocol.prompts(4) == ["a", "a", "b", "b"] and protocol.seeds(4) == [0, 1, 2, 3]
     assert replace(protocol, seeds_by="prompt", first_seed=42).seeds(4) == [42, 43, 42, 43]
     assert PROTOCOLS["cifar10-50k"].prompts(12) == [*range(10), 0, 1]
+    assert replace(PROTOCOLS["cifar10-50k"], images_per_prompt=3, classes=2).prompts(8) == [0, 0, 0, 1, 1, 1, 0, 0]
 
 
 def test_quantisation_is_what_each_name_says() -> None:
