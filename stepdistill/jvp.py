@@ -13,10 +13,26 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as nnf
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 DERIVATIVES = ("forward", "difference")
+
+
+class _ContiguousNorms(TorchFunctionMode):
+    """Group normalisation's forward derivative views its input and tangent, which attention leaves
+    transposed, either of them alone.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is nnf.group_norm:
+            value, tangent = forward_ad.unpack_dual(args[0])
+            if tangent is not None:
+                straight = forward_ad.make_dual(value.contiguous(), tangent.contiguous())
+                args = (straight, *args[1:])
+        return func(*args, **(kwargs or {}))
 
 
 def jvp(
@@ -36,6 +52,7 @@ def jvp(
         torch.autocast(device, enabled=False),
         sdpa_kernel(SDPBackend.MATH),
         forward_ad.dual_level(),
+        _ContiguousNorms(),
     ):
         duals = [
             forward_ad.make_dual(p.detach().clone(), d.to(p.dtype))
