@@ -8,14 +8,15 @@ what it does with the two answers at a diffused sample, which is its `student_lo
 Logged by all, with the names a health panel reads: "gap", the mean square distance of the two answers, which
 falls; "x0_mean", "x0_std" of the student's samples beside "teacher_x0_mean", "teacher_x0_std" of the
 teacher's answers to them; and "denoising", the fake score's loss. A student that leaves the teacher in mean
-or std (brightness drift, collapse) has outrun its fake score.
+or std (brightness drift, collapse) has outrun its fake score. On data of unit variance the gap is normally
+below 1, and below 0.1 after the first tenth of a run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn, no_grad
 
@@ -31,6 +32,15 @@ Density = Literal["uniform", "karras", "lognormal"]
 
 class ScoreDistillation(Method):
     """Base of methods with a fake score; `student_loss` is theirs."""
+
+    health: ClassVar[dict[str, tuple[float, float, str]]] = {
+        "student/gap": (
+            0.0,
+            1.0,
+            "the teacher and the fake score disagree by more than the data's own spread: the student has left"
+            " the data, or the fake score lags; lower optim.student.lr or raise method.student_every",
+        ),
+    }
 
     @dataclass
     class Config:
