@@ -163,6 +163,11 @@ def check(recipe: Recipe, family: Family, source: Source) -> None:
         raise UserError(
             f"data.resolution={source.resolution} differs from the family's {height}x{width}; set it to that."
         )
+    if method.init_noise not in family.init_noises:
+        raise UserError(
+            f"method.init_noise={method.init_noise}: the pipeline of this {family.name!r} teacher starts from"
+            f" {family.init_noises[0]} noise; set it to that."
+        )
     recipe.optim.check_networks(trained_by(method, recipe.run.steps))
     check_metric(recipe.run, family)
 

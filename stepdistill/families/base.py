@@ -33,6 +33,7 @@ class Family:
         shape: of one x0, such as (4, 64, 64). resolution: (H, W) of images.
         conditions: "prompt", "class" or "none"; class_names when known.
         pipeline: the diffusers pipeline behind it, None for the toy.
+        init_noises: the first states its pipeline can start from, of `sampling.INIT_NOISE`.
     """
 
     name: ClassVar[str] = ""
@@ -43,6 +44,7 @@ class Family:
     conditions: str
     class_names: tuple[str, ...] | None = None
     pipeline: Any = None
+    init_noises: tuple[str, ...] = ("unit",)
     latent: bool = False  # x0 is the output of an encoder, worth computing once per data set
     metrics: dict[str, Callable[[Callable[[int], Tensor]], float]]  # the family's own, {} for most
 

@@ -92,6 +92,7 @@ class Pixel(Family):
             config = scheduler.config
             self.schedule, self.kind = EDM(config.sigma_min, config.sigma_max), "x0"
             network = PixelUNet(unet, config.sigma_data, config.sigma_min)
+            self.init_noises = ("unit", "sigma")  # which are one under EDM
         else:
             self.schedule, self.kind = schedule_of(scheduler)
             network = PixelUNet(unet)
@@ -151,7 +152,7 @@ class Pixel(Family):
             scheduler = CMStochasticIterativeScheduler(
                 num_train_timesteps=40,
                 sigma_min=self.schedule.t_min,
-                sigma_max=self.schedule.t_max,
+                sigma_max=min(card.get("first_rho") or self.schedule.t_max, self.schedule.t_max),
                 sigma_data=network.sigma_data,
             )
             pipeline = ConsistencyModelPipeline(network.unet, scheduler)

@@ -96,6 +96,7 @@ class SD(Family):
     name = "sd"
     conditions = "prompt"
     default_guidance = 3.0
+    init_noises = ("unit", "sigma")
     latent = True
 
     @dataclass
