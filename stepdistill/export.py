@@ -19,6 +19,7 @@ from stepdistill.errors import atomic_write
 from stepdistill.families.base import Family
 from stepdistill.methods.base import Method
 from stepdistill.sampling import CARD
+from stepdistill.schedule import VP
 
 
 def card_of(family: Family, method: Method, recipe: dict[str, Any], **facts: Any) -> dict[str, Any]:
@@ -61,7 +62,7 @@ def write(family: Family, student: Denoiser, directory: Path, card: dict[str, An
 
 def readme(family: Family, card: dict[str, Any]) -> str:
     """The model card, with code that runs where this package is not installed."""
-    student = card["kind"] == "student"
+    student, missing = card["kind"] == "student", beyond_stock(family, card)
     lines = [
         "---", "library_name: diffusers", "tags: [stepdistill]", "---",
         f"# {card['name']}",
@@ -70,12 +71,9 @@ def readme(family: Family, card: dict[str, Any]) -> str:
         if student
         else "A multi-step teacher.",
         "",
+        *([f"{missing} The code below therefore needs stepdistill.", ""] if missing else []),
         "```python",
-        "import torch",
-        "from diffusers import DiffusionPipeline",
-        "",
-        'pipeline = DiffusionPipeline.from_pretrained("PATH_TO_THIS_DIRECTORY")',
-        *_call(family, card),
+        *(_own_call(family, card) if missing else _stock_call(family, card)),
         "```",
         "",
         "| | |",
@@ -86,7 +84,8 @@ def readme(family: Family, card: dict[str, Any]) -> str:
         rows["steps"] = "; ".join(
             f"{n}: t = {', '.join(f'{t:g}' for t in ts)}" for n, ts in card["timesteps"].items()
         )
-        rows["sampling rule"] = f"{card['rule']}, first input {card['init_noise']} noise"
+        eta = f", eta {card['eta']:g}" if card["rule"] == "tcd" else ""
+        rows["sampling rule"] = f"{card['rule']}{eta}, first input {card['init_noise']} noise"
     if card["guidance_free"]:
         rows["guidance"] = (
             "none at sampling: it is distilled into the weights, and a negative prompt has no effect"
@@ -107,14 +106,46 @@ def readme(family: Family, card: dict[str, Any]) -> str:
     return "\n".join([*lines, "", "The resolved recipe is in `stepdistill.json`.", ""])
 
 
-def _call(family: Family, card: dict[str, Any]) -> list[str]:
-    """The lines of the card that draw an image."""
+def beyond_stock(family: Family, card: dict[str, Any]) -> str:
+    """One sentence on why no stock pipeline samples this student, "" where one does."""
+    if card["rule"] == "flowmap":
+        return "No diffusers scheduler tells the network the time its jump ends at, as this student must be told."
+    if card["rule"] != "tcd":
+        return ""
+    if not isinstance(family.schedule, VP):
+        return "TCDScheduler steps along a DDPM table only, and this student's noise levels are not from one."
+    if family.conditions != "prompt" and max(card["steps"]) > 1 and card["eta"] != 0.3:
+        return f"The stock pipeline passes no eta, so TCDScheduler takes 0.3, not this student's {card['eta']:g}."
+    return ""
+
+
+def _stock_call(family: Family, card: dict[str, Any]) -> list[str]:
+    """The lines of the card that draw an image where this package is not installed."""
     steps = min(card.get("steps", [50]))
     if family.conditions == "prompt":
         guidance = "" if card["guidance_free"] else f", guidance_scale={card['guidance_scale']:g}"
-        return [f'image = pipeline("PROMPT", num_inference_steps={steps}{guidance}).images[0]']
-    label = ", class_labels=0" if family.conditions == "class" else ""
-    return [f"image = pipeline(num_inference_steps={steps}{label}).images[0]"]
+        eta = f", eta={card['eta']:g}" if card["rule"] == "tcd" else ""
+        call = f'pipeline("PROMPT", num_inference_steps={steps}{guidance}{eta})'
+    else:
+        label = ", class_labels=0" if family.conditions == "class" else ""
+        call = f"pipeline(num_inference_steps={steps}{label})"
+    return [
+        "import torch",
+        "from diffusers import DiffusionPipeline",
+        "",
+        'pipeline = DiffusionPipeline.from_pretrained("PATH_TO_THIS_DIRECTORY")',
+        f"image = {call}.images[0]",
+    ]
+
+
+def _own_call(family: Family, card: dict[str, Any]) -> list[str]:
+    prompt = '"PROMPT"' if family.conditions == "prompt" else "0"
+    return [
+        "import stepdistill",
+        "",
+        'sampler = stepdistill.load("PATH_TO_THIS_DIRECTORY")',
+        f"image = sampler([{prompt}], seeds=[0], steps={min(card['steps'])})[0]  # uint8 (3, H, W)",
+    ]
 
 
 def commit() -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from stepdistill.denoiser import Denoiser
 from stepdistill.errors import UserError
 from stepdistill.families.toy import SCHEDULES, Toy, gaussian, gaussian_flow_map
-from stepdistill.methods.base import Batch, Method, Networks, consistency, track_average
+from stepdistill.methods.base import Batch, Networks, consistency, track_average
 from stepdistill.methods.cd import CD
 from stepdistill.methods.ect import ECT
 from stepdistill.methods.meanflow import MeanFlow
@@ -34,8 +34,6 @@ class Oracle(nn.Module):
     """The exact flow map of N(MEAN, STD^2) as a network of kind "x0": the consistency function, and with `end`
     the x0 whose straight line from x_t passes through the trajectory's point at `end`.
     """
-
-    extras = {"end": lambda: None}
 
     def __init__(self, schedule: Schedule):
         super().__init__()
@@ -249,7 +247,9 @@ def test_ect_at_a_perfect_fit_has_a_zero_gradient_not_a_nan():
             return self.value.expand_as(x_t)
 
     net = Constant()
-    loss = ECT(ECT.Config(time_mean=1.0, time_std=0.1)).loss(nets_of(EDM(), net), batch_of(), stage=7)["total"]
+    loss = ECT(ECT.Config(time_mean=1.0, time_std=0.1)).loss(nets_of(EDM(), net), batch_of(), stage=7)[
+        "total"
+    ]
     assert gradient(loss.mean(), net).tolist() == [0.0]
 
 
@@ -290,3 +290,340 @@ def test_scms_gradient_is_the_limit_of_discrete_consistency(sigma_data):
     distance = (nets.student(x_t, t).x0 - before).square()[:, 0] / h
     expected = gradient((distance / t.tan() / (sigma_data * t.tan())).mean(), net)
     torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_the_tangents_warm_up_and_what_r_leaves_out():
+    """At r = 0 only the part without a derivative is left: -cos^2 (s F - dx/dt)."""
+    method = SCM(SCM.Config(warmup=4))
+    found = [next(iter(method.phases(step))).terms[0][1].keywords["r"] for step in range(6)]
+    assert found == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    trig, nets = TrigFlow(), nets_of(TrigFlow(), Affine())
+    x = torch.randn(COUNT, 1, dtype=torch.float64)
+    t, dx = times_like(0.7, x), torch.randn_like(x)
+    F, tangent = method.tangent(nets.student, None, trig, x, t, dx, 0.0)
+    torch.testing.assert_close(tangent, -(math.cos(0.7) ** 2) * (F - dx), rtol=1e-9, atol=1e-12)
+
+
+def test_a_normalised_tangent_makes_the_loss_known_beforehand():
+    method = SCM(SCM.Config(tangent_c=0.1))
+    losses = method.loss(nets_of(TrigFlow(), Affine()), batch_of())
+    norm = losses["tangent"]
+    torch.testing.assert_close(losses["distance"], (norm / (norm + 0.1)) ** 2, rtol=1e-6, atol=1e-9)
+
+
+def test_scms_two_steps_are_scm_schedulers():
+    """Number by number: times, states and result of the stock scheduler, with the same network outputs."""
+    from diffusers import SCMScheduler
+
+    from stepdistill.sampling import sample
+
+    for steps in (1, 2, 4):
+        method = SCM(SCM.Config(first_rho=0.0), (1, 2, 4))
+        for sigma_data in (0.5, 1.0):
+            trig = TrigFlow(sigma_data)
+            times = method.grid(trig, steps)
+            scheduler = SCMScheduler(sigma_data=sigma_data)
+            middle = {"intermediate_timesteps": 1.3 if steps == 2 else None}
+            scheduler.set_timesteps(steps, **middle)
+            torch.testing.assert_close(torch.tensor((*times, 0.0)), scheduler.timesteps, rtol=1e-5, atol=1e-5)
+            scheduler.set_timesteps(
+                steps, timesteps=[*times, 0.0], max_timesteps=None, intermediate_timesteps=None
+            )
+            generator = torch.Generator().manual_seed(0)
+            x = start = sigma_data * torch.randn(3, 4, generator=generator)
+            outputs = [torch.randn(3, 4, generator=generator) for _ in range(steps)]
+            for i, output in enumerate(outputs):
+                seed = torch.Generator().manual_seed(i)
+                x, denoised = scheduler.step(
+                    sigma_data * output, scheduler.timesteps[i], x, seed, return_dict=False
+                )
+            calls = iter(outputs)
+            ours = sample(
+                lambda x_t, t, cond, calls=calls, trig=trig: Prediction(next(calls), "F", x_t, t, trig),
+                start,
+                times,
+                lambda i: torch.randn(3, 4, generator=torch.Generator().manual_seed(i)),
+            )
+            # Both clamp the last cosine: ours at 1e-4, float32's pi / 2 has its own.
+            torch.testing.assert_close(ours, denoised, rtol=1e-3, atol=1e-3)
+
+
+# ----------------------------------------------------------------------------------------------------------- MeanFlow
+
+
+@EVERY
+def test_meanflows_identity_holds_for_the_exact_average_velocity(schedule):
+    """u = v - (t - r) du/dt with the oracle's u, through any native schedule: the error is rounding."""
+    method = MeanFlow(MeanFlow.Config(equal_share=0.0, time_mean=0.0, time_std=0.8))
+    assert float(method.loss(nets_of(schedule), batch_of())["error"].max()) < 1e-7
+    assert float(method.loss(nets_of(schedule, Affine()), batch_of())["error"].mean()) > 1e-2
+
+
+def test_the_oracles_average_velocity_is_the_average():
+    """(x_t - x_r) / (t - r) by the flow map, and v itself at r = t."""
+    flow = Flow()
+    nets = nets_of(flow)
+    x = torch.linspace(-1, 1, 7, dtype=torch.float64)[:, None]
+    t, r = times_like(0.8, x), times_like(0.3, x)
+    u = nets.student(x, t, end=r).flow
+    x_r = gaussian_flow_map(flow, MEAN, STD, x, t, r)
+    torch.testing.assert_close(u, (x - x_r) / 0.5, rtol=1e-9, atol=1e-9)
+    nearly = nets.student(x, t, end=t - 1e-6).flow
+    torch.testing.assert_close(nearly, nets.teacher(x, t).flow, rtol=1e-4, atol=1e-5)
+
+
+def test_with_r_equal_to_t_meanflow_is_flow_matching():
+    method, net = MeanFlow(MeanFlow.Config(direction="data", equal_share=1.0, weight_power=0.0)), Affine()
+    nets, batch, twin = nets_of(Flow(), net), batch_of(), batch_of()
+    losses = method.loss(nets, batch)
+    t, r = method.times(nets, twin)
+    assert torch.equal(t, r)
+    eps = twin.randn()
+    x_t = Flow().add_noise(twin.x0, eps, t)
+    expected = (nets.student(x_t, t, end=t).flow - (eps - twin.x0)).square()[:, 0]
+    torch.testing.assert_close(losses["total"], expected, rtol=1e-9, atol=1e-9)
+
+
+def test_meanflows_times_are_ordered_and_its_share_of_equal_times_is_kept():
+    method = MeanFlow(MeanFlow.Config(equal_share=0.25))
+    t, r = method.times(nets_of(Flow()), batch_of(4000))
+    assert bool((r <= t).all()) and abs(float((r == t).double().mean()) - 0.25) < 5 * (0.1875 / 4000) ** 0.5
+
+
+def test_meanflows_gradient_stops_at_the_target_and_its_weight():
+    """2 w (u - target) du with w = (|.|^2 + c)^-p and the target constant."""
+    method, net = MeanFlow(MeanFlow.Config(equal_share=0.0, weight_power=0.5, weight_c=0.1)), Affine()
+    nets, batch, twin = nets_of(Flow(), net), batch_of(), batch_of()
+    ours = gradient(method.loss(nets, batch)["total"].mean(), net)
+    t, r = method.times(nets, twin)
+    x_t = Flow().add_noise(twin.x0, twin.randn(), t)
+    v = nets.teacher(x_t, t).flow
+    h = 1e-5
+    with torch.no_grad():
+        ahead, behind = (nets.student(x_t + s * h * v, t + s * h, end=r).flow for s in (1, -1))
+    target = v - (t - r)[:, None] * (ahead - behind) / (2 * h)
+    u = nets.student(x_t, t, end=r).flow
+    gap = (u - target).detach()
+    weight = (gap.square() + 0.1) ** -0.5
+    expected = gradient((2 * weight * gap * u).mean(), net)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-8)
+
+
+def test_meanflows_guided_target_mixes_its_own_velocities():
+    class Labelled(Affine):
+        def forward(self, x_t, t, cond=None, end=None):
+            return super().forward(x_t, t, None, end) + 0.3 * cond[:, None]
+
+    settings = {"direction": "data", "guidance_scale": 2.0, "kappa": 0.5, "cond_dropout": 0.0}
+    method = MeanFlow(MeanFlow.Config(**settings))
+    nets, batch = nets_of(Flow(), Labelled()), batch_of()
+    batch.cond, batch.uncond = torch.ones(COUNT), torch.zeros(COUNT)
+    eps, t = torch.randn(COUNT, 1, dtype=torch.float64), times_like(0.4, batch.x0)
+    x_t = Flow().add_noise(batch.x0, eps, t)
+    with torch.no_grad():
+        v = method.velocity(nets, batch, batch.cond, x_t, t, eps)
+        c, u = (nets.student(x_t, t, told, end=t).flow for told in (batch.cond, batch.uncond))
+    torch.testing.assert_close(v, 2.0 * (eps - batch.x0) + 0.5 * c - 1.5 * u, rtol=1e-9, atol=1e-9)
+
+
+@EVERY
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_the_flow_map_rule_with_the_oracle_follows_the_trajectory_exactly(schedule, steps):
+    from stepdistill.sampling import sample
+
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+    times = few_step_grid(schedule, steps, first_rho=10.0)
+    t = times_like(times[0], x)
+    alpha, sigma = schedule.alpha(t)[:, None], schedule.sigma(t)[:, None]
+    start = alpha * MEAN + (alpha**2 * STD**2 + sigma**2).sqrt() * x
+    student = Denoiser(Oracle(schedule), "x0", schedule)
+    drawn = sample(student, start, times, None, rule="flowmap", t_min=schedule.t_min)
+    last, end = times_like(times[-1], x), times_like(schedule.t_min, x)
+    before = gaussian_flow_map(schedule, MEAN, STD, start, t, last)
+    jump = student(before, last, end=end)
+    torch.testing.assert_close(drawn, jump.x0, rtol=0, atol=1e-9)
+    exact = gaussian_flow_map(schedule, MEAN, STD, start, t, end)
+    torch.testing.assert_close(jump.at(end), exact, rtol=0, atol=1e-9)
+
+
+# --------------------------------------------------------------------------------------------------------------- TSCD
+
+
+class SegmentOracle(nn.Module):
+    """The network whose DDIM jump from t to its segment's lower edge is the exact flow map."""
+
+    def __init__(self, schedule: Schedule, method: TSCD):
+        super().__init__()
+        self.two_time, self.schedule, self.method = Oracle(schedule), schedule, method
+
+    def forward(self, x_t, t, cond=None):
+        b = self.method.lower_edge(self.schedule, t)
+        b = torch.where(b < t, b, t - 1e-6)  # at its own edge any line will do
+        return self.two_time(x_t, t, end=b)
+
+
+@EVERY
+@pytest.mark.parametrize("segments", [8, 4, 2, 1])
+def test_tscd_with_the_exact_segment_maps_has_the_teachers_error_alone(schedule, segments):
+    def loss(points: int) -> float:
+        method = TSCD(TSCD.Config(segments=segments, ddim_steps=points, guidance_scale=1.0))
+        nets = nets_of(schedule, SegmentOracle(schedule, method))
+        return float(method.loss(nets, batch_of(256))["total"].mean().sqrt())
+
+    scale = 80 if isinstance(schedule, EDM) else 1  # a state at sigma = 40 is an error in units of 40
+    assert loss(200) < 0.5 * loss(50) < 0.5 * 0.05 * scale
+
+
+@EVERY
+def test_the_segments_maps_composed_are_the_whole_trajectory(schedule):
+    """And they are what a k-step student without noise walks through: its times are the edges."""
+    from stepdistill.sampling import sample
+
+    method = TSCD(TSCD.Config(segments=4, eta=0.0), (4,))
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+    times = method.grid(schedule, 4)
+    t = times_like(times[0], x)
+    start = (schedule.alpha(t) * MEAN)[:, None] + (
+        (schedule.alpha(t) ** 2 * STD**2 + schedule.sigma(t) ** 2).sqrt()[:, None] * x
+    )
+    student = Denoiser(SegmentOracle(schedule, method), "x0", schedule)
+    drawn = sample(student, start, times, None, rule="tcd", eta=0.0, t_min=schedule.t_min)
+    exact = gaussian_flow_map(schedule, MEAN, STD, start, t, times_like(schedule.t_min, x))
+    torch.testing.assert_close(drawn, exact, rtol=0, atol=1e-6)
+
+
+@EVERY
+@pytest.mark.parametrize("segments", [8, 3, 1])
+def test_every_time_lies_in_exactly_one_segment(schedule, segments):
+    method = TSCD(TSCD.Config(segments=segments))
+    edges = (*few_step_grid(schedule, segments), schedule.t_min)
+    between = torch.linspace(schedule.t_min, edges[0], 204, dtype=torch.float64)[1:-1]
+    t = torch.cat((between, torch.tensor(edges[:-1], dtype=torch.float64)))
+    b = method.lower_edge(schedule, t)
+    assert bool((b < t).all()) and set(b.tolist()) <= set(edges)
+    for upper, lower in itertools.pairwise(edges):
+        inside = (t > lower) & (t <= upper)
+        assert bool((b[inside] == lower).all()) and bool(inside.any())
+
+
+def test_tscd_never_looks_below_the_edge_and_takes_the_state_itself_there():
+    """One DDIM step that ends in the edge has x_s for its target, whatever the target network says."""
+    method = TSCD(TSCD.Config(segments=8, ddim_steps=8, guidance_scale=1.0))
+    nets, batch, twin = nets_of(VP.from_betas(), Affine()), batch_of(), batch_of()
+
+    class Never(nn.Module):
+        def forward(self, x_t, t, cond=None):
+            return torch.full_like(x_t, 1e9)
+
+    nets.modules["target"] = Denoiser(Never(), "x0", nets.schedule)
+    losses = method.loss(nets, batch)
+    i = twin.generator.randint(0, 8)
+    edges = torch.tensor((*few_step_grid(nets.schedule, 8), 0.0), dtype=torch.float64)
+    t, s = edges[i], edges[i + 1]
+    x_t = nets.schedule.add_noise(twin.x0, twin.randn(), t)
+    expected = (nets.student(x_t, t).at(s) - nets.teacher(x_t, t).at(s)).square()[:, 0]
+    torch.testing.assert_close(losses["total"], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_tscd_refuses_what_does_not_fit():
+    for settings, says in (
+        ({"segments": 0}, r"method\.segments"),
+        ({"segments": 9, "ddim_steps": 8}, r"method\.segments"),
+        ({"eta": 1.5}, r"method\.eta"),
+    ):
+        with pytest.raises(UserError, match=says):
+            TSCD(TSCD.Config(**settings))
+
+
+# --------------------------------------------------------------------------------------------------- the rule "tcd"
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("eta", [0.0, 0.3, 0.7, 1.0])
+def test_tcd_equals_tcd_scheduler_step_by_step(kind, eta):
+    from diffusers import TCDScheduler
+
+    from stepdistill.sampling import sample
+
+    ours_kind = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}[kind]
+    for steps in (1, 2, 4, 8):
+        scheduler = TCDScheduler(prediction_type=kind, original_inference_steps=8)
+        scheduler.set_timesteps(steps)
+        schedule = VP(scheduler.alphas_cumprod)
+        generator = torch.Generator().manual_seed(steps)
+        x = start = torch.randn(2, 3, generator=generator)
+        outputs = [torch.randn(2, 3, generator=generator) for _ in range(steps)]
+        for i, (output, t) in enumerate(zip(outputs, scheduler.timesteps, strict=True)):
+            seed = torch.Generator().manual_seed(i)
+            x = scheduler.step(output, t, x, eta=eta, generator=seed).prev_sample
+        times = few_step_grid(schedule, steps, 8)
+        assert list(times) == scheduler.timesteps.tolist()
+        calls = iter(outputs)
+        ours = sample(
+            lambda x_t, t, cond, calls=calls, schedule=schedule: Prediction(
+                next(calls), ours_kind, x_t, t, schedule
+            ),
+            start,
+            times,
+            lambda i: torch.randn(2, 3, generator=torch.Generator().manual_seed(i)),
+            rule="tcd",
+            eta=eta,
+        )
+        torch.testing.assert_close(ours, x, rtol=2e-4, atol=2e-4)
+
+
+@EVERY
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_tcd_with_the_oracle_keeps_the_marginal_at_every_eta(schedule, eta):
+    from stepdistill.sampling import walk
+
+    n = 40_000
+    oracle = Oracle(schedule)
+    noise = SampleNoise(range(n), phase="tcd")
+
+    class TwoTime:
+        """Its line from x_t passes through the trajectory's point at (1 - eta) s, as a trajectory student's does."""
+
+        def __call__(self, x_t, t, cond=None):
+            below = schedule.t_min + (1 - eta) * (times[1] - schedule.t_min)
+            below = math.floor(below) if isinstance(schedule, VP) else below
+            return Prediction(oracle(x_t, t, end=times_like(float(below), x_t)), "x0", x_t, t, schedule)
+
+    times = few_step_grid(schedule, 2)
+    t, s = (torch.tensor([time], dtype=torch.float64) for time in times)
+    spread = [(schedule.alpha(u) ** 2 * STD**2 + schedule.sigma(u) ** 2).sqrt() for u in (t, s)]
+    x = schedule.alpha(t) * MEAN + spread[0] * noise.randn(1, dtype=torch.float64)
+    x_s = walk(TwoTime(), x, times, lambda _: noise.randn(1, dtype=torch.float64), rule="tcd", eta=eta)
+    assert abs(float(x_s.mean() - schedule.alpha(s) * MEAN)) < 5 * float(spread[1]) / n**0.5
+    assert abs(float(x_s.std() / spread[1]) - 1) < 5 / (2 * n) ** 0.5
+
+
+@EVERY
+def test_tcd_without_noise_is_the_ode_rule(schedule):
+    from stepdistill.sampling import walk
+
+    teacher = Denoiser(gaussian(schedule, [MEAN], STD), "x0", schedule)
+    x, times = torch.randn(8, 1, dtype=torch.float64), few_step_grid(schedule, 4)
+    drawn = [walk(teacher, x, times, None, rule=rule) for rule in ("tcd", "ode")]
+    assert torch.equal(*drawn)
+
+
+# -------------------------------------------------------------------------------------------- students of two times
+
+
+def test_a_two_time_student_starts_as_the_teacher_and_hears_its_end():
+    family = Toy(Toy.Config(fit_steps=0, schedule="flow"))
+    plain, student = family.student("teacher", ()), family.student("teacher", ("end",))
+    x = torch.randn(COUNT, 2)
+    t, end = times_like(0.7, x), times_like(0.2, x)
+    assert torch.equal(student(x, t, end=end).x0, plain(x, t).x0)
+    with torch.no_grad():
+        student.network.end.weight.normal_()
+    assert not torch.allclose(student(x, t, end=end).x0, student(x, t, end=t).x0)
+    # Its end travels with the schedule it is asked in.
+    trig = TrigFlow()
+    x_trig = trig.add_noise(torch.zeros_like(x), x, trig.t_of_rho(Flow().rho(t))) * 0 + x
+    asked = [trig.t_of_rho(Flow().rho(time)) for time in (t, end)]
+    norm = (1 / torch.hypot(1 - t, t))[:, None].float()
+    said = student(x_trig * norm, asked[0], in_schedule=trig, end=asked[1])
+    torch.testing.assert_close(said.x0, student(x, t, end=end).x0, rtol=1e-4, atol=1e-5)

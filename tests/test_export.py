@@ -19,6 +19,9 @@ from stepdistill.families.pixel import Pixel
 from stepdistill.families.sd import SD
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.methods.lcm import LCM
+from stepdistill.methods.meanflow import MeanFlow
+from stepdistill.methods.sid import SiD
+from stepdistill.methods.tscd import TSCD
 from stepdistill.sampling import ImageSampler
 
 PROMPT = "a small red circle above a large blue square on a yellow background"
@@ -87,6 +90,36 @@ def test_the_exported_sd_student_equals_the_in_memory_sampler(tiny_sd, tmp_path,
     )
     assert np.abs(stock * 255 - in_memory).max() <= 1.0
     assert in_memory.std() > 1  # a picture, not one grey
+
+
+@pytest.mark.parametrize(("steps", "noise", "first"), [((1,), "sigma", 625), ((1, 4), "unit", 623)])
+def test_a_student_that_starts_at_a_lower_noise_level_equals_the_stock_pipeline(
+    tiny_sd, tmp_path, steps, noise, first
+):
+    """SiD from rho = 2.5: sigma noise in one step (Euler), unit noise where it renoises (LCM)."""
+    family = SD(SD.Config(teacher=str(tiny_sd)))
+    directory = tmp_path / "student"
+    sampler = exported(family, SiD(SiD.Config(), steps), directory, {"teacher": str(tiny_sd)})
+    assert sampler.card["init_noise"] == noise and sampler.times(max(steps))[0] == first
+    call = {"prompt": [PROMPT, PROMPT], "num_inference_steps": max(steps), "seeds": [5, 6]}
+    ours = sampler([PROMPT, PROMPT], [5, 6], steps=max(steps), chunk=2).permute(0, 2, 3, 1).numpy()
+    reloaded = load(directory)
+    assert reloaded.times(max(steps)) == sampler.times(max(steps))
+    again = reloaded([PROMPT, PROMPT], [5, 6], steps=max(steps), chunk=2).permute(0, 2, 3, 1).numpy()
+    assert np.abs(ours.astype(int) - again).max() <= 1  # the shorter table is read from 32-bit betas
+    assert np.abs(stock_images(directory, tmp_path, **call) * 255 - ours).max() <= 1.0
+    assert ours.std() > 1
+
+
+def test_a_pixel_student_that_starts_at_a_lower_noise_level_equals_the_stock_pipeline(tiny_pixel, tmp_path):
+    family = Pixel(Pixel.Config(teacher=str(tiny_pixel)))
+    directory = tmp_path / "student"
+    sampler = exported(family, SiD(SiD.Config(), (1,)), directory, {"teacher": str(tiny_pixel)})
+    assert sampler.times(1) == pytest.approx((2.5,))
+    ours = sampler([2, 0], [5, 6], steps=1, chunk=2).permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(load(directory)([2, 0], [5, 6], chunk=2).permute(0, 2, 3, 1).numpy(), ours)
+    call = {"class_labels": [2, 0], "batch_size": 2, "num_inference_steps": 1, "seeds": [5, 6]}
+    assert np.abs(stock_images(directory, tmp_path, **call) * 255 - ours).max() <= 1.0
 
 
 def test_a_guidance_embedded_student_equals_the_stock_pipeline(tiny_sd, tmp_path):
@@ -216,3 +249,47 @@ def test_a_damaged_directory_is_one_sentence(tiny_sd, tmp_path, damage, says):
         load(directory)
     with pytest.raises(UserError, match="does not exist"):
         load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_a_tcd_student_equals_the_stock_pipeline_at_its_eta(tiny_sd, tmp_path, eta):
+    family = SD(SD.Config(teacher=str(tiny_sd)))
+    directory = tmp_path / "student"
+    method = TSCD(TSCD.Config(segments=1, eta=eta), (1, 2, 4))
+    sampler = exported(family, method, directory, {"teacher": str(tiny_sd)})
+    for steps in (1, 4):
+        ours = sampler([PROMPT], [7], steps=steps, chunk=1)
+        assert torch.equal(load(directory)([PROMPT], [7], steps=steps, chunk=1), ours)
+        stock = stock_images(
+            directory, tmp_path, prompt=[PROMPT], num_inference_steps=steps, eta=eta, seeds=[7]
+        )
+        assert np.abs(stock * 255 - ours.permute(0, 2, 3, 1).numpy()).max() <= 1.0
+    assert f"eta={eta:g}" in (directory / "README.md").read_text()
+
+
+def test_a_two_time_student_comes_back_as_it_left_and_says_what_stock_pipelines_lack(
+    tiny_sd, tiny_pixel, tmp_path
+):
+    for family, told in (
+        (SD(SD.Config(teacher=str(tiny_sd))), PROMPT),
+        (Pixel(Pixel.Config(teacher=str(tiny_pixel))), 2),
+    ):
+        directory = tmp_path / family.name
+        sampler = exported(family, MeanFlow(MeanFlow.Config(), (1, 2)), directory, {"teacher": ""})
+        for steps in (1, 2):
+            ours = sampler([told], [7], steps=steps, chunk=1)
+            assert torch.equal(load(directory)([told], [7], steps=steps, chunk=1), ours)
+        readme = (directory / "README.md").read_text()
+        assert "No diffusers scheduler tells the network the time its jump ends at" in readme
+        code = readme.split("```python")[1].split("```")[0]
+        scope: dict = {}
+        exec(code.replace("PATH_TO_THIS_DIRECTORY", str(directory)).replace("PROMPT", PROMPT), scope)
+        assert scope["image"].shape[0] == 3
+
+
+def test_where_no_stock_scheduler_fits_the_card_says_why(tiny_pixel, tiny_ddpm, tmp_path):
+    method = TSCD(TSCD.Config(segments=1, eta=0.5), (1, 2))
+    for name, says in ((tiny_pixel, "DDPM table only"), (tiny_ddpm, "passes no eta")):
+        family = Pixel(Pixel.Config(teacher=str(name)))
+        exported(family, method, tmp_path / name.name, {"teacher": ""})
+        assert says in (tmp_path / name.name / "README.md").read_text()

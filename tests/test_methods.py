@@ -12,7 +12,8 @@ from torch import nn
 from stepdistill.config import build
 from stepdistill.denoiser import Cond, Denoiser, guided, unwrap
 from stepdistill.errors import UserError
-from stepdistill.families.sd import SD, guidance_embedding
+from stepdistill.families.base import sinusoids
+from stepdistill.families.sd import SD
 from stepdistill.families.toy import Toy, gaussian_flow_map
 from stepdistill.losses import distribution_matching
 from stepdistill.methods import METHODS
@@ -35,6 +36,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     # A longer path begins at what the fake score begins as, where there is no pull, and rightly so.
     "disback": {"path": 1},
     # On points: an eye and a reward of the tests' own.
+    "lightning": {"mse_weight": 1.0},
     "add": {"eye": "stepdistill.families.toy:FourierEye", "gan": "non_saturating"},
     "reward": {"reward": "tests.test_around:Towards", "margin": 10.0},
 }
@@ -42,13 +44,14 @@ VARIANTS = [(name, SETTINGS.get(name, {})) for name in METHODS] + [
     ("dmd2", {"gan_weight": 1e-2}),
     ("progressive", {"predecessor": "teacher"}),
     ("disback", {"stage": "degrade"}),
+    ("lightning", {"predecessor": "teacher", "conditional": False}),
     ("compose", {"parts": [{"name": "dmd2", "gan_weight": 1e-2}, {"name": "dmd2", "student_every": 2}]}),
 ]
 EVERY = pytest.mark.parametrize(
     ("name", "settings"), VARIANTS, ids=[f"{n}{i}" for i, (n, _) in enumerate(VARIANTS)]
 )
 COUNT = 16
-STEPS = {"boot": (1,), "progressive": (2,)}  # of methods whose student serves one number of steps
+STEPS = {"boot": (1,), "progressive": (2,), "lightning": (2,)}  # of methods whose student serves one number of steps
 
 
 def make(name: str, settings: dict[str, Any], steps: tuple[int, ...] | None = None) -> Method:
@@ -471,7 +474,7 @@ def test_the_embedding_of_w_equals_the_stock_pipelines(tiny_sd):
 
     w = torch.tensor([0.0, 1.5, 6.5, 14.0])
     stock = LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, w, embedding_dim=256)
-    torch.testing.assert_close(guidance_embedding(w, 256), stock, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(sinusoids(w, 256), stock, rtol=1e-6, atol=1e-6)
     # And it is of w = g - 1 that the network hears.
     student = SD(SD.Config(teacher=str(tiny_sd))).student("teacher", ("guidance",))
     heard = []

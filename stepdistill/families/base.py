@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -151,6 +152,28 @@ def cast(module: nn.Module, device: str | torch.device, dtype: torch.dtype) -> n
     module.to(device)
     floating = next((p.dtype for p in module.parameters() if p.is_floating_point()), dtype)
     return module if floating == dtype else module.to(dtype)
+
+
+def zero_linear(inputs: int, outputs: int) -> nn.Linear:
+    """A layer that adds nothing until it is trained."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def sinusoids(value: Tensor, dim: int) -> Tensor:
+    """Sines and cosines of 1000 value at falling frequencies, (B,) -> (B, dim): the formula stock pipelines
+    embed `guidance_scale - 1` with, and, of t / 1000, the one UNets embed their time with.
+    """
+    half = dim // 2
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -(math.log(10000.0) / (half - 1)))
+    angles = 1000 * value.float()[:, None] * frequencies.to(value.device)[None]
+    return torch.cat((angles.sin(), angles.cos()), 1)
+
+
+# What of a diffusers UNet held as `unet` comes after its middle block.
+BEHIND_MIDDLE = ("unet.up_blocks", "unet.conv_norm_out", "unet.conv_out")
 
 
 def unet_blocks(unet: nn.Module) -> dict[str, int]:

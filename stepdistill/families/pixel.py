@@ -8,18 +8,31 @@ student: teacher and student then differ in nothing but their weights.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stepdistill.denoiser import Cond, Denoiser
 from stepdistill.errors import UserError
-from stepdistill.families.base import Family, first_line, read_pipeline, schedule_of, unet_blocks
+from stepdistill.families.base import (
+    BEHIND_MIDDLE,
+    Family,
+    first_line,
+    read_pipeline,
+    schedule_of,
+    sinusoids,
+    unet_blocks,
+    zero_linear,
+)
 from stepdistill.schedule import EDM, expand
+
+END = "end.safetensors"  # beside the pipeline, the layer that tells a two-time student its end
 
 
 class PixelUNet(nn.Module):
@@ -29,31 +42,48 @@ class PixelUNet(nn.Module):
     2023, App. C): x0 = c_skip x_t + c_out unet(c_in x_t, 250 log sigma), and x0 = x_t at sigma_min exactly.
     """
 
-    middle = "unet.mid_block"
+    middle, behind_middle = "unet.mid_block", BEHIND_MIDDLE
 
     def __init__(self, unet: nn.Module, sigma_data: float | None = None, sigma_min: float = 0.002):
         super().__init__()
         self.unet, self.sigma_data, self.sigma_min = unet, sigma_data, sigma_min
+        self.end: nn.Linear | None = None
 
     @property
     def extras(self) -> dict[str, Callable[[], None]]:
-        return {}
+        return {"end": self.add_end}
+
+    def add_end(self) -> None:
+        """Let the network be told where its jump ends, in addition to its time embedding; nothing changes at
+        first.
+        """
+        if self.end is None:
+            self.end = zero_linear(256, self.unet.time_embedding.linear_2.out_features)
 
     @property
     def blocks(self) -> dict[str, int]:
         return unet_blocks(self.unet)
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        dtype = self.unet.dtype
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None, end: Tensor | None = None) -> Tensor:
+        """end: (B,) the time a two-time student jumps to."""
         if self.sigma_data is None:
-            return self.unet(x_t.to(dtype), t.to(x_t.device, torch.float32), class_labels=cond).sample
+            return self._raw(x_t, t, cond, end)
         data, sigma = self.sigma_data, t.double()
         norm = (sigma**2 + data**2).sqrt()
         c_skip = expand(data**2 / ((sigma - self.sigma_min) ** 2 + data**2), x_t)
         c_out, c_in = expand((sigma - self.sigma_min) * data / norm, x_t), expand(1 / norm, x_t)
-        noise = (250 * sigma.clamp(min=1e-20).log()).to(x_t.device, torch.float32)
-        raw = self.unet((c_in * x_t).to(dtype), noise, class_labels=cond).sample
-        return c_skip * x_t + c_out * raw.to(x_t.dtype)
+        noise, end = (None if s is None else 250 * s.double().clamp(min=1e-20).log() for s in (t, end))
+        return c_skip * x_t + c_out * self._raw(c_in * x_t, noise, cond, end).to(x_t.dtype)
+
+    def _raw(self, x: Tensor, label: Tensor, cond: Cond, end: Tensor | None) -> Tensor:
+        """The UNet's output; label and end in the units of its time embedding."""
+        with contextlib.ExitStack() as hooked:
+            if end is not None:
+                told = self.end(sinusoids(end.to(x.device) / 1000, 256).to(x.dtype))
+                hook = self.unet.time_embedding.register_forward_hook(lambda _m, _x, out: out + told.to(out))
+                hooked.callback(hook.remove)
+            dtype = self.unet.dtype
+            return self.unet(x.to(dtype), label.to(x.device, torch.float32), class_labels=cond).sample
 
 
 class Pixel(Family):
@@ -67,6 +97,7 @@ class Pixel(Family):
         # Only for student.init=random: the UNet2DModel's configuration; num_class_embeds counts the classes,
         # without the extra "no class" entry, which is added.
         unet: dict[str, Any] = field(default_factory=dict)
+        student_unet: dict[str, Any] = field(default_factory=dict)  # the same beside a teacher: a smaller student
         class_names: tuple[str, ...] = ()
 
     def __init__(self, config: Pixel.Config):
@@ -84,7 +115,12 @@ class Pixel(Family):
 
     @classmethod
     def from_directory(cls, path: Path) -> Pixel:
-        return cls(cls.Config(teacher=str(path)))
+        family = cls(cls.Config(teacher=str(path)))
+        if (path / END).is_file():
+            family.teacher.network.add_end()
+            family.teacher.network.end.load_state_dict(load_file(path / END))
+            family.teacher.requires_grad_(False)
+        return family
 
     def _set_pipeline(self, pipeline: Any) -> None:
         self.pipeline, scheduler, unet = pipeline, pipeline.scheduler, pipeline.unet
@@ -110,11 +146,12 @@ class Pixel(Family):
     def fresh(self) -> Denoiser:
         from diffusers import UNet2DModel
 
-        if not self.config.unet:
+        settings = dict(self.config.unet or self.config.student_unet)
+        if not settings:
             raise UserError(
-                "student.init=random needs family.unet, the configuration of the UNet2DModel to train."
+                "student.init=random needs family.unet, the configuration of the UNet2DModel to train,"
+                " or family.student_unet beside a teacher."
             )
-        settings = dict(self.config.unet)
         if self.classes:
             settings["num_class_embeds"] = self.classes + 1
         try:
@@ -123,7 +160,8 @@ class Pixel(Family):
             raise UserError(
                 f"family.unet is no valid UNet2DModel configuration: {first_line(error)}"
             ) from None
-        return Denoiser(PixelUNet(unet, sigma_data=0.5), "x0", self.schedule)
+        sigma_data = self.teacher.network.sigma_data if self.teacher is not None else 0.5
+        return Denoiser(PixelUNet(unet, sigma_data), self.kind, self.schedule)
 
     def encode(self, prompts: Sequence[int]) -> Cond:
         if self.conditions == "none":
@@ -163,3 +201,5 @@ class Pixel(Family):
             scheduler = stock if card["kind"] == "teacher" else few_step_scheduler(stock, card)
             pipeline = DDPMPipeline(network.unet, scheduler)
         pipeline.save_pretrained(directory, safe_serialization=True)
+        if network.end is not None:  # stock UNets have no place for it
+            save_file(network.end.state_dict(), directory / END)

@@ -6,7 +6,6 @@ The embedded miniature has the same layout, so what works on it works on the ful
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,16 +18,19 @@ from stepdistill import assets
 from stepdistill.denoiser import Cond, Denoiser
 from stepdistill.errors import UserError
 from stepdistill.families.base import (
+    BEHIND_MIDDLE,
     Family,
     cast,
     first_line,
     read_pipeline,
     refuse_pickles,
     schedule_of,
+    sinusoids,
     unet_blocks,
 )
+from stepdistill.timesteps import cut_table
 
-GUIDANCE_DIM = 256  # of the embedded guidance scale, LCM's time_cond_proj_dim
+TOLD_DIM = 256  # of the embedded guidance scale or end time, LCM's time_cond_proj_dim
 
 
 class ConditionedUNet(nn.Module):
@@ -40,49 +42,49 @@ class ConditionedUNet(nn.Module):
 
     @property
     def extras(self) -> dict[str, Callable[[], None]]:
-        return {"guidance": self.add_guidance}
+        return {"guidance": self.add_told, "end": self.add_told}
 
     @property
     def blocks(self) -> dict[str, int]:
         return unet_blocks(self.unet)
 
-    middle = "unet.mid_block"
+    middle, behind_middle = "unet.mid_block", BEHIND_MIDDLE
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor, guidance: Tensor | None = None) -> Tensor:
-        """guidance: (B,) the scale g; the embedding is of w = g - 1, as the exported pipeline makes it."""
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Tensor,
+        guidance: Tensor | None = None,
+        end: Tensor | None = None,
+    ) -> Tensor:
+        """guidance: (B,) the scale g; the embedding is of w = g - 1, as the exported pipeline makes it. end:
+        (B,) the time a two-time student jumps to. A UNet is told one of the two, through time_cond_proj.
+        """
         dtype = self.unet.dtype
+        told = guidance - 1 if guidance is not None else end / 1000 if end is not None else None
         embedded = None
-        if guidance is not None:
-            embedded = guidance_embedding(guidance - 1, self.unet.config.time_cond_proj_dim).to(
-                x_t.device, dtype
-            )
+        if told is not None:
+            embedded = sinusoids(told, self.unet.config.time_cond_proj_dim).to(x_t.device, dtype)
         return self.unet(
             x_t.to(dtype), t.to(x_t.device, torch.float32), cond.to(dtype), timestep_cond=embedded
         ).sample
 
-    def add_guidance(self) -> None:
-        """Give the UNet an embedded guidance scale; its projection starts at zero, so nothing changes at
-        first.
+    def add_told(self) -> None:
+        """Give the UNet an embedded guidance scale or end time; its projection starts at zero, so nothing
+        changes at first.
         """
         if self.unet.config.time_cond_proj_dim is None:
-            self.unet = with_guidance(self.unet).train(self.unet.training)
+            self.unet = with_time_cond(self.unet).train(self.unet.training)
 
 
-def guidance_embedding(w: Tensor, dim: int) -> Tensor:
-    """Sinusoids of 1000 w, (B,) -> (B, dim), the formula stock pipelines embed `guidance_scale - 1` with."""
-    half = dim // 2
-    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -(math.log(10000.0) / (half - 1)))
-    angles = 1000 * w.float()[:, None] * frequencies.to(w.device)[None]
-    return torch.cat((angles.sin(), angles.cos()), 1)
-
-
-def with_guidance(unet: nn.Module) -> nn.Module:
+def with_time_cond(unet: nn.Module) -> nn.Module:
     """A copy of `unet` with a zero time_cond_proj.
 
     A stock pipeline never runs classifier-free guidance on such a UNet, which is what a guidance-free student
     wants too.
     """
-    config = dict(unet.config) | {"time_cond_proj_dim": GUIDANCE_DIM}
+    config = dict(unet.config) | {"time_cond_proj_dim": TOLD_DIM}
     twin = cast(type(unet).from_config(config), unet.device, unet.dtype)
     missing, unexpected = twin.load_state_dict(unet.state_dict(), strict=False)
     assert missing == ["time_embedding.cond_proj.weight"] and not unexpected, (missing, unexpected)
@@ -107,6 +109,9 @@ class SD(Family):
         # Only for student.init=random: the UNet2DConditionModel's configuration and what it learns to
         # predict.
         unet: dict[str, Any] = field(default_factory=dict)
+        student_unet: dict[str, Any] = field(
+            default_factory=dict
+        )  # the same beside a teacher: a smaller student
         prediction_type: Literal["v_prediction", "epsilon"] = "v_prediction"
 
     def __init__(self, config: SD.Config):
@@ -166,13 +171,15 @@ class SD(Family):
     def fresh(self) -> Denoiser:
         from diffusers import UNet2DConditionModel
 
-        if not self.config.unet:
+        config = self.config.unet or self.config.student_unet
+        if not config:
             raise UserError(
-                "student.init=random needs family.unet, the configuration of the UNet2DConditionModel to train."
+                "student.init=random needs family.unet, the configuration of the UNet2DConditionModel to train,"
+                " or family.student_unet beside a teacher."
             )
         try:
             unet = UNet2DConditionModel.from_config(
-                dict(self.config.unet) | {"cross_attention_dim": self.text_encoder.config.hidden_size}
+                dict(config) | {"cross_attention_dim": self.text_encoder.config.hidden_size}
             )
         except (ValueError, TypeError, IndexError) as error:
             raise UserError(
@@ -223,7 +230,7 @@ class SD(Family):
         if card["kind"] == "teacher":
             scheduler = self.scheduler
         else:
-            unet = unet if unet.config.time_cond_proj_dim else with_guidance(unet)
+            unet = unet if unet.config.time_cond_proj_dim else with_time_cond(unet)
             scheduler = few_step_scheduler(self.scheduler, card)
         pipeline = StableDiffusionPipeline(
             vae=self.vae, text_encoder=self.text_encoder, tokenizer=self.tokenizer, unet=unet, scheduler=scheduler,
@@ -235,10 +242,12 @@ class SD(Family):
 def few_step_scheduler(scheduler: Any, card: dict[str, Any]) -> Any:
     """The stock scheduler whose rule and timesteps are the student's.
 
-    `LCMScheduler` keeps no `timesteps` in its config; a uniform grid of `finest` points lives in
+    `LCMScheduler`, like `TCDScheduler`, keeps no `timesteps` in its config; a uniform grid of `finest` points lives in
     `original_inference_steps`, which also makes a call with the pipeline's default 50 steps a clear error.
+    A one-step student of sigma noise leaves with `EulerDiscreteScheduler` instead, which takes any number of
+    steps: its card says to call it with one.
     """
-    from diffusers import LCMScheduler
+    from diffusers import EulerDiscreteScheduler, LCMScheduler, TCDScheduler
 
     names = (
         "num_train_timesteps",
@@ -249,7 +258,14 @@ def few_step_scheduler(scheduler: Any, card: dict[str, Any]) -> Any:
         "prediction_type",
     )
     kept = {name: scheduler.config[name] for name in names if name in scheduler.config}
-    return LCMScheduler(
+    if card.get("first_rho"):  # a table that ends where the student starts
+        entries = cut_table(schedule_of(scheduler)[0], card["first_rho"])
+        kept |= {"num_train_timesteps": entries, "trained_betas": scheduler.betas[:entries].tolist()}
+    if card["init_noise"] == "sigma":
+        # One Euler step is x0, and its first input, rho z / sqrt(1 + rho^2), is sigma z.
+        return EulerDiscreteScheduler(**kept, timestep_spacing="trailing")
+    stepping = TCDScheduler if card["rule"] == "tcd" else LCMScheduler
+    return stepping(
         **kept,
         original_inference_steps=card["finest"],
         clip_sample=False,

@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from stepdistill.denoiser import Cond, Denoiser
-from stepdistill.families.base import Family
+from stepdistill.families.base import Family, zero_linear
 from stepdistill.losses import denoising
 from stepdistill.noise import SampleNoise
 from stepdistill.schedule import EDM, VP, Flow, Schedule, TrigFlow, expand
@@ -119,7 +119,7 @@ class MLP(nn.Module):
     blocks: each hidden layer can be tapped; cond, guidance and the end of a jump enter as embeddings.
     """
 
-    middle = "hidden.1"
+    middle, behind_middle = "hidden.1", ("hidden.2", "leave")
 
     def __init__(self, schedule: Schedule, dims: int = 2, classes: int = 0, width: int = 128):
         super().__init__()
@@ -142,11 +142,11 @@ class MLP(nn.Module):
 
     def add_guidance(self) -> None:
         if self.guidance is None:
-            self.guidance = _zero_linear(1, self.width)
+            self.guidance = zero_linear(1, self.width)
 
     def add_end(self) -> None:
         if self.end is None:
-            self.end = _zero_linear(33, self.width)
+            self.end = zero_linear(33, self.width)
 
     def _noise_features(self, t: Tensor, like: Tensor) -> Tensor:
         """log rho / 4 and its sinusoids, (B, 33)."""
@@ -180,14 +180,6 @@ class MLP(nn.Module):
             h = h + layer(h)
         # x0 = (alpha x_t + sigma F) / (alpha^2 + sigma^2)^(1/2) on the unit-norm state: exact at sigma = 0.
         return (alpha * state + sigma * self.leave(h)) / norm
-
-
-def _zero_linear(inputs: int, outputs: int) -> nn.Linear:
-    """A layer that adds nothing until it is trained."""
-    layer = nn.Linear(inputs, outputs)
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
 
 
 class ExactTeacher(Denoiser):
@@ -273,6 +265,7 @@ class Toy(Family):
         classes: int = 1  # modes are dealt to the classes in turn; 1 = unconditional
         schedule: Literal["vp", "edm", "flow", "trig"] = "vp"
         fit_steps: int = 1000  # of the MLP that starts as the teacher
+        student_width: int = 128  # of a student with random weights
 
     def __init__(self, config: Toy.Config):
         self.config = config
@@ -288,6 +281,10 @@ class Toy(Family):
         self.class_names = tuple(str(i) for i in range(config.classes)) if config.classes > 1 else None
         self.metrics = {"sw1": self.sliced_w1, "modes": self.modes_covered}
 
+    def fresh(self) -> Denoiser:
+        classes = self.mixture.no_class if self.mixture.no_class > 1 else 0
+        return Denoiser(MLP(self.schedule, 2, classes, self.config.student_width), "x0", self.schedule)
+
     def encode(self, prompts: Sequence[int]) -> Cond:
         return torch.as_tensor([int(label) for label in prompts]) if self.conditions == "class" else None
 
@@ -298,8 +295,12 @@ class Toy(Family):
         """Exact samples, one per index, (N, 2)."""
         return self.mixture.draw(SampleNoise(index, seed=seed, phase="data"), cond)
 
-    def told(self, source: object, indices: Sequence[int]) -> list:
-        return [i % self.config.classes for i in indices]
+    def told(self, source: Any, indices: Sequence[int]) -> list:
+        """Classes in turn, all of them or those of the source's partition."""
+        classes = range(self.config.classes)
+        if source is not None and len(classes) > 1:
+            classes = source.config.block(len(classes))
+        return [classes[i % len(classes)] for i in indices]
 
     def examples(self, source: object, indices: Sequence[int]) -> Tensor:
         return self.data(indices, cond=self.encode(self.told(source, indices)))

@@ -75,7 +75,8 @@ class TSCD(Method):
         """b(t), (B,): the lower edge of the segment (b, top] that holds t; an edge belongs to the one below it."""
         times = (*few_step_grid(schedule, self.config.segments), schedule.t_min)
         edges = torch.tensor(times[::-1], dtype=torch.float64, device=t.device)
-        return edges[torch.searchsorted(edges, t.contiguous()) - 1]
+        # Edges and teacher's points are computed in two ways: the same time may differ in its last bit.
+        return edges[torch.searchsorted(edges, t - 1e-9 * schedule.t_max) - 1]
 
     def loss(self, nets: Networks, batch: Batch) -> Losses:
         config, schedule = self.config, nets.schedule
@@ -84,7 +85,7 @@ class TSCD(Method):
         i = batch.generator.randint(0, config.ddim_steps)
         t = grid[i]
         b = self.lower_edge(schedule, t)
-        s = torch.maximum(grid[i + 1], b)
+        s = torch.where(grid[i + 1] > b + 1e-9 * schedule.t_max, grid[i + 1], b)
         x_t = schedule.add_noise(batch.x0, batch.randn(), t)
         with torch.no_grad():
             teacher = guided_teacher(nets, batch, config.guidance_scale, schedule)

@@ -1,0 +1,152 @@
+"""Forward-mode derivatives through real networks against central differences, and what they leave behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from stepdistill.denoiser import Denoiser
+from stepdistill.families.pixel import Pixel
+from stepdistill.families.sd import SD
+from stepdistill.jvp import difference, directional, jvp, same_draws
+from stepdistill.schedule import Flow, TrigFlow
+from stepdistill.timesteps import times_like
+
+
+def test_both_agree_with_a_closed_form():
+    x, dx = torch.randn(2, 5, 3, dtype=torch.float64)
+    t, dt = torch.rand(2, 5, dtype=torch.float64)
+
+    def f(x, t):
+        return x.sin() * t[:, None] ** 2
+
+    exact = x.cos() * dx * t[:, None] ** 2 + x.sin() * (2 * t * dt)[:, None]
+    value, along = jvp(f, (x, t), (dx, dt))
+    assert torch.equal(value, f(x, t))
+    torch.testing.assert_close(along, exact, rtol=1e-12, atol=1e-12)
+    value, along = difference(f, (x, t), (dx, dt), 1e-4)
+    torch.testing.assert_close(value, f(x, t), rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(along, exact, rtol=1e-6, atol=1e-7)
+    errors = [float((difference(f, (x, t), (dx, dt), h)[1] - exact).norm()) for h in (0.1, 0.05)]
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.1)  # second order
+    for how in ("forward", "difference"):
+        torch.testing.assert_close(
+            directional(how, f, (x, t), (dx, dt), 1e-4)[1], exact, rtol=1e-6, atol=1e-7
+        )
+
+
+def test_a_constant_has_a_zero_derivative_and_expanded_times_are_fine():
+    x = torch.randn(4, 2)
+    t = times_like(0.3, x)  # one number in memory
+    value, along = jvp(lambda x, t: torch.ones_like(x), (x, t), (x, torch.ones_like(t)))
+    assert torch.equal(along, torch.zeros_like(value))
+    _, along = jvp(lambda x, t: x * t[:, None].float(), (x, t), (torch.zeros_like(x), torch.ones_like(t)))
+    torch.testing.assert_close(along, x)
+
+
+@pytest.mark.parametrize("tau", [0.05, 0.8, 1.5])
+@pytest.mark.parametrize("schedule", [TrigFlow(), Flow()], ids=["F", "flow"])
+def test_through_stock_unets_in_another_schedule(tiny_sd, tiny_pixel, tau, schedule):
+    """UNet2DConditionModel (attention, text, VP table) and UNet2DModel (EDM), along x and t, told an end."""
+    torch.manual_seed(0)
+    for family, cond in (
+        (SD(SD.Config(teacher=str(tiny_sd))), torch.randn(3, 7, 16, dtype=torch.float64)),
+        (Pixel(Pixel.Config(teacher=str(tiny_pixel))), torch.tensor([0, 1, 3])),
+    ):
+        student = family.student("teacher", ("end",)).double()
+        generator = torch.Generator().manual_seed(0)
+        x, dx = torch.randn(2, 3, *family.shape, generator=generator, dtype=torch.float64)
+        t = schedule.t_of_rho(TrigFlow().rho(torch.tensor([tau, 0.9 * tau, 0.8 * tau], dtype=torch.float64)))
+
+        end = 0.5 * t
+
+        def network(x, t, student=student, cond=cond, end=end):
+            said = student(x, t, cond, in_schedule=schedule, end=end)
+            return said.F if isinstance(schedule, TrigFlow) else said.flow
+
+        # As sCM moves: evenly in log rho, so that a step spans alike many of the network's own timesteps.
+        dt = schedule.alpha(t) * schedule.sigma(t)
+        _, exact = jvp(network, (x, t), (dx, dt))
+        # The networks embed their time in float32, which is what limits the differences.
+        _, along = difference(network, (x, t), (dx, dt), 1e-4)
+        assert float((exact - along).norm() / exact.norm()) < 2e-2
+        _, still = difference(network, (x, t), (dx, torch.zeros_like(t)), 1e-5)
+        _, exact = jvp(network, (x, t), (dx, torch.zeros_like(t)))
+        assert float((exact - still).norm() / exact.norm()) < 1e-5
+
+
+def test_no_graph_is_left_and_parameters_get_no_gradient():
+    net = nn.Linear(3, 3)
+    x = torch.randn(2, 3, requires_grad=True)
+    for how in ("forward", "difference"):
+        value, along = directional(how, net, (x,), (torch.ones(2, 3),))
+        assert not value.requires_grad and not along.requires_grad
+    net(x).sum().backward()  # an ordinary pass afterwards is not disturbed
+    assert net.weight.grad is not None and x.grad is not None
+
+
+def test_paired_passes_draw_the_same_dropout():
+    drop, x = nn.Dropout(0.5), torch.ones(64)
+    torch.manual_seed(0)
+    with same_draws(x):
+        first = drop(x)
+    assert torch.equal(drop(x), first)
+    assert not torch.equal(drop(x), first)
+    # Both halves of a difference use one mask, and so the difference is of the function, not of the masks.
+    _, along = difference(drop, (x,), (torch.ones(64),), 1e-2)
+    assert set(along.round(decimals=2).tolist()) <= {0.0, 2.0}
+
+
+def test_it_goes_through_a_wrapper_as_through_the_network():
+    """`in_schedule` and `end` reach the network inside DataParallel-like wrappers, as `under` cannot."""
+
+    class Wrapper(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, *args, **kwargs):
+            return self.module(*args, **kwargs)
+
+    class Ear(nn.Module):
+        def forward(self, x_t, t, cond=None, end=None):
+            heard.append((t, end))
+            return x_t
+
+    heard: list = []
+    denoiser = Denoiser(Ear(), "x0", Flow())
+    x, trig = torch.randn(2, 3), TrigFlow()
+    t = times_like(0.6, x)
+    said = Wrapper(denoiser)(x, t, None, in_schedule=trig, end=t / 2)
+    assert said.schedule is trig
+    torch.testing.assert_close(Flow().rho(heard[0][0]), trig.rho(t))
+    torch.testing.assert_close(Flow().rho(heard[0][1]), trig.rho(t / 2))
+    torch.testing.assert_close(said.x0, denoiser.under(trig)(x, t).x0)
+
+
+def test_through_a_norm_behind_attention_at_an_inner_level():
+    """Attention's residual leaves the activations transposed, and group normalisation wants to view them."""
+    from diffusers import UNet2DModel
+
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=16,
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=2,
+        block_out_channels=[8, 16, 16],
+        down_block_types=["DownBlock2D", "AttnDownBlock2D", "DownBlock2D"],
+        up_block_types=["UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+        attention_head_dim=16,
+        norm_num_groups=8,
+    ).double().eval()  # fmt: skip
+    x, d = (torch.randn(2, 3, 16, 16, dtype=torch.float64) for _ in range(2))
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return unet(x, torch.tensor([3.0, 7.0])).sample
+
+    value, tangent = jvp(function, (x,), (d,))
+    _, slope = difference(function, (x,), (d,), 1e-4)
+    torch.testing.assert_close(tangent, slope, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(value, function(x), rtol=1e-10, atol=1e-10)
