@@ -16,6 +16,7 @@ from stepdistill.discriminator import (
 from stepdistill.errors import UserError
 from stepdistill.features import block_features
 from stepdistill.losses import GAN_LOSSES, approximate_r1, r1
+from stepdistill.methods.base import simulate
 from stepdistill.prediction import Prediction
 from stepdistill.sampling import sample, walk
 from stepdistill.timesteps import few_step_grid
@@ -498,3 +499,56 @@ def test_lightning_refuses_what_makes_no_sense():
     ):
         with pytest.raises(UserError, match=says):
             make("lightning", settings, steps)
+
+
+# ------------------------------------------------------------------------------------------- compositions
+
+
+def test_parts_that_train_more_than_the_student_still_make_one_step():
+    """SANA-Sprint: sCM trains a weighting along, LADD does not; one student step on the weighted sum."""
+    parts = [{"name": "scm", "first_rho": 0.0, "warmup": 1}, {"name": "ladd", "weight": 0.5, "warmup": 0}]
+    made = world(make("compose", {"parts": parts}, (1, 2)), schedule="trig")
+    phases = list(made.method.phases(0))
+    assert [phase.trains for phase in phases] == [("student", "scm/weighting"), ("ladd/discriminator",)]
+    assert [weight for weight, _ in phases[0].terms] == [0.5, 1.0]  # the term that reaches all comes last
+    made.backward(phases[0])
+    ours = [p.grad.clone() for p in made.nets.student.parameters()]
+    batch = made.batch()
+    ladd_, scm = made.method.parts[1][2], made.method.parts[0][2]
+    total = 0.5 * ladd_.student_loss(made.nets.scoped("ladd"), batch)["total"].mean()
+    total = total + scm.loss(made.nets.scoped("scm"), batch, 1.0)["total"].mean()
+    expected = torch.autograd.grad(total, list(made.nets.student.parameters()))
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_the_first_part_may_say_how_the_student_is_sampled():
+    """Hyper-SD: DMD2 beside TSCD rolls the student out by TCD's rule, at TCD's times."""
+    parts = [{"name": "tscd", "eta": 0.5, "segments": 2}, {"name": "dmd2"}]
+    with pytest.raises(UserError, match=r"method\.sampling=first"):
+        make("compose", {"parts": parts})
+    method = make("compose", {"parts": parts, "sampling": "first"}, (4,))
+    assert method.rule == "tcd" and method.eta == 0.5
+    made = world(method)
+    dmd2 = method.parts[1][2]
+    for step in range(12):
+        batch, twin = made.batch(step), made.batch(step)
+        x_t, _, time = simulate(dmd2, made.nets, batch)
+        twin.generator.shared_randint(0, 1), twin.generator.shared_randint(0, 4)
+        if time != 499:
+            continue
+        x = twin.randn()
+        with torch.no_grad():
+            rolled = walk(
+                made.nets.student,
+                x,
+                (999.0, 749.0, 499.0),
+                lambda _, twin=twin: twin.randn(),
+                twin.cond,
+                rule="tcd",
+                eta=0.5,
+            )
+        torch.testing.assert_close(x_t, rolled)
+        break
+    else:
+        raise AssertionError("the position was never drawn")

@@ -88,11 +88,11 @@ class ADD(Method):
     def generate(self, nets: Networks, batch: Batch) -> Tensor:
         """x_hat from noised real data at a time of the grid, drawn evenly; from pure noise at its first."""
         schedule = nets.schedule
-        grid = sorted({t for count in self.steps for t in self.grid(schedule, count)})
+        grid = sorted({t for count in self.steps for t in self.sampled_as.grid(schedule, count)})
         grid = torch.tensor(grid, dtype=torch.float64, device=batch.index.device)
         t, eps = grid[batch.generator.randint(0, len(grid))], batch.randn()
         first = expand((t == schedule.t_max).double(), eps) > 0
-        start = first_input(schedule, eps, schedule.t_max, self.init_noise)
+        start = first_input(schedule, eps, schedule.t_max, self.sampled_as.init_noise)
         x_t = torch.where(first, start, schedule.add_noise(batch.x0, eps, t))
         return nets.student(x_t, t, batch.cond).x0
 

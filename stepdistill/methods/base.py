@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -172,6 +172,9 @@ class Method:
 
     def __init__(self, config: Any, steps: Sequence[int] = (1,)):
         self.config, self.steps = config, tuple(steps)
+        self.sampled_as: Method = (
+            self  # whose rule and times roll the student out; a composition's first part
+        )
         if not self.steps or min(self.steps) < 1:
             raise UserError(f"student.steps must list whole numbers of at least 1, got {list(self.steps)}.")
 
@@ -273,7 +276,7 @@ def simulate(
     Returns:
         x_t (B, ...), t (B,) and t as a number.
     """
-    schedule = nets.schedule
+    schedule, method = nets.schedule, method.sampled_as
     count = method.steps[batch.generator.shared_randint(0, len(method.steps))]
     grid = method.grid(schedule, count)
     grid = grid[: 1 + batch.generator.shared_randint(int(late * len(grid)), len(grid))]
@@ -289,7 +292,8 @@ class Compose(Method):
     their losses.
 
     Extras are named "part/name", so two parts may both have a discriminator. SANA-Sprint is
-    `parts: [{name: scm}, {name: ladd, weight: 0.5}]`.
+    `parts: [{name: scm}, {name: ladd, weight: 0.5}]`. The parts' student phases become one, whatever else each
+    trains beside the student.
     """
 
     @dataclass
@@ -297,6 +301,9 @@ class Compose(Method):
         parts: list[dict] = field(
             default_factory=list
         )  # each a method section: name, its keys, and weight (default 1)
+        # "agreed": all parts sample the student by one rule at the same times, or it is an error. "first": the
+        # first part says how it is sampled, and the others roll it out so.
+        sampling: Literal["agreed", "first"] = "agreed"
 
     def __init__(self, config: Any, steps: Sequence[int] = (1,)):
         super().__init__(config, steps)
@@ -319,11 +326,15 @@ class Compose(Method):
         extras = {part.student_extras for _, _, part in self.parts}
         rules = {part.rule for _, _, part in self.parts}
         times = {(part.finest, part.first_rho, part.init_noise) for _, _, part in self.parts}
-        if len(extras) > 1 or len(rules) > 1 or len(times) > 1:
+        if len(extras) > 1 or (config.sampling == "agreed" and (len(rules) > 1 or len(times) > 1)):
             raise UserError(
-                "method.parts cannot be composed: their students take different inputs, times or sampling rules."
+                "method.parts cannot be composed: their students take different inputs, times or sampling rules"
+                " (for rules and times, method.sampling=first makes the first part's hold)."
             )
-        self.student_extras, self.rule = extras.pop(), rules.pop()
+        first = self.parts[0][2]
+        for _, _, part in self.parts:
+            part.sampled_as = first
+        self.student_extras, self.rule = extras.pop(), first.rule
         self.guidance_free = all(part.guidance_free for _, _, part in self.parts)
         self.needs_teacher = any(part.needs_teacher for _, _, part in self.parts)
         self.health = {  # the student's phase is merged, the others have their part's name in front
@@ -362,6 +373,9 @@ class Compose(Method):
     def first_rho(self) -> float | None:
         return self.parts[0][2].first_rho
 
+    def grid(self, schedule: Schedule, steps: int) -> tuple[float, ...]:
+        return self.parts[0][2].grid(schedule, steps)
+
     def networks(self, teacher: Denoiser | None, student: Denoiser) -> dict[str, nn.Module]:
         return {
             f"{scope}/{name}": network
@@ -375,11 +389,15 @@ class Compose(Method):
             for phase in part.phases(step):
                 trains = tuple(name if name == "student" else f"{scope}/{name}" for name in phase.trains)
                 terms = tuple((weight * w, _scope_loss(loss, scope)) for w, loss in phase.terms)
-                if trains in merged:
-                    merged[trains] = Phase(merged[trains].name, trains, merged[trains].terms + terms)
-                else:
-                    name = phase.name if phase.name == "student" else f"{scope}/{phase.name}"
-                    merged[trains] = Phase(name, trains, terms)
+                name = phase.name if phase.name == "student" else f"{scope}/{phase.name}"
+                key = ("student",) if "student" in trains else trains
+                if key in merged:
+                    before = merged[key]
+                    name, trains = before.name, tuple(dict.fromkeys(before.trains + trains))
+                    # Processes synchronise in the last backward pass, which must reach all that is trained.
+                    wider = len(before.trains) > len(phase.trains)
+                    terms = terms + before.terms if wider else before.terms + terms
+                merged[key] = Phase(name, trains, terms)
         yield from merged.values()
 
     def after_step(self, nets: Networks, step: int, ran: tuple[str, ...]) -> None:

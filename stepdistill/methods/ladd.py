@@ -43,7 +43,7 @@ from stepdistill.features import block_features
 from stepdistill.losses import GAN_LOSSES, moments
 from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase
 from stepdistill.sampling import first_input
-from stepdistill.schedule import expand
+from stepdistill.schedule import Schedule, expand
 
 
 class LADD(Method):
@@ -81,25 +81,31 @@ class LADD(Method):
         yield Phase("discriminator", ("discriminator",), ((1.0, loss),))
 
     def times(self, nets: Networks, batch: Batch, warm: bool = False) -> Tensor:
-        """Student times (B,): t_max with probability `first_weight`, else one of the others (Sec. 3.3)."""
+        """Student times (B,): the first with probability `first_weight`, else one of the others (Sec. 3.3)."""
         config, schedule = self.config, nets.schedule
+        grid = self.times_sampled(schedule)
         at_first = batch.generator.rand() < config.first_weight
         if config.student_times == "density":
             drawn = timesteps.lognormal(schedule, batch.generator, config.student_mean, config.student_std)
         else:
-            grid = sorted({t for count in self.steps for t in self.grid(schedule, count)}, reverse=True)
             later = grid[len(grid) // 2 :] if warm else grid[1:] or grid
             later = torch.tensor(later, dtype=torch.float64, device=at_first.device)
             drawn = later[batch.generator.randint(0, len(later))]
             at_first &= not (warm and len(grid) > 1)
-        return torch.where(at_first, schedule.t_max, drawn)
+        return torch.where(at_first, grid[0], drawn)
+
+    def times_sampled(self, schedule: Schedule) -> list[float]:
+        """All times the student is sampled at, falling."""
+        grids = (self.sampled_as.grid(schedule, count) for count in self.steps)
+        return sorted({t for grid in grids for t in grid}, reverse=True)
 
     def generate(self, nets: Networks, batch: Batch, warm: bool) -> Tensor:
-        """x_hat = G(x_t, t) from noised real data; from the sampler's own first input where t is t_max."""
+        """x_hat = G(x_t, t) from noised real data; from the sampler's own first input at its first time."""
         schedule, t, eps = nets.schedule, self.times(nets, batch, warm), batch.randn()
         x_t = schedule.add_noise(batch.x0, eps, t)
-        first = expand((t == schedule.t_max).double(), x_t) > 0
-        x_t = torch.where(first, first_input(schedule, eps, schedule.t_max, "unit"), x_t)
+        time = self.times_sampled(schedule)[0]
+        first = expand((t == time).double(), x_t) > 0
+        x_t = torch.where(first, first_input(schedule, eps, time, self.sampled_as.init_noise), x_t)
         return nets.student(x_t, t, batch.cond).x0
 
     def seen(self, nets: Networks, batch: Batch, x0: Tensor, cond: Cond) -> tuple:
