@@ -2,8 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/evaluation_folder.py      (two CPU minutes; writes evaluation_folder.json)
 
-Decoding alone, extracting alone (from memory), both one after another, and end to end as `python -m evaluation
-stats` does it, on the same images, slice by slice in turns in one process, so that a busy machine slows them
+Decoding alone, extracting alone (from memory), and end to end as `python -m evaluation stats` does it, on the same images, slice by slice in turns in one process, so that a busy machine slows them
 alike. The share is the slower of the first two over end to end; it needs two cores that are free. CPU time over both
 parts is what working side by side costs, on any machine. Peak memory is that of fresh processes.
 """
@@ -27,7 +26,7 @@ from PIL import Image
 
 from evaluation.extractors import Extractor, load_extractor
 from evaluation.folders import statistics
-from evaluation.images import MemoryImages, decode, open_images
+from evaluation.images import MemoryImages, open_images
 from stepdistill import scenes
 from stepdistill.errors import atomic_write
 
@@ -52,19 +51,6 @@ def timed(call: Callable[[], object]) -> dict[str, float]:
     return {"cpu_s": time.process_time() - cpu, "wall_s": time.perf_counter() - clock}
 
 
-def one_after_another(folder: Path, extractor: Extractor) -> None:
-    """As a program without anything running ahead does it."""
-
-    def batches():
-        for start in range(0, len(files), extractor.chunk):
-            pixels = [decode(file.read_bytes(), file.name) for file in files[start : start + extractor.chunk]]
-            yield torch.stack([torch.from_numpy(one.copy()) for one in pixels]).permute(0, 3, 1, 2)
-
-    files = sorted(folder.iterdir())
-    for _ in extractor.stream(batches()):
-        pass
-
-
 def slices(folders: list[Path], extractor: Extractor) -> dict[str, dict[str, float]]:
     """Seconds of every way over all folders, in turns."""
     total: dict[str, dict[str, float]] = {}
@@ -73,25 +59,29 @@ def slices(folders: list[Path], extractor: Extractor) -> dict[str, dict[str, flo
         ways = {
             "decode alone": lambda folder=folder: [None for _ in open_images(folder)],
             "extract alone": lambda pixels=pixels: statistics(pixels, extractor),
-            "one after another": lambda folder=folder: one_after_another(folder, extractor),
             "end to end": lambda folder=folder: statistics(open_images(folder), extractor),
         }
         names = list(ways)
-        for name in names[turn % 4 :] + names[: turn % 4]:
+        for name in names[turn % 3 :] + names[: turn % 3]:
             for clock, seconds in timed(ways[name]).items():
                 own = total.setdefault(name, {})
                 own[clock] = own.get(clock, 0.0) + seconds
     return total
 
 
+_STATS = """
+import sys
+from evaluation.__main__ import main
+main(["stats", sys.argv[1], "-o", sys.argv[2]])
+print([line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")][0])
+"""
+
+
 def peak_megabytes(folder: Path, out: Path) -> float:
-    """Peak resident memory of `python -m evaluation stats` on a folder, in a process of its own."""
-    command = [sys.executable, "-m", "evaluation", "stats", str(folder), "-o", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{' '.join(command)} failed")
-    return usage.ru_maxrss / 1024
+    """Peak resident memory of `python -m evaluation stats` on a folder, in a process of its own (Linux)."""
+    command = [sys.executable, "-c", _STATS, str(folder), str(out)]
+    found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return int(found.stdout.split()[-1]) / 1024
 
 
 def main() -> None:
@@ -120,7 +110,6 @@ def main() -> None:
                 "images_per_second": count / whole,
                 "share_of_the_slower": slower / whole,
                 "cpu_over_both_parts": seconds["end to end"]["cpu_s"] / sum(part["cpu_s"] for part in parts),
-                "gain_over_one_after_another": seconds["one after another"]["wall_s"] / whole,
             }
             print(kind, json.dumps(found[kind], indent=2))
         everything = Path(place) / "all"

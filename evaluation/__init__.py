@@ -61,6 +61,7 @@ def evaluate(
             promised.
     """
     from evaluation.extractors import load_extractor
+    from evaluation.folders import ROWS_NEEDED
     from evaluation.generate import drawn, kept
     from evaluation.images import ResizedImages
     from evaluation.metrics import get_metrics
@@ -68,7 +69,6 @@ def evaluate(
     from evaluation.metrics.clip_score import ClipScore
     from evaluation.protocols import (
         NamedReference,
-        checked_clip,
         checked_n,
         get_protocol,
         measurable,
@@ -76,6 +76,7 @@ def evaluate(
     )
     from evaluation.reference import reference_stats
     from evaluation.stats import FeatureStats
+    from stepdistill.errors import UserError
 
     protocol, given = get_protocol(protocol), isinstance(reference, FeatureStats)
     if given:
@@ -84,9 +85,11 @@ def evaluate(
         protocol = protocol.located(reference, captions)
     else:
         protocol = real_images(reference, classes=classes)
-    computed = get_metrics(metrics, [name for name in measurable(protocol) if name != "latency"])
-    if "clip" in computed and protocol.clip:
-        computed["clip"] = ClipScore(**checked_clip(protocol, clip))
+    computed = get_metrics(
+        metrics, [name for name in measurable(protocol) if name not in ("latency", "paired")]
+    )
+    if "clip" in computed and (clip or protocol.clip):
+        computed["clip"] = ClipScore(clip, protocol.clip or None)
     n = checked_n(n, protocol)
     inputs = Inputs()
     needs = set().union(*(metric.needs for metric in computed.values()))
@@ -95,6 +98,12 @@ def evaluate(
         inputs.extractor = load_extractor(wanted) if isinstance(wanted, (str, os.PathLike)) else wanted
     if "reference" in needs:
         inputs.reference = reference if given else reference_stats(protocol, inputs.extractor)
+    if "reference_images" in needs and (given or getattr(protocol.reference, "is_statistics", False)):
+        raise UserError(
+            "a metric that needs the images of the reference was asked for; give them, not statistics."
+        )
+    inputs.reference_images, inputs.groups = protocol.reference, protocol.groups(n)
+    inputs.keep = bool(set(computed) & ROWS_NEEDED)
     prompts, seeds = protocol.prompts(n), protocol.seeds(n)
     inputs.captions = protocol.scored_captions(n)
     parts = (slice(start, start + batch) for start in range(0, n, batch))
@@ -102,6 +111,7 @@ def evaluate(
     with tempfile.TemporaryDirectory() as folder:
         images = kept((drawn(sampler_fn, prompts[part], seeds[part]) for part in parts), Path(folder))
         inputs.images = ResizedImages(images, protocol.resize) if protocol.resize else images
+        inputs.patch_images = images
         for metric in computed.values():
             found |= metric.compute(inputs)
     return found | {"n": n, "protocol": protocol.label(n)}

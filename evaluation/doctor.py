@@ -14,8 +14,10 @@ import torch
 
 from evaluation.extractors import load_extractor
 from evaluation.images import open_images
+from evaluation.metrics.clip_score import VARIANTS
 from evaluation.protocols import PROTOCOLS, NamedReference, Protocol, get_protocol
 from evaluation.reference import cache_directory
+from evaluation.weights import find
 from stepdistill.errors import UserError
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "pillow")
@@ -51,6 +53,7 @@ def examine(
     found = [_versions(), _device(), _cache()]
     nets = dict.fromkeys(extractor or one.extractor for one in chosen if one.reference is not None)
     found += [_extractor(name) for name in nets]
+    found += [_clip(name) for name in dict.fromkeys(one.clip for one in chosen if one.clip)]
     for one in chosen:
         found += _files(one, reference, captions)
         found.append(_disk(one, Path(out), settings))
@@ -90,8 +93,16 @@ def _extractor(name: str) -> Finding:
     try:
         net = load_extractor(name)
     except UserError as error:
-        return Finding(f"extractor {name}", False, str(error))
+        return Finding(f"extractor {name}", False, " ".join(str(error).split()))
     return Finding(f"extractor {name}", True, f"{net.dim} features, sha256 {net.sha256[:16]}")
+
+
+def _clip(name: str) -> Finding:
+    try:
+        place = find(VARIANTS[name])
+    except UserError as error:
+        return Finding(f"CLIP model {name}", False, " ".join(str(error).split()))
+    return Finding(f"CLIP model {name}", True, str(place))
 
 
 def _files(

@@ -9,17 +9,26 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.extractors import Extractor, load_extractor
-from evaluation.images import IO_BATCH, Facts, Images, Resize, open_images
+from evaluation.images import IO_BATCH, Facts, Images, Resize, open_images, patch_window
 from evaluation.metrics import METRICS, get_metrics
 from evaluation.metrics.base import Inputs
 from evaluation.metrics.clip_score import ClipScore
-from evaluation.protocols import Protocol, checked_clip, get_protocol, read_captions
+from evaluation.protocols import Protocol, get_protocol, read_captions
 from evaluation.stats import FeatureStats
 from stepdistill.errors import UserError
 
+ROWS_NEEDED = {
+    "kid",
+    "prdc",
+    "is",
+    "cmmd",
+    "diversity",
+    "paired",
+}  # metrics of features, not of their statistics
 FEW = 10_000  # samples below which published distances are not taken
 _WHERE_FROM = {
     "captions": "give them with --captions",
+    "reference_images": "give --ref a folder or Parquet file, not statistics",
     "timed": "measure it with `python -m evaluation run`",
     "teacher": "measure it with `python -m evaluation run`",
 }
@@ -58,16 +67,19 @@ def measure(
     resize = chosen.resize if chosen else Resize()
     own = open_images(images, resize, io_batch)
     computed = get_metrics(metrics, METRICS)
+    reference = Path(reference)
     given = {"images", "extractor", "reference"} | ({"captions"} if captions else set())
+    if reference.suffix != ".npz":
+        given.add("reference_images")
     for name, metric in computed.items():
         if missing := sorted(metric.needs - given):
             raise UserError(
-                f"the metric {name!r} needs {' and '.join(missing)}, which two sets of images don't have; "
+                f"the metric {name!r} needs {' and '.join(missing)}, which is not here; "
                 f"{_WHERE_FROM.get(missing[-1], 'leave the metric out')}."
             )
     inputs = Inputs(images=own)
     if "clip" in computed and (clip or (chosen and chosen.clip)):
-        computed["clip"] = ClipScore(**(checked_clip(chosen, clip) if chosen else {"directory": clip}))
+        computed["clip"] = ClipScore(clip, (chosen.clip if chosen else "") or None)
     if captions:
         prefix = chosen.clip_prefix if chosen else ""
         inputs.captions = [prefix + caption for caption in read_captions(Path(captions))]
@@ -78,12 +90,15 @@ def measure(
             )
     net = load_extractor(extractor or (chosen.extractor if chosen else "scenes-v1"), device)
     inputs.extractor = net
-    reference = Path(reference)
     against = (
         None if reference.suffix == ".npz" else open_images(reference, _reference_resize(chosen), io_batch)
     )
     stats = FeatureStats.load(reference, expect=net.source) if against is None else statistics(against, net)
-    inputs.reference = stats
+    inputs.reference, inputs.reference_images = stats, against
+    inputs.keep = bool(set(computed) & ROWS_NEEDED)
+    if chosen and chosen.patch and "patch-fd" in computed:
+        inputs.patch_images = open_images(images, patch_window(chosen.patch), io_batch)
+        inputs.patch_reference = open_images(reference, patch_window(chosen.patch), io_batch)
     found: dict[str, Any] = {}
     for metric in computed.values():
         found |= metric.compute(inputs)

@@ -40,8 +40,9 @@ _JOBS = 4  # under way or waiting to be taken, at most
 class Resize:
     """What is done to every image of a set before anything is measured, in uint8 throughout.
 
-    crop: "none", or "centre": the largest square in the middle. size: side of the square result; 0 leaves
-    images as they are. filter: one of Pillow's, which all antialias.
+    crop: "none", "centre": the largest square in the middle, or "window": the `size` pixels in the middle,
+    after which nothing is left to resize. size: side of the square result; 0 leaves images as they are.
+    filter: one of Pillow's, which all antialias.
     """
 
     crop: str = "none"
@@ -49,7 +50,7 @@ class Resize:
     filter: str = "lanczos"
 
     def __post_init__(self) -> None:
-        if self.crop not in ("none", "centre") or self.filter not in FILTERS or self.size < 0:
+        if self.crop not in ("none", "centre", "window") or self.filter not in FILTERS or self.size < 0:
             raise UserError(
                 f"resize needs a crop of none or centre, a size of 0 or more and a filter among "
                 f"{', '.join(FILTERS)}; got {self.crop!r}, {self.size} and {self.filter!r}."
@@ -60,13 +61,22 @@ class Resize:
 
     def __call__(self, image: Image.Image) -> Image.Image:
         """Crop, then resize."""
-        if self.crop == "centre":
-            side = min(image.size)
+        if self.crop != "none":
+            side = min(image.size) if self.crop == "centre" else self.size
+            if side > min(image.size):
+                raise UserError(
+                    f"a window of {side}x{side} is larger than an image of {image.width}x{image.height}."
+                )
             left, top = (image.width - side) // 2, (image.height - side) // 2
             image = image.crop((left, top, left + side, top + side))
         if self.size and image.size != (self.size, self.size):
             image = image.resize((self.size, self.size), Image.Resampling[self.filter.upper()])
         return image
+
+
+def patch_window(side: int) -> Resize:
+    """What brings images of any sizes to one around a centre patch of this side, which stays the centre."""
+    return Resize("window", side + 2)
 
 
 @dataclass

@@ -110,7 +110,7 @@ def plotted(rows: Sequence[dict[str, Any]]) -> list[str]:
         name
         for name in names
         if not name.endswith(("/se", "/n")) and not name.startswith("latency/")
-        and ("/" not in name or name == "attributes/all")
+        and ("/" not in name or name.endswith(("attributes/all", "/precision", "/recall", "/distance")))
         and len(pareto.points(rows, name, "nfe")) > 1
     ]  # fmt: skip
     return sorted(wanted, key=lambda name: (not name.startswith(("fd:", "fid")), name))

@@ -50,15 +50,9 @@ class Shape:
 
 def lower_is_better(metric: str) -> bool:
     """Distances fall; scores, shares, precision and the like rise."""
-    return metric.partition(":")[0].partition("/")[0] in (
-        "fd",
-        "fid",
-        "fd_inf",
-        "kid",
-        "cmmd",
-        "patch_fd",
-        "patch_fid",
-        "fd_ratio",
+    kind, part = metric.partition(":")[0], metric.rpartition("/")[2]
+    return kind in ("fd", "fid", "kid", "cmmd", "patch-fd", "fd_ratio") or (
+        kind == "paired" and part != "cosine"
     )
 
 

@@ -15,6 +15,25 @@ from stepdistill.errors import UserError, atomic_write
 if TYPE_CHECKING:
     from torch import Tensor
 
+_OTHERS = (
+    "kid:",
+    "prdc:",
+    "is:",
+    "cmmd:",
+    "patch-fd:",
+    "diversity:",
+    "paired:",
+)  # shown after the usual ones
+_PARTS = (
+    "precision",
+    "recall",
+    "density",
+    "coverage",
+    "distance",
+    "cosine",
+    "fd",
+    "of_teacher",
+)  # of their values
 SHOWN = 8  # samples of every row shown in the report
 Cell = Callable[[dict[str, Any], dict[str, float | None]], str]
 
@@ -73,7 +92,7 @@ def columns(results: dict[str, Any]) -> list[tuple[str, Cell]]:
     if len({row["n"] for row in results["rows"]}) > 1:
         found.append(("n", lambda row, m: str(row["n"])))
     for name in sorted(measured):
-        if name.startswith("fd:") and not name.endswith("/se"):
+        if name.startswith(("fd:", "fid:")) and not name.endswith("/se"):
             found.append((f"{name} ↓", _distance(name)))
     if "fd_ratio" in measured:
         found.append(("FD / teacher's", _distance("fd_ratio")))
@@ -82,6 +101,10 @@ def columns(results: dict[str, Any]) -> list[tuple[str, Cell]]:
     for name in sorted(measured):
         if name.startswith("clip:") and not name.endswith("/se"):
             found.append((f"{name} ↑", _with_error(name, "{:.2f}")))
+    for name in sorted(measured):
+        kind, _, part = name.rpartition("/")
+        if name.startswith(_OTHERS) and (not kind or part in _PARTS):
+            found.append((f"{name} {'↓' if pareto.lower_is_better(name) else '↑'}", _distance(name)))
     if "latency/ms" in measured:
         found.append(("ms/image", lambda row, m: _number(m.get("latency/ms"), "{:.1f}")))
     if "latency/speedup" in measured:

@@ -25,8 +25,9 @@ import torch
 
 from evaluation import report
 from evaluation.extractors import load_extractor
+from evaluation.folders import ROWS_NEEDED
 from evaluation.generate import Configuration, Shards, draw_with, generate, pipeline_sha256
-from evaluation.images import Facts, Images, ResizedImages, Watched
+from evaluation.images import Facts, Images, ResizedImages, Watched, patch_window
 from evaluation.metrics import get_metrics
 from evaluation.metrics.base import Inputs
 from evaluation.metrics.clip_score import ClipScore
@@ -35,14 +36,13 @@ from evaluation.processes import Processes
 from evaluation.protocols import (
     NamedReference,
     Protocol,
-    checked_clip,
     checked_n,
     get_protocol,
     measurable,
     real_images,
 )
 from evaluation.reference import reference_stats
-from evaluation.stats import fold_distances, frechet_ratio_with_error
+from evaluation.stats import frechet_ratio_with_error
 from stepdistill.errors import UserError
 
 if TYPE_CHECKING:
@@ -137,11 +137,13 @@ def run(
     session.computed = get_metrics(names, measurable(chosen))
     timed = session.computed.pop("latency", None) is not None
     if "clip" in session.computed and (clip or chosen.clip):
-        session.computed["clip"] = ClipScore(**checked_clip(chosen, clip))
-    if teacher_sampler and "fd" not in session.computed:
+        session.computed["clip"] = ClipScore(clip, chosen.clip or None)
+    if teacher_sampler and session.distance is None:
         raise UserError(
-            f"comparing with a teacher needs the metric 'fd', got {', '.join(names)}; add it to --metrics."
+            f"comparing with a teacher needs the metric 'fd' or 'fid', got {', '.join(names)}; add it to --metrics."
         )
+    if "paired" in session.computed and (teacher_sampler is None or teacher_n < n):
+        raise UserError("the metric 'paired' needs --teacher, and of it no fewer samples than --n.")
     rows = [
         Row("student" if sampler.kind == "student" else "model", sampler, "", count, scale, n)
         for sampler in samplers
@@ -166,7 +168,7 @@ def run(
                 done.append(session.swept("teacher, few steps", teacher_sampler, count, scales, teacher_n))
                 session.compared(done[-1], best)
         for row in rows:
-            session.measured(row)
+            session.measured(row, best)
             if best is not None:
                 session.compared(row, best)
             done.append(row)
@@ -210,6 +212,15 @@ class _Session:
         """Load all that measures, and the reference, so that a missing file ends a run before it begins."""
         self.protocol = self.drawn_by
         needs = set().union(*(metric.needs for metric in self.computed.values()))
+        statistics = (
+            isinstance(self.drawn_by.reference, NamedReference) and self.drawn_by.reference.is_statistics
+        )
+        if "reference_images" in needs and (statistics or self.drawn_by.reference is None):
+            names = [name for name, metric in self.computed.items() if "reference_images" in metric.needs]
+            raise UserError(
+                f"the metric {names[0]!r} needs the images of the reference, not statistics; give them with "
+                "--reference or leave it out."
+            )
         if "extractor" in needs:
             self.extractor = self.processes.share(
                 load_extractor(extractor or self.drawn_by.extractor, self.device)
@@ -217,8 +228,11 @@ class _Session:
             self.protocol = replace(self.drawn_by, extractor=self.extractor.name)
         if "reference" in needs:
             self.reference = reference_stats(self.protocol, self.extractor, self.processes)
-        for metric in self.computed.values():
-            getattr(metric, "prepare", lambda: None)()
+
+    @property
+    def distance(self) -> str | None:
+        """The Fréchet distance among the metrics that are computed: "fid", "fd" or None."""
+        return next((name for name in ("fid", "fd") if name in self.computed), None)
 
     def check_disk(
         self, rows: Sequence[Row], teacher: ImageSampler | None, scales: int, teacher_n: int
@@ -286,23 +300,29 @@ class _Session:
         return known.first(n)
 
     def inputs(self, row: Row, n: int) -> Inputs:
-        images = self.samples(row, n)
-        if self.protocol.resize:
-            images = ResizedImages(images, self.protocol.resize)
-        captions = self.protocol.scored_captions(n)
-        return Inputs(Watched(images), captions, self.extractor, self.reference)
+        protocol, drawn = self.protocol, self.samples(row, n)
+        images = ResizedImages(drawn, protocol.resize) if protocol.resize else drawn
+        found = Inputs(Watched(images), protocol.scored_captions(n), self.extractor, self.reference)
+        found.reference_images, found.groups = protocol.reference, protocol.groups(n)
+        found.keep = bool(set(self.computed) & ROWS_NEEDED)
+        if protocol.patch and "patch-fd" in self.computed:
+            found.patch_images = ResizedImages(drawn, patch_window(protocol.patch))
+            if isinstance(protocol.reference, NamedReference):
+                found.patch_reference = protocol.reference.patches(protocol.patch)
+        return found
 
-    def measured(self, row: Row) -> Row:
-        """Draw the row's samples and compute every metric but latency."""
+    def measured(self, row: Row, teacher: Row | None = None) -> Row:
+        """Draw the row's samples and compute every metric but latency; `teacher`: what it is paired with."""
         began = time.time()
         row.inputs = self.inputs(row, row.n)
+        if teacher is not None and teacher.n >= row.n:
+            row.inputs.teacher = teacher.inputs.images.first(row.n)
         for metric in self.computed.values():
-            row.metrics |= metric.compute(row.inputs)
+            if "teacher" not in metric.needs or row.inputs.teacher is not None:
+                row.metrics |= metric.compute(row.inputs)
         row.facts = row.inputs.images.facts
-        if "fd" in self.computed:
-            row.folds[f"fd:{self.extractor.name}"] = list(
-                fold_distances(row.inputs.folds, self.reference).left_out
-            )
+        if self.distance:
+            row.folds[f"{self.distance}:{self.extractor.name}"] = list(row.inputs.distances.left_out)
         row.seconds = time.time() - began
         return row
 
@@ -320,8 +340,8 @@ class _Session:
         tried = []
         for scale in scales:
             row = Row(role, sampler, "", steps, scale, n_sweep)
-            found = self.computed["fd"].compute(self.inputs(row, n_sweep))
-            name = f"fd:{self.extractor.name}"
+            found = self.computed[self.distance].compute(self.inputs(row, n_sweep))
+            name = f"{self.distance}:{self.extractor.name}"
             tried.append({"guidance": scale, "fd": found[name], "se": found[f"{name}/se"]})
         chosen = min(tried, key=lambda entry: entry["fd"])["guidance"]
         best = self.measured(Row(role, sampler, "", steps, chosen, n))

@@ -124,7 +124,7 @@ def test_the_doctor_says_what_is_there_and_what_not(tmp_path, monkeypatch, capsy
     assert "MISSING" not in shown and "torch 2" in shown and "24.6 MB" in shown
     tiny = replace(
         COCO, name="tiny", n=2, captions=CaptionFile("lines", 2), reference=NamedReference("pictures", 3),
-        extractor="scenes-v1",
+        extractor="scenes-v1", clip="",
     )  # fmt: skip
     monkeypatch.setitem(PROTOCOLS, "tiny", tiny)
     assert "see tiny: reference, tiny: captions above" in refused(capsys, "doctor", "--protocol", "tiny")

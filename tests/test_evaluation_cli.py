@@ -255,7 +255,12 @@ def test_a_run_looks_for_all_it_needs_first(tmp_path, painters, net, capsys, mon
     assert "nothing for the captions lines at" in refused(capsys, *command)
     (tmp_path / "lines.txt").write_text("\n".join(scenes.scene_at(index, 1).caption for index in range(4)))
     command += ["--captions", tmp_path / "lines.txt"]
-    assert "CLIP model vit-g-14-laion2b; name the directory" in refused(capsys, *command)
+    monkeypatch.setenv("STEPDISTILL_WEIGHTS", str(tmp_path))
+    with pytest.raises(SystemExit) as stopped:
+        main([*map(str, command)])
+    assert (
+        stopped.value.code == 2 and "clip-vit-g14-laion2b" in capsys.readouterr().err
+    )  # and where it was looked for
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     with monkeypatch.context() as full:
         full.setattr(shutil, "disk_usage", lambda place: usage)
@@ -271,6 +276,33 @@ def test_a_run_looks_for_all_it_needs_first(tmp_path, painters, net, capsys, mon
     assert results["protocol_definition"]["clip_prefix"] == "A photo depicts "
     located = public.located(tmp_path / "five", tmp_path / "lines.txt")
     assert located.scored_captions(1) == ["A photo depicts " + scenes.scene_at(0, 1).caption]
+
+
+def test_metrics_that_need_rows_the_reference_or_the_teacher(tmp_path, painters, net, capsys) -> None:
+    command = ["run", "--pipeline", tmp_path / "student", "--extractor", net, "--n", 30, "--steps", 1]
+    command += ["--metrics", "fd,kid,prdc,diversity,paired", "--out", tmp_path / "out"]
+    assert "'paired' needs --teacher" in refused(capsys, *command)
+    teacher = ["--teacher", tmp_path / "teacher", "--teacher-steps", 8, "--teacher-guidance", 2]
+    command[command.index("fd,kid,prdc,diversity,paired")] = "fd,kid,prdc,paired"
+    main([*map(str, (*command, *teacher))])
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    own, best = rows[-1]["metrics"], rows[0]["metrics"]
+    assert own["paired:tiny/distance"] > 0 and "paired:tiny/distance" not in best
+    assert own["kid:tiny"] > best["kid:tiny"] and 0 <= own["prdc:tiny/recall"] <= 1
+    shown = capsys.readouterr().out
+    for heading in ("kid:tiny ↓", "prdc:tiny/precision ↑", "paired:tiny/cosine ↑"):
+        assert heading in shown
+
+
+def test_images_by_kernel_and_neighbours(tmp_path, net, capsys) -> None:
+    one, other = save_images(tmp_path / "one", 20), save_images(tmp_path / "other", 30)
+    command = ["images", one, "--ref", other, "--extractor", net, "--metrics", "fd,kid,prdc"]
+    main([*map(str, command), "-o", str(tmp_path / "r.json")])
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["prdc:tiny/precision"] == 1 and found["kid:tiny"] < 0.01  # the first 20 of the same 30
+    main(["stats", str(other), "-o", str(tmp_path / "ref.npz"), "--extractor", str(net)])
+    command[3] = tmp_path / "ref.npz"
+    assert "the metric 'kid' needs reference_images" in refused(capsys, *command)
 
 
 def test_another_extractor_is_another_protocol(tmp_path, painters, net) -> None:

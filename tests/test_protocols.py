@@ -27,14 +27,14 @@ from stepdistill.errors import UserError
 from stepdistill.sampling import QUANTISE
 
 HASHES = {  # a change here makes every published result of that protocol incomparable: raise its version with it
-    "cifar10-50k": "59d93d4247f6a0f0",
-    "coco14-10k": "766c117b2c89fbc5",
-    "coco14-30k": "8ecdb9e5c34bc977",
-    "coco17-5k": "85f7ee04835fdab3",
+    "cifar10-50k": "d16a867260aba230",
+    "coco14-10k": "57f9bb2d1b38c273",
+    "coco14-30k": "cb055106c67eb962",
+    "coco17-5k": "2274b8425e5d7292",
     "geneval": "937d5f9d8fba4ff4",
-    "imagenet256-50k": "7c27ed523f99d781",
-    "imagenet64-50k": "90feefb1e01a3cac",
-    "mjhq-30k": "f930e5deb0c3d132",
+    "imagenet256-50k": "bd409f45a17d42b6",
+    "imagenet64-50k": "4ba0e85e5f7aecae",
+    "mjhq-30k": "532e87d8238e4347",
     "scenes-2k": "e91ba17ff0c64669",
 }
 
@@ -62,7 +62,7 @@ def test_every_file_carries_its_source_and_agrees_with_its_name() -> None:
     "change",
     [
         {"n": 8, "captions": CaptionFile("lines", 8)}, {"quantise": "floor"}, {"first_seed": 1}, {"resolution": 64},
-        {"resize": Resize("centre", 32)}, {"extractor": "inception-2015"}, {"extractor_resize": "clean"},
+        {"resize": Resize("centre", 32)}, {"extractor": "inception-2015"},
         {"clip": "vit-b-32"}, {"clip_prefix": "A photo depicts "}, {"patch": 299}, {"version": 2},
         {"captions": CaptionFile("others", 4)}, {"reference": NamedReference("pictures", 4)},
         {"reference": NamedReference("pictures", 3, Resize(size=64))},
@@ -88,7 +88,16 @@ def test_prompts_and_seeds_of_several_images_a_prompt(tmp_path) -> None:
     assert protocol.prompts(4) == ["a", "a", "b", "b"] and protocol.seeds(4) == [0, 1, 2, 3]
     assert replace(protocol, seeds_by="prompt", first_seed=42).seeds(4) == [42, 43, 42, 43]
     assert PROTOCOLS["cifar10-50k"].prompts(12) == [*range(10), 0, 1]
-    assert replace(PROTOCOLS["cifar10-50k"], images_per_prompt=3, classes=2).prompts(8) == [0, 0, 0, 1, 1, 1, 0, 0]
+    assert replace(PROTOCOLS["cifar10-50k"], images_per_prompt=3, classes=2).prompts(8) == [
+        0,
+        0,
+        0,
+        1,
+        1,
+        1,
+        0,
+        0,
+    ]
 
 
 def test_quantisation_is_what_each_name_says() -> None:
@@ -108,6 +117,10 @@ def test_resize_crops_the_middle_and_uses_its_filter() -> None:
         want = image.crop((15, 0, 35, 20)).resize((10, 10), Image.Resampling[name.upper()])
         assert np.array_equal(np.asarray(Resize("centre", 10, name)(image)), np.asarray(want))
     assert not Resize() and Resize("centre") and Resize(size=8)
+    window = Resize("window", 6)(image)
+    assert np.array_equal(np.asarray(window), wide[7:13, 22:28])
+    with pytest.raises(UserError, match="a window of 21x21 is larger than an image of 50x20"):
+        Resize("window", 21)(image)
     with pytest.raises(UserError, match="a filter among"):
         Resize(filter="sinc")
 
@@ -155,9 +168,7 @@ def test_captions_that_are_missing_too_few_or_empty(tmp_path, monkeypatch) -> No
 
 def test_references_are_found_and_counted(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("STEPDISTILL_REFERENCES", str(tmp_path))
-    with pytest.raises(
-        UserError, match=rf"the reference pictures at {tmp_path}/pictures, .*--reference"
-    ):
+    with pytest.raises(UserError, match=rf"the reference pictures at {tmp_path}/pictures, .*--reference"):
         small(captions=None, conditions="none").located()
     (tmp_path / "pictures").mkdir()
     for index, size in enumerate([(8, 8), (12, 8), (8, 20)]):

@@ -15,7 +15,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from evaluation.images import Resize, open_images, sha256_of_files
+from evaluation.images import Images, Resize, open_images, patch_window, sha256_of_files
 from evaluation.metrics import METRICS
 from stepdistill import assets, scenes
 from stepdistill.errors import UserError, nearest
@@ -123,6 +123,10 @@ class NamedReference:
     def __iter__(self) -> Iterator[Tensor]:
         return iter(open_images(self.path, resize=self.resize))
 
+    def patches(self, side: int) -> Images:
+        """The middle of every image, as it is stored, a pixel wider all around than a patch of this side."""
+        return open_images(self.path, resize=patch_window(side))
+
     @property
     def is_statistics(self) -> bool:
         return self.path.endswith(".npz")
@@ -197,8 +201,8 @@ class Protocol:
     nothing. With `images_per_prompt` k, samples k i .. k i + k - 1 share prompt i. The noise of sample i has
     the seed `first_seed + i`, with `seeds_by` "prompt" the seed `first_seed + i mod k`.
     `quantise`: u in [0, 1] to uint8 by round(255 u), "edm" floor(255 u + 1/2) or "floor" floor(255 u).
-    `resize`: what is done to a sample before it is measured, as uint8. `extractor_resize`: what the extractor
-    does after that. `patch`: side of the centre crop, at full resolution, a patch distance is taken of.
+    `resize`: what is done to a sample before it is measured, as uint8; what the extractor does after that is
+    part of its name. `patch`: side of the centre crop, at full resolution, a patch distance is taken of.
     """
 
     name: str
@@ -220,7 +224,6 @@ class Protocol:
     seeds_by: str = field(default="sample", metadata=_LATER)
     resolution: int = field(default=0, metadata=_LATER)  # side of the samples; 0: the pipeline's own
     resize: Resize = field(default=Resize(), metadata=_LATER)
-    extractor_resize: str = field(default="", metadata=_LATER)
     clip: str = field(default="", metadata=_LATER)  # the CLIP model; "": the embedded one
     clip_prefix: str = field(default="", metadata=_LATER)  # put before every caption
     patch: int = field(default=0, metadata=_LATER)
@@ -280,6 +283,12 @@ class Protocol:
     def scored_captions(self, n: int) -> list[str] | None:
         """What the first n samples are compared with: their captions after `clip_prefix`; None without text."""
         return [self.clip_prefix + caption for caption in self.prompts(n)] if self.has_text else None
+
+    def groups(self, n: int) -> list[Hashable]:
+        """Equal entries for those of the first n samples that are drawn for the same prompt or class."""
+        if self.images_per_prompt > 1:
+            return [i // self.images_per_prompt for i in range(n)]
+        return list(self.prompts(n))
 
     @property
     def has_text(self) -> bool:
@@ -402,6 +411,8 @@ def measurable(protocol: Protocol) -> list[str]:
     lacking = set() if protocol.conditions == "scenes" else {"attributes"}
     if not protocol.has_text:
         lacking.add("clip")
+    if protocol.conditions == "none":
+        lacking.add("diversity")
     return [name for name in METRICS if name not in lacking]
 
 
@@ -415,20 +426,6 @@ def checked_n(n: int | None, protocol: Protocol) -> int:
             f"n is {n}, but {protocol.name} has captions for {protocol.n} samples; ask for no more."
         )
     return n
-
-
-def checked_clip(protocol: Protocol, clip: str | os.PathLike[str] | None) -> dict[str, Any]:
-    """What a `ClipScore` of the protocol's model is made with, given the directory `clip` of that model.
-
-    Raises:
-        UserError: the protocol's model is not the embedded one, and no directory is given.
-    """
-    if protocol.clip and clip is None:
-        raise UserError(
-            f"the protocol {protocol.name} scores captions with the CLIP model {protocol.clip}; name the directory of "
-            "that model with --clip, or leave clip out of --metrics."
-        )
-    return {"directory": clip, "name": protocol.clip or None}
 
 
 def reference_folders() -> list[Path]:
