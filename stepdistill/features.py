@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from stepdistill.denoiser import Cond, Denoiser, unwrap
@@ -43,6 +44,23 @@ def tap(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
         yield collected
     finally:
         for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def tap_with_gradient(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """As `tap`, for one pass whose features need a graph and whose output needs none: recording stops behind
+    the last of `names`, which come in forward order. What is computed later in the block has no graph either.
+    """
+
+    def stop(*_: object) -> None:
+        torch.set_grad_enabled(False)
+
+    with tap(module, names) as collected, torch.enable_grad():
+        handle = dict(unwrap(module).named_modules())[names[-1]].register_forward_hook(stop)
+        try:
+            yield collected
+        finally:
             handle.remove()
 
 

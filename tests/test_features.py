@@ -11,7 +11,7 @@ from stepdistill.discriminator import Discriminator, Head
 from stepdistill.ema import EMA
 from stepdistill.families.sd import SD
 from stepdistill.families.toy import MLP
-from stepdistill.features import block_features, tap
+from stepdistill.features import block_features, tap, tap_with_gradient
 from stepdistill.schedule import Flow
 
 SCHEDULE = Flow()
@@ -188,3 +188,18 @@ def test_ema_state_comes_back_in_place():
     )
     with pytest.raises(ValueError, match="does not fit"):
         EMA(nn.Linear(2, 2, bias=False), 0.9).load_state_dict(average.state_dict())
+
+
+def test_a_pass_can_record_its_first_half_alone():
+    """Up to the last tap there is a graph, behind it none; the outputs are those of a plain pass."""
+    torch.manual_seed(0)
+    body = nn.Sequential(*(nn.Linear(3, 3) for _ in range(4)))
+    x = torch.randn(2, 3, requires_grad=True)
+    with torch.no_grad(), tap_with_gradient(body, ["0", "1"]) as seen:
+        out = body(x)
+        assert not out.requires_grad and not (2 * x).requires_grad
+    assert torch.equal(out, body(x)) and all(feature.requires_grad for feature in seen.values())
+    (slope,) = torch.autograd.grad(seen["1"].sum(), x)
+    (expected,) = torch.autograd.grad(body[1](body[0](x)).sum(), x)
+    assert torch.equal(slope, expected)
+    assert torch.is_grad_enabled() and body(x).requires_grad  # the mode and the network are as before

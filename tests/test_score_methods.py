@@ -252,7 +252,7 @@ def test_f_distill_has_the_gradient_of_its_divergence(divergence, monkeypatch):
     line.method.config.gan_weight = 0.0
     own, data = line.nets.fake_score.network, line.data
 
-    def log_ratio(nets: Networks, batch: Batch, real: Prediction) -> Tensor:
+    def log_ratio(real: Prediction, logits: None) -> Tensor:
         return data.log_prob(real.x_t, real.t) - own.log_prob(real.x_t, real.t)
 
     monkeypatch.setattr(line.method, "log_ratio", log_ratio)
@@ -274,12 +274,11 @@ def test_reverse_kl_is_dmd2_and_ratios_are_clipped_and_normalised():
     common = {"guidance_scale": 1.0, "gan_weight": 1e-3}
     method = Line("f_distill", SCHEDULES["vp"](), divergence="reverse_kl", **common).method
     logits = torch.tensor([[-50.0], [0.0], [1.0], [50.0]])
-    method.logits_at = lambda *_: logits
     real = Prediction(logits, "x0", logits, torch.ones(4), SCHEDULES["vp"]())
-    assert method.weight(None, None, real).tolist() == [1, 1, 1, 1]
+    assert method.weight(real, logits).tolist() == [1, 1, 1, 1]
     method.config.divergence = "forward_kl"
     clipped = torch.tensor([0.1, 1.0, math.e, 20.0])
-    torch.testing.assert_close(method.weight(None, None, real), clipped / clipped.mean())
+    torch.testing.assert_close(method.weight(real, logits), clipped / clipped.mean())
     for settings, says in (({"gan_weight": 0.0}, "gan_weight"), ({"ratio_low": 30.0}, "ratio_low")):
         with pytest.raises(UserError, match=says):
             Line("f_distill", SCHEDULES["vp"](), **settings)

@@ -22,11 +22,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, no_grad
 
 from stepdistill.denoiser import Denoiser, unwrap
 from stepdistill.discriminator import Discriminator
-from stepdistill.features import block_features
+from stepdistill.features import block_features, tap, tap_with_gradient
 from stepdistill.losses import distribution_matching, gan_discriminator, gan_generator
 from stepdistill.methods.base import Batch, Losses, Networks
 from stepdistill.methods.score import ScoreDistillation, compared
@@ -65,28 +65,36 @@ class DMD2(ScoreDistillation):
     def student_loss(self, nets: Networks, batch: Batch) -> Losses:
         config = self.config
         x0 = self.generate(nets, batch)
-        with torch.no_grad():  # the networks only give the direction, DMD Eq. 7
-            real, fake = self.ask(nets, batch, x0)
-            weight = self.weight(nets, batch, real)
-        matching = distribution_matching(x0, real.x0, fake.x0, config.normalise, weight)
+        x_t, t = self.diffuse(nets, batch, x0)
+        with no_grad():  # the networks only give the direction, DMD Eq. 7
+            real = self.teacher_at(nets, batch, x_t, t)
+        # One pass of the fake score serves both: its answer without gradient, its eye for the GAN with.
+        with (
+            tap_with_gradient(nets.fake_score, self.eye(nets)) if config.gan_weight > 0 else no_grad() as seen
+        ):
+            fake = self.fake_at(nets, batch, x_t, t)
+        logits = self.judge(nets, seen, len(x0)) if config.gan_weight > 0 else None
+        matching = distribution_matching(x0, real.x0, fake.x0, config.normalise, self.weight(real, logits))
         losses = {"total": matching, "matching": matching} | compared(x0, real, fake)
-        if config.gan_weight > 0:
-            losses["gan"] = gan_generator(self.logits(nets, x0, batch))
+        if logits is not None:
+            losses["gan"] = gan_generator(logits)
             losses["total"] = losses["total"] + config.gan_weight * losses["gan"]
         return losses
 
-    def weight(self, nets: Networks, batch: Batch, real: Prediction) -> Tensor | None:
-        """Per sample (B,), of the gradient at the teacher's prediction `real`; None = 1."""
+    def weight(self, real: Prediction, logits: Tensor | None) -> Tensor | None:
+        """Per sample (B,), of the gradient, from what teacher and discriminator say at (x_t, t); None = 1."""
         return None
 
     def critic_loss(self, nets: Networks, batch: Batch) -> Losses:
         config = self.config
-        losses, x0 = self.denoise(nets, batch)
-        if config.gan_weight > 0:
-            real, fake = self.logits(nets, batch.x0, batch), self.logits(nets, x0, batch)
-            losses["gan"] = gan_discriminator(real, fake)
-            losses["total"] = losses["total"] + config.gan_critic_weight * losses["gan"]
-            losses["accuracy"] = torch.cat((real > 0, fake < 0)).float().mean()
+        if config.gan_weight == 0:
+            return super().critic_loss(nets, batch)
+        with tap(nets.fake_score, self.eye(nets)) as seen:  # of the pass that denoises
+            losses, x0 = self.denoise(nets, batch)
+        fake, real = self.judge(nets, seen, len(x0)), self.logits(nets, batch.x0, batch)
+        losses["gan"] = gan_discriminator(real, fake)
+        losses["total"] = losses["total"] + config.gan_critic_weight * losses["gan"]
+        losses["accuracy"] = torch.cat((real > 0, fake < 0)).float().mean()
         return losses
 
     def logits(self, nets: Networks, x0: Tensor, batch: Batch) -> Tensor:
@@ -94,8 +102,13 @@ class DMD2(ScoreDistillation):
         4.3).
         """
         t = self.times(nets, batch)
-        return self.logits_at(nets, nets.schedule.add_noise(x0, batch.randn(), t), t, batch)
+        x_t = nets.schedule.add_noise(x0, batch.randn(), t)
+        return nets.discriminator(block_features(nets.fake_score, x_t, t, batch.cond, self.eye(nets)))
 
-    def logits_at(self, nets: Networks, x_t: Tensor, t: Tensor, batch: Batch) -> Tensor:
-        middle = unwrap(nets.fake_score).middle
-        return nets.discriminator(block_features(nets.fake_score, x_t, t, batch.cond, [middle]))
+    def eye(self, nets: Networks) -> list[str]:
+        """The block of the fake score the discriminator looks at."""
+        return [unwrap(nets.fake_score).middle]
+
+    def judge(self, nets: Networks, seen: dict[str, Tensor], count: int) -> Tensor:
+        """Logits from features of a whole pass; of a guided one, of the conditional half."""
+        return nets.discriminator([feature[-count:].float() for feature in seen.values()])

@@ -32,7 +32,6 @@ from typing import Any, Literal
 from torch import Tensor
 
 from stepdistill.errors import UserError
-from stepdistill.methods.base import Batch, Networks
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.prediction import Prediction
 
@@ -71,15 +70,15 @@ class FDistill(DMD2):
                 f" got {config.ratio_low:g} and {config.ratio_high:g}."
             )
 
-    def weight(self, nets: Networks, batch: Batch, real: Prediction) -> Tensor:
+    def weight(self, real: Prediction, logits: Tensor | None) -> Tensor:
         """h(r) at the diffused samples, (B,), a constant."""
         config = self.config
-        ratio = self.log_ratio(nets, batch, real).exp().clamp(config.ratio_low, config.ratio_high)
+        ratio = self.log_ratio(real, logits).exp().clamp(config.ratio_low, config.ratio_high)
         if config.normalise_weight:
             ratio = ratio / ratio.mean()
         weight = WEIGHTS[config.divergence](ratio)
         return weight / weight.mean() if config.normalise_weight else weight
 
-    def log_ratio(self, nets: Networks, batch: Batch, real: Prediction) -> Tensor:
+    def log_ratio(self, real: Prediction, logits: Tensor) -> Tensor:
         """log p_data / p_student at (x_t, t), which is what an optimal discriminator's logit is; (B,)."""
-        return self.logits_at(nets, real.x_t, real.t, batch).flatten(1).mean(1)
+        return logits.detach().flatten(1).mean(1)

@@ -116,17 +116,24 @@ class ScoreDistillation(Method):
         mean, std = config.time_mean, config.time_std
         return timesteps.draw(density, nets.schedule, batch.generator, low, high, mean, std)
 
+    def diffuse(self, nets: Networks, batch: Batch, x0: Tensor) -> tuple[Tensor, Tensor]:
+        """x0 at a drawn time: x_t (B, ...), which carries x0's gradient, and t (B,)."""
+        t = self.times(nets, batch, self.config.t_low, self.config.t_high)
+        return nets.schedule.add_noise(x0, batch.randn(), t), t
+
+    def teacher_at(self, nets: Networks, batch: Batch, x_t: Tensor, t: Tensor) -> Prediction:
+        return guided(nets.teacher, x_t, t, batch.cond, batch.uncond, self.config.guidance_scale)
+
+    def fake_at(self, nets: Networks, batch: Batch, x_t: Tensor, t: Tensor) -> Prediction:
+        return guided(nets.fake_score, x_t, t, batch.cond, batch.uncond, self.config.fake_guidance_scale)
+
     def ask(self, nets: Networks, batch: Batch, x0: Tensor) -> tuple[Prediction, Prediction]:
         """What teacher and fake score say of x0 diffused to a drawn time.
 
         Their inputs carry x0's gradient: methods that want none call this under no_grad.
         """
-        config = self.config
-        t = self.times(nets, batch, config.t_low, config.t_high)
-        x_t = nets.schedule.add_noise(x0, batch.randn(), t)
-        real = guided(nets.teacher, x_t, t, batch.cond, batch.uncond, config.guidance_scale)
-        fake = guided(nets.fake_score, x_t, t, batch.cond, batch.uncond, config.fake_guidance_scale)
-        return real, fake
+        x_t, t = self.diffuse(nets, batch, x0)
+        return self.teacher_at(nets, batch, x_t, t), self.fake_at(nets, batch, x_t, t)
 
     def critic_loss(self, nets: Networks, batch: Batch) -> Losses:
         """Denoising of what the student makes now, over the full range of noise levels."""
