@@ -7,12 +7,16 @@ statistics file.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from evaluation.images import as_images, rechunked
@@ -20,15 +24,15 @@ from evaluation.stats import Source
 from stepdistill import assets
 from stepdistill.errors import UserError, nearest
 
-EMBEDDED = ("scenes-v1",)
-
 
 @dataclass(frozen=True)
 class Extractor:
     """A feature network and what identifies it.
 
     `network` takes uint8 (chunk, 3, H, W) and gives (chunk, dim). It always runs at the batch size `chunk`,
-    padded, because the last bits of a row depend on the size of the batch it was in.
+    padded, because the last bits of a row depend on the size of the batch it was in. `side` is that of the
+    square the network sees, None where it takes any. `head` gives logits (N, classes) of rows (N, dim), NumPy
+    to NumPy, where the network is a classifier of one set of classes.
     """
 
     name: str
@@ -37,6 +41,8 @@ class Extractor:
     network: Callable[[Tensor], Tensor]
     chunk: int = 50
     resize: str = "none"
+    side: int | None = None
+    head: Callable[[np.ndarray], np.ndarray] | None = None
 
     @property
     def source(self) -> Source:
@@ -59,28 +65,240 @@ class Extractor:
             yield self(chunk)
 
 
-def load_extractor(name: str | os.PathLike[str] = "scenes-v1", device: str = "cpu") -> Extractor:
-    """The embedded extractor "scenes-v1", or one from a directory with `config.json` and `model.safetensors`.
+def load_extractor(
+    name: str | os.PathLike[str] = "scenes-v1",
+    device: str = "cpu",
+    weights: str | os.PathLike[str] | None = None,
+) -> Extractor:
+    """An extractor of EXTRACTORS, or one from a directory with `config.json` and `model.safetensors`.
+
+    Args:
+        weights: file or directory of a public network's weights; None searches the usual places.
 
     Raises:
+        MissingWeights: a public network's weights are nowhere; the message says where to put them.
         UserError: there is no such extractor, or its files are missing or damaged.
     """
+    name = str(name)
+    if name not in EXTRACTORS:
+        if not Path(name).is_dir():
+            raise UserError(
+                f"there is no extractor {name!r}; use {', '.join(EXTRACTORS)} or a directory with config.json "
+                f"and model.safetensors.{nearest(name, EXTRACTORS)}"
+            )
+        return _feature_net(Path(name), device)
+    return EXTRACTORS[name](name, device, weights)
+
+
+def _feature_net(path: Path, device: str) -> Extractor:
     from evaluation.feature_net import FeatureNet
 
-    path = assets.path(str(name)) if str(name) in EMBEDDED else Path(name)
-    if not path.is_dir():
-        raise UserError(
-            f"there is no extractor {str(name)!r}; use {', '.join(EMBEDDED)} or a directory with config.json "
-            f"and model.safetensors.{nearest(str(name), EMBEDDED)}"
-        )
     network = FeatureNet.load(path).to(device)
-    sha256 = hashlib.sha256(
-        (path / "config.json").read_bytes() + (path / "model.safetensors").read_bytes()
-    ).hexdigest()
-    resize = f"bilinear, antialiased, to {network.resolution}"
     return Extractor(
-        network.name, network.dim, sha256, lambda images: network(images.to(device)), resize=resize
+        network.name,
+        network.dim,
+        _sha256([path / "config.json", path / "model.safetensors"]),
+        lambda images: network(images.to(device)),
+        resize=f"bilinear, antialiased, to {network.resolution}",
+        side=network.resolution,
+        head=network.classify if len(network.labels) == 1 else None,
     )
+
+
+def _embedded(name: str, device: str, weights: str | os.PathLike[str] | None) -> Extractor:
+    return _feature_net(Path(weights) if weights is not None else assets.path(name), device)
+
+
+def _inception(name: str, device: str, weights: str | os.PathLike[str] | None) -> Extractor:
+    """The 2015 Inception network: TensorFlow 1's resize, as everybody but clean-fid has it, or clean-fid's."""
+    from evaluation import inception
+    from evaluation.weights import content_sha256, find, load_file
+
+    path = find("inception-2015", weights)
+    network = inception.Inception.from_state(load_file(path), path)
+    sha256 = content_sha256(network.state_dict())
+    resize, text = inception.RESIZES["clean" if name.endswith("-clean") else "tf1"]
+    head = inception.logits_of(network.fc.weight.detach().numpy())
+    network.to(device)
+    return Extractor(
+        name,
+        inception.FEATURES,
+        sha256,
+        lambda images: network(resize(images.to(device))),
+        resize=text,
+        side=inception.SIDE,
+        head=head,
+    )
+
+
+def _clip(name: str, device: str, weights: str | os.PathLike[str] | None) -> Extractor:
+    """Projected image embeddings of a CLIP model, not normalised."""
+    from evaluation.weights import find
+
+    path = assets.path("clip") if name == "clip-scenes-v1" else find(name, weights)
+    network = transformer("CLIPModel", path).to(device)
+    mean, std = normalisation(path)
+    side = network.config.vision_config.image_size
+
+    def embed(images: Tensor) -> Tensor:
+        pixels = clip_pixels(images, side, mean, std).to(device)
+        return embedding(network.get_image_features(pixel_values=pixels))
+
+    return Extractor(
+        name,
+        network.config.projection_dim,
+        _sha256([path / "config.json", *_weight_files(path)]),
+        embed,
+        resize=f"Pillow bicubic, short side to {side}, centre crop",
+        side=side,
+    )
+
+
+def _dino(name: str, device: str, weights: str | os.PathLike[str] | None) -> Extractor:
+    """DINOv2's class token behind the last layer norm, on images resized as EDM2 does it (its "torch" mode)."""
+    from evaluation.weights import find
+
+    path = find(name, weights)
+    network = transformer("Dinov2Model", path).to(device)
+    side = 224
+    _hub_positions(network, side)
+    mean, std = (
+        torch.tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    )
+
+    def embed(images: Tensor) -> Tensor:
+        pixels = images.float()
+        if pixels.shape[-2:] != (side, side):
+            pixels = F.interpolate(pixels, (side, side), mode="bicubic", antialias=True)
+        return network(pixel_values=((pixels / 255 - mean) / std).to(device)).pooler_output
+
+    return Extractor(
+        name,
+        network.config.hidden_size,
+        _sha256([path / "config.json", *_weight_files(path)]),
+        embed,
+        resize=f"torch bicubic, antialiased, to {side}",
+        side=side,
+    )
+
+
+EXTRACTORS: dict[str, Callable[[str, str, str | os.PathLike[str] | None], Extractor]] = {
+    "scenes-v1": _embedded,
+    "clip-scenes-v1": _clip,
+    "inception-2015": _inception,
+    "inception-2015-clean": _inception,
+    "clip-vit-b32": _clip,
+    "clip-vit-l14": _clip,
+    "clip-vit-l14-336": _clip,
+    "dinov2-vitl14": _dino,
+}
+
+
+def clip_pixels(images: Tensor, side: int, mean: Tensor, std: Tensor) -> Tensor:
+    """uint8 (N, 3, H, W) as CLIP was trained to see them: (N, 3, side, side), normalised.
+
+    Pillow's bicubic in uint8 brings the short side to `side`, a centre crop follows. mean, std: (3, 1, 1), of
+    pixels in 0 .. 1.
+    """
+    height, width = images.shape[-2:]
+    if (height, width) != (side, side):
+        short = min(height, width)
+        height, width = (side if size == short else int(side * size / short) for size in (height, width))
+        pictures = images.permute(0, 2, 3, 1).cpu().numpy()
+        resized = [
+            np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))
+            for picture in pictures
+        ]
+        images = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2)
+        top, left = round((height - side) / 2), round((width - side) / 2)
+        images = images[..., top : top + side, left : left + side]
+    return (images.float() / 255 - mean) / std
+
+
+def normalisation(path: Path) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (3, 1, 1) out of a directory's preprocessor_config.json.
+
+    Raises:
+        UserError: the file is missing or has none.
+    """
+    try:
+        settings = json.loads((path / "preprocessor_config.json").read_text())
+        mean, std = (torch.tensor(settings[key]).view(3, 1, 1) for key in ("image_mean", "image_std"))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(
+            f"{path / 'preprocessor_config.json'} cannot be read ({type(error).__name__}); copy the model again."
+        ) from None
+    return mean, std
+
+
+def transformer(kind: str, path: Path) -> torch.nn.Module:
+    """A model of transformers from a directory, float32, for evaluation.
+
+    Raises:
+        UserError: it cannot be loaded, or the directory lacks some of its weights.
+    """
+    import transformers
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        # A repository without safetensors is opened by transformers with weights_only=True.
+        network, info = getattr(transformers, kind).from_pretrained(
+            path, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"the model in {path} cannot be loaded ({reason}); copy it again.") from None
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    # Transformers fills these with random numbers and goes on.
+    absent = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if absent:
+        raise UserError(
+            f"the model in {path} lacks {len(absent)} weights of a {kind}, like {absent[0]}; copy it again."
+        )
+    return network.eval().requires_grad_(False)
+
+
+def embedding(output) -> Tensor:
+    """Transformers 4 returns the projected embedding, 5 an object that has it as `pooler_output`."""
+    return output if isinstance(output, Tensor) else output.pooler_output
+
+
+def _hub_positions(network: torch.nn.Module, side: int) -> None:
+    """Give DINOv2 its position embeddings at `side` as the published code interpolates them.
+
+    That code scales by (patches + 0.1) / (patches trained with), where transformers scales to a size, and the
+    published distances are of its features.
+    """
+    table = network.embeddings.position_embeddings
+    patches = side // network.config.patch_size
+    trained = round((table.shape[1] - 1) ** 0.5)
+    if trained == patches:
+        return
+    grid = table[:, 1:].unflatten(1, (trained, trained)).permute(0, 3, 1, 2)
+    scale = (patches + 0.1) / trained
+    grid = F.interpolate(grid, scale_factor=(scale, scale), mode="bicubic").flatten(2).transpose(1, 2)
+    network.embeddings.position_embeddings = torch.nn.Parameter(
+        torch.cat([table[:, :1], grid], 1), requires_grad=False
+    )
+
+
+def _weight_files(path: Path) -> list[Path]:
+    from evaluation.weights import model_files
+
+    return model_files(path)
+
+
+def _sha256(files: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def padded(network: Callable[[Tensor], Tensor], images: Tensor, size: int) -> Tensor:

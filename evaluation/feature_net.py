@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -102,6 +103,11 @@ class FeatureNet(nn.Module):
         """For every question the logits of its answers, from features (N, dim)."""
         parts = self.head(features).split([len(answers) for answers in self.labels.values()], dim=1)
         return dict(zip(self.labels, parts, strict=True))
+
+    def classify(self, features: np.ndarray) -> np.ndarray:
+        """Logits (N, answers) of all questions from features (N, dim), in float64."""
+        weight, bias = (part.detach().cpu().double().numpy() for part in (self.head.weight, self.head.bias))
+        return np.asarray(features, np.float64) @ weight.T + bias
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the directory `path`: config.json and model.safetensors in half precision."""

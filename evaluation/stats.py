@@ -73,7 +73,7 @@ class FeatureStats:
         Raises:
             UserError: another number of columns, or a value which is not finite.
         """
-        rows = _as_rows(features, self.dim)
+        rows = _as_rows(features, self.dim, self._count)
         while len(rows):
             taken = rows[: CHUNK_ROWS - self._waiting]
             self._buffer[self._waiting : self._waiting + len(taken)] = taken
@@ -297,7 +297,7 @@ class FoldedStats:
 
     def add(self, features: np.ndarray) -> FoldedStats:
         """Take the next rows (N, dim) in index order. Raises UserError as `FeatureStats.add` does."""
-        rows = _as_rows(features, self.folds[0].dim)
+        rows = _as_rows(features, self.folds[0].dim, self.n)
         fold = fold_of(np.arange(self.n, self.n + len(rows)))
         for k in np.unique(fold):
             self.folds[k].add(rows[fold == k])
@@ -620,17 +620,15 @@ def _hash(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def _as_rows(features: np.ndarray, dim: int) -> np.ndarray:
+def _as_rows(features: np.ndarray, dim: int, first: int) -> np.ndarray:
     rows = np.asarray(features, dtype=np.float64)
     if rows.ndim != 2 or rows.shape[1] != dim:
         raise UserError(
             f"features must have shape (N, {dim}), got {tuple(rows.shape)}; use one extractor for all."
         )
     if not np.isfinite(rows).all():
-        bad = int((~np.isfinite(rows).all(axis=1)).argmax())
-        raise UserError(
-            f"the features of image {bad} of a batch of {len(rows)} are NaN or infinite; look at that image."
-        )
+        bad = first + int((~np.isfinite(rows).all(axis=1)).argmax())
+        raise UserError(f"the features of image {bad} are NaN or infinite; look at that image.")
     return rows
 
 

@@ -82,7 +82,8 @@ def test_distance_has_the_same_bits_for_every_batch_size(batch: int, extractor: 
 
     whole = measured([images])
     assert measured(images.split(batch)) == whole
-    assert set(whole) == {"fd:tiny", "fd:tiny/se"} and whole["fd:tiny/se"] > 0
+    assert set(whole) == {"fd:tiny", "fd:tiny/se", "fd:tiny/infinity", "fd:tiny/infinity/se"}
+    assert whole["fd:tiny/se"] > 0 and whole["fd:tiny/infinity"] < whole["fd:tiny"]
 
 
 def test_padding_does_not_leak_into_features(extractor: Extractor, data) -> None:

@@ -13,6 +13,14 @@ if TYPE_CHECKING:
 
 METRICS = {
     "fd": "evaluation.metrics.fd:FrechetDistance",
+    "fid": "evaluation.metrics.fd:FID",
+    "kid": "evaluation.metrics.kid:KernelDistance",
+    "prdc": "evaluation.metrics.prdc:PRDC",
+    "is": "evaluation.metrics.inception_score:InceptionScore",
+    "cmmd": "evaluation.metrics.cmmd:ClipMMD",
+    "patch-fd": "evaluation.metrics.patch_fd:PatchDistance",
+    "diversity": "evaluation.metrics.diversity:Diversity",
+    "paired": "evaluation.metrics.paired:Paired",
     "clip": "evaluation.metrics.clip_score:ClipScore",
     "attributes": "evaluation.metrics.attributes:Attributes",
     "latency": "evaluation.metrics.latency:Latency",

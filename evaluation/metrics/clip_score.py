@@ -1,9 +1,13 @@
-"""CLIP score: 100 times the mean cosine of image and caption (Hessel et al. 2021, arXiv 2104.08718)."""
+"""CLIP score: 100 times the mean cosine of image and caption (Hessel et al. 2021, arXiv 2104.08718).
+
+Published scores differ in the model, in a prefix before the caption ("A photo depicts " with the LAION model),
+in the factor (1, 100, or 2.5 with negatives cut off) and so in what they compare with. Here the factor is 100,
+nothing is cut off, and a score's name is its model's.
+"""
 
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,15 +18,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evaluation.extractors import padded
+from evaluation.extractors import clip_pixels, embedding, normalisation, padded, transformer
 from evaluation.images import rechunked
 from evaluation.metrics.base import Inputs
+from evaluation.weights import find
 from stepdistill import assets
 from stepdistill.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, PreTrainedTokenizerBase
 
+# Names of scores and the weights they need. A prefix is part of the captions, so the protocol has it.
+VARIANTS = {
+    "vit-b-32": "clip-vit-b32",
+    "vit-b-16": "clip-vit-b16",
+    "vit-l-14": "clip-vit-l14",
+    "vit-g-14-laion2b": "clip-vit-g14-laion2b",
+}
 _CHUNK = 50
 
 
@@ -37,7 +49,8 @@ class _Clip:
 class ClipScore:
     """`clip:<model>`, higher is better. Scores of two models don't compare, so the name says which it was.
 
-    `directory`: a CLIPModel with its tokenizer and preprocessor_config.json; None is the embedded one.
+    `directory`: a CLIPModel with its tokenizer and preprocessor_config.json; None is the one called `name`:
+    one of VARIANTS, whose weights are searched for, and the embedded one for None.
     """
 
     needs = frozenset({"images", "captions"})
@@ -45,6 +58,8 @@ class ClipScore:
     def __init__(self, directory: str | os.PathLike[str] | None = None, name: str | None = None) -> None:
         self.directory = Path(directory) if directory else None
         self.name = name or (self.directory.name if self.directory else "scenes-v1")
+        if self.directory is None and name in VARIANTS:
+            self.directory = find(VARIANTS[name])
 
     def compute(self, inputs: Inputs) -> dict[str, float]:
         """The score and its standard error over images."""
@@ -62,8 +77,8 @@ class ClipScore:
 
         def pictured(chunk: Tensor) -> Tensor:
             side = clip.model.config.vision_config.image_size
-            pixels = _pixels(chunk, clip.mean, clip.std, side)
-            return _embedding(clip.model.get_image_features(pixel_values=pixels))
+            pixels = clip_pixels(chunk, side, clip.mean, clip.std)
+            return embedding(clip.model.get_image_features(pixel_values=pixels))
 
         pictures = [padded(pictured, chunk, _CHUNK) for chunk in rechunked(images, _CHUNK)]
         count = sum(map(len, pictures))
@@ -72,7 +87,7 @@ class ClipScore:
                 f"a CLIP score needs a caption per image, got {count} images and {len(captions)} captions."
             )
         spoken = [
-            padded(lambda ids: _embedding(clip.model.get_text_features(input_ids=ids)), ids, _CHUNK)
+            padded(lambda ids: embedding(clip.model.get_text_features(input_ids=ids)), ids, _CHUNK)
             for ids in self._tokens(captions).split(_CHUNK)
         ]
         return F.cosine_similarity(torch.cat(pictures), torch.cat(spoken), dim=1)
@@ -89,40 +104,14 @@ class ClipScore:
 
     @functools.cached_property
     def _clip(self) -> _Clip:
-        from transformers import AutoTokenizer, CLIPModel
-        from transformers.utils import logging
+        from transformers import AutoTokenizer
 
         path = self.directory or assets.path("clip")
-        shown = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
+        mean, std = normalisation(path)
+        model = transformer("CLIPModel", path)
         try:
-            processor = json.loads((path / "preprocessor_config.json").read_text())
-            mean, std = (torch.tensor(processor[key]).view(3, 1, 1) for key in ("image_mean", "image_std"))
-            options = {"local_files_only": True}
-            model = CLIPModel.from_pretrained(path, use_safetensors=True, dtype=torch.float32, **options)
-            tokenizer = AutoTokenizer.from_pretrained(path, **options)
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"the CLIP model in {path} cannot be loaded ({reason}).") from None
-        finally:
-            if shown:
-                logging.enable_progress_bar()
-        return _Clip(model.eval().requires_grad_(False), tokenizer, mean, std)
-
-
-def _pixels(images: Tensor, mean: Tensor, std: Tensor, side: int) -> Tensor:
-    """uint8 (N, 3, H, W) for CLIP: short side to `side` by antialiased bicubic, centre crop, normalised."""
-    pixels = images.float() / 255
-    height, width = pixels.shape[-2:]
-    if (height, width) != (side, side):
-        scale = side / min(height, width)
-        size = (max(side, round(height * scale)), max(side, round(width * scale)))
-        pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 1)
-        top, left = (size[0] - side) // 2, (size[1] - side) // 2
-        pixels = pixels[..., top : top + side, left : left + side]
-    return (pixels - mean) / std
-
-
-def _embedding(output) -> Tensor:
-    """Transformers 4 returns the projected embedding, 5 an object that has it as `pooler_output`."""
-    return output if isinstance(output, Tensor) else output.pooler_output
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"the tokenizer in {path} cannot be loaded ({reason}); copy it again.") from None
+        return _Clip(model, tokenizer, mean, std)

@@ -1,0 +1,83 @@
+"""How different the images of one prompt are. A student that draws one picture per prompt has a diversity of 0,
+and neither a Fréchet distance nor a CLIP score notices.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from evaluation.metrics.base import Inputs
+from stepdistill.errors import UserError
+
+
+class Diversity:
+    """`diversity:<extractor>`: mean feature distance of two images of a prompt, averaged over prompts; higher is
+    more diverse.
+
+    `/share` is the variance within prompts over that of all samples: 0 where a prompt fixes the picture, 1
+    where it says nothing. `/of_teacher`, if the teacher's samples are there, is the distance over the
+    teacher's: below 1 modes were lost. Images of one prompt have the same entry in `groups`, or else the same
+    caption; prompts with a single image don't count.
+    """
+
+    needs = frozenset({"images", "extractor"})
+
+    def compute(self, inputs: Inputs) -> dict[str, float]:
+        """Raises UserError when no prompt has two images, or groups and images differ in number."""
+        groups = members(inputs)
+        rows = np.asarray(inputs.features, np.float64)
+        distances = np.array([mean_distance(rows[index]) for index in groups])
+        k = len(groups)
+        name = f"diversity:{inputs.extractor.name}"
+        found = {name: float(distances.mean()), f"{name}/se": _error(distances)}
+        everything = np.concatenate(groups)
+        total = rows[everything].var(axis=0).sum() * len(everything) / max(len(everything) - 1, 1)
+        within = sum(((rows[index] - rows[index].mean(0)) ** 2).sum() for index in groups)
+        found[f"{name}/share"] = float(within / (len(everything) - k) / total) if total else 0.0
+        if inputs.teacher is not None:
+            others = np.asarray(inputs.teacher_features, np.float64)
+            theirs = np.array([mean_distance(others[index]) for index in groups])
+            if not theirs.mean():
+                raise UserError(
+                    "the teacher draws one image per prompt, so there is nothing to compare with."
+                )
+            ratio = distances.mean() / theirs.mean()
+            found[f"{name}/of_teacher"] = float(ratio)
+            # Of a ratio of means, to first order (the delta method); prompts are independent.
+            found[f"{name}/of_teacher/se"] = _error((distances - ratio * theirs) / theirs.mean())
+        return found
+
+
+def members(inputs: Inputs) -> list[np.ndarray]:
+    """Indices of the images of each prompt with at least two.
+
+    Raises:
+        UserError: there is no such prompt, or groups and images differ in number.
+    """
+    told = inputs.groups if inputs.groups is not None else inputs.captions
+    count = len(inputs.images)
+    if told is None or len(told) != count:
+        found = "none" if told is None else f"{len(told)}"
+        raise UserError(f"diversity needs the prompt of each of the {count} images, got {found}.")
+    by_group: dict = {}
+    for index, group in enumerate(told):
+        by_group.setdefault(group, []).append(index)
+    groups = [np.array(index) for index in by_group.values() if len(index) > 1]
+    if not groups:
+        raise UserError(
+            "diversity needs several images of a prompt, and every prompt here has one; draw more seeds."
+        )
+    return groups
+
+
+def mean_distance(rows: np.ndarray) -> float:
+    """Mean Euclidean distance over the pairs of rows (n, dim), n >= 2, from differences."""
+    return float(
+        np.mean(
+            np.concatenate([np.linalg.norm(rows[i + 1 :] - row, axis=1) for i, row in enumerate(rows[:-1])])
+        )
+    )
+
+
+def _error(values: np.ndarray) -> float:
+    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")

@@ -1,0 +1,50 @@
+"""A student beside its teacher, image by image, for the same prompts and seeds. Few-step students need not draw
+the teacher's very picture (distribution matching does not ask for it); how near they come tells methods apart.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from evaluation.metrics.base import Inputs, folded
+from evaluation.metrics.cmmd import unit
+from evaluation.stats import frechet_paired_with_error
+from stepdistill.errors import UserError
+
+
+class Paired:
+    """Values named `paired:<extractor>/...`, all with standard errors over images.
+
+    `/distance`: mean squared feature distance of a pair over that of two unrelated images of the teacher
+    (twice the trace of its covariance): 0 for the same picture, 1 for another one; lower is nearer. With
+    features of DINO or the embedded net this is a perceptual distance.
+    `/cosine`: mean cosine of a pair's features; with features of CLIP, the agreement of what is shown.
+    `/fd`: Fréchet distance of the samples to the teacher's samples; 0 is possible for equal distributions.
+    """
+
+    needs = frozenset({"images", "extractor", "teacher"})
+
+    def compute(self, inputs: Inputs) -> dict[str, float]:
+        """Raises UserError when the two differ in number, or all of the teacher's images are the same."""
+        theirs = np.asarray(inputs.teacher_features, np.float64)
+        own = np.asarray(inputs.features, np.float64)
+        unrelated = 2 * theirs.var(axis=0, ddof=1).sum()
+        if not unrelated:
+            raise UserError(
+                "all of the teacher's images have the same features; there is nothing to compare with."
+            )
+        folds = folded(inputs.extractor, features=inputs.teacher_features)
+        values = {
+            "distance": _mean(((own - theirs) ** 2).sum(1) / unrelated),
+            "cosine": _mean((unit(own) * unit(theirs)).sum(1)),
+            "fd": frechet_paired_with_error(inputs.folds, folds),
+        }
+        name = f"paired:{inputs.extractor.name}"
+        found = {}
+        for part, (value, error) in values.items():
+            found[f"{name}/{part}"], found[f"{name}/{part}/se"] = value, error
+        return found
+
+
+def _mean(values: np.ndarray) -> tuple[float, float]:
+    return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values)))

@@ -1,0 +1,55 @@
+"""Fréchet distance of centre crops at full resolution: it sees the detail that resizing takes away.
+
+For large images, where the network's input is smaller than the image (patch-FID; SDXL-Lightning, arXiv
+2402.13929, and DMD2, arXiv 2405.14867).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from evaluation.extractors import Extractor
+from evaluation.metrics.base import Inputs, folded
+from evaluation.stats import FeatureStats, fold_distances
+from stepdistill.errors import UserError
+
+
+class PatchDistance:
+    """`patch-fd:<extractor>`, lower is better, of the centre of every image, as large as the network's input."""
+
+    needs = frozenset({"images", "extractor", "reference_images"})
+
+    def compute(self, inputs: Inputs) -> dict[str, float]:
+        """The distance and its jackknife error. Raises UserError for images no larger than a patch."""
+        patches = of_patches(inputs.extractor)
+        own = folded(patches, inputs.patch_images or inputs.images)
+        reference = inputs.patch_reference or inputs.reference_images
+        if not isinstance(reference, FeatureStats):
+            reference = folded(patches, reference).total
+        found = fold_distances(own, reference)
+        name = f"patch-fd:{patches.name}"
+        return {name: found.value, f"{name}/se": found.error}
+
+
+def of_patches(extractor: Extractor) -> Extractor:
+    """The extractor on the centre of an image; its statistics are marked as such.
+
+    Raises:
+        UserError: the extractor does not say how large its network's input is.
+    """
+    side = extractor.side
+    if not side:
+        raise UserError(f"{extractor.name} takes images of any size, so there are no patches to take.")
+
+    def network(images: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        if min(height, width) <= side:
+            raise UserError(
+                f"patches of {side}x{side} need larger images, got {width}x{height}; leave patch-fd out."
+            )
+        top, left = (height - side) // 2, (width - side) // 2
+        return extractor.network(images[..., top : top + side, left : left + side].contiguous())
+
+    return replace(extractor, network=network, resize=f"none, centre crop of {side}")
