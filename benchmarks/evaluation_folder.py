@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=1 python benchmarks/evaluation_folder.py      (two CPU minutes; writes evaluation_folder.json)
 
-Decoding alone, extracting alone (from memory), and end to end as `python -m evaluation stats` does it, on the same images, slice by slice in turns in one process, so that a busy machine slows them
-alike. The share is the slower of the first two over end to end; it needs two cores that are free. CPU time over both
-parts is what working side by side costs, on any machine. Peak memory is that of fresh processes.
+Decoding alone, extracting alone (from memory), and end to end as `python -m evaluation stats` does it, on the same
+images, slice by slice in turns in one process, so that a busy machine slows them alike. The share is the slower of
+the first two over end to end; it needs two cores that are free. CPU time over both parts is what working side by
+side costs, on any machine. Peak memory is that of fresh processes.
 """
 
 from __future__ import annotations
