@@ -65,8 +65,9 @@ class DMD(ScoreDistillation):
 
     def regression_loss(self, nets: Networks, batch: Batch) -> Losses:
         """Eq. 9, at the first time of the student's sampling."""
-        pairs, first = batch.pairs, self.grid(nets.schedule, max(self.steps))[0]
-        x_t = first_input(nets.schedule, pairs.z, first, self.init_noise)
+        pairs, sampled = batch.pairs, self.sampled_as
+        first = sampled.grid(nets.schedule, max(self.steps))[0]
+        x_t = first_input(nets.schedule, pairs.z, first, sampled.init_noise)
         x0 = nets.student(x_t, times_like(first, x_t), pairs.cond).x0
         loss = mse(x0, pairs.x0)
         return {"total": loss, "regression": loss}
