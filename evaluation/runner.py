@@ -203,7 +203,7 @@ class _Session:
         self.drawn_by: Protocol  # samples are kept under its hash: they don't depend on the extractor
         self.protocol: Protocol  # the same with the extractor that is used: what results are published under
         self.computed: dict[str, Any] = {}
-        self.extractor = self.reference = None
+        self.extractor = self.reference = self.reference_rows = None
         self.warnings: list[str] = []
         self.hashes: dict[Path, str] = {}
         self.drawn: dict[str, Shards] = {}  # by key, as far as this run has come
@@ -305,6 +305,8 @@ class _Session:
         found = Inputs(Watched(images), protocol.scored_captions(n), self.extractor, self.reference)
         found.reference_images, found.groups = protocol.reference, protocol.groups(n)
         found.keep = bool(set(self.computed) & ROWS_NEEDED)
+        if self.reference_rows is not None:
+            found.reference_features = self.reference_rows
         if protocol.patch and "patch-fd" in self.computed:
             found.patch_images = ResizedImages(drawn, patch_window(protocol.patch))
             if isinstance(protocol.reference, NamedReference):
@@ -317,10 +319,18 @@ class _Session:
         row.inputs = self.inputs(row, row.n)
         if teacher is not None and teacher.n >= row.n:
             row.inputs.teacher = teacher.inputs.images.first(row.n)
+            if "features" in vars(teacher.inputs):
+                row.inputs.teacher_features = teacher.inputs.features[: row.n]
         for metric in self.computed.values():
             if "teacher" not in metric.needs or row.inputs.teacher is not None:
                 row.metrics |= metric.compute(row.inputs)
         row.facts = row.inputs.images.facts
+        known = vars(
+            row.inputs
+        )  # rows of features: the reference's serve every row, the teacher's the students
+        self.reference_rows = known.get("reference_features", self.reference_rows)
+        if row.role != "teacher":
+            known.pop("features", None)
         if self.distance:
             row.folds[f"{self.distance}:{self.extractor.name}"] = list(row.inputs.distances.left_out)
         row.seconds = time.time() - began

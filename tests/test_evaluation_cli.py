@@ -20,6 +20,7 @@ from evaluation import protocols
 from evaluation.__main__ import main
 from evaluation.feature_net import FeatureNet
 from evaluation.images import Resize
+from evaluation.metrics import base
 from evaluation.protocols import PROTOCOLS, CaptionFile, NamedReference, SceneReference
 from evaluation.stats import FeatureStats
 from stepdistill import scenes
@@ -278,13 +279,23 @@ def test_a_run_looks_for_all_it_needs_first(tmp_path, painters, net, capsys, mon
     assert located.scored_captions(1) == ["A photo depicts " + scenes.scene_at(0, 1).caption]
 
 
-def test_metrics_that_need_rows_the_reference_or_the_teacher(tmp_path, painters, net, capsys) -> None:
+def test_metrics_that_need_rows_the_reference_or_the_teacher(
+    tmp_path, painters, net, capsys, monkeypatch
+) -> None:
     command = ["run", "--pipeline", tmp_path / "student", "--extractor", net, "--n", 30, "--steps", 1]
     command += ["--metrics", "fd,kid,prdc,diversity,paired", "--out", tmp_path / "out"]
     assert "'paired' needs --teacher" in refused(capsys, *command)
     teacher = ["--teacher", tmp_path / "teacher", "--teacher-steps", 8, "--teacher-guidance", 2]
     command[command.index("fd,kid,prdc,diversity,paired")] = "fd,kid,prdc,paired"
+    extracted: list[str] = []
+    inner = base.stored
+    monkeypatch.setattr(
+        base, "stored", lambda net, images, what: extracted.append(what) or inner(net, images, what)
+    )
     main([*map(str, (*command, *teacher))])
+    assert (
+        extracted.count("the reference") == 1 and "the teacher's samples" not in extracted
+    )  # known from its row
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     own, best = rows[-1]["metrics"], rows[0]["metrics"]
     assert own["paired:tiny/distance"] > 0 and "paired:tiny/distance" not in best
