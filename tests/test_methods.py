@@ -51,7 +51,11 @@ EVERY = pytest.mark.parametrize(
     ("name", "settings"), VARIANTS, ids=[f"{n}{i}" for i, (n, _) in enumerate(VARIANTS)]
 )
 COUNT = 16
-STEPS = {"boot": (1,), "progressive": (2,), "lightning": (2,)}  # of methods whose student serves one number of steps
+STEPS = {
+    "boot": (1,),
+    "progressive": (2,),
+    "lightning": (2,),
+}  # of methods whose student serves one number of steps
 
 
 def make(name: str, settings: dict[str, Any], steps: tuple[int, ...] | None = None) -> Method:
@@ -206,6 +210,10 @@ def test_grids_and_declarations(name, settings):
         ("lcm", {}, 100, {}),
         ("dmd2", {}, 20, {"fake_score": 100}),
         ("dmd2", {"student_every": 10, "gan_weight": 1.0}, 10, {"fake_score": 100, "discriminator": 100}),
+        *((name, {}, 100, {"fake_score": 100}) for name in ("sim", "sid", "diff_instruct", "vsd", "dmd")),
+        ("sim", {"student_every": 3}, 34, {"fake_score": 100}),
+        ("f_distill", {}, 20, {"fake_score": 100, "discriminator": 100}),
+        ("kd", {}, 100, {}),
     ],
 )
 def test_updates_in_100_iterations(name, settings, student, others):

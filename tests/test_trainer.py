@@ -120,7 +120,16 @@ def trainer_of(recipe: Recipe) -> Trainer:
 # --------------------------------------------------------------------------------------------------- resuming
 
 
-@pytest.mark.parametrize("kind", ["toy-dmd2", "toy-lcm", "toy-compose", "sd-prompts", "sd-gan"])
+# What the score methods need to be quick on the toy.
+SCORE = {name: {"name": name} for name in ("sim", "sid", "diff_instruct", "vsd", "f_distill")} | {
+    name: {"name": name, "pair_count": 20, "pair_steps": 3} for name in ("dmd", "kd")
+}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["toy-dmd2", "toy-lcm", "toy-compose", "sd-prompts", "sd-gan", "sd-vsd", *(f"toy-{n}" for n in SCORE)],
+)
 def test_an_interrupted_run_goes_on_bit_for_bit(kind, tmp_path, tiny_sd, monkeypatch):
     (tmp_path / "prompts.txt").write_text("a small red circle on a black background\na large blue star\n" * 3)
     parts = [{"name": "dmd2", "gan_weight": 0.1, "student_every": 2}, {"name": "dmd2", "weight": 0.5}]
@@ -132,6 +141,8 @@ def test_an_interrupted_run_goes_on_bit_for_bit(kind, tmp_path, tiny_sd, monkeyp
             out, tiny_sd, method="dmd2", data={"name": "prompts", "path": str(tmp_path / "prompts.txt")}
         ),
         "sd-gan": lambda out: sd(out, tiny_sd),
+        "sd-vsd": lambda out: sd(out, tiny_sd, method={"name": "vsd", "lora_rank": 2}),
+        **{f"toy-{n}": lambda out, method=method: toy(out, method=method) for n, method in SCORE.items()},
     }[kind]
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     running.run(make(whole))
