@@ -1,9 +1,9 @@
-"""Directional derivatives of a network: forward mode through any diffusers model, and central differences.
+"""Directional derivatives of a network: forward mode through any diffusers model, and differences.
 
 Continuous-time methods (sCM, MeanFlow) need dF/dt along a trajectory, the product of a network's Jacobian
 with the tangent (dx, dt). Forward mode gets it from one pass that carries the tangent beside every
-activation; what it costs is about one more forward, and no graph is kept. Central differences cost two
-ordinary passes and work where an operation has no forward derivative (fused attention kernels, FSDP).
+activation; what it costs is about one more forward, and no graph is kept. Differences cost two ordinary
+passes and work where an operation has no forward derivative (fused attention kernels, FSDP).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-DERIVATIVES = ("forward", "difference")
+DERIVATIVES = ("forward", "difference", "upwind")
 
 
 class _ContiguousNorms(TorchFunctionMode):
@@ -79,6 +79,21 @@ def difference(
         return (ahead + behind) / 2, (ahead - behind) / (2 * step)
 
 
+def upwind(
+    function: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor], step: float = 1e-3
+) -> tuple[Tensor, Tensor]:
+    """f(p) and (f(p) - f(p - h d)) / h, of first order (rCM, arXiv 2510.08431, takes sCM's derivative so).
+
+    A consistency function is carried from little noise to much, as a wave is. Differences towards where it
+    comes from damp what the network cannot follow; the exact derivative does not.
+    """
+    with torch.no_grad(), torch.autocast(primals[0].device.type, enabled=False):
+        with same_draws(primals[0]):
+            here = function(*primals)
+        behind = function(*(p - step * d.to(p.dtype) for p, d in zip(primals, tangents, strict=True)))
+        return here, (here - behind) / step
+
+
 def directional(
     how: str,
     function: Callable[..., Tensor],
@@ -86,10 +101,10 @@ def directional(
     tangents: Sequence[Tensor],
     step: float = 1e-3,
 ) -> tuple[Tensor, Tensor]:
-    """`jvp` ("forward") or `difference`, by one of the names in `DERIVATIVES`."""
+    """`jvp` ("forward" mode), `difference` (central) or `upwind`, by one of the names in `DERIVATIVES`."""
     if how == "forward":
         return jvp(function, primals, tangents)
-    return difference(function, primals, tangents, step)
+    return {"difference": difference, "upwind": upwind}[how](function, primals, tangents, step)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from torch import nn
 from stepdistill.denoiser import Denoiser
 from stepdistill.families.pixel import Pixel
 from stepdistill.families.sd import SD
-from stepdistill.jvp import difference, directional, jvp, same_draws
+from stepdistill.jvp import difference, directional, jvp, same_draws, upwind
 from stepdistill.schedule import Flow, TrigFlow
 from stepdistill.timesteps import times_like
 
@@ -30,6 +30,11 @@ def test_both_agree_with_a_closed_form():
     torch.testing.assert_close(along, exact, rtol=1e-6, atol=1e-7)
     errors = [float((difference(f, (x, t), (dx, dt), h)[1] - exact).norm()) for h in (0.1, 0.05)]
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.1)  # second order
+    errors = [float((upwind(f, (x, t), (dx, dt), h)[1] - exact).norm()) for h in (1e-3, 5e-4)]
+    assert errors[0] / errors[1] == pytest.approx(2, rel=0.02)  # first order, from behind
+    value, along = upwind(f, (x, t), (dx, dt), 0.5)
+    assert torch.equal(value, f(x, t))
+    torch.testing.assert_close(along, (f(x, t) - f(x - 0.5 * dx, t - 0.5 * dt)) / 0.5)
     for how in ("forward", "difference"):
         torch.testing.assert_close(
             directional(how, f, (x, t), (dx, dt), 1e-4)[1], exact, rtol=1e-6, atol=1e-7
@@ -79,7 +84,7 @@ def test_through_stock_unets_in_another_schedule(tiny_sd, tiny_pixel, tau, sched
 def test_no_graph_is_left_and_parameters_get_no_gradient():
     net = nn.Linear(3, 3)
     x = torch.randn(2, 3, requires_grad=True)
-    for how in ("forward", "difference"):
+    for how in ("forward", "difference", "upwind"):
         value, along = directional(how, net, (x,), (torch.ones(2, 3),))
         assert not value.requires_grad and not along.requires_grad
     net(x).sum().backward()  # an ordinary pass afterwards is not disturbed

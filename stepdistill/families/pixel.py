@@ -72,7 +72,8 @@ class PixelUNet(nn.Module):
         norm = (sigma**2 + data**2).sqrt()
         c_skip = expand(data**2 / ((sigma - self.sigma_min) ** 2 + data**2), x_t)
         c_out, c_in = expand((sigma - self.sigma_min) * data / norm, x_t), expand(1 / norm, x_t)
-        noise, end = (None if s is None else 250 * s.double().clamp(min=1e-20).log() for s in (t, end))
+        noise = 250 * sigma.clamp(min=1e-20).log()
+        end = None if end is None else 1000 * end / (1 + end)  # smooth at 0, where jumps end
         return c_skip * x_t + c_out * self._raw(c_in * x_t, noise, cond, end).to(x_t.dtype)
 
     def _raw(self, x: Tensor, label: Tensor, cond: Cond, end: Tensor | None) -> Tensor:
@@ -97,7 +98,9 @@ class Pixel(Family):
         # Only for student.init=random: the UNet2DModel's configuration; num_class_embeds counts the classes,
         # without the extra "no class" entry, which is added.
         unet: dict[str, Any] = field(default_factory=dict)
-        student_unet: dict[str, Any] = field(default_factory=dict)  # the same beside a teacher: a smaller student
+        student_unet: dict[str, Any] = field(
+            default_factory=dict
+        )  # the same beside a teacher: a smaller student
         class_names: tuple[str, ...] = ()
 
     def __init__(self, config: Pixel.Config):

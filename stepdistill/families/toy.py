@@ -154,6 +154,13 @@ class MLP(nn.Module):
         angles = log_rho * self.frequencies.to(like.dtype)
         return torch.cat((log_rho, angles.sin(), angles.cos()), 1)
 
+    def _end_features(self, end: Tensor, like: Tensor) -> Tensor:
+        """rho / (1 + rho) and its sinusoids, (B, 33): unlike its logarithm smooth at rho = 0, where jumps end."""
+        rho = self.schedule.rho(end)
+        place = expand(rho / (1 + rho), like)
+        angles = place * self.frequencies.to(like.dtype)
+        return torch.cat((place, angles.sin(), angles.cos()), 1)
+
     def forward(
         self,
         x_t: Tensor,
@@ -175,7 +182,7 @@ class MLP(nn.Module):
         if self.guidance is not None and guidance is not None:
             h = h + self.guidance(guidance[:, None].to(h) / 10)
         if self.end is not None and end is not None:
-            h = h + self.end(self._noise_features(end, x_t))
+            h = h + self.end(self._end_features(end, x_t))
         for layer in self.hidden:
             h = h + layer(h)
         # x0 = (alpha x_t + sigma F) / (alpha^2 + sigma^2)^(1/2) on the unit-norm state: exact at sigma = 0.

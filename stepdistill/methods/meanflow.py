@@ -44,12 +44,14 @@ class MeanFlow(Method):
         kappa: float = 0.0  # share of the conditional velocity in the guided target of the training form
         cond_dropout: float = 0.1  # of the training form
         equal_share: float = 0.75  # of samples with r = t
-        time_mean: float = -0.4  # of log rho, which under flow is the logit-normal density
+        time_mean: float = -0.4  # of log rho of the one draw, under flow the logit-normal density
         time_std: float = 1.0
+        end_mean: float = -0.4  # of the other: the paper's CIFAR-10 run has -0.6, 1.6 and -4, 1.6
+        end_std: float = 1.0
         weight_power: float = 1.0  # p; 0 is the plain square, 0.5 resembles a Huber loss
         weight_c: float = 1e-3
         first_rho: float = 0.0  # noise-to-signal ratio the student starts from; 0 = the schedule's end
-        derivative: Literal["forward", "difference"] = "forward"
+        derivative: Literal["forward", "difference", "upwind"] = "forward"
         difference_step: float = 1e-3
 
     @property
@@ -63,7 +65,8 @@ class MeanFlow(Method):
         """Flow times t and r <= t, (B,) each, of noise levels the network knows."""
         config, noise = self.config, batch.generator
         frame = as_edm(nets.schedule, most=config.first_rho or 1e4)
-        both = [timesteps.lognormal(frame, noise, config.time_mean, config.time_std) for _ in range(2)]
+        densities = (config.time_mean, config.time_std), (config.end_mean, config.end_std)
+        both = [timesteps.lognormal(frame, noise, *density) for density in densities]
         t, r = (Flow().t_of_rho(pick(*both)) for pick in (torch.maximum, torch.minimum))
         return t, torch.where(noise.rand() < config.equal_share, t, r)
 

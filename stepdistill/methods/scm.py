@@ -58,7 +58,7 @@ class SCM(Method):
         middle_time: float = (
             1.3  # TrigFlow time of the second of two steps (SCMScheduler's; the paper has 1.1)
         )
-        derivative: Literal["forward", "difference"] = "forward"
+        derivative: Literal["forward", "difference", "upwind"] = "forward"
         difference_step: float = 1e-3  # of the differences, in units of the tangent
 
     @property
