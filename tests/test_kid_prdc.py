@@ -152,6 +152,11 @@ def lattice(n: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 3, (n, 4)).astype(np.float32) + 1000
 
 
+def two_clusters(seed: int) -> np.ndarray:
+    """So narrow and so far apart that the round-off of matrix products puts neighbours in a wrong order."""
+    return 1e-4 * rows(60, 4, seed).astype(np.float64) + np.where(np.arange(60) % 2, 1e4, -1e4)[:, None]
+
+
 @pytest.mark.parametrize(
     ("x", "y"),
     [
@@ -161,6 +166,7 @@ def lattice(n: int, seed: int) -> np.ndarray:
         (lattice(25, 1)[:, :1], lattice(40, 2)[:, :1]),  # nearly all are duplicates
         (rows(8), rows(6, seed=1)),
         (rows(40) * 1e-3 + 1e4, rows(50, seed=1) * 1e-3 + 1e4),
+        (two_clusters(1), two_clusters(2)),
     ],
 )
 def test_prdc_decides_as_all_pairs_do(x, y, block: int) -> None:
