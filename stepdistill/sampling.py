@@ -171,6 +171,8 @@ class ImageSampler:
         """The times the denoiser is called at."""
         if self.kind == "teacher":
             return teacher_grid(self.denoiser.schedule, steps)
+        if listed := self.card.get("timesteps", {}).get(str(steps)):
+            return tuple(listed)  # what it was trained on
         finest, first_rho = self.card.get("finest", steps), self.card.get("first_rho")
         return few_step_grid(self.denoiser.schedule, steps, finest, first_rho)
 

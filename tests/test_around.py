@@ -736,3 +736,111 @@ def test_the_students_of_a_class_partition_each_see_their_own_classes():
     family = Family(Family.Config(modes=8, classes=4, fit_steps=0))
     seen = [set(family.told(Toy(Toy.Config(partition=f"{k}/2")), range(100))) for k in (1, 2)]
     assert seen == [{0, 1}, {2, 3}]
+
+
+# --------------------------------------------------------------------------------------------------- export
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_deterministic_student_equals_the_stock_ddim_pipeline(tiny_sd, tmp_path, steps):
+    from stepdistill.families.sd import SD
+    from tests.test_export import PROMPT, exported, stock_images
+
+    family, directory = SD(SD.Config(teacher=str(tiny_sd))), tmp_path / "student"
+    sampler = exported(family, make("progressive", {}, (steps,)), directory, {"teacher": str(tiny_sd)})
+    ours = sampler([PROMPT, PROMPT], [5, 6], steps=steps, chunk=2).permute(0, 2, 3, 1).numpy()
+    call = {"prompt": [PROMPT, PROMPT], "num_inference_steps": steps, "seeds": [5, 6]}
+    assert abs(stock_images(directory, tmp_path, **call) * 255 - ours).max() <= 1.0
+
+
+def test_a_student_is_sampled_at_the_times_on_its_card(tiny_pixel, tmp_path):
+    """Under EDM the halved grids are not the stock scheduler's strides; the card's times hold."""
+    from stepdistill import load
+    from stepdistill.families.pixel import Pixel
+    from tests.test_export import exported
+
+    family, method = Pixel(Pixel.Config(teacher=str(tiny_pixel))), make("progressive", {}, (4,))
+    exported(family, method, tmp_path / "student", {"teacher": str(tiny_pixel)})
+    times = load(tmp_path / "student").times(4)
+    assert times == pytest.approx(teacher_grid(family.schedule, 4), rel=1e-12)
+
+
+def test_a_smaller_student_leaves_as_a_stock_pipeline(tiny_sd, tmp_path):
+    """Its UNet is made from a partial configuration, beside a teacher of another width."""
+    from stepdistill import export, load
+    from stepdistill.families.sd import SD
+
+    small = {
+        "sample_size": 4, "in_channels": 4, "out_channels": 4, "layers_per_block": 1, "block_out_channels": [8, 8],
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+        "attention_head_dim": 4, "norm_num_groups": 4,
+    }  # fmt: skip
+    family = SD(SD.Config(teacher=str(tiny_sd), student_unet=small))
+    student = family.student("random", ()).eval()
+    recipe = {"family": {"teacher": str(tiny_sd)}, "method": {"name": "dmd2"}, "run": {"out": "runs/x"}}
+    export.write(family, student, tmp_path / "student", export.card_of(family, make("dmd2", {}), recipe))
+    loaded = load(tmp_path / "student")
+    assert loaded.parameters["denoiser"] < 0.6 * sum(p.numel() for p in family.teacher.parameters())
+    x, t, cond = (
+        torch.randn(2, 4, 4, 4),
+        torch.tensor([10.0, 700.0], dtype=torch.float64),
+        torch.randn(2, 7, 16),
+    )
+    torch.testing.assert_close(loaded.denoiser(x, t, cond).raw, student(x, t, cond).raw)
+
+
+# --------------------------------------------------------------------------------------- stages, by the trainer
+
+
+def backtracked(out, **run_) -> dict:
+    method = {"name": "disback", "path": 2, "interval": 2, "base": {"name": "dmd2", "student_every": 1}}
+    return {
+        "family": {"name": "toy", "modes": 4, "fit_steps": 2},
+        "method": method,
+        "data": {"name": "toy"},
+        "optim": {"batch_size": 8, "lr": 1e-2},
+        "run": {"out": str(out), "save_every": 2, "keep": 9, "log_every": 1} | run_,
+        "stages": [
+            {"method": {"stage": "degrade"}, "run": {"steps": 4}},
+            {"method": {"stage": "backtrack"}, "run": {"steps": 4}},
+        ],
+    }
+
+
+@pytest.mark.usefixtures("accelerator_state")
+def test_the_second_stage_takes_over_what_the_first_recorded_and_resumes_bit_for_bit(tmp_path):
+    from training.checkpoint import RunDirectory
+    from training.recipe import recipe_from
+    from training.run import run
+
+    recipe = recipe_from(backtracked(tmp_path / "run"))
+    run(recipe)
+    directory = RunDirectory(tmp_path / "run", 9)
+    recorded, at_6, at_8 = (directory.load(step).tensors for step in (4, 6, 8))
+    assert set(recorded) >= {"fake_score", "path_1"}
+    for name, value in recorded["path_1"].items():
+        assert torch.equal(value, at_6["path_1"][name]) and torch.equal(value, at_8["path_1"][name])
+    first = "network.enter.weight"
+    assert not torch.equal(recorded["path_1"][first], recorded["fake_score"][first])  # two iterations apart
+    assert not torch.equal(at_6["student"][first], at_8["student"][first])
+    shutil.rmtree(directory.checkpoints / "8")
+    run(recipe)  # goes on in the second stage, at 6
+    again = directory.load(8).tensors
+    for network, state in at_8.items():
+        for name, value in state.items():
+            assert torch.equal(value, again[network][name]), (network, name)
+
+
+@pytest.mark.usefixtures("accelerator_state")
+def test_backtracking_without_a_record_is_refused(tmp_path):
+    from training.recipe import recipe_from
+    from training.run import run
+
+    alone = backtracked(tmp_path / "run")
+    alone["stages"] = alone["stages"][1:]
+    with pytest.raises(UserError, match="takes the network 'fake_score' over from the stage before"):
+        run(recipe_from(alone))
+    unlike = backtracked(tmp_path / "other")
+    unlike["stages"][0]["method"]["path"] = 1
+    with pytest.raises(UserError, match=r"stages\.1\.method takes the network 'path_1' over"):
+        run(recipe_from(unlike))

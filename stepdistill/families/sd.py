@@ -85,6 +85,7 @@ def with_time_cond(unet: nn.Module) -> nn.Module:
     wants too.
     """
     config = dict(unet.config) | {"time_cond_proj_dim": TOLD_DIM}
+    config.pop("_use_default_values", None)  # of a UNet made from a partial configuration; it would undo ours
     twin = cast(type(unet).from_config(config), unet.device, unet.dtype)
     missing, unexpected = twin.load_state_dict(unet.state_dict(), strict=False)
     assert missing == ["time_embedding.cond_proj.weight"] and not unexpected, (missing, unexpected)
@@ -244,10 +245,10 @@ def few_step_scheduler(scheduler: Any, card: dict[str, Any]) -> Any:
 
     `LCMScheduler`, like `TCDScheduler`, keeps no `timesteps` in its config; a uniform grid of `finest` points lives in
     `original_inference_steps`, which also makes a call with the pipeline's default 50 steps a clear error.
-    A one-step student of sigma noise leaves with `EulerDiscreteScheduler` instead, which takes any number of
-    steps: its card says to call it with one.
+    A student of the rule "ode" leaves with `DDIMScheduler`, whose last step is x0 as in our sampler, a one-step
+    student of sigma noise with `EulerDiscreteScheduler`. Both take any number of steps: the card says which.
     """
-    from diffusers import EulerDiscreteScheduler, LCMScheduler, TCDScheduler
+    from diffusers import DDIMScheduler, EulerDiscreteScheduler, LCMScheduler, TCDScheduler
 
     names = (
         "num_train_timesteps",
@@ -264,10 +265,13 @@ def few_step_scheduler(scheduler: Any, card: dict[str, Any]) -> Any:
     if card["init_noise"] == "sigma":
         # One Euler step is x0, and its first input, rho z / sqrt(1 + rho^2), is sigma z.
         return EulerDiscreteScheduler(**kept, timestep_spacing="trailing")
+    if card["rule"] == "ode":
+        return DDIMScheduler(**kept, clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing")
     stepping = TCDScheduler if card["rule"] == "tcd" else LCMScheduler
     return stepping(
         **kept,
         original_inference_steps=card["finest"],
+        steps_offset=1,  # used by neither; the stock pipeline warns of any other
         clip_sample=False,
         set_alpha_to_one=True,
         rescale_betas_zero_snr=False,
