@@ -304,6 +304,15 @@ def test_duplicates_among_few_rows_and_rows_far_from_zero() -> None:
     )
 
 
+@pytest.mark.parametrize("n", [400, 30])
+def test_spectra_too_steep_for_eigenvalues_of_a_product(n: int) -> None:
+    """Roots of eigenvalues that are round-off would be wrong by 1e-8 each; singular values are not."""
+    spread = np.where(np.arange(40) < 20, 1, 4e-7)
+    x, y = (np.random.default_rng(s).standard_normal((n, 40)) * spread for s in (1, 2))
+    assert frechet_from_features(x, y) == pytest.approx(nuclear_truth(x, y), rel=1e-9)
+    assert frechet_from_features(x, x) < 1e-8
+
+
 def test_leaving_folds_out_is_the_statistics_of_the_others() -> None:
     x = correlated(np.random.default_rng(3), 207, 20)
     fold = fold_of(np.arange(207))
