@@ -449,7 +449,7 @@ def test_no_gradient_where_the_score_has_reached_the_margin():
 
 def _first_draw(made):
     batch = made.batch()
-    batch.generator.shared_randint(0, 1), batch.generator.shared_randint(0, 1)
+    batch.generator.shared_randint(0, 1)
     return batch.randn()
 
 

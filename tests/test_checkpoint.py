@@ -224,6 +224,10 @@ def test_stages_are_part_of_what_a_run_is(tmp_path: Path) -> None:
     stages[1]["method"] = {"scale": 4}
     with pytest.raises(UserError, match=r"stages\.1\.method\.scale=3, and this recipe has 4"):
         run.begin(recipe(tmp_path, stages=stages))
+    stages[1]["method"] = {"scale": 3}
+    with pytest.raises(UserError, match=r"stages\.1"):
+        run.begin(recipe(tmp_path, stages=stages[:1]))  # none may go
+    assert run.begin(recipe(tmp_path, stages=[*stages, {"run": {"steps": 4}}])) == 1  # but more may come
 
 
 def test_fresh_removes_the_run_and_nothing_else(tmp_path: Path) -> None:

@@ -269,17 +269,18 @@ def simulate(
     """Backward simulation (DMD2, arXiv 2405.14867, Sec. 4.5): the state the student meets at one of its own
     sampling steps.
 
-    Draws a step count of `method.steps` and a position K in its grid, both shared by the whole global batch,
-    and rolls the student out to there without gradient, by the very rule that samples it later. K = 0 is the
+    Draws a step count of `method.steps` and a position K in its grid, one for the whole global batch, and
+    rolls the student out to there without gradient, by the very rule that samples it later. K = 0 is the
     method's first state, pure noise. late: positions before that fraction of the grid are left out.
 
     Returns:
         x_t (B, ...), t (B,) and t as a number.
     """
     schedule, method = nets.schedule, method.sampled_as
-    count = method.steps[batch.generator.shared_randint(0, len(method.steps))]
-    grid = method.grid(schedule, count)
-    grid = grid[: 1 + batch.generator.shared_randint(int(late * len(grid)), len(grid))]
+    # All states of all step counts alike: the last ones of a long grid would else be met too rarely to hold.
+    states = [(count, place) for count in method.steps for place in range(int(late * count), count)]
+    count, place = states[batch.generator.shared_randint(0, len(states))]
+    grid = method.grid(schedule, count)[: place + 1]
     with torch.no_grad():
         x = first_input(schedule, batch.randn(), grid[0], method.init_noise)
         rule = {"rule": method.rule, "eta": method.eta}
