@@ -304,6 +304,23 @@ def test_the_tangents_warm_up_and_what_r_leaves_out():
     torch.testing.assert_close(tangent, -(math.cos(0.7) ** 2) * (F - dx), rtol=1e-9, atol=1e-12)
 
 
+def test_scms_weights_are_optional_and_multiply():
+    """e^u w d - u of the paper; w d, and d alone (rCM)."""
+    batch, nets = batch_of, nets_of(TrigFlow(), Affine())
+    plain = SCM(SCM.Config(prior=False, learned_weight=False))
+    assert plain.networks(nets.teacher, nets.student) == {}
+    assert next(iter(plain.phases(0))).trains == ("student",)
+    losses = plain.loss(nets, batch())
+    assert torch.equal(losses["total"], losses["distance"])
+    t = plain.times(nets, batch(), TrigFlow())
+    weighed = SCM(SCM.Config(learned_weight=False)).loss(nets, batch())["total"]
+    torch.testing.assert_close(weighed, losses["distance"] / t.tan(), rtol=1e-6, atol=1e-9)
+    with torch.no_grad():
+        nets.weighting.leave.bias.fill_(0.7)
+    learned = SCM(SCM.Config()).loss(nets, batch())["total"]
+    torch.testing.assert_close(learned, math.exp(0.7) * weighed - 0.7, rtol=1e-5, atol=1e-5)
+
+
 def test_a_normalised_tangent_makes_the_loss_known_beforehand():
     method = SCM(SCM.Config(tangent_c=0.1))
     losses = method.loss(nets_of(TrigFlow(), Affine()), batch_of())

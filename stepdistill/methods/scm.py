@@ -52,6 +52,8 @@ class SCM(Method):
         warmup: int = 10_000  # H, updates until r is 1
         tangent_c: float = 0.1  # c of the normalisation
         normalise: bool = True
+        prior: bool = True  # w of the loss; rCM has none
+        learned_weight: bool = True  # u of the loss; likewise
         time_mean: float = -1.0  # of log rho, the paper's P_mean and P_std
         time_std: float = 1.4
         first_rho: float = 80.0  # noise-to-signal ratio the student starts from; 0 = the schedule's end
@@ -70,11 +72,12 @@ class SCM(Method):
         return (grid[0], self.config.middle_time) if steps == 2 and isinstance(schedule, TrigFlow) else grid
 
     def networks(self, teacher: Denoiser, student: Denoiser) -> dict[str, nn.Module]:
-        return {"weighting": NoiseWeight()}
+        return {"weighting": NoiseWeight()} if self.config.learned_weight else {}
 
     def phases(self, step: int) -> Iterator[Phase]:
         r = min(1.0, (step + 1) / max(1, self.config.warmup))
-        yield Phase("student", ("student", "weighting"), ((1.0, partial(self.loss, r=r)),))
+        trains = ("student", "weighting") if self.config.learned_weight else ("student",)
+        yield Phase("student", trains, ((1.0, partial(self.loss, r=r)),))
 
     def loss(self, nets: Networks, batch: Batch, r: float = 1.0) -> Losses:
         config, student = self.config, unwrap(nets.student)
@@ -89,9 +92,11 @@ class SCM(Method):
         norm = tangent.flatten(1).norm(dim=1)
         g = tangent / (expand(norm, x_t) + config.tangent_c) if config.normalise else tangent
         online = nets.student(x_t, t, batch.cond, in_schedule=trig)
-        u, prior = nets.weighting(trig.rho(t)).to(x_t.dtype), (1 / trig.rho(t)).to(x_t.dtype)
         distance = mse(trig.sigma_data * online.F, trig.sigma_data * F + g)
-        total = u.exp() * prior * distance - u
+        total = distance / trig.rho(t).to(distance) if config.prior else distance
+        if config.learned_weight:
+            u = nets.weighting(trig.rho(t)).to(distance)
+            total = u.exp() * total - u
         return {"total": total, "tangent": norm, "distance": distance} | moments(online.x0)
 
     def times(self, nets: Networks, batch: Batch, trig: TrigFlow) -> Tensor:
