@@ -368,16 +368,22 @@ def test_backward_simulation_with_an_oracle_student_lands_on_the_marginal(schedu
     assert met[schedule.t_max] > 10  # pure noise: K = 0 of all three counts
 
 
-def test_backward_simulation_meets_every_state_of_every_count_alike():
-    made = world(make("dmd2", {}, (1, 2, 4)))
+@pytest.mark.parametrize(
+    ("by", "shares"),  # of 84: seven states, or three counts
+    [
+        ("states", {999.0: 36, 749.0: 12, 499.0: 24, 249.0: 12}),
+        ("counts", {999.0: 49, 749.0: 7, 499.0: 21, 249.0: 7}),
+    ],
+)
+def test_backward_simulation_meets_every_state_or_every_count_alike(by, shares):
+    made = world(make("dmd2", {"simulated": by}, (1, 2, 4)))
     made.nets.modules["student"] = lambda x_t, t, cond: Prediction(x_t, "x0", x_t, t, made.nets.schedule)
     met: dict[float, int] = {}
-    for step in range(700):
-        time = simulate(made.method, made.nets, made.batch(step))[2]
+    for step in range(840):
+        time = simulate(made.method, made.nets, made.batch(step), by=by)[2]
         met[time] = met.get(time, 0) + 1
-    shares = {999.0: 3, 749.0: 1, 499.0: 2, 249.0: 1}  # of seven states
     assert set(met) == set(shares)
-    assert all(abs(met[time] - 100 * share) < 5 * (100 * share) ** 0.5 for time, share in shares.items())
+    assert all(abs(met[time] - 10 * share) < 4 * (10 * share) ** 0.5 for time, share in shares.items())
 
 
 def test_backward_simulation_uses_the_students_own_rule_and_pure_noise_first():

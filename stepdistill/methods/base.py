@@ -264,21 +264,24 @@ def track_average(average: nn.Module, module: nn.Module, decay: float) -> None:
 
 
 def simulate(
-    method: Method, nets: Networks, batch: Batch, late: float = 0.0, **extras: Tensor
+    method: Method, nets: Networks, batch: Batch, late: float = 0.0, by: str = "states", **extras: Tensor
 ) -> tuple[Tensor, Tensor, float]:
     """Backward simulation (DMD2, arXiv 2405.14867, Sec. 4.5): the state the student meets at one of its own
     sampling steps.
 
     Draws a step count of `method.steps` and a position K in its grid, one for the whole global batch, and
     rolls the student out to there without gradient, by the very rule that samples it later. K = 0 is the
-    method's first state, pure noise. late: positions before that fraction of the grid are left out.
+    method's first state, pure noise. by: "states" meets every (count, K) alike, so that the last ones of a
+    long grid hold; "counts" every count, which favours pure noise. late: positions before that fraction of the grid are left out.
 
     Returns:
         x_t (B, ...), t (B,) and t as a number.
     """
     schedule, method = nets.schedule, method.sampled_as
-    # All states of all step counts alike: the last ones of a long grid would else be met too rarely to hold.
     states = [(count, place) for count in method.steps for place in range(int(late * count), count)]
+    if by == "counts":
+        only = method.steps[batch.generator.shared_randint(0, len(method.steps))]
+        states = [(count, place) for count, place in states if count == only]
     count, place = states[batch.generator.shared_randint(0, len(states))]
     grid = method.grid(schedule, count)[: place + 1]
     with torch.no_grad():

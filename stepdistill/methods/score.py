@@ -55,6 +55,7 @@ class ScoreDistillation(Method):
         time_mean: float = -1.2  # of log rho, for lognormal
         time_std: float = 1.2
         critic_density: Literal["same", "uniform", "karras", "lognormal"] = "same"
+        simulated: Literal["states", "counts"] = "states"  # which of its sampling states are met alike
         first_rho: float = 0.0  # noise-to-signal ratio the student starts from; 0 = the schedule's end
         init_noise: Literal["unit", "sigma"] = "unit"  # of a one-step student under VP; see `first_input`
 
@@ -105,7 +106,7 @@ class ScoreDistillation(Method):
         """x0 = G(x_K, t_K) at one of the student's own sampling steps; with gradient through the last call
         only.
         """
-        x_t, t, _ = simulate(self, nets, batch)
+        x_t, t, _ = simulate(self, nets, batch, by=self.config.simulated)
         return nets.student(x_t, t, batch.cond).x0
 
     def times(
