@@ -488,6 +488,15 @@ def test_two_processes_train_what_one_trains(kind, tmp_path, tiny_sd):
         assert all(a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6) for key in losses), (a, b)
 
 
+def test_what_the_first_process_refuses_ends_all(tmp_path):
+    """The main process alone looks at the directory; the other must neither wait for it nor train."""
+    (tmp_path / "file").touch()
+    # Whichever ends first is reported: one says the sentence, the other leaves with 2.
+    says = "is a file; name a directory|exit code 2"
+    with pytest.raises(torch.multiprocessing.spawn.ProcessException, match=says):
+        two_processes(toy(tmp_path / "file"), tmp_path / "ranks")
+
+
 def test_two_processes_stop_after_the_same_step_and_measure(tmp_path, monkeypatch):
     """One process alone gets the signal, and one alone measures; neither may leave the other waiting."""
     whole, halves = tmp_path / "whole", tmp_path / "halves"

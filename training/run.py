@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import AutocastKwargs
+from accelerate.utils import AutocastKwargs, broadcast_object_list
 from torch import Tensor
 
 from stepdistill import export
@@ -37,11 +38,7 @@ def run(recipe: Recipe, fresh: bool = False) -> None:
     for stage in recipe.stages():
         stage.optim.split(accelerator.num_processes)
     family.to(accelerator.device)
-    if main:
-        done = directory.begin(recipe, fresh)
-    accelerator.wait_for_everyone()
-    if not main:
-        done = directory.latest() or 0
+    done = _begin(accelerator, directory, recipe, fresh)
     checkpoint = directory.load(done) if done else None
     if done >= recipe.total_steps and (directory.student.exists() or not _exports(family)):
         say(main, f"{directory.path} is finished at step {done}; nothing to do (--fresh starts over).")
@@ -60,6 +57,22 @@ def run(recipe: Recipe, fresh: bool = False) -> None:
         if loggers:
             loggers.close()
         accelerator.end_training()
+
+
+def _begin(accelerator: Accelerator, directory: RunDirectory, recipe: Recipe, fresh: bool) -> int:
+    """How many steps are done. The main process looks; what it refuses ends all, and it alone says why."""
+    told: list[Any] = [0, None]
+    if accelerator.is_main_process:
+        try:
+            told = [directory.begin(recipe, fresh), None]
+        except UserError as error:
+            told = [0, str(error)]
+    done, refused = broadcast_object_list(told)
+    if refused and accelerator.is_main_process:
+        raise UserError(refused)
+    if refused:
+        raise SystemExit(2)
+    return done
 
 
 def _accelerator(recipe: Recipe) -> Accelerator:
@@ -196,9 +209,7 @@ def _latents(family: Family, source: Source, accelerator: Accelerator) -> Tensor
         return latents(source, encode, CACHE, family.latent_key(), progress=accelerator.is_main_process)
 
 
-def _pairs(
-    stage: Recipe, family: Family, source: Source, accelerator: Accelerator
-) -> Trajectories | None:
+def _pairs(stage: Recipe, family: Family, source: Source, accelerator: Accelerator) -> Trajectories | None:
     """The teacher's trajectories, sampled once per teacher, source and settings; None where none are wanted."""
     settings = stage.method.make(stage.student.steps).pairs(family.schedule)
     if settings is None:
