@@ -4,9 +4,9 @@ A pretrained denoiser is already the consistency model of pairs whose second poi
 starts there and brings the pair's points together while it trains, so that one curriculum leads from
 diffusion to consistency:
 
-    pair      x_t = x0 + t eps,  x_r = x0 + r eps,  the same eps                                    (Sec. 3.1)
-    mapping   r / t = max(0, 1 - n(t) / q^(a + 1)),  n(t) = 1 + k sigmoid(-b t),  a = stage         (Sec. 3.3)
-    loss      w(t) (sqrt(|f(x_t, t) - sg f(x_r, r)|^2 + c^2) - c),  w = 1 / (t - r)                 (Sec. 3.2)
+    pair      x_t = x0 + t eps,  x_r = x0 + r eps,  the same eps
+    mapping   r / t = max(0, 1 - n(t) / q^(a + 1)),  n(t) = 1 + k sigmoid(-b t),  a = stage
+    loss      w(t) (sqrt(|f(x_t, t) - sg f(x_r, r)|^2 + c^2) - c),  w = 1 / (t - r)
 
 No teacher is called and no average is kept: the target is the same network with its gradient stopped, on the
 same dropout mask; where r is 0 it is the data. With `teacher_step` x_r comes from one Euler step of the

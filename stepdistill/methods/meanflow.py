@@ -5,10 +5,10 @@ times the integral of the velocity v along the trajectory; x_t - (t - r) u is th
 Differentiating (t - r) u by t gives an identity with no integral in it:
 
     u = v - (t - r) du/dt,  du/dt = derivative of u along (v, dt = 1, dr = 0)                       (Eqs. 6, 8)
-    loss   w |u_theta - sg(v - (t - r) du_theta/dt)|^2,  w = sg 1 / (|.|^2 + c)^p                   (Eqs. 9, 22)
+    loss   w |u_theta - sg(v - (t - r) du_theta/dt)|^2,  w = sg 1 / (|.|^2 + c)^p                   (Eq. 9)
 
 v is the teacher's (distillation) or eps - x0 (training; `guidance_scale` then mixes the student's own
-velocities into it, Eqs. 19 and 21, and conditions are dropped at random). For `equal_share` of the samples r
+velocities into it, Sec. 4.2, and conditions are dropped at random). For `equal_share` of the samples r
 is t, where the identity is plain flow matching. The student is told where its jump ends (`end`); asked in
 flow's terms whatever schedule its network was trained in.
 
@@ -101,7 +101,7 @@ class MeanFlow(Method):
     def velocity(
         self, nets: Networks, batch: Batch, cond: Cond, x_t: Tensor, t: Tensor, eps: Tensor
     ) -> Tensor:
-        """dx_t/dt, guided (Eq. 21 in the training form)."""
+        """dx_t/dt, guided (Sec. 4.2 in the training form)."""
         config = self.config
         if config.direction == "teacher":
             return guided_teacher(nets, batch, config.guidance_scale, Flow())(x_t, t).flow.to(x_t.dtype)

@@ -13,11 +13,14 @@ z of the data's standard deviation s) the student is f = cos(t) x - s sin(t) F(x
 Its gradient is -2 w g dF: the loss itself is known beforehand (|g|^2, about 1 after normalisation), so it is
 `tangent`, the mean norm before normalisation, that falls as the student becomes consistent. r rises from 0 to
 1 over `warmup` updates, because the second half of the tangent is what diverges early. u is a small learned
-weight of the noise level. The teacher may be of any schedule, it is asked in TrigFlow's terms.
+weight of the noise level. The teacher may be of any schedule, it is asked in TrigFlow's terms. rCM
+(arXiv 2510.08431) has neither w nor u: `prior: false, learned_weight: false`.
 
 Networks whose time embedding is steep (Stable Diffusion's, 1000 t into sinusoids of period down to 2 pi)
 have a J that says more about the embedding than about the image; `derivative: difference` with a
-`difference_step` that spans whole timesteps (1e-2) smooths it.
+`difference_step` that spans whole timesteps (1e-2) smooths it. `upwind`, the difference towards less noise,
+also damps: along a trajectory the tangent carries errors upwards like a wave, and an exact derivative lets
+those a small network cannot follow ring on.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ own prediction, and repeats that with fewer segments, each stage from the one be
 
     jump           f(x_t, t -> b) = alpha_b x0 + sigma_b eps, both of one prediction; f(x_b, b -> b) = x_b
     teacher step   x_s = DDIM( x_t, t -> s ) of the guided teacher, s = max(next point, b)
-    loss           d( f_theta(x_t, t -> b), sg f_ema(x_s, s -> b) )                                 (Eq. 9)
+    loss           d( f_theta(x_t, t -> b), sg f_ema(x_s, s -> b) )
 
 With k = 1 it is the consistency trajectory of TCD (arXiv 2402.19159), and so is its sampling: along the line to
 (1 - eta) of the next time, then noise up to it (`TCDScheduler`). Stages are written as a recipe's `stages:`,
