@@ -82,10 +82,8 @@ def difference(
 def upwind(
     function: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor], step: float = 1e-3
 ) -> tuple[Tensor, Tensor]:
-    """f(p) and (f(p) - f(p - h d)) / h, of first order (rCM, arXiv 2510.08431, takes sCM's derivative so).
-
-    A consistency function is carried from little noise to much, as a wave is. Differences towards where it
-    comes from damp what the network cannot follow; the exact derivative does not.
+    """f(p) and (f(p) - f(p - h d)) / h, of first order: towards less noise, where a consistency function is
+    already known (rCM, arXiv 2510.08431, takes sCM's derivative so).
     """
     with torch.no_grad(), torch.autocast(primals[0].device.type, enabled=False):
         with same_draws(primals[0]):

@@ -237,6 +237,23 @@ def test_ects_pair_shares_its_noise_and_the_oracle_is_its_fixed_point_with_the_t
     assert float(ode) < 0.05 * float(data)
 
 
+def test_ects_gradient_stops_at_the_target():
+    """sign(f(x_t) - f(x_r)) / (t - r) df(x_t)/dtheta, put together again from the batch's draws."""
+    method, net = ECT(ECT.Config()), Affine()
+    nets, batch, twin = nets_of(EDM(), net), batch_of(), batch_of()
+    ours = gradient(method.loss(nets, batch, stage=4)["total"].mean(), net)
+    t = (-1.1 + 2.0 * twin.generator.randn(dtype=torch.float64)).exp().clamp(0.002, 80)
+    r = t * method.ratio(t, 4)
+    assert float((r > 0.002).double().mean()) > 0.5
+    r = torch.where(r > 0.002, r, 0.0)
+    eps = twin.randn()
+    x_t, x_r = twin.x0 + t[:, None] * eps, twin.x0 + r[:, None] * eps
+    target = torch.where(r[:, None] > 0, nets.student(x_r, r).x0, x_r)
+    pull = ((nets.student(x_t, t).x0 - target).sign() / (t - r)[:, None]).detach() / COUNT
+    expected = torch.stack([(pull * x_t).sum(), pull.sum(), (pull * t[:, None]).sum()])
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-9)
+
+
 def test_ect_at_a_perfect_fit_has_a_zero_gradient_not_a_nan():
     class Constant(nn.Module):
         def __init__(self):
@@ -441,6 +458,16 @@ def test_meanflows_guided_target_mixes_its_own_velocities():
         v = method.velocity(nets, batch, batch.cond, x_t, t, eps)
         c, u = (nets.student(x_t, t, told, end=t).flow for told in (batch.cond, batch.uncond))
     torch.testing.assert_close(v, 2.0 * (eps - batch.x0) + 0.5 * c - 1.5 * u, rtol=1e-9, atol=1e-9)
+    # And the mix is a constant: with r = t the gradient is that of (u - v)^2 at u alone.
+    method = MeanFlow(MeanFlow.Config(**settings, equal_share=1.0, weight_power=0.0))
+    net, twin = nets.student.network, batch_of()
+    ours = gradient(method.loss(nets, batch)["total"].mean(), net)
+    t, _ = method.times(nets, twin)
+    eps = twin.randn()
+    x_t = Flow().add_noise(twin.x0, eps, t)
+    v = method.velocity(nets, batch, batch.cond, x_t, t, eps).detach()
+    u = nets.student(x_t, t, batch.cond, end=t).flow
+    torch.testing.assert_close(ours, gradient((u - v).square().mean(), net), rtol=1e-6, atol=1e-9)
 
 
 @EVERY

@@ -18,9 +18,7 @@ weight of the noise level. The teacher may be of any schedule, it is asked in Tr
 
 Networks whose time embedding is steep (Stable Diffusion's, 1000 t into sinusoids of period down to 2 pi)
 have a J that says more about the embedding than about the image; `derivative: difference` with a
-`difference_step` that spans whole timesteps (1e-2) smooths it. `upwind`, the difference towards less noise,
-also damps: along a trajectory the tangent carries errors upwards like a wave, and an exact derivative lets
-those a small network cannot follow ring on.
+`difference_step` that spans whole timesteps (1e-2) smooths it; `upwind`, towards less noise, is rCM's.
 """
 
 from __future__ import annotations
