@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn, no_grad
 
 from stepdistill.denoiser import Denoiser, unwrap
-from stepdistill.discriminator import Discriminator
+from stepdistill.discriminator import Blocks, Discriminator, chosen_blocks
 from stepdistill.features import block_features, tap, tap_with_gradient
 from stepdistill.losses import distribution_matching, gan_discriminator, gan_generator
 from stepdistill.methods.base import Batch, Losses, Networks
@@ -47,6 +47,7 @@ class DMD2(ScoreDistillation):
         )
         gan_weight: float = 0.0  # of the student's GAN term; > 0 needs real images (paper: 1e-3 to 5e-3)
         gan_critic_weight: float = 1e-2  # of the critic's GAN term beside its denoising term
+        gan_blocks: Blocks = "middle"  # of the fake score, a head on each: the paper's middle one, half, or all
 
     @property
     def needs_images(self) -> bool:
@@ -59,7 +60,7 @@ class DMD2(ScoreDistillation):
     def networks(self, teacher: Denoiser, student: Denoiser) -> dict[str, nn.Module]:
         extras = super().networks(teacher, student)
         if self.config.gan_weight > 0:
-            extras["discriminator"] = Discriminator([teacher.blocks[teacher.middle]])
+            extras["discriminator"] = Discriminator([*self.eye(teacher).values()])
         return extras
 
     def student_loss(self, nets: Networks, batch: Batch) -> Losses:
@@ -69,11 +70,10 @@ class DMD2(ScoreDistillation):
         with no_grad():  # the networks only give the direction, DMD Eq. 7
             real = self.teacher_at(nets, batch, x_t, t)
         # One pass of the fake score serves both: its answer without gradient, its eye for the GAN with.
-        with (
-            tap_with_gradient(nets.fake_score, self.eye(nets)) if config.gan_weight > 0 else no_grad() as seen
-        ):
+        gan, blocks = config.gan_weight > 0, list(self.eye(nets.fake_score))
+        with tap_with_gradient(nets.fake_score, blocks) if gan else no_grad() as seen:
             fake = self.fake_at(nets, batch, x_t, t)
-        logits = self.judge(nets, seen, len(x0)) if config.gan_weight > 0 else None
+        logits = self.judge(nets, seen, len(x0)) if gan else None
         matching = distribution_matching(x0, real.x0, fake.x0, config.normalise, self.weight(real, logits))
         losses = {"total": matching, "matching": matching} | compared(x0, real, fake)
         if logits is not None:
@@ -89,7 +89,7 @@ class DMD2(ScoreDistillation):
         config = self.config
         if config.gan_weight == 0:
             return super().critic_loss(nets, batch)
-        with tap(nets.fake_score, self.eye(nets)) as seen:  # of the pass that denoises
+        with tap(nets.fake_score, list(self.eye(nets.fake_score))) as seen:  # of the pass that denoises
             losses, x0 = self.denoise(nets, batch)
         fake, real = self.judge(nets, seen, len(x0)), self.logits(nets, batch.x0, batch)
         losses["gan"] = gan_discriminator(real, fake)
@@ -103,11 +103,12 @@ class DMD2(ScoreDistillation):
         """
         t = self.times(nets, batch)
         x_t = nets.schedule.add_noise(x0, batch.randn(), t)
-        return nets.discriminator(block_features(nets.fake_score, x_t, t, batch.cond, self.eye(nets)))
+        blocks = list(self.eye(nets.fake_score))
+        return nets.discriminator(block_features(nets.fake_score, x_t, t, batch.cond, blocks))
 
-    def eye(self, nets: Networks) -> list[str]:
-        """The block of the fake score the discriminator looks at."""
-        return [unwrap(nets.fake_score).middle]
+    def eye(self, fake_score: nn.Module) -> dict[str, int]:
+        """The blocks of the fake score the discriminator looks at, in forward order, with their channels."""
+        return chosen_blocks(unwrap(fake_score), self.config.gan_blocks)
 
     def judge(self, nets: Networks, seen: dict[str, Tensor], count: int) -> Tensor:
         """Logits from features of a whole pass; of a guided one, of the conditional half."""
