@@ -20,7 +20,7 @@ from stepdistill.methods.base import simulate
 from stepdistill.prediction import Prediction
 from stepdistill.sampling import sample, walk
 from stepdistill.timesteps import few_step_grid
-from tests.test_methods import COUNT, make, world
+from test_methods import COUNT, make, world
 
 GAMES = pytest.mark.parametrize("game", GAN_LOSSES)
 

@@ -38,7 +38,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     # On points: an eye and a reward of the tests' own.
     "lightning": {"mse_weight": 1.0},
     "add": {"eye": "stepdistill.families.toy:FourierEye", "gan": "non_saturating"},
-    "reward": {"reward": "tests.test_around:Towards", "margin": 10.0},
+    "reward": {"reward": "test_around:Towards", "margin": 10.0},
 }
 VARIANTS = [(name, SETTINGS.get(name, {})) for name in METHODS] + [
     ("dmd2", {"gan_weight": 1e-2}),

@@ -663,7 +663,7 @@ def test_a_wrong_metric_is_found_before_training(metric, reference, message, tmp
 def test_the_toy_has_its_own_metric(tmp_path):
     recipe = toy(tmp_path / "run", "run.metric_every=1")
     family, _ = running.build(toy(tmp_path / "run"))
-    with pytest.raises(UserError, match=r"on the family 'toy'; choose one of sw1\."):
+    with pytest.raises(UserError, match=r"on the family 'toy'; choose one of sw1, modes\."):
         check_metric(recipe.run, family)
 
 
@@ -674,7 +674,7 @@ def test_any_checkpoint_can_be_exported(tmp_path, tiny_sd):
     recipe = sd(tmp_path / "run", tiny_sd, "run.steps=3", "run.save_every=1", "run.keep=3", "student.ema=0.9")
     running.run(recipe)
     run = tmp_path / "run"
-    RunDirectory(run).record_best(2, 0.5)
+    RunDirectory(run, keep=3).record_best(2, 0.5)
     unets = {}
     for which, step in (("1", 1), ("best", 2), ("latest", 3)):
         for weights in ("ema", "raw"):

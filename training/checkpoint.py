@@ -191,6 +191,7 @@ class RunDirectory:
             return False
         with atomic_write(self.checkpoints / "best.json") as temporary:
             _write_json(temporary, {"step": step, "metric": metric})
+        self._prune()  # the one that was best before
         return True
 
     def best(self) -> tuple[int, float] | None:

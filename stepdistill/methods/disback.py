@@ -54,8 +54,10 @@ class DisBack(Method):
         self.base: Method = cls(own, steps)
         unguided = replace(own, guidance_scale=1.0) if hasattr(own, "guidance_scale") else own
         self.on_the_way: Method = cls(unguided, steps)
-        for name in ("student_extras", "rule", "guidance_free", "health"):
+        for name in ("student_extras", "rule", "guidance_free"):
             setattr(self, name, getattr(self.base, name))
+        if config.stage == "backtrack":  # in the other stage no student learns
+            self.health = self.base.health
 
     @property
     def _records(self) -> tuple[str, ...]:
