@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from test_methods import COUNT, make, world
 
 from stepdistill.discriminator import (
     Adversarial,
@@ -20,7 +21,6 @@ from stepdistill.methods.base import simulate
 from stepdistill.prediction import Prediction
 from stepdistill.sampling import sample, walk
 from stepdistill.timesteps import few_step_grid
-from test_methods import COUNT, make, world
 
 GAMES = pytest.mark.parametrize("game", GAN_LOSSES)
 

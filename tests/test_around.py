@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 import torch
+from test_methods import COUNT, make, world
 from torch import nn
 
 from stepdistill.denoiser import Denoiser
@@ -20,7 +21,6 @@ from stepdistill.prediction import Prediction
 from stepdistill.sampling import first_input, walk
 from stepdistill.schedule import VP, Flow, expand
 from stepdistill.timesteps import teacher_grid, times_like
-from test_methods import COUNT, make, world
 
 EVERY_SCHEDULE = pytest.mark.parametrize("schedule", [make() for make in SCHEDULES.values()], ids=SCHEDULES)
 MEAN, STD = 0.3, 0.4
@@ -743,8 +743,9 @@ def test_the_students_of_a_class_partition_each_see_their_own_classes():
 
 @pytest.mark.parametrize("steps", [1, 4])
 def test_a_deterministic_student_equals_the_stock_ddim_pipeline(tiny_sd, tmp_path, steps):
-    from stepdistill.families.sd import SD
     from test_export import PROMPT, exported, stock_images
+
+    from stepdistill.families.sd import SD
 
     family, directory = SD(SD.Config(teacher=str(tiny_sd))), tmp_path / "student"
     sampler = exported(family, make("progressive", {}, (steps,)), directory, {"teacher": str(tiny_sd)})
@@ -755,9 +756,10 @@ def test_a_deterministic_student_equals_the_stock_ddim_pipeline(tiny_sd, tmp_pat
 
 def test_a_student_is_sampled_at_the_times_on_its_card(tiny_pixel, tmp_path):
     """Under EDM the halved grids are not the stock scheduler's strides; the card's times hold."""
+    from test_export import exported
+
     from stepdistill import load
     from stepdistill.families.pixel import Pixel
-    from test_export import exported
 
     family, method = Pixel(Pixel.Config(teacher=str(tiny_pixel))), make("progressive", {}, (4,))
     exported(family, method, tmp_path / "student", {"teacher": str(tiny_pixel)})
