@@ -426,6 +426,18 @@ def test_the_boundary_is_the_identity_without_noise(schedule):
     torch.testing.assert_close(consistency, x0, rtol=1e-4, atol=1e-4)  # and x0 where there is only noise
 
 
+@pytest.mark.parametrize("schedule", ["vp", "edm", "flow", "trig"])
+@pytest.mark.parametrize("points", [50, 80])
+def test_the_boundary_is_a_switch_on_every_grid(schedule, points):
+    """At all of the teacher's times but the end f is x0: c_skip + c_out = 1, so that a chain of targets keeps its
+    scale."""
+    made = world(make("lcm", {"ddim_steps": points}), schedule=schedule)
+    times = made.method.ode_times(made.nets.schedule)[:-1]
+    ones = torch.ones(len(times), 2, dtype=torch.float64)
+    said = made.method.boundary(Prediction(ones, "x0", ones, times, made.nets.schedule))
+    torch.testing.assert_close(said, ones, rtol=5e-3, atol=0)
+
+
 def test_the_boundary_equals_lcm_scheduler():
     from diffusers import LCMScheduler
 

@@ -75,12 +75,19 @@ class LCM(Method):
         0.
         """
         config, schedule = self.config, prediction.schedule
-        # The paper scales time in units of the DDPM table; other schedules are put on its 0 .. 999.
-        unit = 1.0 if isinstance(schedule, VP) else 999 / (schedule.t_max - schedule.t_min)
-        t = expand((prediction.t - schedule.t_min) * unit * config.timestep_scaling, prediction.x_t)
+        t, least = self.table_time(schedule, prediction.t), self.table_time(schedule, schedule.t_min)
+        t = expand((t - least) * config.timestep_scaling, prediction.x_t)
         c_skip = config.sigma_data**2 / (t**2 + config.sigma_data**2)
         c_out = t / (t**2 + config.sigma_data**2).sqrt()
         return c_skip * prediction.x_t + c_out * prediction.x0
+
+    def table_time(self, schedule: Schedule, t: Tensor | float) -> Tensor:
+        """t in the units of the paper's DDPM table, 0 .. 999. Other schedules are put on it by their noise, at
+        rho / (1 + rho), lest the small times of an EDM grid fall inside the switch, where c_skip + c_out is not 1.
+        """
+        t = torch.as_tensor(t, dtype=torch.float64)
+        rho = schedule.rho(t)
+        return t if isinstance(schedule, VP) else 999 * rho / (1 + rho)
 
     def loss(self, nets: Networks, batch: Batch) -> Losses:
         config, noise = self.config, batch.generator
