@@ -1,8 +1,9 @@
 """Every method on the embedded teacher: FD ratio, attributes, CLIP score, CPU minutes, peak memory.
 
-    python -m benchmarks.embedded                        all recipes training/recipes/scenes_*.yaml, for hours
-    python -m benchmarks.embedded dmd2 sim --steps 600   some, all with as many iterations
-    python -m benchmarks.embedded --report               measure and tabulate what has been trained so far
+    python -m benchmarks.embedded                               two methods per family, then all other recipes
+                                                                training/recipes/scenes_*.yaml, for hours
+    python -m benchmarks.embedded dmd2 sim run.steps=600        some, with values of their recipes replaced
+    python -m benchmarks.embedded --report                      measure and tabulate what has been trained so far
 
 Training goes on where it was when the same command is given again, and so does measuring. Runs lie under
 runs/embedded/<method>; results: benchmarks/embedded.json, .md and .png (all methods, same prompts and seeds).
@@ -14,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -31,40 +31,43 @@ KEPT = [
     for error in ("", "/se")
 ]
 TEACHERS = ("teacher",)  # scenes_* recipes that make no student
+FIRST = ("cd", "lcm", "sim", "sid", "dmd2", "diff_instruct", "ladd", "add")  # two of each family
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("methods", nargs="*", help="names after scenes_ (default: all)")
-    parser.add_argument("--steps", type=int, help="iterations of each (default: the recipe's)")
+    parser.add_argument(
+        "words", nargs="*", help="names after scenes_ (default: all), and section.key=value for their recipes"
+    )
     parser.add_argument("--n", type=int, default=1000, help="samples measured (default: 1000)")
     parser.add_argument("--report", action="store_true", help="train nothing")
     args = parser.parse_args()
     every = sorted(path.stem.removeprefix("scenes_") for path in RECIPES.glob("scenes_*.yaml"))
-    names = args.methods or [name for name in every if name not in TEACHERS]
+    overrides = [word for word in args.words if "=" in word]
+    names = [word for word in args.words if "=" not in word]
+    names = names or [*FIRST, *(name for name in every if name not in (*TEACHERS, *FIRST))]
     for name in names:
         if not (RECIPES / f"scenes_{name}.yaml").is_file():
             parser.error(f"there is no recipe scenes_{name}.yaml; there are {', '.join(every)}")
         if not args.report:
-            train(name, args.steps)
+            train(name, overrides)
     done = sorted(path.parent.name for path in RUNS.glob("*/student/stepdistill.json"))
     if done:
         tabulate(done, args.n)
 
 
-def train(name: str, steps: int | None) -> None:
+def train(name: str, overrides: list[str]) -> None:
     """Run or continue one recipe, and add up what it cost."""
     out = RUNS / name
     command = [sys.executable, "-m", "training.train", str(RECIPES / f"scenes_{name}.yaml")]
-    command += [f"run.out={out}", "run.preview_every=0"] + ([f"run.steps={steps}"] if steps else [])
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    status = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT).returncode
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cost = read(out / "cost.json") or {"cpu_seconds": 0.0, "peak_mib": 0.0}
-    cost["cpu_seconds"] += after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    cost["peak_mib"] = max(cost["peak_mib"], after.ru_maxrss / 1024)  # of the largest child so far
+    command += [f"run.out={out}", "run.preview_every=0", *overrides]
+    _, ended, used = os.wait4(subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT).pid, 0)
+    status = os.waitstatus_to_exitcode(ended)
+    cost = (read(out / "cost.json") or {"cpu_seconds": 0.0, "peak_mib": 0.0}) | {"overrides": overrides}
+    cost["cpu_seconds"] += used.ru_utime + used.ru_stime
+    cost["peak_mib"] = max(cost["peak_mib"], used.ru_maxrss / 1024)
     if out.is_dir():
         (out / "cost.json").write_text(json.dumps(cost) + "\n")
     if status == 130:
