@@ -721,7 +721,8 @@ def test_what_cannot_be_merged_is_refused_with_one_sentence(halves, tmp_path, ca
 
 
 def test_a_partition_of_one_is_the_whole():
-    from training.data import Scenes, Toy
+    from training.data.scenes import Scenes
+    from training.data.toy import Toy
 
     for source, config in ((Scenes, {"size": 9}), (Toy, {"size": 9})):
         whole, one = (source(source.Config(partition=text, **config)) for text in ("", "1/1"))
@@ -731,7 +732,7 @@ def test_a_partition_of_one_is_the_whole():
 
 def test_the_students_of_a_class_partition_each_see_their_own_classes():
     from stepdistill.families.toy import Toy as Family
-    from training.data import Toy
+    from training.data.toy import Toy
 
     family = Family(Family.Config(modes=8, classes=4, fit_steps=0))
     seen = [set(family.told(Toy(Toy.Config(partition=f"{k}/2")), range(100))) for k in (1, 2)]

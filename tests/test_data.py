@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-import training.data as data
 from stepdistill.config import build
 from stepdistill.errors import UserError
 from stepdistill.registry import resolve
 from stepdistill.scenes import image_at
-from training.data import DATA, Source, decoded, order
+from training.data import DATA, Source, order, stored
+from training.data.stored import decoded
 from training.precompute import latents
 
 
@@ -313,7 +313,7 @@ def test_exif_orientation_is_applied() -> None:
 
 
 def test_decompression_bombs_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "MAX_PIXELS", 20 * 20 - 1)
+    monkeypatch.setattr(stored, "MAX_PIXELS", 20 * 20 - 1)
     assert decoded(encoded(noise(0, 20, 20)), 16) == "too large"
     monkeypatch.undo()
     huge = bytearray(encoded(noise(0)))

@@ -16,8 +16,8 @@ from stepdistill.prediction import Prediction
 from stepdistill.schedule import Flow
 from stepdistill.timesteps import times_like
 from training import precompute
-from training.data import Prompts
-from training.data import Toy as Indices
+from training.data.prompts import Prompts
+from training.data.toy import Toy as Indices
 
 
 @pytest.fixture

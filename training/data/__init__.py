@@ -1,0 +1,18 @@
+"""Where training examples come from: one small contract, `Source`, and a file per kind of source.
+
+A source is opened once, drops what cannot be used and says how much of it and why; from then on it has `size`
+examples that never change. Which of them make up batch number k is a pure function of (seed, k), see `order`.
+A new source is one file and one line in `DATA`.
+"""
+
+from training.data.base import Source, order
+
+DATA: dict[str, str] = {
+    "scenes": "training.data.scenes:Scenes",
+    "folder": "training.data.folder:Folder",
+    "parquet": "training.data.parquet:Parquet",
+    "prompts": "training.data.prompts:Prompts",
+    "toy": "training.data.toy:Toy",
+}
+
+__all__ = ["DATA", "Source", "order"]

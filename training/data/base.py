@@ -1,0 +1,196 @@
+"""The contract of a data source, the order of its examples, its partitions, and how sources read and count."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stepdistill import routing
+from stepdistill.errors import UserError, nearest
+
+
+class Source:
+    """Examples by index, 0 .. size - 1.
+
+    Attributes:
+        size: examples kept.
+        resolution: side of the square images, 0 without images.
+        has_images: whether `images` works; a source of prompts has none.
+        captions: one text per example, or None.
+        labels: one class number per example, or None; `class_names[label]` is its name.
+        counts: "kept", and for every reason to drop an example, how many it was.
+        routing: by which rule conditions belong to this part of a partition, or None; goes into the card.
+    """
+
+    has_images: bool = True
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.size = 0
+        self.resolution: int = getattr(config, "resolution", 0)
+        self.captions: Sequence[str] | None = None
+        self.labels: Sequence[int] | None = None
+        self.class_names: tuple[str, ...] | None = None
+        self.counts: dict[str, int] = {}
+        self.routing: dict[str, Any] | None = None
+
+    def images(self, indices: Sequence[int]) -> np.ndarray:
+        """uint8 (n, resolution, resolution, 3), RGB."""
+        raise UserError(
+            f"the data source {type(self).__name__.lower()} has no images; this method or family needs them."
+        )
+
+    def fingerprint(self) -> str:
+        """Changes with the content and with what is done to it, not with where it lies; names caches."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """One line: what there is and what was dropped."""
+        parts = [f"{self.size:,} {'images' if self.has_images else 'examples'}"]
+        if self.has_images:
+            parts[0] += f" at {self.resolution}x{self.resolution}"
+        parts += ["captions"] if self.captions is not None else []
+        parts += [f"{len(self.class_names)} classes"] if self.class_names else []
+        dropped = ", ".join(f"{n:,} {why}" for why, n in self.counts.items() if why != "kept" and n)
+        where = getattr(self.config, "path", "")
+        name = f"{type(self).__name__.lower()} {where}".strip()
+        return f"{name}: {', '.join(parts)}" + (f"; left out: {dropped}" if dropped else "")
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(size)
+
+
+def order(seed: int, size: int, batch_index: int, batch_size: int) -> list[int]:
+    """Dataset indices of global batch number `batch_index` (0-based).
+
+    The batches cut up one endless sequence, a permutation of 0 .. size - 1 per epoch, each from (seed, epoch)
+    alone. Nothing is remembered between calls and no process count enters, so a resumed run sees what an
+    uninterrupted one sees.
+    """
+    if size < 1 or batch_size < 1:
+        raise ValueError(f"size and batch_size must be at least 1, got {size} and {batch_size}.")
+    start, stop = batch_index * batch_size, (batch_index + 1) * batch_size
+    indices: list[int] = []
+    while start < stop:
+        epoch, at = divmod(start, size)
+        taken = _permutation(seed, epoch, size)[at : at + stop - start]
+        indices += taken.tolist()
+        start += len(taken)
+    return indices
+
+
+@dataclass(frozen=True)
+class Partition:
+    """What every source's Config begins with: which part of the examples to take."""
+
+    # "k/K": part k (from 1) of K: a block of the classes, a cluster of the captions (stepdistill/routing.py) or,
+    # where there are neither, a block of the examples; "" = all
+    partition: str = ""
+
+    def __post_init__(self) -> None:
+        self.parts()
+
+    def parts(self) -> tuple[int, int]:
+        k, slash, of = self.partition.partition("/")
+        if not self.partition:
+            return 1, 1
+        if not (slash and k.strip().isdecimal() and of.strip().isdecimal() and 1 <= int(k) <= int(of)):
+            raise ValueError(f"partition must look like 1/2 (first of two), got {self.partition!r}.")
+        return int(k), int(of)
+
+    def block(self, count: int) -> range:
+        """The contiguous share of `count` things that is ours."""
+        k, of = self.parts()
+        if count < of:
+            raise UserError(
+                f"data.partition={self.partition} asks for {of} parts, but there are only {count}."
+            )
+        return range((k - 1) * count // of, k * count // of)
+
+    def of_captions(self, captions: Sequence[str]) -> tuple[list[int], dict[str, Any] | None]:
+        """The numbers of the captions in our cluster, and the rule by which prompts are routed to it."""
+        k, of = self.parts()
+        if of == 1:
+            return list(range(len(captions))), None
+        centroids = routing.cluster(captions, of)
+        ours = np.flatnonzero(routing.nearest(captions, centroids) == k - 1).tolist()
+        return ours, {"by": "prompt", "of": of, "part": k, "centroids": centroids.tolist()}
+
+    def of_classes(self, count: int) -> tuple[range, dict[str, Any] | None]:
+        """Our block of the classes, and the rule by which classes are routed to it."""
+        k, of = self.parts()
+        blocks = [[i * count // of, (i + 1) * count // of] for i in range(of)]
+        rule = {"by": "class", "of": of, "part": k, "blocks": blocks} if of > 1 else None
+        return self.block(count), rule
+
+
+# What sources share -----------------------------------------------------------------------------------------
+
+
+def at_least(least: float, **values: float) -> None:
+    for name, value in values.items():
+        if not least <= value < math.inf:
+            raise ValueError(f"{name} must be at least {least}, got {value}.")
+
+
+def existing(path: Path, directory: bool | None = None) -> Path:
+    path = Path(path).expanduser()
+    if not path.exists():
+        beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise UserError(f"data.path={path} does not exist.{nearest(path.name, beside)}")
+    if directory is not None and path.is_dir() != directory:
+        raise UserError(f"data.path={path} must be a {'folder' if directory else 'file'}.")
+    return path
+
+
+def lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text.") from None
+
+
+def json_object(text: str) -> dict[str, Any]:
+    try:
+        entry = json.loads(text)
+    except ValueError:
+        return {}
+    return entry if isinstance(entry, dict) else {}
+
+
+def caption_of(entry: dict[str, Any]) -> str:
+    texts = (entry.get(key) for key in ("text", "prompt", "caption"))
+    return next((" ".join(text.split()) for text in texts if isinstance(text, str) and text.strip()), "")
+
+
+def counts(kept: int, dropped: dict[str, int]) -> dict[str, int]:
+    return {"kept": kept, **{why: n for why, n in dropped.items() if n}}
+
+
+def because(dropped: dict[str, int]) -> str:
+    listed = ", ".join(f"{n:,} {why}" for why, n in dropped.items() if n)
+    return f" ({listed})" if listed else ""
+
+
+def facts(config: Any) -> str:
+    """The settings that change what an example is; where it lies and how much is cached do not."""
+    values = {key: value for key, value in asdict(config).items() if key not in ("path", "memory_gb")}
+    return json.dumps(values, sort_keys=True, default=str)
+
+
+def digest(parts: Iterable[str | bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        part = part.encode() if isinstance(part, str) else part
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()[:20]

@@ -1,0 +1,183 @@
+"""Images that lie encoded somewhere: what can be used of them, decoded to one size."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import hashlib
+import io
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from tqdm import tqdm
+
+from stepdistill.errors import UserError
+from training.data.base import Partition, Source, at_least, because, counts, digest, facts
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MAX_PIXELS = 89_478_485  # Pillow's own limit (a quarter GiB of RGB): beyond it, it takes a file for a bomb
+CHUNK = 256  # images decoded, encoded bytes held, at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files(Partition):
+    """What the sources of stored images have in common."""
+
+    path: Path
+    resolution: int = 64  # images are cut to their central square and resized to this side
+    min_size: int = 0  # images whose shorter side is below this are dropped; 0 = keep and enlarge
+    # Up to this, decoded images stay in memory. Beyond it a batch is read and decoded when it is asked for; a
+    # shuffled batch of a Parquet file then reads whole row groups, so encode such data to latents first.
+    memory_gb: float = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(8, resolution=self.resolution)
+        at_least(0, min_size=self.min_size, memory_gb=self.memory_gb)
+
+
+class Stored(Source):
+    """Encoded images with captions or labels; subclasses list them and read their bytes.
+
+    Every image is decoded once at opening, so a broken file is counted now and ends no run at hour ten.
+    """
+
+    def _open(
+        self,
+        captions: list[str | None] | None,
+        labels: list[int | None] | None,
+        class_names: tuple[str, ...] | None,
+        total: int,
+        dropped: collections.Counter[str],
+    ) -> None:
+        """Drop what cannot be used of `total` listed examples and take stock of the rest."""
+        config = self.config
+        if labels is not None:
+            block, self.routing = config.of_classes(len(class_names or ()))
+            ours = set(block)
+            mine = [i for i in range(total) if labels[i] is None or labels[i] in ours]
+        elif captions is not None:
+            mine, self.routing = config.of_captions([caption or "" for caption in captions])
+        else:
+            mine = list(config.block(total))
+        dropped["in other partitions"] += total - len(mine)
+        candidates = []
+        for i in mine:
+            missing = "no caption" if captions is not None and not captions[i] else ""
+            missing = "no label" if labels is not None and labels[i] is None else missing
+            if missing:
+                dropped[missing] += 1
+            else:
+                candidates.append(i)
+
+        side = self.resolution
+        fits = len(candidates) * side * side * 3 <= config.memory_gb * 2**30
+        pixels = np.empty((len(candidates), side, side, 3), np.uint8) if fits else None
+        kept, digest = [], hashlib.sha256()
+        decode = functools.partial(decoded, resolution=side, min_size=config.min_size)
+        main = os.environ.get("LOCAL_RANK", "0") == "0"
+        bar = tqdm(
+            total=len(candidates),
+            desc="reading images",
+            unit="image",
+            disable=None if main else True,
+            delay=1,
+        )
+        with warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, bar:
+            warnings.simplefilter("ignore")  # Pillow warns of what is counted here
+            raws = self._raw(candidates)
+            for first in range(0, len(candidates), CHUNK):
+                chunk = candidates[first : first + CHUNK]
+                encoded = [next(raws) for _ in chunk]
+                for i, raw, result in zip(chunk, encoded, pool.map(decode, encoded), strict=True):
+                    if isinstance(result, str):
+                        dropped[result] += 1
+                        continue
+                    if pixels is not None:
+                        pixels[len(kept)] = result
+                    kept.append(i)
+                    digest.update(hashlib.sha256(raw).digest())
+                bar.update(len(chunk))
+        if not kept:
+            raise UserError(f"data.path={config.path} holds no usable image{because(dropped)}.")
+        self._kept, self._digest = kept, digest.hexdigest()
+        self._pixels = pixels[: len(kept)] if pixels is not None else None
+        self.size = len(kept)
+        self.captions = [captions[i] for i in kept] if captions is not None else None
+        self.labels = [labels[i] for i in kept] if labels is not None else None
+        self.class_names = class_names if labels is not None else None
+        self.counts = counts(self.size, dropped)
+
+    def _raw(self, listed: Sequence[int]) -> Iterator[bytes | None]:
+        """Encoded bytes of the listed examples (numbers before dropping), in order; None where missing."""
+        raise NotImplementedError
+
+    def images(self, indices: Sequence[int]) -> np.ndarray:
+        if self._pixels is not None:
+            return self._pixels[np.asarray(indices, dtype=np.int64)]
+        out = np.empty((len(indices), self.resolution, self.resolution, 3), np.uint8)
+        listed = np.array([self._kept[index] for index in indices], np.int64)
+        rows = np.argsort(listed, kind="stable")  # in the order of the files, so that each is read once
+        for row, raw in zip(rows, self._raw(listed[rows].tolist()), strict=True):
+            result = decoded(raw, self.resolution, self.config.min_size)
+            if isinstance(result, str):
+                raise UserError(
+                    f"data.path={self.config.path} changed while it was in use ({result}); start again."
+                )
+            out[row] = result
+        return out
+
+    def fingerprint(self) -> str:
+        texts = "\n".join(self.captions) if self.captions is not None else ""
+        labels = np.asarray(self.labels, np.int64).tobytes() if self.labels is not None else b""
+        return digest([facts(self.config), self._digest, texts, labels])
+
+
+def decoded(raw: bytes | None, resolution: int, min_size: int = 0) -> np.ndarray | str:
+    """The central square of an encoded image as uint8 (resolution, resolution, 3), or why it cannot be used.
+
+    RGB, turned upright by its EXIF tag, transparency laid on white, resized with a Lanczos filter.
+    """
+    from PIL import Image, ImageOps
+
+    if not isinstance(raw, bytes) or not raw:
+        return "no image bytes"
+    try:
+        image = Image.open(io.BytesIO(raw))
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            return "too large"
+        if min(width, height) < min_size:
+            return "too small"
+        image = _rgb(ImageOps.exif_transpose(image))
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        if image.size != (resolution, resolution):
+            box = (left, top, left + side, top + side)
+            image = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
+        return np.asarray(image)
+    except Image.DecompressionBombError:
+        return "too large"
+    except MemoryError:
+        raise
+    except Exception:  # a damaged file makes the decoders raise nearly anything
+        return "unreadable image"
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    from PIL import Image
+
+    if image.mode.startswith("I"):  # 16-bit grey: convert() would clip it to white
+        return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
