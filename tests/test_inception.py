@@ -154,7 +154,10 @@ def test_tf1_bilinear_is_its_definition(size) -> None:
             + x[..., bottom, left] * dy * (1 - dz) + x[..., bottom, right] * dy * dz
         )  # fmt: skip
         torch.testing.assert_close(found[..., i, j], truth, rtol=1e-4, atol=1e-2)
-    assert torch.equal(tf1_bilinear(x[..., :17, :5], 17)[..., 0], x[..., :17, 0])
+    # Corners are not aligned and pixels have no centres: what is not resized downwards keeps its first column.
+    side = min(height, 13)
+    kept = tf1_bilinear(x[..., :side, :], side)[..., 0]
+    torch.testing.assert_close(kept, x[..., :side, 0], rtol=1e-6, atol=0)
 
 
 def test_tf1_bilinear_has_torch_fidelitys_bits(images) -> None:
