@@ -93,12 +93,13 @@ def load_extractor(
 def _feature_net(path: Path, device: str) -> Extractor:
     from evaluation.feature_net import FeatureNet
 
-    network = FeatureNet.load(path).to(device)
+    network = FeatureNet.load(path).for_inference().to(device)
     return Extractor(
         network.name,
         network.dim,
         _sha256([path / "config.json", path / "model.safetensors"]),
         lambda images: network(images.to(device)),
+        chunk=25,  # its activations then stay in a core's cache
         resize=f"bilinear, antialiased, to {network.resolution}",
         side=network.resolution,
         head=network.classify if len(network.labels) == 1 else None,

@@ -141,6 +141,16 @@ def test_paired_distance_and_agreement_move_with_the_change(images: Tensor) -> N
         assert other[1] < near[1] < 1
 
 
+def test_inference_is_the_network_itself(extractor: Extractor, images: Tensor) -> None:
+    from evaluation.feature_net import FeatureNet
+
+    plain = FeatureNet.load(ROOT / "scenes-v1")
+    truth, found = plain(images[:30]), extractor(images[:30])
+    assert float((found - truth).norm() / truth.norm()) < 1e-6
+    assert not any(isinstance(part, torch.nn.BatchNorm2d) for part in plain.for_inference().modules())
+    assert torch.equal(plain(images[:30]), truth)  # the network that was copied is as it was
+
+
 def test_the_scene_network_answers_many_questions_and_has_no_inception_score(extractor: Extractor) -> None:
     from evaluation.metrics.inception_score import InceptionScore
 
