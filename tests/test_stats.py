@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from evaluation.stats import (
     FeatureStats,
@@ -429,6 +430,13 @@ def test_another_resize_is_refused(tmp_path) -> None:
     path = stats_of(np.eye(4), source=INCEPTION).save(tmp_path / "a.npz")
     with pytest.raises(UserError, match="resize 'TF1', but 'bicubic'"):
         FeatureStats.load(path, expect=Source("inception-2015", "c" * 64, "bicubic"))
+
+
+def test_agrees_with_torchmetrics() -> None:
+    theirs = pytest.importorskip("torchmetrics.image.fid")
+    x, y = correlated(np.random.default_rng(1), 300, 64), correlated(np.random.default_rng(2), 200, 64, 0.1)
+    moments = [torch.from_numpy(part) for z in (x, y) for part in (z.mean(0), np.cov(z.T))]
+    assert frechet_from_features(x, y) == pytest.approx(float(theirs._compute_fid(*moments)), rel=1e-9)
 
 
 @pytest.mark.parametrize(("n", "m"), [(300, 200), (40, 30)])
