@@ -1,7 +1,12 @@
 """How good and how fast a sampler is: Fréchet distance, CLIP score, attributes and latency, by protocols.
 
 `evaluate` measures any function that draws images; `run` measures pipeline directories beside their teacher
-and writes a report. The command line is `python -m evaluation --help`.
+and writes a report. `FeatureStats` holds the moments of features, `frechet_distance` compares two of them. The
+command line is `python -m evaluation --help`.
+
+>>> from evaluation import FeatureStats, evaluate, frechet_distance
+>>> frechet_distance(FeatureStats(dim).add(features), FeatureStats.load("ref.npz"))
+>>> evaluate(stepdistill.load("assets/student"), "scenes-2k", n=500, metrics=("fd", "clip"))
 """
 
 from __future__ import annotations
@@ -17,13 +22,24 @@ if TYPE_CHECKING:
 
     from evaluation.extractors import Extractor
     from evaluation.protocols import Protocol
-    from evaluation.stats import FeatureStats
+    from evaluation.stats import FeatureStats, frechet_distance
+
+__all__ = ["FeatureStats", "evaluate", "frechet_distance", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    """What needs NumPy and torch is imported when it is first asked for, so that `--help` is quick."""
+    if name in ("FeatureStats", "frechet_distance"):
+        from evaluation import stats
+
+        return getattr(stats, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def evaluate(
-    sampler_fn: Callable[[Sequence[str] | Sequence[int], Sequence[int]], Tensor],
-    *,
+    sampler: Callable[[Sequence[str] | Sequence[int], Sequence[int]], Tensor],
     protocol: str | Protocol = "scenes-2k",
+    *,
     n: int | None = None,
     metrics: Sequence[str] = ("fd", "clip", "attributes"),
     extractor: str | Extractor | None = None,
@@ -39,8 +55,9 @@ def evaluate(
     temporary folder, so that memory doesn't grow with n.
 
     Args:
-        sampler_fn: `sampler_fn(prompts, seeds) -> uint8 (N, 3, H, W)`, called with up to `batch` of each.
-            Prompts are captions, or class numbers where `reference` is a folder or Parquet file.
+        sampler: `sampler(prompts, seeds) -> uint8 (N, 3, H, W)`, one of `stepdistill.load`'s or any other, called
+            with up to `batch` of each. Prompts are captions, or class numbers where `reference` is a folder or
+            Parquet file.
         protocol: its name, or a `Protocol`.
         n: number of samples; None is the protocol's own. Fewer are marked in the result: "scenes-2k[n=500]".
         metrics: names in `evaluation.metrics.METRICS`. Latency needs a pipeline directory: see `run`.
@@ -65,7 +82,7 @@ def evaluate(
     from evaluation.generate import drawn, kept
     from evaluation.images import ResizedImages
     from evaluation.metrics import get_metrics
-    from evaluation.metrics.base import Inputs
+    from evaluation.metrics.base import Inputs, check
     from evaluation.metrics.clip_score import ClipScore
     from evaluation.protocols import (
         NamedReference,
@@ -106,10 +123,11 @@ def evaluate(
     inputs.keep = bool(set(computed) & ROWS_NEEDED)
     prompts, seeds = protocol.prompts(n), protocol.seeds(n)
     inputs.captions = protocol.scored_captions(n)
+    check(computed.values(), inputs, n)
     parts = (slice(start, start + batch) for start in range(0, n, batch))
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        images = kept((drawn(sampler_fn, prompts[part], seeds[part]) for part in parts), Path(folder))
+        images = kept((drawn(sampler, prompts[part], seeds[part]) for part in parts), Path(folder))
         inputs.images = ResizedImages(images, protocol.resize) if protocol.resize else images
         inputs.patch_images = images
         for metric in computed.values():

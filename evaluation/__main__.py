@@ -52,6 +52,7 @@ example:
     "images": """\
 examples:
   python -m evaluation images MY_SAMPLES --ref MY_DATASET
+  python -m evaluation images MY_SAMPLES --ref MY_DATASET --metrics fid,kid,prdc
   python -m evaluation stats MY_DATASET -o ref.npz && python -m evaluation images MY_SAMPLES --ref ref.npz
 
   python -m evaluation images MY_SAMPLES --ref val2014 --protocol coco14-30k --metrics fd,clip --captions FILE
@@ -151,7 +152,9 @@ def _parser() -> argparse.ArgumentParser:
     stats.add_argument("-o", "--out", required=True, help="the .npz file to write")
     for added in (images, stats):
         added.add_argument(
-            "--extractor", help="name or directory of a feature net (default: the protocol's, else scenes-v1)"
+            "--extractor",
+            help="name or directory of a feature net (default: the protocol's; else inception-2015 for fid, "
+            "scenes-v1 for all others)",
         )
         added.add_argument(
             "--protocol", help="crop, resize and extract as this protocol does (default: as they are)"
@@ -190,8 +193,9 @@ def _parser() -> argparse.ArgumentParser:
 def _add_run(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what is measured")
     what.add_argument(
-        "--pipeline", nargs="+", required=True, metavar="DIR", help="pipeline directories, usually students"
-    )
+        "--pipeline", nargs="+", required=True, metavar="DIR",
+        help="pipeline directories, usually students; or owner/name, if the Hugging Face cache has it",
+    )  # fmt: skip
     what.add_argument(
         "--steps", type=_numbers(int), metavar="1,2,4", help="step counts (default: those it was trained for)"
     )
@@ -242,6 +246,10 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--latency-images", type=int, default=10, metavar="10", help="images timed per model (default: 10)"
     )
+    how.add_argument(
+        "--throughput-batch", type=int, default=16, metavar="16",
+        help="images drawn at a time to time the throughput (default: 16; 0 leaves it out)",
+    )  # fmt: skip
     how.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
     where = parser.add_argument_group("where it goes")
     where.add_argument(
@@ -319,6 +327,8 @@ def _run(args: argparse.Namespace) -> None:
     from evaluation import report, run
     from evaluation.processes import Processes
 
+    if args.throughput_batch < 0:
+        raise UserError(f"--throughput-batch must be at least 0, got {args.throughput_batch}.")
     _at_least_one(args, "batch", "io_batch", "latency_images")
     _quieten()
     results = run(
@@ -327,7 +337,7 @@ def _run(args: argparse.Namespace) -> None:
         teacher_guidance=args.teacher_guidance, n=args.n, teacher_n=args.teacher_n, metrics=args.metrics,
         protocol=args.protocol, reference=args.reference, captions=args.captions, extractor=args.extractor,
         clip=args.clip, batch=args.batch, io_batch=args.io_batch, device=args.device,
-        latency_images=args.latency_images, force=args.force, bar=_bar(),
+        latency_images=args.latency_images, throughput_batch=args.throughput_batch, force=args.force, bar=_bar(),
     )  # fmt: skip
     if not Processes.join().first:
         return
@@ -341,13 +351,13 @@ def _run(args: argparse.Namespace) -> None:
 def _picture(args: argparse.Namespace) -> None:
     from evaluation import picture
     from evaluation.protocols import get_protocol
-    from stepdistill import load
+    from evaluation.runner import load_pipeline
 
     target = _target(args.out)
     _quieten()
     if args.rows < 1:
         raise UserError(f"--rows must be at least 1, got {args.rows}.")
-    teacher, student = load(args.teacher, device=args.device), load(args.student, device=args.device)
+    teacher, student = (load_pipeline(path, args.device) for path in (args.teacher, args.student))
     if teacher.conditions != student.conditions:
         raise UserError(
             f"the teacher takes a {teacher.conditions}, the student a {student.conditions}; compare others."
@@ -404,6 +414,10 @@ def _stats(args: argparse.Namespace) -> None:
     images = open_images(args.images, resize, args.io_batch)
     extractor = load_extractor(args.extractor or (chosen.extractor if chosen else "scenes-v1"), args.device)
     stats = folders.statistics(images, extractor)
+    if stats.n < 2:
+        raise UserError(
+            f"statistics need at least 2 images, got {stats.n} in {args.images}; use more images."
+        )
     stats.save(target)
     print(f"written: {target} (n = {stats.n}, {stats.dim} features of {stats.source.extractor})")
     if images.facts.duplicates:
@@ -448,17 +462,18 @@ def _geneval(args: argparse.Namespace) -> None:
     from evaluation.generate import Configuration, draw_with, generate, pipeline_sha256
     from evaluation.protocols import get_protocol
     from evaluation.report import check_writable
-    from stepdistill import load
+    from evaluation.runner import load_pipeline
+    from evaluation.weights import pipeline_name
 
     _at_least_one(args, "batch")
     _quieten()
     protocol = get_protocol("geneval").located(captions=args.captions)
     check_writable(Path(args.out))
-    sampler = load(args.pipeline, device=args.device)
+    sampler = load_pipeline(args.pipeline, args.device)
     steps = args.steps or sampler.default_steps
     guidance = sampler.default_guidance if args.guidance is None else args.guidance
     configuration = Configuration(
-        sampler.path.name,
+        pipeline_name(sampler.path).replace("/", "-"),
         pipeline_sha256(sampler.path),
         protocol.hash,
         steps,

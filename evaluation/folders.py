@@ -11,7 +11,7 @@ from typing import Any
 from evaluation.extractors import Extractor, load_extractor
 from evaluation.images import IO_BATCH, Facts, Images, Resize, open_images, patch_window
 from evaluation.metrics import METRICS, get_metrics
-from evaluation.metrics.base import Inputs
+from evaluation.metrics.base import Inputs, check
 from evaluation.metrics.clip_score import ClipScore
 from evaluation.protocols import Protocol, get_protocol, read_captions
 from evaluation.stats import FeatureStats
@@ -51,7 +51,8 @@ def measure(
     Args:
         images: a folder or Parquet file.
         reference: another, or statistics (.npz) made by the same extractor.
-        extractor: a name or a directory; None is the protocol's, else the embedded one.
+        extractor: a name or a directory; None is the protocol's, else inception-2015 for FID and the embedded
+            one for everything else.
         protocol: whose image path, extractor and number of samples are used; None is images as they are.
         captions: a file with a caption for every image, in the order of the files' names.
         clip: directory of the CLIP model, where that is not the embedded one.
@@ -88,13 +89,16 @@ def measure(
                 f"{captions} has {len(inputs.captions)} captions for the {len(own)} images of {images}; "
                 "give one each."
             )
-    net = load_extractor(extractor or (chosen.extractor if chosen else "scenes-v1"), device)
+    usual = "inception-2015" if "fid" in computed else "scenes-v1"
+    net = load_extractor(extractor or (chosen.extractor if chosen else usual), device)
     inputs.extractor = net
     against = (
         None if reference.suffix == ".npz" else open_images(reference, _reference_resize(chosen), io_batch)
     )
+    inputs.reference_images = against
+    check(computed.values(), inputs, len(own))
     stats = FeatureStats.load(reference, expect=net.source) if against is None else statistics(against, net)
-    inputs.reference, inputs.reference_images = stats, against
+    inputs.reference = stats
     inputs.keep = bool(set(computed) & ROWS_NEEDED)
     if chosen and chosen.patch and "patch-fd" in computed:
         inputs.patch_images = open_images(images, patch_window(chosen.patch), io_batch)

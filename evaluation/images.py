@@ -25,9 +25,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from evaluation.stats import refuse_pickle
 from stepdistill.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -197,6 +198,12 @@ class _Files(Images):
         facts.size = (width, height)
         self.facts = facts
 
+    def peek(self) -> Facts:
+        """Facts of the first image alone."""
+        (found,) = self._decoded(list(islice(self._encoded(), 1)))
+        height, width, _ = found.pixels.shape
+        return Facts(1, (width, height), int(found.lossy), int(found.grey), array("Q", [found.hash]))
+
     def _encoded(self) -> Iterator[tuple[Callable[[], bytes], str]]:
         """For every image, what reads its bytes, and its name."""
         raise NotImplementedError
@@ -317,6 +324,7 @@ def open_images(
     if path.suffix == ".parquet" and path.is_file():
         return ParquetImages(path, resize, io_batch)
     if path.exists():
+        refuse_pickle(path)
         raise UserError(f"{path} is neither a folder of images nor a .parquet file.")
     raise UserError(f"there is nothing at {path}; give a folder of images or a .parquet file.")
 
@@ -335,7 +343,9 @@ def _opened(content: bytes, name: str) -> tuple[Image.Image, str, bool]:
     try:
         with Image.open(io.BytesIO(content)) as image:
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # where Pillow would only warn
-                raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels are too many")
+                raise Image.DecompressionBombError
+            if any(";16B" in str(tile) for tile in image.tile):  # of which Pillow would drop the lower half
+                raise UserError(f"{name} has 16 bits a channel; save it as 8-bit RGB.")
             form = str(image.format)
             image.load()
             grey = image.mode in ("L", "LA", "1")
@@ -346,8 +356,13 @@ def _opened(content: bytes, name: str) -> tuple[Image.Image, str, bool]:
             if image.mode not in ("RGB", "RGBA", "L", "LA", "P", "1"):
                 raise UserError(f"{name} has the pixel format {image.mode}; save it as 8-bit RGB.")
             return image.convert("RGB"), form, grey
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{name} cannot be read as an image ({error}); remove it or copy it again.") from None
+    except Image.DecompressionBombError:
+        reason = f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels, as a decompression bomb has"
+    except UnidentifiedImageError:
+        reason = "its format is none that is known"
+    except (OSError, SyntaxError, ValueError) as error:
+        reason = str(error)
+    raise UserError(f"{name} cannot be read as an image ({reason}); remove it or copy it again.")
 
 
 def _ahead(

@@ -107,6 +107,8 @@ def columns(results: dict[str, Any]) -> list[tuple[str, Cell]]:
             found.append((f"{name} {'↓' if pareto.lower_is_better(name) else '↑'}", _distance(name)))
     if "latency/ms" in measured:
         found.append(("ms/image", lambda row, m: _number(m.get("latency/ms"), "{:.1f}")))
+    if "latency/throughput" in measured:
+        found.append(("images/s", lambda row, m: _number(m.get("latency/throughput"), "{:.1f}")))
     if "latency/speedup" in measured:
         found.append(
             ("speed-up denoiser", lambda row, m: _number(m.get("latency/speedup_denoise"), "{:.1f}x"))

@@ -27,13 +27,14 @@ from evaluation import report
 from evaluation.extractors import load_extractor
 from evaluation.folders import ROWS_NEEDED
 from evaluation.generate import Configuration, Shards, draw_with, generate, pipeline_sha256
-from evaluation.images import Facts, Images, ResizedImages, Watched, patch_window
+from evaluation.images import Facts, Images, ResizedImages, Watched, open_images, patch_window
 from evaluation.metrics import get_metrics
-from evaluation.metrics.base import Inputs
+from evaluation.metrics.base import Inputs, check
 from evaluation.metrics.clip_score import ClipScore
-from evaluation.metrics.latency import IMAGES, Timed, measure, speedups
+from evaluation.metrics.latency import BATCH, IMAGES, Timed, measure, speedups
 from evaluation.processes import Processes
 from evaluation.protocols import (
+    FileReference,
     NamedReference,
     Protocol,
     checked_n,
@@ -43,6 +44,7 @@ from evaluation.protocols import (
 )
 from evaluation.reference import reference_stats
 from evaluation.stats import frechet_ratio_with_error
+from evaluation.weights import find_pipeline, pipeline_name
 from stepdistill.errors import UserError
 
 if TYPE_CHECKING:
@@ -92,13 +94,14 @@ def run(
     io_batch: int | None = None,
     device: str = "cpu",
     latency_images: int = IMAGES,
+    throughput_batch: int = BATCH,
     force: bool = False,
     bar: Callable[..., Any] | None = None,
 ) -> dict[str, Any]:
     """Measure pipeline directories and write `out`/results.json and the report beside it.
 
     Args:
-        pipelines: directories to measure, usually students.
+        pipelines: directories, or repositories in the Hugging Face cache; usually students.
         teacher: directory of what they are compared with. Its guidance is swept and the least distance
             taken; it is also measured at the students' own step counts, which is what distillation starts
             from.
@@ -115,6 +118,8 @@ def run(
         clip: directory of the protocol's CLIP model, where that is not the embedded one.
         batch: batch size of the sampled networks; samples of two sizes differ in their last bits.
         io_batch: samples asked for at a time; changes nothing but memory.
+        latency_images, throughput_batch: images timed one by one, and drawn at a time for the throughput; a
+            batch of 0 leaves that out.
         force: draw again what is kept under `out`/samples.
         bar: makes a progress bar from `total` and `desc` (tqdm); None shows nothing.
 
@@ -127,8 +132,8 @@ def run(
     began = time.time()
     processes = Processes.join()
     session = _Session(Path(out), batch, io_batch, processes.device(device), force, bar or _NoBar, processes)
-    samplers = [_load(path, session.device) for path in pipelines]
-    teacher_sampler = _load(teacher, session.device) if teacher is not None else None
+    samplers = [load_pipeline(path, session.device) for path in pipelines]
+    teacher_sampler = load_pipeline(teacher, session.device) if teacher is not None else None
     everyone = [*samplers, *([teacher_sampler] if teacher_sampler else [])]
     session.drawn_by = chosen = _protocol(protocol, reference, captions, extractor, everyone)
     n = checked_n(n, chosen)
@@ -150,7 +155,7 @@ def run(
         for count, scale in _settings(sampler, steps, guidance)
     ]
     report.check_writable(Path(out))
-    session.prepare(extractor)
+    session.prepare(extractor, n)
     session.check(everyone, n, teacher_n)
     scales = [1.0]
     if teacher_sampler and not teacher_sampler.guidance_free:
@@ -178,8 +183,8 @@ def run(
         raise
     if timed:
         entries = [Timed(row.sampler, row.steps, row.guidance) for row in done]
-        prompts = chosen.prompts(min(latency_images, chosen.n))
-        times = processes.from_first(lambda: measure(entries, prompts, latency_images))
+        prompts = chosen.prompts(min(max(latency_images, throughput_batch), chosen.n))
+        times = processes.from_first(lambda: measure(entries, prompts, latency_images, throughput_batch))
         for row, found in zip(done, times, strict=True):
             row.metrics |= {f"latency/{name}": value for name, value in found.items()}
             if best is not None and row is not best:
@@ -208,8 +213,8 @@ class _Session:
         self.hashes: dict[Path, str] = {}
         self.drawn: dict[str, Shards] = {}  # by key, as far as this run has come
 
-    def prepare(self, extractor: str | os.PathLike[str] | None) -> None:
-        """Load all that measures, and the reference, so that a missing file ends a run before it begins."""
+    def prepare(self, extractor: str | os.PathLike[str] | None, n: int) -> None:
+        """Load all that measures, and the reference, so that what is missing ends a run before it begins."""
         self.protocol = self.drawn_by
         needs = set().union(*(metric.needs for metric in self.computed.values()))
         statistics = (
@@ -226,6 +231,9 @@ class _Session:
                 load_extractor(extractor or self.drawn_by.extractor, self.device)
             )
             self.protocol = replace(self.drawn_by, extractor=self.extractor.name)
+        known = Inputs(captions=self.protocol.scored_captions(n), extractor=self.extractor)
+        known.reference_images, known.groups = self.protocol.reference, self.protocol.groups(n)
+        check(self.computed.values(), known, n)
         if "reference" in needs:
             self.reference = reference_stats(self.protocol, self.extractor, self.processes)
 
@@ -270,6 +278,22 @@ class _Session:
         sizes = {sampler.resolution for sampler in samplers}
         if len(sizes) > 1:
             self.warnings.append(f"the pipelines draw images of different sizes: {sorted(sizes)}.")
+        if isinstance(self.protocol.reference, FileReference) and self.reference is not None:
+            self.warnings += self._reference_doubts(sizes)
+
+    def _reference_doubts(self, sizes: set[tuple[int, int]]) -> list[str]:
+        """What sets a person's own reference apart from samples, by its first image."""
+        found = []
+        first = open_images(self.protocol.reference.path).peek()
+        width, height = first.size
+        if {(height, width)} != sizes:
+            drawn = " and ".join(f"{w}x{h}" for h, w in sorted(sizes))
+            found.append(
+                f"the samples are {drawn} and the reference {width}x{height}: resizing alone makes a distance."
+            )
+        if first.lossy:
+            found.append("the reference is JPEG and the samples are not: its losses alone make a distance.")
+        return found
 
     def samples(self, row: Row, n: int) -> Images:
         """The first n samples of a row, drawn or found."""
@@ -278,14 +302,14 @@ class _Session:
             self.hashes[path] = pipeline_sha256(path)
         row.sha256 = self.hashes[path]
         configuration = Configuration(
-            path.name, row.sha256, self.drawn_by.hash, row.steps, row.guidance, self.batch,
+            pipeline_name(path).replace("/", "-"), row.sha256, self.drawn_by.hash, row.steps, row.guidance, self.batch,
             self.device.partition(":")[0],
         )  # fmt: skip
         # A sweep's samples are part of the full set: what this run has drawn is never drawn again, even with
         # --force.
         known = self.drawn.get(configuration.key)
         if known is None or len(known) < n:
-            with self.bar(total=n, desc=f"{path.name}, {row.steps} steps, guidance {row.guidance:g}") as bar:
+            with self.bar(total=n, desc=_bar_label(row)) as bar:
                 known = self.drawn[configuration.key] = generate(
                     draw_with(row.sampler, row.steps, row.guidance, self.batch, self.drawn_by.quantise),
                     configuration,
@@ -495,15 +519,20 @@ def git_commit() -> str | None:
 
 
 def _names(paths: Sequence[Path]) -> dict[Path, str]:
-    """What each pipeline is called: its directory's name, or its whole path where two share a name."""
-    called = Counter(path.name for path in set(paths))
-    return {path: path.name if called[path.name] == 1 else str(path) for path in paths}
+    """What each pipeline is called: its own name, or its whole path where two share a name."""
+    called = Counter(pipeline_name(path) for path in set(paths))
+    return {path: name if called[name := pipeline_name(path)] == 1 else str(path) for path in paths}
 
 
-def _load(path: str | os.PathLike[str], device: str) -> ImageSampler:
+def _bar_label(row: Row) -> str:
+    steps = f"{row.steps} step{'s' if row.steps > 1 else ''}"
+    return f"{pipeline_name(Path(row.sampler.path))}, {steps}, guidance {row.guidance:g}"
+
+
+def load_pipeline(path: str | os.PathLike[str], device: str) -> ImageSampler:
     from stepdistill import load
 
-    return load(path, device=device)
+    return load(find_pipeline(path), device=device)
 
 
 def _protocol(protocol, reference, captions, extractor, samplers: Sequence[ImageSampler]) -> Protocol:

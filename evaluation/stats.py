@@ -153,11 +153,7 @@ class FeatureStats:
             raise UserError(
                 f"no statistics file at {path}; `python -m evaluation stats DIR -o {path}` makes one."
             )
-        if path.suffix.lower() in _PICKLES:
-            raise UserError(
-                f"{path} is a pickle, which can run any code when it is opened; convert it where you trust it "
-                "with numpy.savez(file, mu=..., sigma=...) and give the .npz file."
-            )
+        refuse_pickle(path)
         try:
             with np.load(path, allow_pickle=False) as file:
                 # A file of ours lists its arrays by these names; others hold images too, which are not read.
@@ -283,6 +279,15 @@ class FeatureStats:
         if not self._waiting:
             return moments
         return moments.merged(_Moments.of(self._buffer[: self._waiting]))
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raises UserError for a file that is a pickle by its name."""
+    if path.suffix.lower() in _PICKLES:
+        raise UserError(
+            f"{path} is a pickle, which can run any code when it is opened; convert it where you trust it "
+            "with numpy.savez(file, mu=..., sigma=...) and give the .npz file."
+        )
 
 
 class FoldedStats:

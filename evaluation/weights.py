@@ -14,8 +14,9 @@ import argparse
 import functools
 import hashlib
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,19 +102,21 @@ def find(name: str, path: str | os.PathLike[str] | None = None) -> Path:
             f"there are no weights {name!r}; known are {', '.join(WEIGHTS)}.{nearest(name, WEIGHTS)}"
         )
     wanted = WEIGHTS[name]
-    tried = []
-    for place in [Path(path)] if path is not None else places():
+    tried: list[Path] = []
+    folders = [Path(path)] if path is not None else places()
+    for place in folders:
         for candidate in _candidates(wanted, place):
             tried.append(candidate)
             if _complete(wanted, candidate):
                 _check(wanted, candidate)
                 return candidate
-    looked = "\n".join(f"  {one}" for one in dict.fromkeys(tried))
+    # Every place is asked for the same names, so the two lists say it all.
+    names = list(dict.fromkeys(one.name for one in tried if one not in folders))
     raise MissingWeights(
         f"the weights {name} ({wanted.size} MB, {wanted.licence}"
         + (f", sha256 {wanted.sha256}..." if wanted.sha256 else "")
-        + f") are not here. Looked at:\n{looked}\nGet them, on any machine, with\n  {wanted.how}\n"
-        f"and put them into one of these places, or name their folder in ${ENVIRONMENT}."
+        + f") are not here: there is no {_listed(names, 'or')} in {_listed(map(str, folders), 'or')}; get them on "
+        f"any machine with `{wanted.how}`, and put them into one of these folders or name theirs in ${ENVIRONMENT}."
     )
 
 
@@ -198,6 +201,40 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> P
     with atomic_write(target) as temporary:
         save_file(state, temporary, metadata={"format": "pt", _SOURCE: file_sha256(source)})
     return target
+
+
+def _listed(names: Iterable[str], last: str) -> str:
+    *before, end = names
+    return f"{', '.join(before)} {last} {end}" if before else end
+
+
+def find_pipeline(name: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """`name` itself, or where the Hugging Face cache has the repository owner/name.
+
+    Raises:
+        UserError: it looks like a repository, and is neither a directory nor in the cache.
+    """
+    if Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)):
+        return name
+    cached = hugging_face() / f"models--{str(name).replace('/', '--')}"
+    try:
+        snapshot = cached / "snapshots" / (cached / "refs" / "main").read_text().strip()
+    except OSError:
+        snapshot = cached
+    if not (snapshot / "model_index.json").is_file():
+        raise UserError(
+            f"there is no directory {name}, and no pipeline of that name in the Hugging Face cache {hugging_face()}; "
+            f"get it with `hf download {name}`, or give the directory of a diffusers pipeline."
+        )
+    return snapshot
+
+
+def pipeline_name(path: Path) -> str:
+    """What people call a pipeline: its directory's name, or the repository a cached one is of."""
+    repository = path.parent.parent.name
+    if path.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/")
+    return path.name
 
 
 def _candidates(wanted: Weights, place: Path) -> list[Path]:

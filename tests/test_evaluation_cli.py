@@ -21,6 +21,7 @@ from evaluation.__main__ import main
 from evaluation.feature_net import FeatureNet
 from evaluation.images import Resize
 from evaluation.metrics import base
+from evaluation.processes import Processes
 from evaluation.protocols import PROTOCOLS, CaptionFile, NamedReference, SceneReference
 from evaluation.stats import FeatureStats
 from stepdistill import scenes
@@ -169,13 +170,14 @@ def test_run_compares_students_with_their_teacher(tmp_path, painters, net, capsy
     # The same command again draws nothing but what is timed; --force draws everything.
     drawn = painters["teacher"].drawn
     again = run(tmp_path, net, "--teacher-guidance", "1,2,3", "--n", 40)
-    assert painters["teacher"].drawn - drawn == 3 * 3
+    timed = 3 + 4 * 16  # two images and three batches, each after one that warms up
+    assert painters["teacher"].drawn - drawn == 3 * timed
     for row, other in zip(results["rows"], again["rows"], strict=True):
         for name in ("fd:tiny", "fd:tiny/se", "attributes/all"):
             assert row["metrics"][name] == other["metrics"][name]
     drawn = painters["teacher"].drawn
     run(tmp_path, net, "--teacher-guidance", "1,2,3", "--n", 40, "--force")
-    assert painters["teacher"].drawn - drawn == 3 * 3 * 40 + 3 * 3
+    assert painters["teacher"].drawn - drawn == 3 * 3 * 40 + 3 * timed
 
 
 def test_run_with_fewer_teacher_samples_compares_the_first_of_both(tmp_path, painters, net) -> None:
@@ -189,12 +191,14 @@ def test_run_with_fewer_teacher_samples_compares_the_first_of_both(tmp_path, pai
 
 def test_a_long_sweep_chooses_on_a_subset_and_measures_on_all(tmp_path, painters, net, monkeypatch) -> None:
     monkeypatch.setattr("evaluation.runner.SWEEP_N", 30)
-    results = run(tmp_path, net, "--teacher-guidance", "1,1.5,2,3", "--n", 50, "--steps", "2")
+    results = run(tmp_path, net, "--teacher-guidance", "1,1.5,2,3", "--n", 50, "--steps", "2",
+                  "--throughput-batch", 0)  # fmt: skip
     sweep = results["rows"][0]["sweep"]
     assert (sweep["n"], sweep["chosen_on_a_subset"], sweep["chosen"]) == (30, True, 2)
     assert results["rows"][0]["n"] == 50
     # 4 scales of 30, then 20 more of the best, at 8 and at 2 steps; and 2 x 3 timed
     assert painters["teacher"].drawn == 2 * (4 * 30 + 20) + 6
+    assert "throughput" not in (tmp_path / "out" / "results.json").read_text()
 
 
 def test_run_refuses_wrong_input_before_drawing(tmp_path, painters, net, capsys) -> None:
@@ -207,6 +211,11 @@ def test_run_refuses_wrong_input_before_drawing(tmp_path, painters, net, capsys)
     assert "Did you mean 'attributes'?" in wrong("--n", 9, "--metrics", "fd,attribute")
     assert "--steps 3 is not what" in wrong("--steps", "1,3")
     assert "needs no guidance" in wrong("--guidance", 3)
+    assert "--throughput-batch must be at least 0" in wrong("--throughput-batch", -1)
+    assert "FID is defined by the extractor inception-2015" in wrong("--n", 9, "--metrics", "fid")
+    assert "preprocessor_config.json cannot be read" in wrong(
+        "--n", 9, "--metrics", "clip", "--clip", tmp_path
+    )
     assert "no protocol 'scenes-3k'" in wrong("--protocol", "scenes-3k")
     assert "--batch must be at least 1" in wrong("--batch", 0)
     assert "does not exist" in wrong("--teacher", tmp_path / "nowhere")
@@ -446,6 +455,36 @@ def test_images_as_a_protocol_wants_them(tmp_path, net, capsys, monkeypatch) -> 
     assert "fd:tiny 0" in capsys.readouterr().out or found["fd:tiny"] < 1e-8
 
 
+def test_fid_is_of_inception_unless_an_extractor_is_named(tmp_path, capsys, monkeypatch) -> None:
+    for name in ("STEPDISTILL_WEIGHTS", "STEPDISTILL_CACHE", "TORCH_HOME", "HF_HUB_CACHE"):
+        monkeypatch.setenv(name, str(tmp_path / "nothing"))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    one = save_images(tmp_path / "one", 4)
+    message = refused(capsys, "images", one, "--ref", one, "--metrics", "fid,kid,prdc")
+    for part in ("inception-2015 (96 MB", str(tmp_path / "nothing"), "get them on any machine with `curl"):
+        assert part in message
+
+
+def test_a_run_doubts_a_reference_unlike_its_samples(tmp_path, net, monkeypatch) -> None:
+    from evaluation.images import open_images
+    from evaluation.protocols import real_images
+    from evaluation.runner import _Session
+
+    session = _Session(tmp_path, 1, None, "cpu", False, None, Processes())
+    places = {"same": save_images(tmp_path / "same", 3), "odd": tmp_path / "odd"}
+    places["odd"].mkdir()
+    for index in range(3):
+        Image.fromarray(scenes.image_at(index, 3)[1]).resize((80, 72)).save(places["odd"] / f"{index}.jpg")
+    said = {}
+    for name, place in places.items():
+        session.protocol = real_images(place)
+        said[name] = session._reference_doubts({(64, 64)})
+    assert said["same"] == []
+    assert any("samples are 64x64 and the reference 80x72" in doubt for doubt in said["odd"])
+    assert any("the reference is JPEG" in doubt for doubt in said["odd"])
+    assert open_images(places["odd"]).peek().size == (80, 72)
+
+
 def test_a_score_of_captions_needs_them_all(tmp_path, net, capsys) -> None:
     one = save_images(tmp_path / "one", 4)
     command = ["images", one, "--ref", one, "--extractor", net, "--metrics", "fd,clip"]
@@ -480,10 +519,19 @@ def test_images_that_cannot_be_measured(tmp_path, net, capsys) -> None:
     ):
         odd = save_images(tmp_path / name)
         image.save(odd / f"{name}.{'jpg' if name == 'cmyk' else 'png'}")
-        assert ("transparent pixels" if name == "clear" else "the pixel format") in wrong(odd)
+        reason = {"deep": "16 bits a channel", "clear": "transparent pixels", "cmyk": "the pixel format"}[
+            name
+        ]
+        assert reason in wrong(odd)
     bomb = save_images(tmp_path / "bomb")
     Image.new("1", (10_000, 10_000)).save(bomb / "bomb.png")  # 100 megapixels in a few kilobytes
-    assert "bomb.png cannot be read as an image (10000x10000 pixels are too many)" in wrong(bomb)
+    assert "bomb.png cannot be read as an image (it has more than 89,478,485 pixels" in wrong(bomb)
+    (tmp_path / "ref.pkl").write_bytes(b"")
+    assert "ref.pkl is a pickle, which can run any code" in wrong(good, reference=tmp_path / "ref.pkl")
+    one = "stats", tmp_path / "single", "-o", tmp_path / "one.npz", "--extractor", net
+    assert "statistics need at least 2 images, got 1" in refused(capsys, *one)
+    assert not (tmp_path / "one.npz").exists()
+    assert "and tiny is in use" in wrong(good, "--metrics", "fid")
     torch.manual_seed(1)
     FeatureNet("other", 32, 16, {"label": ["a", "b"]}).save(tmp_path / "net")
     main(["stats", str(good), "-o", str(tmp_path / "ref.npz"), "--extractor", str(tmp_path / "net")])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -155,11 +157,17 @@ def test_attributes_of_rendered_scenes_and_of_the_wrong_captions() -> None:
     wrong = Attributes().compute(Inputs(images=MemoryImages([pictures(0, 60)]), captions=moved))
     assert right["attributes/all"] > 0.95 and wrong["attributes/all"] < 0.1
     assert {f"attributes/{name}" for name in (*scenes.ATTRIBUTES, "all")} < set(right)
+    whole = scenes.attribute_accuracy(pictures(0, 60).permute(0, 2, 3, 1).numpy(), moved)
+    split = Attributes().compute(Inputs(images=MemoryImages(pictures(0, 60).split(7)), captions=moved))
+    assert split == wrong
+    assert whole == {name: pytest.approx(split[f"attributes/{name}"], abs=1e-12) for name in whole}
     share = wrong["attributes/all"]
     assert wrong["attributes/all/se"] == pytest.approx((share * (1 - share) / 60) ** 0.5)
 
 
 def test_attributes_refuse_captions_that_are_none() -> None:
+    with pytest.raises(UserError, match="2 images and 1 captions"):
+        Attributes().compute(Inputs(images=MemoryImages([pictures(0, 2)]), captions=["a photo of a cat"]))
     with pytest.raises(UserError, match="describes no scene"):
         Attributes().compute(Inputs(images=MemoryImages([pictures(0, 1)]), captions=["a photo of a cat"]))
 
@@ -259,13 +267,14 @@ class Sleeper:
         self.asked.append((tuple(prompts), tuple(seeds), steps, guidance_scale, chunk))
         denoise = self.per_call * steps * self.calls(guidance_scale)
         timings |= {"text": 0.001, "denoise": denoise, "decode": 0.002}
-        return torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+        return torch.zeros(len(prompts), 3, 8, 8, dtype=torch.uint8)
 
 
 def test_latency_splits_stages_and_takes_turns() -> None:
     student, teacher = Sleeper(0.004), Sleeper(0.003)
     entries = [Timed(student, 2, 1.0), Timed(teacher, 50, 3.0)]
-    own, other = measure(entries, ["a", "b"], images=3)
+    own, other = measure(entries, ["a", "b"], images=3, batch=0)
+    assert "throughput" not in own
     assert (own["denoise_ms"], own["nfe"], own["ms_per_call"]) == pytest.approx((8, 2, 4))
     assert (other["denoise_ms"], other["nfe"], other["ms_per_call"]) == pytest.approx((300, 100, 3))
     assert (own["text_ms"], own["decode_ms"]) == pytest.approx((1, 2))
@@ -276,6 +285,19 @@ def test_latency_splits_stages_and_takes_turns() -> None:
     assert all(asked[4] == 1 for asked in student.asked)
     found = Latency().compute(Inputs(timed=entries, captions=["a"]))
     assert found["latency/speedup_denoise"] == pytest.approx(300 / 8)
+
+
+def test_throughput_is_of_full_batches_in_turns() -> None:
+    student, teacher = Sleeper(0.004), Sleeper(0.003)
+    own, other = measure([Timed(student, 2, 1.0), Timed(teacher, 50, 3.0)], ["a", "b"], images=1, batch=4)
+    batches = [asked for asked in student.asked if len(asked[0]) == 4]
+    assert [asked[0] for asked in batches] == [("a", "b", "a", "b")] * 4  # a warm-up comes first
+    assert [asked[1] for asked in batches] == [(0, 1, 2, 3), (0, 1, 2, 3), (4, 5, 6, 7), (8, 9, 10, 11)]
+    assert all(asked[4] == 4 for asked in batches)
+    assert own["throughput_batch"] == 4 and own["throughput"] > 0
+    stages = [own[f"throughput_{stage}_ms"] for stage in ("text", "denoise", "decode")]
+    assert stages == pytest.approx([1 / 4, 8 / 4, 2 / 4])
+    assert other["throughput_denoise_ms"] == pytest.approx(300 / 4)
 
 
 # -------------------------------------------------------------------------------- protocols
@@ -393,6 +415,40 @@ def test_evaluate_refuses_what_makes_no_sense() -> None:
         evaluation.evaluate(wrong, n=4, metrics=("attributes",))
     with pytest.raises(UserError, match="uint8 tensor"):
         evaluation.evaluate(floats, n=4, metrics=("attributes",))
+
+
+def test_evaluate_is_called_as_the_documentation_says(tmp_path, monkeypatch) -> None:
+    from evaluation import FeatureStats, evaluate, frechet_distance
+
+    monkeypatch.setenv("STEPDISTILL_CACHE", str(tmp_path))
+    drawn = pictures(0, 30)
+
+    def sampler(prompts, seeds) -> Tensor:
+        return drawn[: len(prompts)]
+
+    net = tiny_extractor()
+    reference = FeatureStats(net.dim, net.source).add(net(pictures(100, 40)))
+    found = evaluate(sampler, "scenes-2k", n=30, metrics=("fd",), extractor=net, reference=reference)
+    truth = frechet_distance(FeatureStats(net.dim, net.source).add(net(drawn)), reference)
+    assert found["fd:tiny"] == pytest.approx(truth, rel=1e-9)
+    with pytest.raises(AttributeError):
+        evaluation.frechet  # noqa: B018
+
+
+def test_what_a_metric_cannot_be_computed_from_is_said_before_anything_is_drawn() -> None:
+    def sampler(prompts, seeds) -> Tensor:
+        raise AssertionError("a sample was drawn")
+
+    for metric, n, reason in (
+        ("fid", 20, "FID is defined by the extractor inception-2015, and scenes-v1 is in use"),
+        ("is", 20, "needs a classifier"),
+        ("prdc", 5, "more than 5 images on each side, got 5"),
+        ("diversity", 3, "every prompt here has one"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            evaluation.evaluate(sampler, n=n, metrics=(metric,))
+    with pytest.raises(UserError, match=r"preprocessor_config\.json cannot be read"):
+        evaluation.evaluate(sampler, n=20, metrics=("clip",), clip=Path(__file__).parent)
 
 
 def test_a_value_stands_for_its_metric() -> None:
@@ -527,12 +583,30 @@ def test_lossless_formats_are_turned_into_rgb() -> None:
         assert found.shape == (8, 8, 3) and np.array_equal(found[:, :, 0], np.asarray(grey))
 
 
+def deep_png(channels: int) -> bytes:
+    """A PNG of 8 x 8 pixels with 16 bits a channel, which Pillow cannot write."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        )
+
+    header = struct.pack(">IIBBBBB", 8, 8, 16, {3: 2, 4: 6}[channels], 0, 0, 0)
+    rows = zlib.compress((b"\0" + b"\x12\x34" * 8 * channels) * 8)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
 def test_images_that_cannot_be_used(tmp_path) -> None:
     clear = Image.new("RGBA", (8, 8), (1, 2, 3, 100))
     with pytest.raises(UserError, match="x has transparent pixels"):
         decode(encoded(clear), "x")
-    with pytest.raises(UserError, match="pixel format I;16"):
+    with pytest.raises(UserError, match="x has 16 bits a channel"):
         decode(encoded(Image.fromarray(np.zeros((8, 8), np.uint16))), "x")
+    for channels in (3, 4):  # Pillow opens these as 8-bit RGB and RGBA
+        with pytest.raises(UserError, match="x has 16 bits a channel"):
+            decode(deep_png(channels), "x")
+    with pytest.raises(UserError, match=r"cannot be read as an image \(its format is none that is known\)"):
+        decode(b"hello", "x")
     with pytest.raises(UserError, match="pixel format CMYK"):
         decode(encoded(Image.new("CMYK", (8, 8)), "JPEG"), "x")
     with pytest.raises(UserError, match="cannot be read as an image"):

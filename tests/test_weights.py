@@ -16,9 +16,11 @@ from evaluation.weights import (
     content_sha256,
     convert,
     find,
+    find_pipeline,
     load_file,
     main,
     model_files,
+    pipeline_name,
 )
 from stepdistill.errors import UserError
 
@@ -77,17 +79,19 @@ def test_a_miss_says_what_where_and_how(nowhere) -> None:
     text = str(caught.value)
     for part in (
         "inception-2015 (96 MB, Apache-2.0, sha256 6726825d...)",
-        str(nowhere / "own" / "weights-inception-2015-12-05-6726825d.pth"),
-        str(nowhere / "torch" / "hub" / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"),
+        "there is no weights-inception-2015-12-05-6726825d.pth, pt_inception-2015-12-05-6726825d.pth or "
+        f"inception-2015.safetensors in {nowhere / 'own'}, {nowhere / 'cache' / 'weights'}, ",
+        f"{nowhere / 'torch' / 'hub' / 'checkpoints'} or {nowhere / 'hub'};",
         "curl -L",
         "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/",
         "$STEPDISTILL_WEIGHTS",
     ):
         assert part in text, part
+    assert "\n" not in text  # one sentence
     with pytest.raises(MissingWeights) as caught:
         find("dinov2-vitl14")
     assert "hf download facebook/dinov2-large" in str(caught.value)
-    assert str(nowhere / "hub" / "models--facebook--dinov2-large") in str(caught.value)
+    assert "dinov2-large or models--facebook--dinov2-large in " in str(caught.value)
     with pytest.raises(UserError, match=r"no weights 'dinov2'.*Did you mean 'dinov2-vitl14'"):
         find("dinov2")
 
@@ -161,6 +165,25 @@ def test_a_repository_is_found_in_the_hubs_cache_by_its_main_branch(nowhere) -> 
         find("clip-vit-b32")
     own = repository(nowhere / "own" / "clip-vit-base-patch32")
     assert find("clip-vit-b32") == own
+
+
+def test_a_pipeline_of_the_hub_is_found_in_its_cache(nowhere, monkeypatch) -> None:
+    monkeypatch.chdir(nowhere)
+    assert find_pipeline(nowhere / "gone") == nowhere / "gone"  # a path, which loading will complain about
+    with pytest.raises(UserError, match=r"no directory me/student, .* get it with `hf download me/student`"):
+        find_pipeline("me/student")
+    cached = nowhere / "hub" / "models--me--student"
+    snapshot = cached / "snapshots" / "abc"
+    for folder in (cached / "refs", snapshot):
+        folder.mkdir(parents=True)
+    (cached / "refs" / "main").write_text("abc")
+    with pytest.raises(UserError, match="no pipeline of that name"):  # an interrupted download
+        find_pipeline("me/student")
+    (snapshot / "model_index.json").write_text("{}")
+    assert find_pipeline("me/student") == snapshot and pipeline_name(snapshot) == "me/student"
+    (nowhere / "me" / "student").mkdir(parents=True)
+    assert find_pipeline("me/student") == "me/student"  # a directory comes first
+    assert pipeline_name(Path("me/student")) == "student"
 
 
 def test_safetensors_are_taken_before_pickles(tmp_path) -> None:

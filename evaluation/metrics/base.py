@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -84,7 +84,11 @@ class Inputs:
 
 
 class Metric(Protocol):
-    """One file in this package and one line in METRICS."""
+    """One file in this package and one line in METRICS.
+
+    A metric may also have `check(inputs, n)`: raise UserError for what it cannot be computed from, before the n
+    samples are drawn. `inputs` then holds everything but images and what is made of them.
+    """
 
     needs: frozenset[str]  # names of fields of Inputs
 
@@ -95,6 +99,13 @@ class Metric(Protocol):
             UserError: the inputs are not what this metric can be computed from.
         """
         ...
+
+
+def check(metrics: Iterable[Metric], inputs: Inputs, n: int) -> None:
+    """Let every metric look at what it will get for `n` samples. Raises UserError as they do."""
+    for metric in metrics:
+        if hasattr(metric, "check"):
+            metric.check(inputs, n)
 
 
 def folded(

@@ -61,6 +61,10 @@ class ClipScore:
         if self.directory is None and name in VARIANTS:
             self.directory = find(VARIANTS[name])
 
+    def check(self, inputs: Inputs, n: int) -> None:
+        """Raises UserError when the model cannot be loaded."""
+        _ = self._clip
+
     def compute(self, inputs: Inputs) -> dict[str, float]:
         """The score and its standard error over images."""
         cosines = self.cosines(inputs.images, inputs.captions).double()
@@ -80,17 +84,21 @@ class ClipScore:
             pixels = clip_pixels(chunk, side, clip.mean, clip.std)
             return embedding(clip.model.get_image_features(pixel_values=pixels))
 
-        pictures = [padded(pictured, chunk, _CHUNK) for chunk in rechunked(images, _CHUNK)]
-        count = sum(map(len, pictures))
+        def spoken(ids: Tensor) -> Tensor:
+            return embedding(clip.model.get_text_features(input_ids=ids))
+
+        found, count = [], 0
+        for chunk in rechunked(images, _CHUNK):
+            own = captions[count : count + len(chunk)]
+            count += len(chunk)
+            if len(own) == len(chunk):
+                sides = padded(pictured, chunk, _CHUNK), padded(spoken, self._tokens(own), _CHUNK)
+                found.append(F.cosine_similarity(*sides, dim=1))
         if count != len(captions) or not count:
             raise UserError(
                 f"a CLIP score needs a caption per image, got {count} images and {len(captions)} captions."
             )
-        spoken = [
-            padded(lambda ids: embedding(clip.model.get_text_features(input_ids=ids)), ids, _CHUNK)
-            for ids in self._tokens(captions).split(_CHUNK)
-        ]
-        return F.cosine_similarity(torch.cat(pictures), torch.cat(spoken), dim=1)
+        return torch.cat(found)
 
     def _tokens(self, captions: Sequence[str]) -> Tensor:
         # The text tower is causal and pools at the end token, so what follows it needs no mask.

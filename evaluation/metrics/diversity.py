@@ -22,21 +22,26 @@ class Diversity:
 
     needs = frozenset({"images", "extractor"})
 
-    def compute(self, inputs: Inputs) -> dict[str, float]:
+    def check(self, inputs: Inputs, n: int) -> None:
         """Raises UserError when no prompt has two images, or groups and images differ in number."""
-        groups = members(inputs)
-        rows = np.asarray(inputs.features, np.float64)
-        distances = np.array([mean_distance(rows[index]) for index in groups])
+        members(inputs, n)
+
+    def compute(self, inputs: Inputs) -> dict[str, float]:
+        """Raises UserError as `check` does, and when the teacher draws one picture per prompt."""
+        groups = members(inputs, len(inputs.images))
+        parts = [np.asarray(inputs.features[index], np.float64) for index in groups]
+        distances = np.array([mean_distance(rows) for rows in parts])
         k = len(groups)
         name = f"diversity:{inputs.extractor.name}"
         found = {name: float(distances.mean()), f"{name}/se": _error(distances)}
-        everything = np.concatenate(groups)
-        total = rows[everything].var(axis=0).sum() * len(everything) / max(len(everything) - 1, 1)
-        within = sum(((rows[index] - rows[index].mean(0)) ** 2).sum() for index in groups)
-        found[f"{name}/share"] = float(within / (len(everything) - k) / total) if total else 0.0
+        count = sum(map(len, parts))
+        mean = sum(rows.sum(axis=0) for rows in parts) / count
+        total = sum(((rows - mean) ** 2).sum() for rows in parts) / max(count - 1, 1)
+        within = sum(((rows - rows.mean(0)) ** 2).sum() for rows in parts)
+        found[f"{name}/share"] = float(within / (count - k) / total) if total else 0.0
         if inputs.teacher is not None:
-            others = np.asarray(inputs.teacher_features, np.float64)
-            theirs = np.array([mean_distance(others[index]) for index in groups])
+            others = inputs.teacher_features
+            theirs = np.array([mean_distance(np.asarray(others[index], np.float64)) for index in groups])
             if not theirs.mean():
                 raise UserError(
                     "the teacher draws one image per prompt, so there is nothing to compare with."
@@ -48,14 +53,13 @@ class Diversity:
         return found
 
 
-def members(inputs: Inputs) -> list[np.ndarray]:
-    """Indices of the images of each prompt with at least two.
+def members(inputs: Inputs, count: int) -> list[np.ndarray]:
+    """Indices of the images of each prompt with at least two, of `count` images.
 
     Raises:
         UserError: there is no such prompt, or groups and images differ in number.
     """
     told = inputs.groups if inputs.groups is not None else inputs.captions
-    count = len(inputs.images)
     if told is None or len(told) != count:
         found = "none" if told is None else f"{len(told)}"
         raise UserError(f"diversity needs the prompt of each of the {count} images, got {found}.")

@@ -34,11 +34,15 @@ class FID(FrechetDistance):
 
     called = "fid"
 
-    def compute(self, inputs: Inputs) -> dict[str, float]:
-        """As for `fd`. Raises UserError for another extractor."""
+    def check(self, inputs: Inputs, n: int) -> None:
+        """Raises UserError for another extractor."""
         if not inputs.extractor.name.startswith("inception-2015"):
             raise UserError(
                 f"FID is defined by the extractor inception-2015, and {inputs.extractor.name} is in use; "
-                "ask for the metric fd instead."
+                "ask for the metric fd, or name --extractor inception-2015."
             )
+
+    def compute(self, inputs: Inputs) -> dict[str, float]:
+        """As for `fd`. Raises UserError for another extractor."""
+        self.check(inputs, 0)
         return super().compute(inputs)

@@ -20,14 +20,20 @@ class InceptionScore:
 
     needs = frozenset({"images", "extractor"})
 
-    def compute(self, inputs: Inputs) -> dict[str, float]:
+    def check(self, inputs: Inputs, n: int) -> None:
         """Raises UserError for an extractor without logits and for fewer than ten images."""
-        head, name = inputs.extractor.head, f"is:{inputs.extractor.name}"
-        if head is None:
+        if inputs.extractor.head is None:
             raise UserError(
                 f"an Inception score needs a classifier, and {inputs.extractor.name} has no logits of one set of "
                 "classes; use --extractor inception-2015."
             )
+        if n < FOLDS:
+            raise UserError(f"an Inception score in {FOLDS} splits needs at least {FOLDS} images, got {n}.")
+
+    def compute(self, inputs: Inputs) -> dict[str, float]:
+        """Raises UserError as `check` does."""
+        self.check(inputs, len(inputs.images))
+        head, name = inputs.extractor.head, f"is:{inputs.extractor.name}"
         scores = split_scores(head(rows) for rows in blocks(inputs.features))
         return {
             name: float(scores.mean()),

@@ -1,4 +1,6 @@
-"""Seconds per image as a person waits for them: batch of one, whole path from prompt to pixels.
+"""Seconds per image as a person waits for them, and images per second as a server sees them.
+
+Latency is of a batch of one, the whole path from prompt to pixels; throughput of a full batch.
 
 All samplers are measured in one process and in turns, so that a busy machine slows them alike and the ratios
 stand. CPU seconds are kept beside the clock's: where they are far apart, something else was running.
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from stepdistill.sampling import ImageSampler
 
 IMAGES = 10
+BATCH = 16  # images drawn at a time for the throughput
+_BATCHES = 3
 STAGES = ("text", "denoise", "decode")
 
 
@@ -37,7 +41,8 @@ class Timed:
 
 
 class Latency:
-    """`latency/...`: milliseconds per image, lower is better, and `speedup` over a teacher if given."""
+    """`latency/...`: milliseconds per image, lower is better; `throughput` and `speedup` over a teacher, if
+    given, higher is better."""
 
     needs = frozenset({"timed", "captions"})
 
@@ -55,35 +60,50 @@ class Latency:
 
 
 def measure(
-    timed: Sequence[Timed], prompts: Sequence[str] | Sequence[int], images: int = IMAGES
+    timed: Sequence[Timed],
+    prompts: Sequence[str] | Sequence[int],
+    images: int = IMAGES,
+    batch: int = BATCH,
 ) -> list[dict[str, float]]:
-    """Time every entry on the same prompts and seeds, in turns, after one unmeasured image each.
+    """Time every entry on the same prompts and seeds, in turns, after one unmeasured image or batch each.
 
     Returns, for each: `ms` (median of the whole), `ms_p90`, the medians `text_ms`, `denoise_ms`, `decode_ms`,
-    `cpu_ms` (median of the process's CPU time), `nfe`, and `ms_per_call` (denoise_ms / nfe).
+    `cpu_ms` (median of the process's CPU time), `nfe`, and `ms_per_call` (denoise_ms / nfe). With a `batch`
+    above 0 also `throughput` (images per second, drawn `throughput_batch` at a time) and what an image then
+    takes in each stage: `throughput_text_ms`, `throughput_denoise_ms` and `throughput_decode_ms`.
     """
-    laps: list[dict[str, list[float]]] = [{} for _ in timed]
     for entry in timed:
         if entry.sampler.device.type == "cpu":
             entry.sampler.trace()  # as the app serves it
-    for index in range(-1, images):
-        prompt = prompts[max(index, 0) % len(prompts)]
+    found = [_summary(entry, lap) for entry, lap in zip(timed, _laps(timed, prompts, images, 1), strict=True)]
+    if batch > 0:
+        for own, lap in zip(found, _laps(timed, prompts, _BATCHES, batch), strict=True):
+            own["throughput"] = 1000 * batch / statistics.median(lap["whole"])
+            own["throughput_batch"] = float(batch)
+            own |= {f"throughput_{stage}_ms": statistics.median(lap[stage]) / batch for stage in STAGES}
+    return found
+
+
+def _laps(
+    timed: Sequence[Timed], prompts: Sequence[str] | Sequence[int], count: int, batch: int
+) -> list[dict[str, list[float]]]:
+    """Milliseconds of every stage, of the "whole" and of the "cpu", of `count` batches drawn in turns."""
+    laps: list[dict[str, list[float]]] = [{} for _ in timed]
+    for index in range(-1, count):
+        first = max(index, 0) * batch
+        seeds = range(first, first + batch)
+        asked = [prompts[seed % len(prompts)] for seed in seeds]
         for entry, lap in zip(timed, laps, strict=True):
             timings: dict[str, float] = {}
             cpu, clock = time.process_time(), time.perf_counter()
             entry.sampler(
-                [prompt],
-                [max(index, 0)],
-                steps=entry.steps,
-                guidance_scale=entry.guidance,
-                chunk=1,
-                timings=timings,
+                asked, seeds, steps=entry.steps, guidance_scale=entry.guidance, chunk=batch, timings=timings
             )
             timings["whole"], timings["cpu"] = time.perf_counter() - clock, time.process_time() - cpu
             if index >= 0:
                 for name, seconds in timings.items():
                     lap.setdefault(name, []).append(1000 * seconds)
-    return [_summary(entry, lap) for entry, lap in zip(timed, laps, strict=True)]
+    return laps
 
 
 def speedups(own: dict[str, float], teacher: dict[str, float]) -> dict[str, float]:

@@ -21,6 +21,10 @@ class PatchDistance:
 
     needs = frozenset({"images", "extractor", "reference_images"})
 
+    def check(self, inputs: Inputs, n: int) -> None:
+        """Raises UserError for an extractor of images of any size."""
+        of_patches(inputs.extractor)
+
     def compute(self, inputs: Inputs) -> dict[str, float]:
         """The distance and its jackknife error. Raises UserError for images no larger than a patch."""
         patches = of_patches(inputs.extractor)

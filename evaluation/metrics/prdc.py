@@ -28,8 +28,12 @@ class PRDC:
 
     needs = frozenset({"images", "extractor", "reference_images"})
 
-    def compute(self, inputs: Inputs) -> dict[str, float]:
+    def check(self, inputs: Inputs, n: int) -> None:
         """Raises UserError where a set has no more images than neighbours are counted."""
+        _check_counts(n, n if inputs.reference_images is None else len(inputs.reference_images))
+
+    def compute(self, inputs: Inputs) -> dict[str, float]:
+        """Raises UserError as `check` does."""
         found = prdc(inputs.features, inputs.reference_features)
         return {f"prdc:{inputs.extractor.name}/{name}": value for name, value in found.items()}
 
@@ -41,11 +45,7 @@ def prdc(samples: np.ndarray, real: np.ndarray) -> dict[str, float]:
     Raises:
         UserError: a set has no more images than neighbours are counted.
     """
-    fewest = min(len(samples), len(real))
-    if fewest <= K_DENSITY:
-        raise UserError(
-            f"precision and recall need more than {K_DENSITY} images on each side, got {fewest}; use more images."
-        )
+    _check_counts(len(samples), len(real))
     # Centred, so that little cancels in |x|^2 + |y|^2 - 2 x.y.
     mean = sum(block.sum(0) for block in blocks(real)) / len(real)
     around_sample = radii(samples, mean, (K_PRECISION,))[0]
@@ -72,6 +72,13 @@ def prdc(samples: np.ndarray, real: np.ndarray) -> dict[str, float]:
         "density/se": float(dense.std(ddof=1) / np.sqrt(n)),
         "coverage": float(covered.mean()),
     }
+
+
+def _check_counts(*counts: int) -> None:
+    if min(counts) <= K_DENSITY:
+        raise UserError(
+            f"precision and recall need more than {K_DENSITY} images on each side, got {min(counts)}; use more images."
+        )
 
 
 def radii(rows: np.ndarray, mean: np.ndarray, ks: tuple[int, ...]) -> list[np.ndarray]:
