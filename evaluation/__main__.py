@@ -345,7 +345,8 @@ def _run(args: argparse.Namespace) -> None:
     print(report.table(results))
     for warning in results["warnings"]:
         print(f"warning: {warning}")
-    print(f"\nwritten: {Path(args.out) / 'results.html'}, results.md, results.json and pareto.png")
+    written = [name for name in report.FILES if (Path(args.out) / name).is_file()]
+    print(f"\nwritten: {Path(args.out) / written[0]}, {', '.join(written[1:])}")
 
 
 def _picture(args: argparse.Namespace) -> None:

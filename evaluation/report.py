@@ -34,6 +34,7 @@ _PARTS = (
     "fd",
     "of_teacher",
 )  # of their values
+FILES = ("results.html", "results.md", "results.json", "pareto.png")
 SHOWN = 8  # samples of every row shown in the report
 Cell = Callable[[dict[str, Any], dict[str, float | None]], str]
 
@@ -143,6 +144,8 @@ def markdown(results: dict[str, Any], published: Sequence[dict[str, Any]] = ()) 
     text = [f"# {results['protocol']}", "", rows[0], "|" + "---|" * len(lines[0]), *rows[1:], ""]
     text += [f"- {fact}" for fact in facts(results)]
     text += [f"- warning: {warning}" for warning in results["warnings"]]
+    if page.plotted(results["rows"]):
+        text += ["", "![quality against cost](pareto.png)", ""]
     for entry in published:
         numbers = ", ".join(f"{name} {value:g}" for name, value in entry["metrics"].items())
         differs = f"; differs: {entry['differs']}" if "differs" in entry else ""

@@ -22,7 +22,7 @@ class ClipMMD:
 
     def compute(self, inputs: Inputs) -> dict[str, float]:
         """Both estimates with their jackknife errors."""
-        sums = Sums.of(unit(inputs.features), unit(inputs.reference_features), gaussian)
+        sums = Sums.of(inputs.features, inputs.reference_features, lambda x, y: gaussian(unit(x), unit(y)))
         name = f"cmmd:{inputs.extractor.name}"
         found = {}
         for called, biased in ((name, True), (f"{name}/unbiased", False)):

@@ -69,7 +69,8 @@ def members(inputs: Inputs, count: int) -> list[np.ndarray]:
     groups = [np.array(index) for index in by_group.values() if len(index) > 1]
     if not groups:
         raise UserError(
-            "diversity needs several images of a prompt, and every prompt here has one; draw more seeds."
+            "diversity needs several images of a prompt, and every prompt here has one; use a protocol with "
+            "images_per_prompt, or more samples."
         )
     return groups
 

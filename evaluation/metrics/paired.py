@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from evaluation.metrics.base import Inputs, folded
+from evaluation.metrics.base import Inputs, blocks, folded
 from evaluation.metrics.cmmd import unit
 from evaluation.stats import frechet_paired_with_error
 from stepdistill.errors import UserError
@@ -26,17 +26,19 @@ class Paired:
 
     def compute(self, inputs: Inputs) -> dict[str, float]:
         """Raises UserError when the two differ in number, or all of the teacher's images are the same."""
-        theirs = np.asarray(inputs.teacher_features, np.float64)
-        own = np.asarray(inputs.features, np.float64)
-        unrelated = 2 * theirs.var(axis=0, ddof=1).sum()
+        folds = folded(inputs.extractor, features=inputs.teacher_features)
+        unrelated = 2 * float(np.trace(folds.total.cov))
         if not unrelated:
             raise UserError(
                 "all of the teacher's images have the same features; there is nothing to compare with."
             )
-        folds = folded(inputs.extractor, features=inputs.teacher_features)
+        distances, cosines = [], []
+        for own, theirs in zip(blocks(inputs.features), blocks(inputs.teacher_features), strict=True):
+            distances.append(((own - theirs) ** 2).sum(1) / unrelated)
+            cosines.append((unit(own) * unit(theirs)).sum(1))
         values = {
-            "distance": _mean(((own - theirs) ** 2).sum(1) / unrelated),
-            "cosine": _mean((unit(own) * unit(theirs)).sum(1)),
+            "distance": _mean(np.concatenate(distances)),
+            "cosine": _mean(np.concatenate(cosines)),
             "fd": frechet_paired_with_error(inputs.folds, folds),
         }
         name = f"paired:{inputs.extractor.name}"
