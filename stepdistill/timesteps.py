@@ -134,7 +134,9 @@ def ode_grid(schedule: Schedule, steps: int, spacing: str = "trailing", power: f
         1e-3, 1e3
     ) ** (1 / power)
     ramp = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
-    return schedule.t_of_rho((ends[0] + ramp * (ends[1] - ends[0])) ** power)
+    grid = schedule.t_of_rho((ends[0] + ramp * (ends[1] - ends[0])) ** power)
+    grid[0], grid[-1] = schedule.t_max, schedule.t_min  # to the last bit: a boundary condition asks for it
+    return grid
 
 
 def times_like(values: Sequence[float] | float, x: Tensor) -> Tensor:

@@ -32,12 +32,13 @@ COUNT = 32
 
 class Oracle(nn.Module):
     """The exact flow map of N(MEAN, STD^2) as a network of kind "x0": the consistency function, and with `end`
-    the x0 whose straight line from x_t passes through the trajectory's point at `end`.
+    the x0 whose straight line from x_t passes through the trajectory's point at `end`. least: the noise-to-signal
+    ratio where trajectories begin.
     """
 
-    def __init__(self, schedule: Schedule):
+    def __init__(self, schedule: Schedule, least: float = 0.0):
         super().__init__()
-        self.schedule = schedule
+        self.schedule, self.least = schedule, least
 
     def forward(self, x_t: Tensor, t: Tensor, cond=None, end: Tensor | None = None) -> Tensor:
         schedule = self.schedule
@@ -45,7 +46,7 @@ class Oracle(nn.Module):
         alpha, sigma = (f(t)[:, None] for f in (schedule.alpha, schedule.sigma))
         z = (x_t - alpha * MEAN) / (alpha**2 * STD**2 + sigma**2).sqrt()
         if end is None:
-            return MEAN + STD * z
+            return MEAN + math.hypot(STD, self.least) * z
         alpha_s, sigma_s = (f(end)[:, None] for f in (schedule.alpha, schedule.sigma))
         x_s = alpha_s * MEAN + (alpha_s**2 * STD**2 + sigma_s**2).sqrt() * z
         # x_t = alpha x0 + sigma eps and x_s = alpha_s x0 + sigma_s eps.
@@ -137,8 +138,8 @@ def test_cds_loss_at_the_exact_consistency_function_is_the_solvers_local_error(s
 @pytest.mark.parametrize("solver", ["euler", "heun"])
 def test_cd_is_small_at_the_oracle_and_falls_with_the_number_of_points(schedule, solver):
     def loss(points: int) -> float:
-        method = CD(CD.Config(points=points, solver=solver))
-        return float(method.loss(nets_of(schedule), batch_of(512))["total"].mean().sqrt())
+        method, oracle = CD(CD.Config(points=points, solver=solver)), Oracle(schedule, as_edm(schedule).t_min)
+        return float(method.loss(nets_of(schedule, oracle), batch_of(512))["total"].mean().sqrt())
 
     coarse, fine = loss(40), loss(160)
     assert fine < coarse / (3.0 if solver == "euler" else 6.0) and coarse < 0.1
@@ -194,6 +195,25 @@ def test_cds_gradient_is_the_online_networks_alone():
     pull = 2 * (nets.student(x_t, t).x0 - target).detach() / COUNT
     expected = torch.stack([(pull * x_t).sum(), pull.sum(), (pull * t[:, None]).sum()])
     torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
+
+
+@EVERY
+def test_cds_chain_ends_at_the_state_itself(schedule):
+    """With two points every pair ends at the least noise, where f is the state, whatever the target network says."""
+
+    class Wrong(nn.Module):
+        def forward(self, x_t, t, cond=None):
+            return torch.full_like(x_t, 1e9)
+
+    method, frame = CD(CD.Config(points=2, solver="euler")), as_edm(schedule)
+    nets = nets_of(schedule, Affine(), target=Denoiser(Wrong(), "x0", schedule))
+    losses, twin = method.loss(nets, batch_of()), batch_of()
+    twin.generator.randint(0, 1)
+    t, s = (times_like(time, twin.x0) for time in (frame.t_max, frame.t_min))
+    x_t = frame.add_noise(twin.x0, twin.randn(), t)
+    x_s = SOLVERS["euler"](nets.teacher.under(frame), x_t, t, s)
+    expected = (nets.student.under(frame)(x_t, t).x0 - x_s).square()[:, 0]
+    torch.testing.assert_close(losses["total"], expected, rtol=1e-9, atol=1e-12)
 
 
 # ---------------------------------------------------------------------------------------------------------------- ECT
@@ -307,6 +327,37 @@ def test_scms_gradient_is_the_limit_of_discrete_consistency(sigma_data):
     distance = (nets.student(x_t, t).x0 - before).square()[:, 0] / h
     expected = gradient((distance / t.tan() / (sigma_data * t.tan())).mean(), net)
     torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5)
+
+
+@EVERY
+@pytest.mark.parametrize("how", ["forward", "difference", "upwind"])
+def test_the_tangent_is_zero_at_the_ends_of_the_networks_range_too(schedule, how):
+    """Of a table most draws with std 3 lie beyond an end, where time has no derivative: none is taken there."""
+    method = SCM(SCM.Config(derivative=how, difference_step=1e-3, time_mean=-0.5, time_std=3.0))
+    tolerance = {"forward": 1e-10, "difference": 3e-3, "upwind": 1e-1}[how]
+    if isinstance(schedule, VP):
+        tolerance = {"forward": 1e-10, "difference": 1e-5, "upwind": 1e-2}[how]
+    assert float(method.loss(nets_of(schedule), batch_of(512))["tangent"].max()) < tolerance
+
+
+@pytest.mark.parametrize("how", ["forward", "difference", "upwind"])
+def test_scms_gradient_is_minus_twice_the_tangent(how):
+    """However the derivative is taken: what is regressed to is this pass's own F, moved by g."""
+
+    class Steep(Affine):
+        def forward(self, x_t, t, cond=None):
+            return super().forward(x_t, t) + self.weight[1] * torch.sin(30 * t[:, None])
+
+    settings = {"learned_weight": False, "normalise": False, "time_mean": 0.0, "time_std": 0.3}
+    method, trig = SCM(SCM.Config(derivative=how, difference_step=3e-2, **settings)), TrigFlow()
+    nets, batch, twin = nets_of(trig, Steep()), batch_of(), batch_of()
+    net = nets.student.network
+    ours = gradient(method.loss(nets, batch)["total"].mean(), net)
+    t = method.times(nets, twin, trig)
+    x_t = trig.add_noise(twin.x0, twin.randn(), t)
+    _, g = method.tangent(nets.student, None, trig, x_t, t, nets.teacher(x_t, t).velocity, 1.0)
+    expected = gradient((-2 / trig.rho(t)[:, None] * g * nets.student(x_t, t).F).mean(), net)
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-9)
 
 
 def test_the_tangents_warm_up_and_what_r_leaves_out():
@@ -468,6 +519,22 @@ def test_meanflows_guided_target_mixes_its_own_velocities():
     v = method.velocity(nets, batch, batch.cond, x_t, t, eps).detach()
     u = nets.student(x_t, t, batch.cond, end=t).flow
     torch.testing.assert_close(ours, gradient((u - v).square().mean(), net), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("settings", [{}, {"direction": "data", "guidance_scale": 2.0}])
+def test_meanflows_derivative_is_of_the_network_with_the_dropout_that_is_trained(settings):
+    class Draws(Affine):
+        def forward(self, x_t, t, cond=None, end=None):
+            drawn.append(float(torch.rand(())))
+            return super().forward(x_t, t, None, end)
+
+    drawn: list[float] = []
+    batch = batch_of()
+    batch.cond, batch.uncond = torch.ones(COUNT), torch.zeros(COUNT)
+    nets = nets_of(Flow(), Draws())
+    nets.teacher.network.forward = lambda x_t, t, cond=None: x_t
+    MeanFlow(MeanFlow.Config(**settings)).loss(nets, batch)
+    assert drawn[-1] == drawn[-2] and len(drawn) == (4 if settings else 2)
 
 
 @EVERY

@@ -76,9 +76,10 @@ class MeanFlow(Method):
         eps = batch.randn()
         x_t = flow.add_noise(batch.x0, eps, t)
         cond = batch.dropped_cond(config.cond_dropout) if config.direction == "data" else batch.cond
-        with torch.no_grad(), same_draws(x_t):
+        with torch.no_grad():
             v = self.velocity(nets, batch, cond, x_t, t, eps)
-            target, derivative = self.target(student, cond, x_t, t, r, v)
+            with same_draws(x_t):
+                target, derivative = self.target(student, cond, x_t, t, r, v)
         prediction = nets.student(x_t, t, cond, in_schedule=flow, end=r)
         squared = (prediction.flow - target).square().flatten(1).sum(1)
         total = squared / (squared.detach() + config.weight_c) ** config.weight_power

@@ -89,11 +89,13 @@ class SCM(Method):
         with torch.no_grad():
             dx_dt = self.velocity(nets, batch, trig, x_t, t, eps)
         with same_draws(x_t):
-            F, tangent = self.tangent(student, batch.cond, trig, x_t, t, dx_dt, r)
+            _, tangent = self.tangent(student, batch.cond, trig, x_t, t, dx_dt, r)
         norm = tangent.flatten(1).norm(dim=1)
         g = tangent / (expand(norm, x_t) + config.tangent_c) if config.normalise else tangent
         online = nets.student(x_t, t, batch.cond, in_schedule=trig)
-        distance = mse(trig.sigma_data * online.F, trig.sigma_data * F + g)
+        F = trig.sigma_data * online.F
+        # sg F is of this very pass: the derivative's has other roundings, or is a mean of two.
+        distance = mse(F, F.detach() + g)
         total = distance / trig.rho(t).to(distance) if config.prior else distance
         if config.learned_weight:
             u = nets.weighting(trig.rho(t)).to(distance)
@@ -104,7 +106,10 @@ class SCM(Method):
         """TrigFlow times of log-normal rho, within what the teacher knows and the student is sampled at."""
         config = self.config
         frame = as_edm(nets.schedule, most=config.first_rho or 80.0)
-        return trig.t_of_rho(timesteps.lognormal(frame, batch.generator, config.time_mean, config.time_std))
+        rho = timesteps.lognormal(frame, batch.generator, config.time_mean, config.time_std)
+        # A difference moves log rho by its step; beyond its range a network is no function of time.
+        inside = 1 + 2 * config.difference_step
+        return trig.t_of_rho(rho.clamp(frame.t_min * inside, frame.t_max / inside))
 
     def velocity(
         self, nets: Networks, batch: Batch, trig: TrigFlow, x_t: Tensor, t: Tensor, eps: Tensor
