@@ -204,6 +204,19 @@ def test_grids_and_declarations(name, settings):
 
 
 @pytest.mark.parametrize(
+    ("name", "settings"), [("tsm", {}), ("reward", {"rule": "ode"}), ("progressive", {})]
+)
+def test_students_of_the_rule_ode_are_called_when_ddim_scheduler_calls_them(name, settings):
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear", timestep_spacing="trailing")
+    for steps in (1, 2, 3, 4, 6, 7):
+        scheduler.set_timesteps(steps)
+        method = make(name, SETTINGS.get(name, {}) | settings, (steps,))
+        assert list(method.grid(VP.from_betas(), steps)) == scheduler.timesteps.tolist()
+
+
+@pytest.mark.parametrize(
     ("name", "settings", "student", "others"),
     [
         ("pretrain", {}, 100, {}),
@@ -710,6 +723,12 @@ def test_parts_keep_their_networks_and_states_apart(registered):
     other.load_state_dict(state)
     assert set(state) == {f"{scope}/count" for scope in scopes}
     assert other.state_dict() == state and state[f"{scopes[1]}/count"] == 2
+
+
+def test_a_composition_carries_what_its_parts_carry():
+    parts = [{"name": "dmd2", "carry_fake_score": True}, {"name": "dmd2"}]
+    made = world(make("compose", {"parts": parts}))
+    assert made.method.carried == ("dmd2/fake_score",) and set(made.method.carried) < set(made.nets.modules)
 
 
 def test_what_does_not_fit_together_is_refused(registered):

@@ -23,7 +23,7 @@ from stepdistill.prediction import Prediction
 from stepdistill.registry import resolve
 from stepdistill.sampling import first_input, walk
 from stepdistill.schedule import Schedule, expand
-from stepdistill.timesteps import few_step_grid
+from stepdistill.timesteps import few_step_grid, teacher_grid
 
 # Named values, each a scalar or one number per sample (B,). "total" is back-propagated, the rest is logged.
 Losses = dict[str, Tensor]
@@ -213,7 +213,9 @@ class Method:
         return None
 
     def grid(self, schedule: Schedule, steps: int) -> tuple[float, ...]:
-        """The times a student of `steps` steps is called at."""
+        """The times a student of `steps` steps is called at: those its stock scheduler lists."""
+        if self.rule == "ode":
+            return teacher_grid(schedule, steps)
         return few_step_grid(schedule, steps, self.finest, self.first_rho)
 
     def networks(self, teacher: Denoiser | None, student: Denoiser) -> dict[str, nn.Module]:
@@ -350,6 +352,10 @@ class Compose(Method):
     @property
     def needs_images(self) -> bool:
         return any(part.needs_images for _, _, part in self.parts)
+
+    @property
+    def carried(self) -> tuple[str, ...]:
+        return tuple(f"{scope}/{name}" for scope, _, part in self.parts for name in part.carried)
 
     def pairs(self, schedule: Schedule) -> PairSettings | None:
         wanted = {settings for _, _, part in self.parts if (settings := part.pairs(schedule))}
