@@ -350,6 +350,24 @@ def test_adds_student_loss_is_the_games_plus_the_teachers_opinion_of_the_renoise
     torch.testing.assert_close(losses["total"], losses["gan"] + 2.5 * losses["distillation"])
 
 
+@pytest.mark.parametrize(("schedule", "rho"), [("vp", 2.5), ("edm", 20.0)])
+def test_adds_student_starts_from_what_it_is_sampled_from(schedule, rho):
+    """Pure noise at the first of its times, wherever the part that says how it is sampled begins."""
+    first = {"name": "dmd2", "first_rho": rho, "init_noise": "sigma"}
+    parts = [first, {"name": "add", "eye": "stepdistill.families.toy:FourierEye"}]
+    made, heard = world(make("compose", {"parts": parts, "sampling": "first"}, (1,)), schedule=schedule), []
+    made.nets.modules["student"] = lambda x_t, t, cond: (
+        heard.append((x_t, t)) or Prediction(x_t, "x0", x_t, t, made.nets.schedule)
+    )
+    method, twin = made.method.parts[1][2], made.batch()
+    method.generate(made.nets, made.batch())
+    ((x_t, t),) = heard
+    twin.generator.randint(0, 1)
+    assert bool((t == made.method.grid(made.nets.schedule, 1)[0]).all())
+    sigma = made.nets.schedule.sigma(t)[:, None].float()
+    torch.testing.assert_close(x_t, sigma * twin.randn(), rtol=1e-6, atol=1e-6)
+
+
 def test_add_stops_the_gradient_at_the_teacher_and_lets_it_through_the_eye():
     made = add(distillation_weight=1.0)
     x0 = torch.randn(COUNT, 2, generator=torch.Generator().manual_seed(0)).requires_grad_()

@@ -368,6 +368,17 @@ def test_the_stages_agree_on_what_is_carried():
     assert back.method.carried == ("fake_score", "path_1", "path_2")
 
 
+def test_the_bases_trajectories_are_computed_where_it_is_trained():
+    """DMD regresses to them; the degradation needs none."""
+    base = {"name": "dmd", "pair_count": 7}
+    made = world(make("disback", {"path": 2, "base": base}, (1,)))
+    assert made.method.pairs(made.nets.schedule).count == 7
+    for step in (0, 1000):
+        made.backward(next(iter(made.method.phases(step))), step)
+        assert all(p.grad is not None for p in made.nets.student.parameters())
+    assert make("disback", {"stage": "degrade", "base": base}, (1,)).pairs(made.nets.schedule) is None
+
+
 def test_a_base_without_a_fake_score_is_refused():
     with pytest.raises(UserError, match=r"method\.base must be a method with a fake score"):
         world(make("disback", {"base": {"name": "ladd"}}))

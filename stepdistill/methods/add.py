@@ -91,8 +91,8 @@ class ADD(Method):
         grid = sorted({t for count in self.steps for t in self.sampled_as.grid(schedule, count)})
         grid = torch.tensor(grid, dtype=torch.float64, device=batch.index.device)
         t, eps = grid[batch.generator.randint(0, len(grid))], batch.randn()
-        first = expand((t == schedule.t_max).double(), eps) > 0
-        start = first_input(schedule, eps, schedule.t_max, self.sampled_as.init_noise)
+        first = expand((t == grid[-1]).double(), eps) > 0
+        start = first_input(schedule, eps, float(grid[-1]), self.sampled_as.init_noise)
         x_t = torch.where(first, start, schedule.add_noise(batch.x0, eps, t))
         return nets.student(x_t, t, batch.cond).x0
 

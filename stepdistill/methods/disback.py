@@ -29,8 +29,9 @@ from stepdistill import timesteps
 from stepdistill.denoiser import Denoiser, unwrap
 from stepdistill.errors import UserError
 from stepdistill.losses import denoising
-from stepdistill.methods.base import Batch, Losses, LossFn, Method, Networks, Phase, simulate
+from stepdistill.methods.base import Batch, Losses, LossFn, Method, Networks, PairSettings, Phase, simulate
 from stepdistill.registry import resolve
+from stepdistill.schedule import Schedule
 
 
 class DisBack(Method):
@@ -71,6 +72,9 @@ class DisBack(Method):
     @property
     def needs_images(self) -> bool:
         return self.config.stage == "backtrack" and self.base.needs_images
+
+    def pairs(self, schedule: Schedule) -> PairSettings | None:
+        return self.base.pairs(schedule) if self.config.stage == "backtrack" else None
 
     @property
     def guidance_scale(self) -> float:
