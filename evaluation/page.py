@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import json
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,9 @@ h1 { margin-bottom: 0; } h2 { margin-top: 2.2rem; font-size: 1.15rem; }
 .faint { color: var(--faint); } .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } #results th { cursor: pointer; }
+th:first-child, td:first-child { text-align: left; } table[id] th { cursor: pointer; }
+table[id] { margin-bottom: 1rem; } code { background: color-mix(in srgb, var(--line) 50%, transparent);
+  padding: 0 .25em; border-radius: 3px; font-size: .92em; }
 ul.warnings { background: var(--warn); padding: .7rem 2rem; border-radius: 6px; }
 .plots { display: flex; flex-wrap: wrap; gap: 1rem; } .plots svg { width: 560px; max-width: 100%; background: #fff;
   border-radius: 6px; }
@@ -58,21 +61,21 @@ all('circle').forEach(c => {
   c.onmousemove = c.onfocus = e => { const r = c.getBoundingClientRect(); says.textContent = c.dataset.says;
     says.style.cssText = `display:block;left:${Math.min(r.x + 14, innerWidth - 280)}px;top:${r.y + 14}px`; };
   c.onmouseleave = c.onblur = () => says.style.display = 'none'; });
-all('#results th').forEach((th, column) => th.onclick = () => {
+all('table[id]').forEach(table => all('th', table).forEach((th, column) => th.onclick = () => {
   const body = th.closest('table').tBodies[0], up = th.dataset.up = th.dataset.up === '1' ? '' : '1';
   const key = row => { const t = row.cells[column].textContent, x = parseFloat(t); return isNaN(x) ? t : x; };
   [...body.rows].sort((a, b) => (key(a) > key(b) ? 1 : key(a) < key(b) ? -1 : 0) * (up ? 1 : -1))
-    .forEach(row => body.append(row)); });
+    .forEach(row => body.append(row)); }));
 """
 
 
 def render(
-    results: dict[str, Any], cells: Sequence[Sequence[str]], facts: Sequence[str],
+    results: dict[str, Any], tables: Sequence[Sequence[Sequence[str]]], facts: Sequence[str],
     published: Sequence[dict[str, Any]] = (), grid: Sequence[Sequence[Tensor]] = (),
 ) -> str:  # fmt: skip
     """The page of a results file.
 
-    cells: heading and rows of the table. facts: sentences about how it was measured. published: entries that
+    tables: heading and rows of each. facts: sentences about how it was measured. published: entries that
     may stand beside these results. grid: for each row its first samples, uint8 (3, H, W).
     """
     title = html.escape(results["protocol"])
@@ -86,11 +89,12 @@ def render(
     ]
     if results["warnings"]:
         parts.append(_list(results["warnings"], "warnings"))
-    parts += ['<div class="scroll">', _table(cells, "results"), "</div>"]
+    for index, cells in enumerate(tables):
+        parts += ['<div class="scroll">', _table(cells, "further" if index else "results"), "</div>"]
     parts.append('<p class="faint">± is one standard error. Click a heading to sort.</p>')
     parts += _plots(results["rows"])
     if grid:
-        parts += _samples(results, cells, grid)
+        parts += _samples(results, tables[0], grid)
     if published:
         parts += ["<h2>Published under this protocol</h2>", _published(published)]
     parts += ["<h2>How it was measured</h2>", _list(facts)]
@@ -192,5 +196,6 @@ def _published(entries: Sequence[dict[str, Any]]) -> str:
 
 
 def _list(sentences: Sequence[str], name: str = "") -> str:
-    items = "".join(f"<li>{html.escape(text)}</li>" for text in sentences)
+    shown = (re.sub("`([^`]*)`", r"<code>\1</code>", html.escape(text)) for text in sentences)
+    items = "".join(f"<li>{text}</li>" for text in shown)
     return f'<ul class="{name}">{items}</ul>'

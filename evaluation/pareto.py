@@ -56,6 +56,14 @@ def lower_is_better(metric: str) -> bool:
     )
 
 
+def called(row: dict[str, Any]) -> str:
+    """What a row of a results file is called: its name, with its role where the name doesn't tell it."""
+    name, role = row["name"], row["role"]
+    if role in ("student", "model"):
+        return name
+    return role if role.partition(",")[0] == name else f"{name} ({role})"
+
+
 def points(rows: Iterable[dict[str, Any]], metric: str, cost: str) -> list[Point]:
     """A point for every row of a results file that has both numbers."""
     found = []
@@ -64,9 +72,8 @@ def points(rows: Iterable[dict[str, Any]], metric: str, cost: str) -> list[Point
         x = row["nfe"] if cost == "nfe" else row["metrics"].get(cost)
         if value is None or not x:
             continue
-        role = "" if row["role"] in ("student", "model") else f" ({row['role']})"
-        label = f"{row['name']}{role}, {row['steps']} step{'s' if row['steps'] > 1 else ''}"
-        found.append(Point(row["name"] + role, label, x, value, row["metrics"].get(f"{metric}/se") or 0.0))
+        label = f"{called(row)}, {row['steps']} step{'s' if row['steps'] > 1 else ''}"
+        found.append(Point(called(row), label, x, value, row["metrics"].get(f"{metric}/se") or 0.0))
     return found
 
 

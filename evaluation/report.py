@@ -23,7 +23,7 @@ _OTHERS = (
     "patch-fd:",
     "diversity:",
     "paired:",
-)  # shown after the usual ones
+)  # shown in a table of their own
 _PARTS = (
     "precision",
     "recall",
@@ -85,7 +85,7 @@ def columns(results: dict[str, Any]) -> list[tuple[str, Cell]]:
     """Headings and what stands under them, for the metrics that were computed."""
     measured = {name for row in results["rows"] for name in row["metrics"]}
     found: list[tuple[str, Cell]] = [
-        ("model", lambda row, m: row["name"] + (f" ({row['role']})" if row["role"] != "student" else "")),
+        ("model", lambda row, m: pareto.called(row)),
         ("steps", lambda row, m: str(row["steps"])),
         ("guidance", lambda row, m: f"{row['guidance']:g}"),
         ("NFE", lambda row, m: str(row["nfe"])),
@@ -102,10 +102,6 @@ def columns(results: dict[str, Any]) -> list[tuple[str, Cell]]:
     for name in sorted(measured):
         if name.startswith("clip:") and not name.endswith("/se"):
             found.append((f"{name} ↑", _with_error(name, "{:.2f}")))
-    for name in sorted(measured):
-        kind, _, part = name.rpartition("/")
-        if name.startswith(_OTHERS) and (not kind or part in _PARTS):
-            found.append((f"{name} {'↓' if pareto.lower_is_better(name) else '↑'}", _distance(name)))
     if "latency/ms" in measured:
         found.append(("ms/image", lambda row, m: _number(m.get("latency/ms"), "{:.1f}")))
     if "latency/throughput" in measured:
@@ -118,17 +114,33 @@ def columns(results: dict[str, Any]) -> list[tuple[str, Cell]]:
     return found
 
 
-def cells(results: dict[str, Any]) -> list[list[str]]:
-    """Heading and rows of the table."""
-    shown = columns(results)
-    return [[heading for heading, _ in shown]] + [
-        [cell(row, row["metrics"]) for _, cell in shown] for row in results["rows"]
+def further_columns(results: dict[str, Any]) -> list[tuple[str, Cell]]:
+    """The same for the metrics beside the usual ones; empty where none was computed."""
+    measured = {name for row in results["rows"] for name in row["metrics"]}
+    found = []
+    for name in sorted(measured):
+        kind, _, part = name.rpartition("/")
+        if name.startswith(_OTHERS) and (not kind or part in _PARTS):
+            found.append((f"{name} {'↓' if pareto.lower_is_better(name) else '↑'}", _distance(name)))
+    return [*columns(results)[:2], *found] if found else []
+
+
+def cells(results: dict[str, Any]) -> list[list[list[str]]]:
+    """Heading and rows of each table: the usual metrics, and the further ones if there are any."""
+    return [
+        [[heading for heading, _ in shown]]
+        + [[cell(row, row["metrics"]) for _, cell in shown] for row in results["rows"]]
+        for shown in (columns(results), further_columns(results))
+        if shown
     ]
 
 
 def table(results: dict[str, Any]) -> str:
-    """The table for a terminal."""
-    lines = cells(results)
+    """The tables for a terminal."""
+    return "\n\n".join(map(_aligned, cells(results)))
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = [
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
@@ -139,9 +151,10 @@ def table(results: dict[str, Any]) -> str:
 
 def markdown(results: dict[str, Any], published: Sequence[dict[str, Any]] = ()) -> str:
     """The table with everything one needs to repeat it."""
-    lines = cells(results)
-    rows = ["| " + " | ".join(line) + " |" for line in lines]
-    text = [f"# {results['protocol']}", "", rows[0], "|" + "---|" * len(lines[0]), *rows[1:], ""]
+    text = [f"# {results['protocol']}", ""]
+    for lines in cells(results):
+        rows = ["| " + " | ".join(line) + " |" for line in lines]
+        text += [rows[0], "|" + "---|" * len(lines[0]), *rows[1:], ""]
     text += [f"- {fact}" for fact in facts(results)]
     text += [f"- warning: {warning}" for warning in results["warnings"]]
     if page.plotted(results["rows"]):

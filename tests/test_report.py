@@ -78,7 +78,7 @@ def test_a_plot_keeps_the_order_of_the_numbers() -> None:
     assert all(0 < x < pareto.WIDTH and 0 < y < pareto.HEIGHT for x, y in by_text.values())
     (dashed,) = [shape for shape in shapes if shape.dashed]
     assert set(dashed.points) >= {
-        by_text[name] for name in ("student, 1 step", "student, 4 steps", "teacher (teacher), 50 steps")
+        by_text[name] for name in ("student, 1 step", "student, 4 steps", "teacher, 50 steps")
     }
     assert by_text["teacher (teacher, few steps), 4 steps"] not in dashed.points
 
@@ -160,6 +160,29 @@ def test_published_numbers_stand_beside_their_protocol_only(tmp_path) -> None:
 def test_the_page_says_what_is_fid_and_what_not(tmp_path) -> None:
     assert "this is not FID" in written(tmp_path)[0]
     assert "not FID" not in written(tmp_path, extractor={"name": "inception-2015", "sha256": "0" * 64})[1]
+
+
+def test_further_metrics_have_a_table_of_their_own(tmp_path) -> None:
+    extra = {"kid:tiny": 0.5, "kid:tiny/se": 0.01, "kid:tiny/subsets": 0.4, "prdc:tiny/recall": 0.9}
+    report.write(results(rows=[row("student", 1, 5.0, 3.0, **extra), row("teacher", 9, 4.0, 9.0)]), tmp_path)
+    shown, text = ((tmp_path / name).read_text() for name in ("results.html", "results.md"))
+    assert 'id="further"' in shown
+    usual, further = report.cells(json.loads((tmp_path / "results.json").read_text()))
+    assert further[0] == ["model", "steps", "kid:tiny ↓", "prdc:tiny/recall ↑"]
+    assert further[1] == ["student", "1", "0.500 ± 0.010", "0.9"] and further[2] == ["teacher", "9", "", ""]
+    assert not set(further[0][2:]) & set(usual[0]) and "| student | 1 | 0.500 ± 0.010 | 0.9 |" in text
+
+
+def test_a_row_is_called_by_its_name_and_role_once() -> None:
+    told = [
+        ("a", "student"),
+        ("a", "model"),
+        ("teacher", "teacher"),
+        ("teacher", "teacher, few steps"),
+        ("sd", "teacher"),
+    ]
+    found = [pareto.called({"name": name, "role": role}) for name, role in told]
+    assert found == ["a", "a", "teacher", "teacher, few steps", "sd (teacher)"]
 
 
 def test_one_row_and_no_latency_need_no_plot(tmp_path) -> None:
