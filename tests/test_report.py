@@ -80,7 +80,7 @@ def test_a_plot_keeps_the_order_of_the_numbers() -> None:
     assert set(dashed.points) >= {
         by_text[name] for name in ("student, 1 step", "student, 4 steps", "teacher, 50 steps")
     }
-    assert by_text["teacher (teacher, few steps), 4 steps"] not in dashed.points
+    assert by_text["teacher, few steps, 4 steps"] not in dashed.points
 
 
 @pytest.mark.parametrize("values", [(1.0, 1.0), (2.0, 300.0), (-1.0, 1.0), (0.0, 0.5), (1e-6, 2e-6)])
