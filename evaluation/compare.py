@@ -153,7 +153,8 @@ def text(runs: Sequence[dict[str, Any]], with_published: bool = False) -> str:
 
 
 def _said(found: dict[str, Any]) -> str:
-    size = abs(found["difference"]) / found["se"] if found["se"] else math.inf
+    apart = abs(found["difference"])
+    size = 0.0 if not apart else apart / found["se"] if found["se"] else math.inf
     return (
         f"{found['metric']}, {found['steps']} step{'s' if found['steps'] > 1 else ''}: {found['what']} minus "
         f"{found['than']} is {found['difference']:+.4g} ± {found['se']:.2g} "

@@ -70,6 +70,14 @@ def test_paired_differences_have_the_error_of_the_difference(tmp_path) -> None:
     assert all(entry["se"] < 1e-12 for entry in compare.differences([one, compare.load(tmp_path / "same")]))
 
 
+def test_a_run_does_not_differ_from_its_copy(tmp_path, capsys) -> None:
+    one = saved(tmp_path / "one")
+    shutil.copytree(one, tmp_path / "copy")
+    main(["compare", str(one), str(tmp_path / "copy")])
+    shown = capsys.readouterr().out
+    assert shown.count("+0 ± 0 (0.0 standard errors: no evidence of a difference)") == 2
+
+
 @pytest.mark.parametrize(
     "change", [{"protocol_hash": "0"}, {"n": 500}, {"extractor": {"name": "t", "sha256": "9"}}, {"reference_sha256": "2"}]
 )  # fmt: skip
