@@ -14,6 +14,7 @@ from stepdistill import assets
 from stepdistill.errors import UserError
 
 ENVIRONMENT = "STEPDISTILL_CACHE"
+_FORM = "2"  # counts up when a network's features change in their last bits, as by folding its norms
 
 
 def cache_directory() -> Path:
@@ -68,6 +69,7 @@ def _place(protocol: Protocol, extractor: Extractor) -> Path:
         protocol.hash,
         protocol.reference.sha256()[:16],
         extractor.sha256[:16],
+        _FORM,
     )
     return cache_directory() / f"{'-'.join(parts)}.npz"
 
