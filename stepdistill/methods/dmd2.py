@@ -47,7 +47,9 @@ class DMD2(ScoreDistillation):
         )
         gan_weight: float = 0.0  # of the student's GAN term; > 0 needs real images (paper: 1e-3 to 5e-3)
         gan_critic_weight: float = 1e-2  # of the critic's GAN term beside its denoising term
-        gan_blocks: Blocks = "middle"  # of the fake score, a head on each: the paper's middle one, half, or all
+        gan_blocks: Blocks = (
+            "middle"  # of the fake score, a head on each: the paper's middle one, half, or all
+        )
 
     @property
     def needs_images(self) -> bool:
@@ -70,7 +72,8 @@ class DMD2(ScoreDistillation):
         with no_grad():  # the networks only give the direction, DMD Eq. 7
             real = self.teacher_at(nets, batch, x_t, t)
         # One pass of the fake score serves both: its answer without gradient, its eye for the GAN with.
-        gan, blocks = config.gan_weight > 0, list(self.eye(nets.fake_score))
+        gan = config.gan_weight > 0
+        blocks = list(self.eye(nets.fake_score)) if gan else []
         with tap_with_gradient(nets.fake_score, blocks) if gan else no_grad() as seen:
             fake = self.fake_at(nets, batch, x_t, t)
         logits = self.judge(nets, seen, len(x0)) if gan else None
