@@ -50,6 +50,37 @@ def test_a_constant_has_a_zero_derivative_and_expanded_times_are_fine():
     torch.testing.assert_close(along, x)
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(4, 6, 3, padding=1),
+        nn.Conv2d(4, 8, 3, stride=2, groups=2, bias=False),
+        nn.Conv2d(4, 4, 3, padding="same", padding_mode="circular", dilation=2),
+        nn.GroupNorm(2, 4),
+        nn.GroupNorm(4, 4, affine=False),
+    ],
+    ids=str,
+)
+def test_convolutions_and_norms_have_autograds_own_derivative(layer):
+    """Our cheaper rules against forward mode without them, also where attention leaves an input transposed."""
+    layer = layer.double().requires_grad_(False)
+    for parameter in layer.parameters():
+        parameter.copy_(torch.randn(parameter.shape))
+    for x, dx in (
+        torch.randn(2, 2, 4, 8, 8, dtype=torch.float64),
+        torch.randn(2, 2, 8, 8, 4, dtype=torch.float64).movedim(-1, 2),
+    ):
+        exact = torch.func.jvp(layer, (x.contiguous(),), (dx.contiguous(),))
+        torch.testing.assert_close(jvp(layer, (x,), (dx,)), exact, rtol=1e-12, atol=1e-12)
+
+
+def test_a_weights_own_derivative_is_not_forgotten():
+    x, weight, dx, dw = torch.randn(4, 3, 3, 3, 3, dtype=torch.float64)
+    _, along = jvp(lambda x, w: nn.functional.conv2d(x, w, padding=1), (x, weight), (dx, dw))
+    a, b = (nn.functional.conv2d(*pair, padding=1) for pair in ((dx, weight), (x, dw)))
+    torch.testing.assert_close(along, a + b, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("tau", [0.05, 0.8, 1.5])
 @pytest.mark.parametrize("schedule", [TrigFlow(), Flow()], ids=["F", "flow"])
 def test_through_stock_unets_in_another_schedule(tiny_sd, tiny_pixel, tau, schedule):
