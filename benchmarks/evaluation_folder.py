@@ -1,16 +1,22 @@
 """From a folder of images to a Fréchet distance's statistics: how much of the slower half is lost, and memory.
 
-    OMP_NUM_THREADS=1 python benchmarks/evaluation_folder.py      (two CPU minutes; writes evaluation_folder.json)
+    OMP_NUM_THREADS=1 python benchmarks/evaluation_folder.py      (three CPU minutes; writes evaluation_folder.json)
 
 Decoding alone, extracting alone (from memory), and end to end as `python -m evaluation stats` does it, on the same
 images, slice by slice in turns in one process, so that a busy machine slows them alike. The share is the slower of
-the first two over end to end; it needs two cores that are free. CPU time over both parts is what working side by
-side costs, on any machine. Peak memory is that of fresh processes.
+the first two over end to end; on one core, where nothing can be done side by side, it is a lower bound. CPU time
+over both parts is what working side by side costs, on any machine. Peak memory is that of fresh processes.
+
+Where torch-fidelity is installed (`pip install --no-deps torch-fidelity`), its own way from a folder to the same
+statistics takes its turns too, at its defaults, with the same feature network plugged in by its interface: once the
+network as it is, which is what a user would plug in, and once the copy of it that we run ("prepared"), which leaves
+only what is around the network. Its CPU seconds include those of its loader's processes.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -19,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import PIL
@@ -26,15 +33,30 @@ import torch
 from PIL import Image
 
 from evaluation.extractors import Extractor, load_extractor
+from evaluation.feature_net import FeatureNet
 from evaluation.folders import statistics
 from evaluation.images import MemoryImages, open_images
-from stepdistill import scenes
+from stepdistill import assets, scenes
 from stepdistill.errors import atomic_write
 
 KINDS = {
     "png 64": (64, ".png", 5000, 1000),
     "jpeg 512": (512, ".jpg", 500, 100),
 }  # side, suffix, images, slice
+
+
+def installed(*names: str) -> dict[str, str]:
+    """Versions of those packages that are here."""
+    return {name: version(name) for name in names if importlib.util.find_spec(name.replace("-", "_"))}
+
+
+def processor() -> str:
+    """The CPU's own name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def written(folder: Path, side: int, suffix: str, first: int, count: int) -> Path:
@@ -46,13 +68,74 @@ def written(folder: Path, side: int, suffix: str, first: int, count: int) -> Pat
     return folder
 
 
+def cpu_seconds() -> float:
+    """Of this process and of children that have ended."""
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
+
+
 def timed(call: Callable[[], object]) -> dict[str, float]:
-    cpu, clock = time.process_time(), time.perf_counter()
+    cpu, clock = cpu_seconds(), time.perf_counter()
     call()
-    return {"cpu_s": time.process_time() - cpu, "wall_s": time.perf_counter() - clock}
+    return {"cpu_s": cpu_seconds() - cpu, "wall_s": time.perf_counter() - clock}
 
 
-def slices(folders: list[Path], extractor: Extractor) -> dict[str, dict[str, float]]:
+def torch_fidelity(network: torch.nn.Module, name: str, dim: int) -> Callable[[Path], dict]:
+    """torch-fidelity's way from a folder to mean and covariance with `network`. Raises ImportError without it."""
+    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+    from torch_fidelity.metric_fid import fid_input_id_to_statistics
+    from torch_fidelity.registry import register_feature_extractor
+    from torch_fidelity.utils import create_feature_extractor
+
+    layer = str(dim)
+
+    class Plugged(FeatureExtractorBase):
+        def __init__(self, name: str, features_list: list[str], **options: object) -> None:
+            super().__init__(name, features_list)
+            self.network = network
+
+        @staticmethod
+        def get_provided_features_list() -> tuple[str, ...]:
+            return (layer,)
+
+        @staticmethod
+        def get_default_feature_layer_for_metric(metric: str) -> str:
+            return layer
+
+        @staticmethod
+        def can_be_compiled() -> bool:
+            return False
+
+        def forward(self, images: torch.Tensor) -> tuple[torch.Tensor]:
+            return (self.network(images),)
+
+    register_feature_extractor(name, Plugged)
+    options = {"cuda": False, "verbose": False, "cache": False}
+    plugged = create_feature_extractor(name, [layer], **options)
+    return lambda folder: fid_input_id_to_statistics(1, plugged, layer, input1=str(folder), **options)
+
+
+def peers() -> dict[str, Callable[[Path], dict]]:
+    """torch-fidelity with the network as it is and as we run it; nothing where it is not installed."""
+    network = FeatureNet.load(assets.path("scenes-v1"))
+    try:
+        return {
+            "torch-fidelity": torch_fidelity(network, "scenes-v1", network.dim),
+            "torch-fidelity, prepared": torch_fidelity(network.for_inference(), "prepared", network.dim),
+        }
+    except ImportError:
+        return {}
+
+
+def disagreement(folder: Path, extractor: Extractor, peer: Callable[[Path], dict]) -> float:
+    """Largest difference of the two covariances, relative to the largest entry."""
+    own, theirs = statistics(open_images(folder), extractor).cov, peer(folder)["sigma"]
+    return float(abs(own - theirs).max() / abs(own).max())
+
+
+def slices(
+    folders: list[Path], extractor: Extractor, others: dict[str, Callable[[Path], dict]]
+) -> dict[str, dict[str, float]]:
     """Seconds of every way over all folders, in turns."""
     total: dict[str, dict[str, float]] = {}
     for turn, folder in enumerate(folders):
@@ -62,8 +145,10 @@ def slices(folders: list[Path], extractor: Extractor) -> dict[str, dict[str, flo
             "extract alone": lambda pixels=pixels: statistics(pixels, extractor),
             "end to end": lambda folder=folder: statistics(open_images(folder), extractor),
         }
+        ways |= {name: lambda folder=folder, peer=peer: peer(folder) for name, peer in others.items()}
         names = list(ways)
-        for name in names[turn % 3 :] + names[: turn % 3]:
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
             for clock, seconds in timed(ways[name]).items():
                 own = total.setdefault(name, {})
                 own[clock] = own.get(clock, 0.0) + seconds
@@ -94,6 +179,7 @@ def main() -> None:
     torch.set_num_threads(1)
     extractor = load_extractor("scenes-v1")
     found: dict[str, object] = {}
+    others = peers()
     with tempfile.TemporaryDirectory() as place:
         for kind, (side, suffix, count, size) in KINDS.items():
             folders = [
@@ -101,7 +187,7 @@ def main() -> None:
                 for start in range(0, count, size)
             ]
             extractor(next(iter(open_images(folders[0]))))  # the first call sets the networks up
-            seconds = slices(folders, extractor)
+            seconds = slices(folders, extractor, others)
             parts = [seconds[name] for name in ("decode alone", "extract alone")]
             slower = max(part["wall_s"] for part in parts)
             whole = seconds["end to end"]["wall_s"]
@@ -111,7 +197,16 @@ def main() -> None:
                 "images_per_second": count / whole,
                 "share_of_the_slower": slower / whole,
                 "cpu_over_both_parts": seconds["end to end"]["cpu_s"] / sum(part["cpu_s"] for part in parts),
+            } | {
+                f"times_faster_than_{name}": {
+                    clock: taken / seconds["end to end"][clock] for clock, taken in seconds[name].items()
+                }
+                for name in others
             }
+            if others:
+                found[kind]["covariance_differs_by"] = disagreement(
+                    folders[0], extractor, others["torch-fidelity"]
+                )
             print(kind, json.dumps(found[kind], indent=2))
         everything = Path(place) / "all"
         everything.mkdir()
@@ -124,12 +219,15 @@ def main() -> None:
         found["peak_megabytes"] = peaks
     found |= {
         "cores": os.cpu_count(),
+        "cores_used": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 2),
         "versions": {
             "python": platform.python_version(),
             "pillow": PIL.__version__,
             "torch": torch.__version__,
+            **installed("torch-fidelity"),
         },
     }
     with atomic_write(args.out) as temporary:
