@@ -290,6 +290,18 @@ def test_the_student_starts_from_what_it_is_sampled_from():
     )
 
 
+def test_the_relativistic_student_is_set_beside_real_data():
+    made = ladd(gan="relativistic")
+    loss = made.method.student_loss(made.nets, made.batch(600))["total"]
+    batch = made.batch(600)
+    x0, judged = made.method.generate(made.nets, batch, False), []
+    for each in (x0, batch.x0):
+        critic, x_tau = made.method.seen(made.nets, batch, each, batch.cond)
+        judged.append(critic(x_tau))
+    expected = torch.nn.functional.softplus(judged[1] - judged[0]).mean(1)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("schedule", ["vp", "edm", "flow", "trig"])
 def test_what_is_judged_is_the_same_under_every_schedule(schedule):
     """One level rho, whatever the schedule: the heads' inputs at equal noise are equal."""

@@ -334,7 +334,8 @@ def test_after_the_degradation_the_fake_score_knows_the_students_samples_better_
 
 
 def test_backtracking_visits_the_path_backwards_and_guides_the_last_target_alone():
-    made = disback(path=3, interval=10)
+    base = {"name": "dmd2", "guidance_scale": 3.0, "student_every": 1}
+    made = disback(path=3, interval=10, base=base)
     teacher = made.nets.teacher
     asked = []
 
@@ -350,10 +351,9 @@ def test_backtracking_visits_the_path_backwards_and_guides_the_last_target_alone
     for name in ("path_1", "path_2", "teacher"):
         made.nets.modules[name] = Ear(name, teacher if name == "teacher" else made.nets.modules[name])
     seen = []
-    for step in (0, 5, 10, 15, 20, 500):
+    for step in (0, 9, 10, 19, 20, 500):
         asked.clear()
-        phase = next(p for p in made.method.phases(step) if p.name == "student") if step % 5 == 0 else None
-        made.backward(phase, step)
+        made.backward(next(p for p in made.method.phases(step) if p.name == "student"), step)
         seen.append(asked[0])
         assert len(asked) == 1
     plain, guided = COUNT, 2 * COUNT
@@ -598,6 +598,29 @@ def test_tsm_measures_the_error_in_the_students_own_kind(kind):
     rho = (-1.2 + 1.2 * batch_of().generator.randn(dtype=torch.float64)).exp()
     weight = rho**-2 + 1 if kind == "x0" else torch.ones_like(rho)
     torch.testing.assert_close(losses["total"], weight * off**2, rtol=1e-5, atol=1e-8)
+
+
+def test_the_teacher_of_tsm_is_told_what_its_student_is_told():
+    """Half of the conditions are dropped, for both alike."""
+    made, heard = world(make("tsm", {"cond_dropout": 0.5})), []
+
+    class Ear(nn.Module):
+        sigma_data = 1.0
+
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x_t, t, cond=None):
+            heard.append(cond)
+            return self.inner(x_t, t, cond)
+
+    for name in ("teacher", "student"):
+        made.nets.modules[name] = Ear(made.nets.modules[name])
+    made.method.loss(made.nets, made.batch())
+    told, none = heard[0], made.family.config.classes
+    assert torch.equal(told, heard[1]) and 0 < int((told == none).sum()) < COUNT
+    assert torch.equal(told[told != none], made.batch().cond[told != none])
 
 
 def test_a_smaller_student_starts_from_random_weights_and_follows_the_teacher():

@@ -26,7 +26,7 @@ from stepdistill.registry import resolve
 from stepdistill.sampling import RULES
 from stepdistill.schedule import EDM, VP, Flow, expand
 from stepdistill.solvers import ddim
-from stepdistill.timesteps import few_step_grid, times_like
+from stepdistill.timesteps import draw, few_step_grid, times_like
 
 # Methods that need settings to exist, and variants worth a row; any other registered name runs on defaults.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -177,6 +177,40 @@ def test_losses_are_per_sample_and_repeat_themselves(name, settings):
             assert all(value.shape in ((COUNT,), ()) for value in values.values())
             for key in values:
                 assert torch.equal(values[key], again[key]), key
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        *((name, {}) for name in ("cd", "tscd", "scm", "meanflow", "boot", "dmd2", "sim", "sid", "diff_instruct", "vsd", "dmd")),
+        ("ect", {"teacher_step": True}),
+        ("tsm", {"cond_dropout": 0.0}),
+        ("progressive", {"predecessor": "teacher"}),
+        ("lightning", {"predecessor": "teacher", "mse_weight": 1.0}),
+        ("add", SETTINGS["add"]),
+        ("f_distill", {}),
+    ],
+)  # fmt: skip
+def test_guidance_is_of_the_teacher_alone_and_of_one_convention(name, settings):
+    """A teacher that is guided in itself, u + 3 (c - u), asked without guidance, teaches the same."""
+    made = world(make(name, settings))
+    mixture, config = made.nets.teacher.network, made.method.config
+    plain, none = mixture.forward, made.family.config.classes
+
+    def in_itself(x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+        c, u = plain(x_t.double(), t, cond), plain(x_t.double(), t, torch.full_like(cond, none))
+        return (u + 3 * (c - u)).to(x_t.dtype)
+
+    def losses(scale: float) -> list[torch.Tensor]:
+        config.guidance_scale = scale
+        phase = next(iter(made.method.phases(0)))
+        return [loss(made.nets, made.batch(3))["total"].detach() for _, loss in phase.terms]
+
+    without, asked = losses(1.0), losses(3.0)
+    mixture.forward = in_itself
+    for term, (a, b) in enumerate(zip(asked, losses(1.0), strict=True)):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-4)
+        assert term or not torch.allclose(without[term], a, rtol=1e-2)
 
 
 @EVERY
@@ -421,6 +455,43 @@ def test_backward_simulation_uses_the_students_own_rule_and_pure_noise_first():
             )
 
 
+@pytest.mark.parametrize(
+    ("name", "law"),
+    [(n, "lognormal") for n in ("sim", "sid", "diff_instruct")] + [(n, "uniform") for n in ("dmd", "dmd2", "vsd")],
+)  # fmt: skip
+def test_the_fake_score_learns_by_its_own_law_over_all_noise_levels(name, law):
+    """SiD's student is compared at Karras levels up to 0.8, DMD's within 0.02 .. 0.98: the critic sees all."""
+
+    class Ear(nn.Module):
+        sigma_data = 1.0
+
+        def forward(self, x_t, t, cond=None):
+            heard.append(t)
+            return Prediction(x_t, "x0", x_t, t, made.nets.schedule)
+
+    heard, made = [], world(make(name, {}, (1,)))
+    made.nets.modules["fake_score"] = Ear()
+    for step in range(4):
+        batch, twin = made.batch(step), made.batch(step)
+        made.method.critic_loss(made.nets, batch)
+        made.method.generate(made.nets, twin)
+        assert torch.equal(heard[-1], draw(law, made.nets.schedule, twin.generator))
+
+
+@pytest.mark.parametrize("name", ["sid", "vsd"])
+def test_the_fake_score_is_guided_by_its_own_scale(name):
+    made = world(make(name, {"fake_guidance_scale": 2.0, "guidance_scale": 5.0}, (1,)))
+    batch, fake = made.batch(), made.nets.fake_score
+    x_t, t = batch.randn(), times_like(500.0, batch.randn())
+    with torch.no_grad():
+        for parameter in fake.parameters():
+            parameter += 0.1
+        c, u = (fake(x_t, t, told).x0 for told in (batch.cond, batch.uncond))
+        said = made.method.fake_at(made.nets, batch, x_t, t).x0
+    torch.testing.assert_close(said, u + 2 * (c - u), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(said, c, rtol=1e-2)
+
+
 # ------------------------------------------------------------------------------------------------------- LCM
 
 
@@ -537,8 +608,9 @@ def test_the_embedding_of_w_equals_the_stock_pipelines(tiny_sd):
     torch.testing.assert_close(heard[0], stock[[0, 2]], rtol=1e-6, atol=1e-6)
 
 
-def test_the_target_is_an_exponential_average():
-    made = world(make("lcm", {"target_ema": 0.8}))
+@pytest.mark.parametrize("name", ["lcm", "cd", "tscd"])
+def test_the_target_is_an_exponential_average(name):
+    made = world(make(name, {"target_ema": 0.8}))
     student, target = made.nets.student, made.nets.target
     before = [p.detach().clone() for p in target.parameters()]
     made.method.after_step(made.nets, 0, ("student",))

@@ -158,12 +158,13 @@ def test_kd_is_zero_for_the_teachers_own_map_at_every_time_of_its_grids(one_mode
 def test_dmd_regresses_at_the_first_time_of_its_sampling_and_only_if_asked(one_mode, source, tmp_path):
     method = DMD(DMD.Config(pair_count=32, pair_steps=2), (1,))
     nets, batch = carried(one_mode, method, source, tmp_path)
-    heard = []
+    heard, batch.pairs.cond = [], torch.arange(32)
     nets.modules["student"] = lambda x_t, t, cond: (
-        heard.append((x_t, t)) or Prediction(batch.pairs.x0 + 0.5, "x0", x_t, t, one_mode.schedule)
+        heard.append((x_t, t, cond)) or Prediction(batch.pairs.x0 + 0.5, "x0", x_t, t, one_mode.schedule)
     )
     torch.testing.assert_close(method.regression_loss(nets, batch)["total"], torch.full((32,), 0.25))
     assert torch.equal(heard[0][0], batch.pairs.z) and bool((heard[0][1] == 1).all())
+    assert heard[0][2] is batch.pairs.cond  # its own, not the batch's
     (student, critic) = method.phases(0)
     assert [weight for weight, _ in student.terms] == [1.0, 0.25] and len(critic.terms) == 1
     without = DMD(DMD.Config(regression_weight=0.0), (1,))
