@@ -2,15 +2,24 @@
 
     python -m benchmarks.toy                          all recipes training/recipes/toy_*.yaml, one after another
     python -m benchmarks.toy sim dmd2 --schedule flow the same under another teacher schedule
+    python -m benchmarks.toy cd dmd2 --guidance 2     two classes of 4 modes each, guided by that scale
 
-A row that exists for the same recipe and code is not run again, so a stopped command goes on. Results:
-benchmarks/toy.json and benchmarks/toy.md. 4,096 samples, 512 projections, seed 0, one thread each.
+Samples of 4,096 points, 512 projections, fixed seeds, one thread; the distance is the mean of 4 samples of the student to
+10 of exact points, the floor that of the 10 to each other. CPU seconds are those of the whole command: importing, fitting
+the network that starts as the exact teacher (1,000 iterations), training, measuring.
+
+A row that exists for the same recipe and the same code of its methods is not run again, so a stopped command goes on.
+What else it ran on (schedules, losses, the trainer) is not compared: each row names its commit, and --force runs it
+again. Results: benchmarks/toy.json and benchmarks/toy.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import hashlib
+import inspect
+import itertools
 import json
 import os
 import platform
@@ -18,12 +27,88 @@ import resource
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from stepdistill.denoiser import guided
+from stepdistill.errors import atomic_write
+from stepdistill.families.toy import SCHEDULES, Toy
+from stepdistill.methods.base import Method
+from stepdistill.noise import SampleNoise
+from stepdistill.prediction import Prediction
+from stepdistill.sampling import first_input
+from stepdistill.schedule import as_edm
+from stepdistill.solvers import heun
+from stepdistill.timesteps import ode_grid, times_like
+from training.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "training" / "recipes"
 TABLE = Path(__file__).with_suffix(".json")
-SCHEDULES = ("vp", "edm", "flow", "trig")
+COUNT, DRAWS, REFERENCES = 4096, 4, 10  # points of a sample; samples of the student and of exact points
+
+
+class MeasuredToy(Toy):
+    """The mixture with a distance whose own noise is averaged out, and with guidance.
+
+    Single pairs of exact samples lie 0.5 to 1.7 times their mean apart, so one pair is no floor to divide by.
+    """
+
+    @dataclass
+    class Config(Toy.Config):
+        guidance_scale: float = (
+            1.0  # g of uncond + g (cond - uncond); what a student should draw is guided by it
+        )
+
+    def exact(self, count: int, seed: int) -> Tensor:
+        """`count` points of what a student should draw, classes in turn, (count, 2): of the data, or under guidance
+        the ends of the guided teacher's ODE."""
+        cond = self.encode([i % self.config.classes for i in range(count)])
+        if self.config.guidance_scale == 1:
+            return self.data(range(count), seed, cond)
+        return self.guided_ends(SampleNoise(range(count), seed=seed, phase="reference"), cond)
+
+    @torch.no_grad()
+    def guided_ends(self, noise: SampleNoise, cond: Tensor, steps: int = 50) -> Tensor:
+        """By Heun's method in EDM's terms."""
+        frame, uncond = as_edm(self.schedule), self.uncond(len(cond))
+        grid = ode_grid(frame, steps, "karras").tolist()
+        asked = partial(self.teacher, in_schedule=frame)
+
+        def predict(x: Tensor, t: Tensor) -> Prediction:
+            return guided(asked, x, t, cond, uncond, self.config.guidance_scale)
+
+        x = first_input(frame, noise.randn(2, dtype=torch.float64), grid[0], "sigma")
+        for t, s in itertools.pairwise(grid):
+            x = heun(predict, x, times_like(t, x), times_like(s, x))
+        return predict(x, times_like(grid[-1], x)).x0
+
+    @cached_property
+    def references(self) -> list[Tensor]:
+        return [self.projected(self.exact(COUNT, seed)) for seed in range(1, 1 + REFERENCES)]
+
+    def projected(self, points: Tensor) -> Tensor:
+        """Points of each class, (count, 2) with classes in turn, sorted along 512 directions: (classes, 512, n)."""
+        noise = torch.Generator().manual_seed(0)
+        directions = torch.randn(512, 2, generator=noise, dtype=torch.float64)
+        directions = directions / directions.norm(dim=1, keepdim=True)
+        parts = points.double().cpu().unflatten(0, (-1, self.config.classes)).permute(1, 2, 0)
+        return (directions @ parts).float().sort(-1).values
+
+    def sliced_w1(self, draw: Callable[[int], Tensor], count: int = 4096) -> float:
+        """Mean sliced Wasserstein-1 distance of samples of COUNT to exact ones of that size, class by class, over the
+        mean distance of two exact ones; 1 is perfect, give or take 0.1."""
+        found = [self.projected(points) for points in draw(DRAWS * COUNT).split(COUNT)]
+        floor = [(a - b).abs().mean() for a, b in itertools.combinations(self.references, 2)]
+        apart = [(a - b).abs().mean() for a, b in itertools.product(found, self.references)]
+        return float(torch.stack(apart).mean() / torch.stack(floor).mean())
 
 
 def main() -> None:
@@ -32,29 +117,47 @@ def main() -> None:
     )
     parser.add_argument("methods", nargs="*", help="names after toy_ (default: all)")
     parser.add_argument("--schedule", choices=SCHEDULES, help="of the teacher (default: the recipe's)")
+    parser.add_argument("--guidance", type=float, help="two classes, and the teacher guided by this scale")
     parser.add_argument("--force", action="store_true", help="run rows again that are there")
     args = parser.parse_args()
     names = args.methods or sorted(path.stem.removeprefix("toy_") for path in RECIPES.glob("toy_*.yaml"))
     for name in names:
-        recipe = RECIPES / f"toy_{name}.yaml"
-        if not recipe.is_file():
-            parser.error(f"there is no {recipe}")
-        key = name if args.schedule is None else f"{name}/{args.schedule}"
-        identity = fingerprint(recipe)
+        path = RECIPES / f"toy_{name}.yaml"
+        if not path.is_file():
+            parser.error(f"there is no {path}")
+        key, overrides = name, ["family.name=benchmarks.toy:MeasuredToy"]
+        if args.schedule:
+            key = f"{key}/{args.schedule}"
+            overrides += [f"family.schedule={args.schedule}"]
+        if args.guidance:
+            key = f"{key}/guided"
+            overrides += [f"{part}.guidance_scale={args.guidance:g}" for part in ("family", "method")]
+            overrides += ["family.classes=2"]
+        recipe = load_recipe(path, overrides)
+        identity = fingerprint(path, overrides, recipe)
         if not args.force and table().get(key, {}).get("identity") == identity:
             print(f"{key}: there already")
             continue
-        row = run(recipe, args.schedule) | {"identity": identity}
+        row = about(recipe, args.guidance) | run(path, overrides, recipe) | {"identity": identity}
         save(table() | {key: row})
         print(key, json.dumps(row), flush=True)
 
 
-def run(recipe: Path, schedule: str | None) -> dict:
+def about(recipe: Recipe, guidance: float | None) -> dict[str, Any]:
+    return {
+        "schedule": recipe.family.config.schedule,
+        "guidance": guidance or 1.0,
+        "seed": recipe.run.seed,
+        "commit": commit(),
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, 1 thread",
+    }
+
+
+def run(path: Path, overrides: list[str], recipe: Recipe) -> dict[str, Any]:
     """Train, and read back what the run says of itself."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "training.train", str(recipe), f"run.out={folder}/run"]
+        command = [sys.executable, "-m", "training.train", str(path), *overrides, f"run.out={folder}/run"]
         command += ["run.preview_every=0", "run.threads=1"]
-        command += [f"family.schedule={schedule}"] if schedule else []
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(
             command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
@@ -64,28 +167,51 @@ def run(recipe: Path, schedule: str | None) -> dict:
             return {"error": done.stderr.strip().splitlines()[-1]}
         lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
     found = {key: value for line in lines for key, value in json.loads(line).items()}
+    least = min(list(recipe.stages())[-1].student.steps)
+
+    def by_steps(metric: str) -> dict[str, float]:
+        """ "metric/sw1@4" counts for 4 steps; the least number of steps has no label of its own."""
+        kept = {k.partition("@")[2] or str(least): v for k, v in found.items() if k.startswith(metric)}
+        return dict(sorted(kept.items(), key=lambda item: int(item[0])))
+
     return {
-        "sw1": {label(key): value for key, value in found.items() if key.startswith("metric/sw1")},
-        "modes": {label(key): value for key, value in found.items() if key.startswith("metric/modes")},
+        "sw1": {steps: round(value, 3) for steps, value in by_steps("metric/sw1").items()},
+        "modes": {steps: int(value) for steps, value in by_steps("metric/modes").items()},
         "cpu_seconds": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1),
-        "steps": found["step"],
-        "commit": commit(),
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "iterations": found["step"],
     }
 
 
-def label(key: str) -> str:
-    """ "metric/sw1@4" -> "4"; the least number of steps has no label of its own."""
-    return key.partition("@")[2] or "least"
-
-
-def fingerprint(recipe: Path) -> str:
-    """Names the recipe and the library it runs on."""
-    digest = hashlib.sha256(recipe.read_bytes())
-    for source in sorted((ROOT / "stepdistill").rglob("*.py")):
-        if source.parent.name != "attention":
-            digest.update(source.read_bytes())
+def fingerprint(path: Path, overrides: list[str], recipe: Recipe) -> str:
+    """Names what the recipe says and the code of its methods, comments and docstrings aside."""
+    said = yaml.safe_load(path.read_text())
+    for silent in ("out", "log_every", "preview_every", "threads"):
+        said["run"].pop(silent, None)
+    digest = hashlib.sha256(json.dumps([said, overrides], sort_keys=True).encode())
+    files = {file for stage in recipe.stages() for file in sources(stage.method.make(stage.student.steps))}
+    for file in sorted(files):
+        digest.update(bare(file).encode())
     return digest.hexdigest()[:16]
+
+
+def sources(method: Method) -> Iterator[str]:
+    """The files of a method's classes, the common base left out, and of the methods it is made of."""
+    for cls in type(method).__mro__:
+        if issubclass(cls, Method) and cls.__module__ != Method.__module__:
+            yield inspect.getsourcefile(cls)
+    parts = [part for _, _, part in getattr(method, "parts", ())]
+    for part in [*parts, *([method.base] if isinstance(getattr(method, "base", None), Method) else [])]:
+        yield from sources(part)
+
+
+@lru_cache
+def bare(file: str) -> str:
+    """A file's code as the parser sees it, without docstrings."""
+    tree = ast.parse(Path(file).read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+            node.body[0] = ast.Pass()
+    return ast.unparse(tree)
 
 
 def commit() -> str:
@@ -93,31 +219,51 @@ def commit() -> str:
     return done.stdout.strip()
 
 
-def table() -> dict:
+def table() -> dict[str, Any]:
     return json.loads(TABLE.read_text()) if TABLE.is_file() else {}
 
 
-def save(rows: dict) -> None:
-    from stepdistill.errors import atomic_write
-
+def save(rows: dict[str, Any]) -> None:
     with atomic_write(TABLE) as temporary:
         temporary.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
-    lines = [
-        "| method | sliced W1 / floor | modes of 8 | CPU seconds | iterations |",
-        "|---|---|---|---|---|",
-    ]
-    for key, row in sorted(rows.items(), key=lambda item: item[1].get("sw1", {}).get("least", 1e9)):
-        if "error" in row:
-            lines.append(f"| {key} | {row['error']} | | | |")
-            continue
-        scores = ", ".join(
-            f"{value:.2f}" + ("" if steps == "least" else f" ({steps} steps)")
-            for steps, value in row["sw1"].items()
-        )
-        modes = ", ".join(f"{value:.0f}" for value in row["modes"].values())
-        lines.append(f"| {key} | {scores} | {modes} | {row['cpu_seconds']:.0f} | {row['steps']:,} |")
     with atomic_write(TABLE.with_suffix(".md")) as temporary:
-        temporary.write_text("\n".join(lines) + "\n")
+        temporary.write_text(markdown(rows))
+
+
+def markdown(rows: dict[str, Any]) -> str:
+    """Three tables: the recipes as they are shipped, under other schedules, with guidance."""
+    titles = (
+        "Sliced W1 over the sampling floor, as shipped",
+        "The same recipes under other teacher schedules",
+        "Two classes of 4 modes each, guided; the reference is the end of the guided teacher's ODE",
+    )
+    groups: list[list[tuple[str, dict[str, Any]]]] = [[], [], []]
+    for key, row in sorted(rows.items()):
+        groups[2 if row["guidance"] != 1 else 1 if "/" in key else 0].append((key, row))
+    groups[0].sort(key=lambda item: _least(item[1]))
+    parts = []
+    for title, group in zip(titles, groups, strict=True):
+        lines = [
+            f"**{title}**",
+            "",
+            "| method | schedule | 1 step | 2 steps | 4 steps | 8 steps | modes of 8 | CPU s | iterations |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
+        for key, row in group:
+            name = key.partition("/")[0]
+            if "error" in row:
+                lines.append(f"| {name} | {row['schedule']} | {row['error']} | | | | | | |")
+                continue
+            scores = " | ".join(f"{row['sw1'][n]:.2f}" if n in row["sw1"] else "" for n in "1248")
+            modes = ", ".join(str(value) for value in row["modes"].values())
+            tail = f"{modes} | {row['cpu_seconds']:.0f} | {row['iterations']:,} |"
+            lines.append(f"| {name} | {row['schedule']} | {scores} | {tail}")
+        parts.append("\n".join(lines) if group else "")
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _least(row: dict[str, Any]) -> float:
+    return next(iter(row.get("sw1", {}).values()), 1e9)
 
 
 if __name__ == "__main__":
