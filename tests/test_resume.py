@@ -1,0 +1,97 @@
+"""Every registered method: a run that stops half-way and goes on ends with the weights of one that did not stop."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_methods import SETTINGS, STEPS
+
+from stepdistill.families.toy import Toy
+from stepdistill.methods import METHODS
+from training.checkpoint import Checkpoint, RunDirectory
+from training.recipe import Recipe, recipe_from
+from training.run import run
+
+pytestmark = pytest.mark.usefixtures("accelerator_state")
+
+PAIRS = {"pair_count": 16, "pair_steps": 2}
+SMALL: dict[
+    str, dict[str, Any]
+] = {  # what keeps two runs of four iterations short, and resuming worth a test
+    "dmd": PAIRS,
+    "dmd2": {"student_every": 2, "gan_weight": 0.1},
+    "ect": {"double_every": 1, "stages": 4},  # the curriculum moves in every iteration
+    "kd": PAIRS,
+    "scm": {"warmup": 4},
+    "ladd": {"warmup": 3},
+    "lcm": {"ddim_steps": 4},
+    "compose": {
+        "parts": [
+            {"name": "scm", "warmup": 4, "first_rho": 0.0},
+            {"name": "ladd", "warmup": 3, "misaligned": True},
+        ]
+    },
+    "disback": {"stage": "degrade", "path": 2, "interval": 1},
+}
+
+
+def recipe(name: str, out: Path) -> Recipe:
+    return recipe_from(
+        {
+            "family": {"name": "toy", "modes": 4, "classes": 2, "fit_steps": 2},
+            "student": {"steps": list(STEPS.get(name, (1, 2))), "ema": 0.5},
+            "method": {"name": name, **SETTINGS.get(name, {}), **SMALL.get(name, {})},
+            "data": {"name": "toy", "size": 40},
+            "optim": {"lr": 1e-2, "batch_size": 8, "schedule": "cosine"},
+            "run": {
+                "out": str(out),
+                "steps": 4,
+                "save_every": 2,
+                "keep": 9,
+                "log_every": 1,
+                "preview_every": 0,
+            },
+        }
+    )
+
+
+def flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Whatever a checkpoint nests, by the path to it."""
+    if isinstance(value, (dict, list, tuple)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {key: leaf for k, v in items for key, leaf in flat(v, f"{name}/{k}").items()}
+    return {name: value}
+
+
+def state(found: Checkpoint) -> dict[str, Any]:
+    return flat([found.tensors, found.optimizers, found.extra["counters"]])
+
+
+def _none(*args: Any) -> None:
+    raise ImportError
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_resumed_run_equals_an_uninterrupted_one(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # trajectories are cached beside the run
+    monkeypatch.setattr("training.loggers.TensorBoardLogger", _none)
+    monkeypatch.setattr(Toy, "sliced_w1", lambda self, draw: float(draw(8).std()))  # the real one is slow
+    run(recipe(name, tmp_path / "run"))
+    directory = RunDirectory(tmp_path / "run", 9)
+    middle, whole = state(directory.load(2)), state(directory.load(4))
+    shutil.rmtree(directory.checkpoints / "4")
+    run(recipe(name, tmp_path / "run"))
+    again = state(directory.load(4))
+    assert again.keys() == whole.keys()
+    moved = False
+    for key, value in whole.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, again[key]), key
+            moved |= not torch.equal(value, middle[key])
+        elif "seconds" not in key:
+            assert value == again[key], key
+    assert moved  # the second half did train
