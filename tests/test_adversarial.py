@@ -316,6 +316,17 @@ def test_what_is_judged_is_the_same_under_every_schedule(schedule):
     torch.testing.assert_close((x_tau / alpha)[inside], at_unit_alpha[inside], rtol=1e-4, atol=1e-4)
 
 
+def test_ladds_discriminator_tells_real_from_generated_and_not_the_reverse():
+    made = ladd()
+    gan = made.method.discriminator_loss(made.nets, made.batch())["gan"]
+    batch = made.batch()
+    x0, judged = made.method.generate(made.nets, batch, False).detach(), []
+    for each in (batch.x0, x0):
+        critic, x_tau = made.method.seen(made.nets, batch, each, batch.cond)
+        judged.append(critic(x_tau))
+    torch.testing.assert_close(gan, (1 - judged[0]).relu().mean(1) + (1 + judged[1]).relu().mean(1))
+
+
 def test_misaligned_pairs_are_real_data_under_anothers_condition():
     made = ladd(misaligned=True)
     heard = []
@@ -407,6 +418,18 @@ def test_adds_penalty_is_the_heads_slope_at_the_features():
     torch.testing.assert_close(losses["total"], losses["gan"] + 0.3 * expected)
 
 
+def test_the_eye_sees_real_and_generated_data_through_one_decoder():
+    made, seen = add(), []
+    features, made.nets.decode = made.method.eye.features, lambda x0: 7 + x0
+    made.method.eye.features = lambda images: seen.append(images) or features(images)
+    made.method.discriminator_loss(made.nets, made.batch())
+    batch = made.batch()
+    torch.testing.assert_close(seen[0], 7 + batch.x0)
+    torch.testing.assert_close(seen[1], 7 + made.method.generate(made.nets, batch))
+    made.method.student_loss(made.nets, made.batch())
+    torch.testing.assert_close(seen[2], seen[1])
+
+
 def test_a_head_is_conditioned_by_projection():
     torch.manual_seed(0)
     heads = Discriminator([5], width=16, condition=7)
@@ -469,6 +492,21 @@ def test_the_student_that_is_its_own_predecessor_makes_what_is_real():
     assert [phase.trains for phase in made.method.phases(0)] == [
         ("student",)
     ]  # no discriminator without its game
+
+
+def test_lightnings_error_is_weighed_and_its_relativistic_student_set_beside_what_is_real():
+    made = lightning(gan="relativistic", mse_weight=0.3, gan_weight=0.7)
+    losses, batch = made.method.student_loss(made.nets, made.batch()), made.batch()
+    i, x_t = made.method.start(made.nets, batch)
+    x_s, _ = made.method.generate(made.nets, batch, i, x_t)
+    real = made.method.real(made.nets, batch, i, x_t)
+    fake, beside = (made.method.logits(made.nets, batch, i, x_t, x) for x in (x_s, real))
+    torch.testing.assert_close(losses["error"], (x_s - real).square().mean(1), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(losses["gan"], torch.nn.functional.softplus(beside - fake).mean(1))
+    torch.testing.assert_close(losses["total"], 0.3 * losses["error"] + 0.7 * losses["gan"])
+    # The discriminator plays the same game from the other side.
+    told = made.method.discriminator_loss(made.nets, made.batch())["gan"]
+    torch.testing.assert_close(told, torch.nn.functional.softplus(fake - beside).mean(1))
 
 
 def test_a_conditional_discriminator_sees_both_ends_of_the_step_and_the_other_only_the_latter():

@@ -184,6 +184,11 @@ def test_boots_times_are_delta_apart_in_the_angle(schedule):
             torch.testing.assert_close(apart, torch.full_like(apart, 0.05), rtol=1e-6, atol=1e-6)
 
 
+def test_boots_boundary_is_weighed_by_beta():
+    (phase,) = make("boot", {"boundary_weight": 0.3}).phases(0)
+    assert [weight for weight, _ in phase.terms] == [1.0, 0.3]
+
+
 def test_boot_refuses_several_steps():
     with pytest.raises(UserError, match=r"student\.steps must be \[1\] for boot"):
         make("boot", {}, (1, 2))

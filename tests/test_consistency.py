@@ -22,7 +22,7 @@ from stepdistill.noise import SampleNoise
 from stepdistill.prediction import Prediction
 from stepdistill.schedule import EDM, VP, Flow, Schedule, TrigFlow, as_edm
 from stepdistill.solvers import SOLVERS
-from stepdistill.timesteps import few_step_grid, times_like
+from stepdistill.timesteps import few_step_grid, teacher_grid, times_like
 
 MEAN, STD = 0.3, 0.4
 MADE = {name: make() for name, make in SCHEDULES.items()}
@@ -634,6 +634,25 @@ def test_tscd_never_looks_below_the_edge_and_takes_the_state_itself_there():
     x_t = nets.schedule.add_noise(twin.x0, twin.randn(), t)
     expected = (nets.student(x_t, t).at(s) - nets.teacher(x_t, t).at(s)).square()[:, 0]
     torch.testing.assert_close(losses["total"], expected, rtol=1e-9, atol=1e-12)
+
+
+@EVERY
+def test_tscds_teacher_steps_to_the_edge_where_the_next_point_lies_below(schedule):
+    heard = []
+
+    class Ear(nn.Module):
+        def forward(self, x_t, t, cond=None):
+            heard.append(t)
+            return x_t
+
+    method = TSCD(TSCD.Config(segments=4, ddim_steps=7, guidance_scale=1.0))
+    nets = nets_of(schedule, Affine(), target=Denoiser(Ear(), "x0", schedule))
+    method.loss(nets, batch_of(256))
+    grid = torch.tensor((*teacher_grid(schedule, 7), schedule.t_min), dtype=torch.float64)
+    i = batch_of(256).generator.randint(0, 7)
+    b, below = method.lower_edge(schedule, grid[i]), grid[i + 1]
+    torch.testing.assert_close(heard[0], torch.maximum(below, b), rtol=1e-9, atol=1e-9)
+    assert bool((below < b - 1e-3).any()) and bool((below > b + 1e-3).any())
 
 
 def test_tscd_refuses_what_does_not_fit():

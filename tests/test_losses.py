@@ -16,6 +16,8 @@ from stepdistill.losses import (
     gan_generator,
     mse,
     pseudo_huber,
+    score_identity,
+    vector_huber,
 )
 from stepdistill.prediction import Prediction
 from stepdistill.schedule import EDM, VP, Flow
@@ -176,6 +178,25 @@ def test_pseudo_huber_is_quadratic_below_and_linear_above():
     # Elementwise, then averaged: one far element of four counts a quarter.
     far = torch.tensor([[8.0, 0, 0, 0]], dtype=torch.float64)
     assert float(pseudo_huber(far, zero, c)) == pytest.approx((8 - c) / 4, rel=1e-6)
+
+
+def test_sids_normaliser_is_a_constant():
+    """The gradient, through x0 and both answers to it, is divided by mean |x0 - teacher|, which has none of its own."""
+    x0, teacher, fake = triple()
+    slopes = []
+    for normalise in (False, True):
+        loss = score_identity(x0, teacher + 0.3 * x0, fake + 0.2 * x0, 1.2, normalise)
+        slopes.append(torch.autograd.grad(loss.sum(), x0)[0])
+    size = (x0 - teacher - 0.3 * x0).detach().abs().mean((1, 2), keepdim=True)
+    torch.testing.assert_close(slopes[1], slopes[0] / size, rtol=1e-9, atol=1e-12)
+
+
+def test_the_vector_huber_is_of_the_norm_of_the_whole_sample():
+    off = torch.tensor([[[3.0, 0.0], [0.0, 4.0]]], dtype=torch.float64)
+    for c in (0.0, 2.0):
+        expected = (25 + c * c) ** 0.5 - c
+        assert float(vector_huber(off, torch.zeros_like(off), c)) == pytest.approx(expected, rel=1e-12)
+    assert float(vector_huber(off, off, 0.0)) < 1e-7
 
 
 def test_gan_losses_at_zero_and_far_logits():

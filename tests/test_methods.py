@@ -359,6 +359,14 @@ def test_the_critic_learns_both_from_denoising_and_from_the_gan():
     )
 
 
+def test_the_critic_tells_real_from_generated_and_not_the_reverse():
+    made = world(make("dmd2", {"gan_weight": 1e-3}))
+    made.method.judge = lambda nets, seen, count: torch.full((count, 1), -50.0)  # what the student made
+    made.method.logits = lambda nets, x0, batch: torch.full((len(x0), 1), 50.0)
+    losses = made.method.critic_loss(made.nets, made.batch(phase="critic"))
+    assert float(losses["gan"].max()) < 1e-6 and float(losses["accuracy"]) == 1
+
+
 def test_the_critics_optimum_is_the_students_own_posterior_mean():
     """Denoising on what G makes: the exact denoiser of G's distribution has a lower loss than the teacher."""
     made = world(
@@ -490,6 +498,20 @@ def test_the_fake_score_is_guided_by_its_own_scale(name):
         said = made.method.fake_at(made.nets, batch, x_t, t).x0
     torch.testing.assert_close(said, u + 2 * (c - u), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(said, c, rtol=1e-2)
+
+
+# ------------------------------------------------------------------------------------------------- MeanFlow
+
+
+def test_meanflow_weighs_the_square_summed_over_a_sample():
+    settings = {"direction": "data", "equal_share": 1.0, "cond_dropout": 0.0, "weight_power": 0.5}
+    made = world(make("meanflow", settings | {"weight_c": 0.1}), schedule="flow")
+    losses, batch = made.method.loss(made.nets, made.batch()), made.batch()
+    t, _ = made.method.times(made.nets, batch)
+    eps = batch.randn()
+    u = made.nets.student(Flow().add_noise(batch.x0, eps, t), t, batch.cond, end=t).flow
+    squared = (u - (eps - batch.x0)).square().sum(1)
+    torch.testing.assert_close(losses["total"], squared / (squared + 0.1).sqrt(), rtol=1e-4, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------- LCM

@@ -279,6 +279,9 @@ def test_reverse_kl_is_dmd2_and_ratios_are_clipped_and_normalised():
     method.config.divergence = "forward_kl"
     clipped = torch.tensor([0.1, 1.0, math.e, 20.0])
     torch.testing.assert_close(method.weight(real, logits), clipped / clipped.mean())
+    method.config.divergence = "jensen_shannon"  # of ratios whose mean is 1
+    expected = clipped / (clipped + clipped.mean())
+    torch.testing.assert_close(method.weight(real, logits), expected / expected.mean())
     for settings, says in (({"gan_weight": 0.0}, "gan_weight"), ({"ratio_low": 30.0}, "ratio_low")):
         with pytest.raises(UserError, match=says):
             Line("f_distill", SCHEDULES["vp"](), **settings)
