@@ -29,8 +29,9 @@ body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
 h1 { margin-bottom: 0; } h2 { margin-top: 2.2rem; font-size: 1.15rem; }
 .faint { color: var(--faint); } .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } table[id] th { cursor: pointer; }
+th, td { padding: .35rem .45rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; } table[id] th { cursor: pointer; white-space: normal;
+  vertical-align: bottom; line-height: 1.25; } th span { white-space: nowrap; }
 table[id] { margin-bottom: 1rem; } code { background: color-mix(in srgb, var(--line) 50%, transparent);
   padding: 0 .25em; border-radius: 3px; font-size: .92em; }
 ul.warnings { background: var(--warn); padding: .7rem 2rem; border-radius: 6px; }
@@ -177,10 +178,16 @@ def _image(image: Tensor) -> str:
 
 
 def _table(cells: Sequence[Sequence[str]], name: str) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in cells[0])
+    head = "".join(f"<th>{_breakable(cell)}</th>" for cell in cells[0])
     rows = ["".join(f"<td>{html.escape(cell)}</td>" for cell in line) for line in cells[1:]]
     body = "\n".join(f"<tr>{row}</tr>" for row in rows)
     return f'<table id="{name}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+
+
+def _breakable(heading: str) -> str:
+    """A heading that may be broken between the parts of a metric's name, but not before its arrow."""
+    words = [re.split(r"(?<=[:/])(?=\w{3})", word) for word in re.split(r"(?<=\w) (?=\w)", heading)]
+    return " ".join("<wbr>".join(f"<span>{html.escape(part)}</span>" for part in word) for word in words)
 
 
 def _published(entries: Sequence[dict[str, Any]]) -> str:
