@@ -3,11 +3,16 @@
     python -m benchmarks.step_time                 all rows
     python -m benchmarks.step_time dmd2 dmd2+gan   some
 
-A UNet2DModel of about 3.5 M parameters, 32x32, batch 4, float32, one thread, class-conditional, no guidance,
-random weights. In one process and in turns: the no-grad forward, forward+backward, and each phase whole
-(zero_grad, losses, backward, optimiser). The ratio phase / (forward+backward) of the least CPU times is what
-compares across machines. "own passes" is the sum of the phase's network passes and its optimiser step, each timed
-apart. Results: benchmarks/step_time.json and .md; reference figures: FastGen's on the same set-up.
+A UNet2DModel of about 3.5 M parameters, 32x32, batch 4, float32, one thread, class-conditional, no guidance, random
+weights. In one process and in turns: the single network passes and each phase whole (zero_grad, losses, backward,
+optimiser). The ratio phase / (forward+backward) of the least CPU times is what compares across machines. "own passes"
+is the sum of the phase's network passes and its optimiser step, each timed apart. glibc is told to keep what is freed:
+by default it hands memory back after each step and takes it again page by page, up to a tenth of a step's CPU time, the
+more the higher the step's peak.
+
+Memory: how far one DMD2 student step at batch 16 raises the process's peak, in a process of its own, beside the same
+step with the teacher's graph kept until the backward pass. Results: benchmarks/step_time.json and .md; reference
+figures: FastGen's on the same set-up.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -37,6 +43,7 @@ from stepdistill.noise import SampleNoise
 from stepdistill.registry import resolve
 
 TABLE = Path(__file__).with_suffix(".json")
+KEEP_FREED = {"MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
 BATCH = 4
 UNET = {
     "sample_size": 32,
@@ -50,30 +57,30 @@ UNET = {
     "norm_num_groups": 8,
     "num_class_embeds": 10,
 }
-# Row: method, settings, {phase: (FastGen's ratio or None, its own passes)}. Passes: B forward+backward,
-# F no-grad forward, E forward of the encoder half, EB the same with its backward, J forward-mode derivative.
+# Row: method, settings, {phase: (FastGen's ratio or None, its own passes)}. A pass is a network's forward without
+# gradient, F; forward+backward, B; the encoder half forward, E; its forward+backward for all parameters, EB, or for the
+# input alone, EI; a forward-mode derivative with its value, J; the optimiser's step, O. -E: a forward that is shared.
 ROWS: dict[str, tuple[str, dict[str, Any], dict[str, tuple[float | None, str]]]] = {
-    "pretrain": ("pretrain", {}, {"student": (1.06, "B")}),
-    "dmd2": (
-        "dmd2",
-        {"student_every": 1, "guidance_scale": 1.0},
-        {"student": (1.75, "B F F"), "critic": (1.40, "F B")},
-    ),
+    "pretrain": ("pretrain", {}, {"student": (1.06, "B O")}),
+    "dmd2": ("dmd2", {}, {"student": (1.75, "B F F O"), "critic": (1.40, "F B O")}),
     "dmd2+gan": (
         "dmd2",
-        {"student_every": 1, "guidance_scale": 1.0, "gan_weight": 1e-2},
-        {"student": (1.90, "B F F EI"), "critic": (1.60, "F B EB EB")},
+        {"gan_weight": 1e-2},
+        {"student": (1.90, "B F F EI -E O"), "critic": (1.60, "F B EB O")},
     ),
-    "cd": ("cd", {}, {"student": (1.67, "B F F")}),
-    "ect": ("ect", {}, {"student": (1.39, "B F")}),
-    "scm": ("scm", {"guidance_scale": 1.0}, {"student": (2.3, "B F J")}),
-    "meanflow": ("meanflow", {"guidance_scale": 1.0}, {"student": (2.3, "B F J")}),
+    "cd, Euler": ("cd", {"solver": "euler"}, {"student": (1.67, "B F F O")}),
+    "cd, Heun": ("cd", {"solver": "heun"}, {"student": (None, "B F F F O")}),
+    "ect": ("ect", {}, {"student": (1.39, "B F O")}),
+    "scm": ("scm", {}, {"student": (2.3, "B F J O")}),
+    "meanflow": ("meanflow", {}, {"student": (2.3, "B F J O")}),
     "ladd": (
         "ladd",
-        {"blocks": "half", "warmup": 0},
-        {"student": (1.31, "B EI"), "discriminator": (0.57, "F E E")},
+        {"blocks": "middle", "warmup": 0},  # one head on the 8x8 features, as FastGen's
+        {"student": (1.31, "B EI O"), "discriminator": (0.57, "F E E")},
     ),
 }
+COMMON = {"student_every": 1, "guidance_scale": 1.0}
+MEMORY_BATCH = 16
 
 
 class Setup:
@@ -83,9 +90,8 @@ class Setup:
         torch.manual_seed(0)
         cls = resolve(name, METHODS, "method")
         known = set(cls.Config.__dataclass_fields__)
-        self.method: Method = cls(
-            build(cls.Config, {k: v for k, v in settings.items() if k in known}, "method"), (1,)
-        )
+        kept = {key: value for key, value in (COMMON | settings).items() if key in known}
+        self.method: Method = cls(build(cls.Config, kept, "method"), (1,))
         self.family = Pixel(Pixel.Config(unet=UNET))
         teacher = self.family.fresh().eval().requires_grad_(False)
         with torch.no_grad():
@@ -100,7 +106,7 @@ class Setup:
         self.optimizers = {
             n: torch.optim.AdamW(list(self.nets.modules[n].parameters()), 1e-6) for n in trained
         }
-        self.step = 0
+        self.step, self.data = 0, 0.5 * torch.randn(MEMORY_BATCH, *self.family.shape)
 
     def phases(self) -> dict[str, Phase]:
         found: dict[str, Phase] = {}
@@ -109,18 +115,17 @@ class Setup:
                 found.setdefault(phase.name, phase)
         return found
 
-    def batch(self, phase: str) -> Batch:
+    def batch(self, phase: str, size: int = BATCH) -> Batch:
         self.step += 1
-        noise = SampleNoise(range(BATCH), step=self.step, phase=phase)
-        x0 = 0.5 * noise.randn(*self.family.shape)
-        cond, uncond = self.family.encode(range(BATCH)), self.family.uncond(BATCH)
+        noise, x0 = SampleNoise(range(size), step=self.step, phase=phase), self.data[:size]
+        cond, uncond = self.family.encode([i % 10 for i in range(size)]), self.family.uncond(size)
         return Batch(cond, uncond, self.family.shape, noise.index, noise, x0)
 
-    def run(self, phase: Phase) -> None:
+    def run(self, phase: Phase, size: int = BATCH) -> None:
         for name in self.optimizers:
             self.nets.modules[name].requires_grad_(name in phase.trains)
             self.optimizers[name].zero_grad()
-        batch = self.batch(phase.name)
+        batch = self.batch(phase.name, size)
         for weight, loss in phase.terms:
             (weight * loss(self.nets, batch)["total"].mean()).backward()
         for name in phase.trains:
@@ -158,7 +163,9 @@ class Setup:
         def derivative() -> None:
             from stepdistill.jvp import jvp
 
-            jvp(lambda x: student(x, t, batch.cond, **end).x0, (x_t,), (torch.ones_like(x_t),))
+            student.requires_grad_(True)
+            along = (torch.ones_like(x_t), torch.ones_like(t))
+            jvp(lambda x, time: student(x, time, batch.cond, **end).x0, (x_t, t), along)
 
         def optimise() -> None:
             for p in student.parameters():
@@ -173,25 +180,41 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("rows", nargs="*", help=f"of {', '.join(ROWS)} (default: all)")
+    parser.add_argument("rows", nargs="*", help=f"of {', '.join(ROWS)}, memory (default: all)")
     parser.add_argument("--rounds", type=int, default=6, help="timed rounds, after 2 that are not")
+    parser.add_argument("--peak", choices=("free", "kept"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    for row in args.rows or ROWS:
-        if row not in ROWS:
-            parser.error(f"there is no row {row!r}; choose from {', '.join(ROWS)}")
-        found = measure(row, args.rounds)
+    if args.peak:
+        print(peak_growth(kept=args.peak == "kept"))
+        return
+    if not KEEP_FREED.keys() <= os.environ.keys():  # read when a process starts
+        command = [sys.executable, "-m", "benchmarks.step_time", *sys.argv[1:]]
+        os.execve(sys.executable, command, os.environ | KEEP_FREED)
+    for row in args.rows or [*ROWS, "memory"]:
+        if row not in ROWS and row != "memory":
+            parser.error(f"there is no row {row!r}; choose from {', '.join(ROWS)}, memory")
+        found = memory() if row == "memory" else measure(row, args.rounds)
         table = json.loads(TABLE.read_text()) if TABLE.is_file() else {}
-        save(table | {row: found})
-        print(row, json.dumps(found["phases"]), flush=True)
+        save(table | {row: found | about()})
+        print(row, json.dumps(found), flush=True)
+
+
+def about() -> dict[str, Any]:
+    return {
+        "torch": torch.__version__,
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, 1 thread",
+        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
+    }
 
 
 def measure(row: str, rounds: int) -> dict[str, Any]:
     name, settings, expected = ROWS[row]
     setup = Setup(name, settings)
     phases = setup.phases()
-    wanted = sorted({part for _, parts in expected.values() for part in parts.split()} | {"F", "B", "O"})
-    jobs = {part: setup.passes()[part] for part in wanted}
+    wanted = {part.strip("-") for _, parts in expected.values() for part in parts.split()} | {"F", "B"}
+    passes = setup.passes()
+    jobs = {part: passes[part] for part in sorted(wanted)}
     jobs |= {phase: (lambda p=phases[phase]: setup.run(p)) for phase in expected}
     cpu: dict[str, list[float]] = {job: [] for job in jobs}
     for number in range(-2, rounds):
@@ -203,23 +226,53 @@ def measure(row: str, rounds: int) -> dict[str, Any]:
     least = {job: min(times) for job, times in cpu.items()}
     found = {}
     for phase, (peer, parts) in expected.items():
-        own = sum(least[part] for part in [*parts.split(), "O"])
+        own = sum(-least[part[1:]] if part[0] == "-" else least[part] for part in parts.split())
         found[phase] = {
             "ratio": round(least[phase] / least["B"], 3),
             "ratio_median": round(statistics.median(cpu[phase]) / statistics.median(cpu["B"]), 3),
             "fastgen": peer,
             "over_own_passes": round(least[phase] / own, 3),
-            "own_passes": f"{parts} O",
+            "own_passes": parts,
         }
     return {
         "phases": found,
         "cpu_ms": {job: round(value, 1) for job, value in least.items()},
         "parameters": parameter_count(setup.nets.student),
         "rounds": rounds,
-        "torch": torch.__version__,
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, 1 thread",
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
     }
+
+
+def memory() -> dict[str, Any]:
+    """MB by which the DMD2 student step raises the peak, without and with the teacher's graph."""
+    grown = {}
+    for kind in ("free", "kept"):
+        command = [sys.executable, "-m", "benchmarks.step_time", "--peak", kind]
+        bare = {key: value for key, value in os.environ.items() if key not in KEEP_FREED}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=bare)
+        grown[kind] = float(done.stdout)
+    return {
+        "batch": MEMORY_BATCH,
+        "peak_growth_mb": round(grown["free"]),
+        "peak_growth_mb_with_teachers_graph": round(grown["kept"]),
+        "saved": round(1 - grown["free"] / grown["kept"], 3),
+    }
+
+
+def peak_growth(kept: bool) -> float:
+    """MB from after loading to the peak of two student steps. kept: the teacher is called as if it were trained."""
+    setup = Setup("dmd2", {})
+    ask = setup.method.teacher_at
+
+    def with_graph(*args: Any) -> Any:
+        with torch.enable_grad():
+            return ask(*args)
+
+    if kept:
+        setup.method.teacher_at = with_graph
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(2):
+        setup.run(setup.phases()["student"], MEMORY_BATCH)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
 def save(rows: dict[str, Any]) -> None:
@@ -229,11 +282,18 @@ def save(rows: dict[str, Any]) -> None:
         "| method | phase | step / (forward+backward) | at most (FastGen) | over the sum of its own passes |",
         "|---|---|---|---|---|",
     ]
-    for row in sorted(rows, key=list(ROWS).index):
+    for row in (row for row in ROWS if row in rows):
         for phase, found in rows[row]["phases"].items():
             own = f"{found['over_own_passes']:.2f} ({found['own_passes']})"
             peer = f"{found['fastgen']:.2f}" if found["fastgen"] else ""
             lines.append(f"| {row} | {phase} | {found['ratio']:.2f} | {peer} | {own} |")
+    if found := rows.get("memory"):
+        lines += [
+            "",
+            f"Peak memory of one DMD2 student step at batch {found['batch']}: {found['peak_growth_mb']} MB above the"
+            f" loaded networks, {found['peak_growth_mb_with_teachers_graph']} MB with the teacher's graph kept"
+            f" ({found['saved']:.0%} less).",
+        ]
     with atomic_write(TABLE.with_suffix(".md")) as temporary:
         temporary.write_text("\n".join(lines) + "\n")
 
