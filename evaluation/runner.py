@@ -170,7 +170,8 @@ def run(
             best = session.swept("teacher", teacher_sampler, full, scales, teacher_n)
             done.append(best)
             for count in sorted({row.steps for row in rows} - {full}):
-                done.append(session.swept("teacher, few steps", teacher_sampler, count, scales, teacher_n))
+                role = "teacher, few steps"
+                done.append(session.swept(role, teacher_sampler, count, scales, teacher_n, best))
                 session.compared(done[-1], best)
         for row in rows:
             session.measured(row, best)
@@ -360,15 +361,20 @@ class _Session:
         row.seconds = time.time() - began
         return row
 
-    def swept(self, role: str, sampler: ImageSampler, steps: int, scales: Sequence[float], n: int) -> Row:
+    def swept(
+        self, role: str, sampler: ImageSampler, steps: int, scales: Sequence[float], n: int,
+        teacher: Row | None = None,
+    ) -> Row:  # fmt: skip
         """The row with the least distance over `scales`, measured on n samples; the sweep is kept in it.
+
+        `teacher`: what the row is paired with.
 
         With many scales and many samples the choice is made on the first SWEEP_N. The error of the minimum is
         that of a fixed choice: choosing by the samples measured makes it look better by a fraction of its
         standard error.
         """
         if len(scales) == 1:
-            return self.measured(Row(role, sampler, "", steps, scales[0], n))
+            return self.measured(Row(role, sampler, "", steps, scales[0], n), teacher)
         began = time.time()
         n_sweep = SWEEP_N if len(scales) >= SWEEP_SCALES and n > SWEEP_N else n
         tried = []
@@ -378,7 +384,7 @@ class _Session:
             name = f"{self.distance}:{self.extractor.name}"
             tried.append({"guidance": scale, "fd": found[name], "se": found[f"{name}/se"]})
         chosen = min(tried, key=lambda entry: entry["fd"])["guidance"]
-        best = self.measured(Row(role, sampler, "", steps, chosen, n))
+        best = self.measured(Row(role, sampler, "", steps, chosen, n), teacher)
         best.sweep = {"n": n_sweep, "chosen_on_a_subset": n_sweep != n, "chosen": chosen, "tried": tried}
         best.seconds = time.time() - began
         return best
