@@ -53,7 +53,7 @@ def main() -> None:
             parser.error(f"there is no recipe scenes_{name}.yaml; there are {', '.join(every)}")
         if not args.report:
             train(name, overrides)
-    done = sorted(path.parent.name for path in RUNS.glob("*/student/stepdistill.json"))
+    done = sorted(path.parents[1].name for path in RUNS.glob("*/student/stepdistill.json"))
     if done:
         tabulate(done, args.n)
 
