@@ -36,6 +36,7 @@ from evaluation.extractors import Extractor, load_extractor
 from evaluation.feature_net import FeatureNet
 from evaluation.folders import statistics
 from evaluation.images import MemoryImages, open_images
+from evaluation.runner import machine
 from stepdistill import assets, scenes
 from stepdistill.errors import atomic_write
 
@@ -48,15 +49,6 @@ KINDS = {
 def installed(*names: str) -> dict[str, str]:
     """Versions of those packages that are here."""
     return {name: version(name) for name in names if importlib.util.find_spec(name.replace("-", "_"))}
-
-
-def processor() -> str:
-    """The CPU's own name, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def written(folder: Path, side: int, suffix: str, first: int, count: int) -> Path:
@@ -220,7 +212,7 @@ def main() -> None:
     found |= {
         "cores": os.cpu_count(),
         "cores_used": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "processor": processor(),
+        "processor": machine("cpu")["cpu"],
         "threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 2),
         "versions": {

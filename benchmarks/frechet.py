@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from evaluation.runner import machine
 from evaluation.stats import FeatureStats, frechet_distance, frechet_from_features
 from stepdistill.errors import atomic_write
 
@@ -98,15 +99,6 @@ def in_turns(calls: dict[str, Callable[[], float]], rounds: int) -> dict[str, di
     }
 
 
-def processor() -> str:
-    """The CPU's own name, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -163,7 +155,7 @@ def main() -> None:
             "torch": torch.__version__,
             **peers,
         },
-        "processor": processor(),
+        "processor": machine("cpu")["cpu"],
     }
     with atomic_write(args.out) as temporary:
         temporary.write_text(json.dumps(results, indent=2) + "\n")
