@@ -844,3 +844,15 @@ def test_scoped_networks_name_what_is_missing():
     with pytest.raises(AttributeError, match="no network 'own'; there are student"):
         _ = nets.own
     assert distribution_matching(torch.ones(2, 1), torch.ones(2, 1), torch.ones(2, 1)).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("which", ["middle", "half", "all"])
+def test_dmd2_judges_by_every_block_it_is_told_to_look_at(which):
+    made = world(make("dmd2", {"gan_weight": 1.0, "gan_blocks": which}, (1,)))
+    blocks = made.nets.teacher.blocks
+    upto = list(blocks).index(made.nets.teacher.middle)
+    count = {"middle": 1, "half": upto + 1, "all": len(blocks)}[which]
+    heads = made.nets.discriminator.heads
+    assert len(heads) == count
+    made.method.critic_loss(made.nets, made.batch(0, "critic"))["total"].mean().backward()
+    assert all(head.leave.weight.grad.abs().sum() > 0 for head in heads)
