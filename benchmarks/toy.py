@@ -27,9 +27,9 @@ import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +52,10 @@ from training.recipe import Recipe, load_recipe
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "training" / "recipes"
 TABLE = Path(__file__).with_suffix(".json")
-COUNT, DRAWS, REFERENCES = 4096, 4, 10  # points of a sample; samples of the student and of exact points
 
 
 class MeasuredToy(Toy):
-    """The mixture with a distance whose own noise is averaged out, and with guidance.
-
-    Single pairs of exact samples lie 0.5 to 1.7 times their mean apart, so one pair is no floor to divide by.
-    """
+    """The mixture, and what a guided teacher makes of it as the truth."""
 
     @dataclass
     class Config(Toy.Config):
@@ -70,9 +66,9 @@ class MeasuredToy(Toy):
     def exact(self, count: int, seed: int) -> Tensor:
         """`count` points of what a student should draw, classes in turn, (count, 2): of the data, or under guidance
         the ends of the guided teacher's ODE."""
-        cond = self.encode([i % self.config.classes for i in range(count)])
         if self.config.guidance_scale == 1:
-            return self.data(range(count), seed, cond)
+            return super().exact(count, seed)
+        cond = self.encode([i % self.config.classes for i in range(count)])
         return self.guided_ends(SampleNoise(range(count), seed=seed, phase="reference"), cond)
 
     @torch.no_grad()
@@ -89,26 +85,6 @@ class MeasuredToy(Toy):
         for t, s in itertools.pairwise(grid):
             x = heun(predict, x, times_like(t, x), times_like(s, x))
         return predict(x, times_like(grid[-1], x)).x0
-
-    @cached_property
-    def references(self) -> list[Tensor]:
-        return [self.projected(self.exact(COUNT, seed)) for seed in range(1, 1 + REFERENCES)]
-
-    def projected(self, points: Tensor) -> Tensor:
-        """Points of each class, (count, 2) with classes in turn, sorted along 512 directions: (classes, 512, n)."""
-        noise = torch.Generator().manual_seed(0)
-        directions = torch.randn(512, 2, generator=noise, dtype=torch.float64)
-        directions = directions / directions.norm(dim=1, keepdim=True)
-        parts = points.double().cpu().unflatten(0, (-1, self.config.classes)).permute(1, 2, 0)
-        return (directions @ parts).float().sort(-1).values
-
-    def sliced_w1(self, draw: Callable[[int], Tensor], count: int = 4096) -> float:
-        """Mean sliced Wasserstein-1 distance of samples of COUNT to exact ones of that size, class by class, over the
-        mean distance of two exact ones; 1 is perfect, give or take 0.1."""
-        found = [self.projected(points) for points in draw(DRAWS * COUNT).split(COUNT)]
-        floor = [(a - b).abs().mean() for a, b in itertools.combinations(self.references, 2)]
-        apart = [(a - b).abs().mean() for a, b in itertools.product(found, self.references)]
-        return float(torch.stack(apart).mean() / torch.stack(floor).mean())
 
 
 def main() -> None:

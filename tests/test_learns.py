@@ -19,7 +19,7 @@ RECIPES = Path(__file__).parents[1] / "training" / "recipes"
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("recipe", "bound"), [("toy_dmd2", 3.5), ("toy_lcm", 3.3)])
+@pytest.mark.parametrize(("recipe", "bound"), [("toy_dmd2", 2.0), ("toy_lcm", 3.0)])
 def test_the_shipped_recipe_reaches_the_data(recipe, bound, tmp_path):
     from training.recipe import load_recipe
     from training.run import run

@@ -14,7 +14,6 @@ from stepdistill.families.toy import (
     Toy,
     gaussian,
     gaussian_flow_map,
-    sliced_wasserstein,
 )
 from stepdistill.noise import SampleNoise
 from stepdistill.prediction import Prediction
@@ -157,20 +156,33 @@ def test_gaussian_flow_map_composes_and_carries_the_marginal(schedule):
 # ------------------------------------------------------------------------------------- the family, its clone
 
 
-def test_sliced_wasserstein_on_known_cases():
-    generator = torch.Generator().manual_seed(0)
+def test_sliced_distance_on_known_cases():
+    family, generator = Toy(Toy.Config()), torch.Generator().manual_seed(0)
+
+    def distance(a, b):
+        return float((family.projected(a) - family.projected(b)).abs().mean())
+
     a = torch.randn(2000, 2, generator=generator, dtype=torch.float64)
-    assert sliced_wasserstein(a, a[torch.randperm(2000, generator=generator)]) < 1e-12
+    assert distance(a, a[torch.randperm(2000, generator=generator)]) < 1e-7
     shift = torch.tensor([0.6, 0.8])
     # A shift of length 1 seen along a random direction: E |cos| = 2 / pi.
-    assert sliced_wasserstein(a, a + shift) == pytest.approx(2 / math.pi, abs=0.03)
-    assert sliced_wasserstein(a, 3 * a) == pytest.approx(2 * (2 / math.pi) ** 0.5, rel=0.05)
+    assert distance(a, a + shift) == pytest.approx(2 / math.pi, abs=0.03)
+    assert distance(a, 3 * a) == pytest.approx(2 * (2 / math.pi) ** 0.5, rel=0.05)
+
+
+def test_sliced_distance_tells_classes_apart():
+    family = Toy(Toy.Config(classes=2))
+    points = family.exact(2048, seed=1)
+    swapped = (
+        points.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    )  # the same points, each told as the other class
+    assert family.sliced_w1(lambda n: swapped.repeat(4, 1), 2048) > 5
 
 
 def test_the_metric_is_one_for_exact_samples_and_large_for_wrong_ones():
     family = Toy(Toy.Config())
-    assert 0.4 < family.sliced_w1(lambda n: family.data(range(n), seed=3), 2048) < 2.5
-    assert family.sliced_w1(lambda n: 0.8 * family.data(range(n), seed=3), 2048) > 4
+    assert 0.7 < family.sliced_w1(lambda n: family.exact(n, seed=30), 2048) < 1.4
+    assert family.sliced_w1(lambda n: 0.8 * family.exact(n, seed=30), 2048) > 4
 
 
 def test_toy_data_has_unit_variance_and_follows_the_labels():
