@@ -204,8 +204,6 @@ def as_edm(schedule: Schedule, least: float = 0.002, most: float = 80.0) -> EDM:
     """The variance-exploding schedule over the noise levels `schedule` has, within EDM's range: where methods
     written in EDM's terms run, whatever their networks were trained in.
     """
-    if isinstance(schedule, EDM):
-        return schedule
     low, high = schedule.rho(torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64)).tolist()
     return EDM(max(low, least), min(high, most))
 

@@ -103,6 +103,7 @@ def test_as_edm_keeps_the_range_of_noise(schedule):
     assert isinstance(frame, EDM)
     ends = schedule.rho(torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64)).clamp(0.002, 80)
     torch.testing.assert_close(torch.tensor([frame.t_min, frame.t_max]), ends.float())
+    assert as_edm(schedule, most=5.0).t_max == 5.0
 
 
 def test_a_target_network_follows_slowly():
