@@ -586,6 +586,19 @@ def test_tscd_with_the_exact_segment_maps_has_the_teachers_error_alone(schedule,
     assert loss(200) < 0.5 * loss(50) < 0.5 * 0.05 * scale
 
 
+def test_tscd_of_one_segment_is_cd_with_an_euler_step():
+    """But for the jump's end: the trajectory's last point, not the data, so sigma_min eps apart."""
+    schedule, found = EDM(), []
+    for method in (
+        CD(CD.Config(points=11, solver="euler", distance="l2", guidance_scale=1.0)),
+        TSCD(TSCD.Config(segments=1, ddim_steps=10, distance="l2", guidance_scale=1.0)),
+    ):
+        nets = nets_of(schedule, Affine(), target=Denoiser(Affine(), "x0", schedule))
+        loss = method.loss(nets, batch_of(512))["total"].mean()
+        found.append(torch.cat((loss.detach()[None], gradient(loss, nets.student))))
+    torch.testing.assert_close(*found, rtol=5e-3, atol=0)
+
+
 @EVERY
 def test_the_segments_maps_composed_are_the_whole_trajectory(schedule):
     """And they are what a k-step student without noise walks through: its times are the edges."""
