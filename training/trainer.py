@@ -115,7 +115,9 @@ class Trainer:
         for name, module in self.raw.items():
             module.requires_grad_(name in self.trained)
         for name in self.trained:
-            pair = (self.raw[name], _optimizer(self.raw[name], self.optim.for_network(name)))
+            # A gradient scaler has to see whether a step is left out, which fused optimisers keep to themselves.
+            fused = self.accelerator.scaler is None
+            pair = (self.raw[name], _optimizer(self.raw[name], self.optim.for_network(name), fused))
             self.wrapped[name], self.optimizers[name] = self.accelerator.prepare(*pair)
 
     def _take_over(self, extras: Mapping[str, nn.Module]) -> None:
@@ -439,10 +441,17 @@ def _on(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
-def _optimizer(module: nn.Module, settings: OptimConfig) -> torch.optim.Optimizer:
+def _optimizer(module: nn.Module, settings: OptimConfig, fused: bool) -> torch.optim.Optimizer:
+    """fused: one kernel for all parameters where the optimiser has one, half the time of a step and more."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    extra = {"fused": True} if fused and settings.optimizer != "radam" else {}
     return OPTIMIZERS[settings.optimizer](
-        parameters, lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
+        parameters,
+        lr=settings.lr,
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        **extra,
     )
 
 
