@@ -20,6 +20,7 @@ from stepdistill.losses import GAN_LOSSES, approximate_r1, r1
 from stepdistill.methods.base import simulate
 from stepdistill.prediction import Prediction
 from stepdistill.sampling import sample, walk
+from stepdistill.schedule import VP
 from stepdistill.timesteps import few_step_grid
 
 GAMES = pytest.mark.parametrize("game", GAN_LOSSES)
@@ -620,3 +621,13 @@ def test_the_first_part_may_say_how_the_student_is_sampled():
         break
     else:
         raise AssertionError("the position was never drawn")
+
+
+@pytest.mark.parametrize("name", ["add", "ladd", "reward"])
+def test_a_stage_after_one_that_starts_lower_can_start_there_too(name):
+    method, plain = make(name, {"first_rho": 2.5}, (1, 2)), make(name, {}, (1, 2))
+    schedule = VP.from_betas()
+    assert method.first_rho == 2.5
+    assert method.grid(schedule, 2) == few_step_grid(schedule, 2, first_rho=2.5) != plain.grid(schedule, 2)
+    with pytest.raises(UserError, match=r"first_rho must be 0 .* got -1\."):
+        make(name, {"first_rho": -1.0})

@@ -66,6 +66,7 @@ class ADD(Method):
         r1: Literal["exact", "finite"] = "exact"
         distillation_weight: float = 2.5  # lambda
         guidance_scale: float = 1.0  # of the teacher in L_dist
+        first_rho: float = 0.0  # noise-to-signal ratio the student starts from; 0 = the schedule's end
 
     def __init__(self, config: Any, steps: Sequence[int] = (1,)):
         super().__init__(config, steps)

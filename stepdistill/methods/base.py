@@ -177,6 +177,8 @@ class Method:
         )
         if not self.steps or min(self.steps) < 1:
             raise UserError(f"student.steps must list whole numbers of at least 1, got {list(self.steps)}.")
+        if (rho := getattr(config, "first_rho", 0.0)) < 0:
+            raise UserError(f"method.first_rho must be 0 (the schedule's end) or more, got {rho:g}.")
 
     @property
     def needs_images(self) -> bool:
@@ -210,7 +212,7 @@ class Method:
     @property
     def first_rho(self) -> float | None:
         """The noise-to-signal ratio of the student's first time; None = the schedule's end."""
-        return None
+        return getattr(self.config, "first_rho", 0.0) or None
 
     def grid(self, schedule: Schedule, steps: int) -> tuple[float, ...]:
         """The times a student of `steps` steps is called at: those its stock scheduler lists."""

@@ -68,6 +68,7 @@ class LADD(Method):
         student_mean: float = 0.2  # of log rho(t), for density
         student_std: float = 1.6
         misaligned: bool = False  # real data under another sample's condition count as fake
+        first_rho: float = 0.0  # noise-to-signal ratio the student starts from; 0 = the schedule's end
 
     def networks(self, teacher: Denoiser, student: Denoiser) -> dict[str, nn.Module]:
         return {"discriminator": Discriminator([*chosen_blocks(teacher, self.config.blocks).values()])}

@@ -54,10 +54,6 @@ class MeanFlow(Method):
         derivative: Literal["forward", "difference", "upwind"] = "forward"
         difference_step: float = 1e-3
 
-    @property
-    def first_rho(self) -> float | None:
-        return self.config.first_rho or None
-
     def phases(self, step: int) -> Iterator[Phase]:
         yield Phase("student", ("student",), ((1.0, self.loss),))
 

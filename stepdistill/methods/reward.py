@@ -42,6 +42,7 @@ class Reward(Method):
         anchor_weight: float = 0.0
         rule: Literal["renoise", "ode", "tcd"] = "renoise"
         eta: float = 0.3  # of the rule tcd
+        first_rho: float = 0.0  # noise-to-signal ratio the student starts from; 0 = the schedule's end
 
     def __init__(self, config: Any, steps: Sequence[int] = (1,)):
         super().__init__(config, steps)

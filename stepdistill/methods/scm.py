@@ -64,10 +64,6 @@ class SCM(Method):
         derivative: Literal["forward", "difference", "upwind"] = "forward"
         difference_step: float = 1e-3  # of the differences, in units of the tangent
 
-    @property
-    def first_rho(self) -> float | None:
-        return self.config.first_rho or None
-
     def grid(self, schedule: Schedule, steps: int) -> tuple[float, ...]:
         grid = super().grid(schedule, steps)
         return (grid[0], self.config.middle_time) if steps == 2 and isinstance(schedule, TrigFlow) else grid

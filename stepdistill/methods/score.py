@@ -63,10 +63,6 @@ class ScoreDistillation(Method):
         super().__init__(config, steps)
         if config.student_every < 1:
             raise UserError(f"method.student_every must be at least 1, got {config.student_every}.")
-        if config.first_rho < 0:
-            raise UserError(
-                f"method.first_rho must be 0 (the schedule's end) or more, got {config.first_rho:g}."
-            )
         if not 0 <= config.t_low < config.t_high <= 1:
             raise UserError(
                 "method.t_low and method.t_high must be fractions of the schedule in rising order,"
@@ -81,10 +77,6 @@ class ScoreDistillation(Method):
     def init_noise(self) -> str:
         # LCMScheduler, the stock scheduler that renoises between steps, starts from unit noise.
         return self.config.init_noise if self.steps == (1,) else "unit"
-
-    @property
-    def first_rho(self) -> float | None:
-        return self.config.first_rho or None
 
     @property
     def critics(self) -> tuple[str, ...]:
