@@ -104,7 +104,7 @@ class Setup:
         self.nets = Networks({"teacher": teacher, "student": student, **extras}, self.family.schedule)
         trained = {n for step in range(8) for phase in self.method.phases(step) for n in phase.trains}
         self.optimizers = {
-            n: torch.optim.AdamW(list(self.nets.modules[n].parameters()), 1e-6) for n in trained
+            n: torch.optim.AdamW(list(self.nets.modules[n].parameters()), 1e-6, fused=True) for n in trained
         }
         self.step, self.data = 0, 0.5 * torch.randn(MEMORY_BATCH, *self.family.shape)
 
