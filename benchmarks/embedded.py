@@ -165,11 +165,12 @@ def save(table: dict[str, Any]) -> None:
     for name, row in sorted(table["students"].items()):
         for steps, metrics in row["steps"].items():
             ratio = metrics.get("fd_ratio")
+            peak = f"{row['peak_mib']:,.0f}" if row.get("peak_mib") else ""
             shown = f"{ratio:.2f} ± {metrics['fd_ratio/se']:.2f}" if ratio else ""
             lines.append(
                 f"| {name} | {steps} | {shown} | {100 * metrics['attributes/all']:.1f} %"
                 f" | {metrics['clip:scenes-v1']:.2f} | {row.get('cpu_seconds', 0) / 60:.1f}"
-                f" | {row.get('peak_mib', 0):,.0f} | {row['iterations']:,} |"
+                f" | {peak} | {row['iterations']:,} |"
             )
     with atomic_write(TABLE.with_suffix(".md")) as temporary:
         temporary.write_text("\n".join(lines) + "\n")
