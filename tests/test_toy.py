@@ -173,9 +173,8 @@ def test_sliced_distance_on_known_cases():
 def test_sliced_distance_tells_classes_apart():
     family = Toy(Toy.Config(classes=2))
     points = family.exact(2048, seed=1)
-    swapped = (
-        points.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
-    )  # the same points, each told as the other class
+    # The same points, each told as the other class.
+    swapped = points.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
     assert family.sliced_w1(lambda n: swapped.repeat(4, 1), 2048) > 5
 
 
