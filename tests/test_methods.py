@@ -424,10 +424,11 @@ def test_backward_simulation_with_an_oracle_student_lands_on_the_marginal(schedu
 
 
 @pytest.mark.parametrize(
-    ("by", "shares"),  # of 84: seven states, or three counts
+    ("by", "shares"),  # of 84: seven states, three counts, or one, two and four steps as 4 : 2 : 1
     [
         ("states", {999.0: 36, 749.0: 12, 499.0: 24, 249.0: 12}),
         ("counts", {999.0: 49, 749.0: 7, 499.0: 21, 249.0: 7}),
+        ("passes", {999.0: 63, 749.0: 3, 499.0: 15, 249.0: 3}),
     ],
 )
 def test_backward_simulation_meets_every_state_or_every_count_alike(by, shares):
@@ -439,6 +440,26 @@ def test_backward_simulation_meets_every_state_or_every_count_alike(by, shares):
         met[time] = met.get(time, 0) + 1
     assert set(met) == set(shares)
     assert all(abs(met[time] - 10 * share) < 4 * (10 * share) ** 0.5 for time, share in shares.items())
+
+
+@pytest.mark.parametrize("name", ["dmd2", "sid"])
+def test_shared_samples_are_those_of_the_students_update_with_their_conditions(name):
+    made = world(make(name, {"shared_samples": True}))
+    asked, seen = [], []
+    made.nets.student.register_forward_pre_hook(lambda _, args: asked.append(args))
+    made.nets.fake_score.register_forward_pre_hook(lambda _, args: seen.append(args))
+    first, second, third = made.batch(0), made.batch(1), made.batch(2)
+    for batch in (first, second):  # two passes of accumulation
+        made.method.student_loss(made.nets, batch)
+    calls = len(asked)
+    for batch, pass_ in zip((made.batch(3), made.batch(4)), range(2), strict=True):
+        seen.clear()
+        losses = made.method.critic_loss(made.nets, batch)
+        losses["total"].mean().backward()  # into the fake score; nothing of the student's graph is kept
+        assert len(asked) == calls, "the critic called the student"
+        assert torch.equal(seen[0][2], (first, second)[pass_].cond)
+    made.method.critic_loss(made.nets, third)  # an iteration without an update of the student draws its own
+    assert len(asked) > calls
 
 
 def test_backward_simulation_uses_the_students_own_rule_and_pure_noise_first():

@@ -7,6 +7,7 @@ a feature.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -267,8 +268,16 @@ def track_average(average: nn.Module, module: nn.Module, decay: float) -> None:
             mean.lerp_(parameter, 1 - decay)
 
 
+Simulated = Literal["states", "counts", "passes"]
+
+
 def simulate(
-    method: Method, nets: Networks, batch: Batch, late: float = 0.0, by: str = "states", **extras: Tensor
+    method: Method,
+    nets: Networks,
+    batch: Batch,
+    late: float = 0.0,
+    by: Simulated = "states",
+    **extras: Tensor,
 ) -> tuple[Tensor, Tensor, float]:
     """Backward simulation (DMD2, arXiv 2405.14867, Sec. 4.5): the state the student meets at one of its own
     sampling steps.
@@ -276,15 +285,20 @@ def simulate(
     Draws a step count of `method.steps` and a position K in its grid, one for the whole global batch, and
     rolls the student out to there without gradient, by the very rule that samples it later. K = 0 is the
     method's first state, pure noise. by: "states" meets every (count, K) alike, so that the last ones of a
-    long grid hold; "counts" every count, which favours pure noise. late: positions before that fraction of the grid are left out.
+    long grid hold; "counts" every count, which favours pure noise; "passes" a count the rarer the longer it is
+    (probability over 1 / count), which spends as much on one step as on many and favours pure noise most.
+    late: positions before that fraction of the grid are left out.
 
     Returns:
         x_t (B, ...), t (B,) and t as a number.
     """
     schedule, method = nets.schedule, method.sampled_as
     states = [(count, place) for count in method.steps for place in range(int(late * count), count)]
-    if by == "counts":
-        only = method.steps[batch.generator.shared_randint(0, len(method.steps))]
+    if by != "states":
+        counts = list(method.steps)
+        if by == "passes":
+            counts = [count for count in counts for _ in range(math.lcm(*counts) // count)]
+        only = counts[batch.generator.shared_randint(0, len(counts))]
         states = [(count, place) for count, place in states if count == only]
     count, place = states[batch.generator.shared_randint(0, len(states))]
     grid = method.grid(schedule, count)[: place + 1]

@@ -14,17 +14,18 @@ below 1, and below 0.1 after the first tenth of a run.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn, no_grad
 
 from stepdistill import timesteps
-from stepdistill.denoiser import Denoiser, guided, unwrap
+from stepdistill.denoiser import Cond, Denoiser, guided, unwrap
 from stepdistill.errors import UserError
 from stepdistill.losses import denoising, moments, mse
-from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase, simulate
+from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase, Simulated, simulate
 from stepdistill.prediction import Prediction
 
 Density = Literal["uniform", "karras", "lognormal"]
@@ -55,7 +56,8 @@ class ScoreDistillation(Method):
         time_mean: float = -1.2  # of log rho, for lognormal
         time_std: float = 1.2
         critic_density: Literal["same", "uniform", "karras", "lognormal"] = "same"
-        simulated: Literal["states", "counts"] = "states"  # which of its sampling states are met alike
+        simulated: Simulated = "states"  # which of its sampling states are met alike; see `simulate`
+        shared_samples: bool = False  # the critic learns on what the student's update was just computed from
         first_rho: float = 0.0  # noise-to-signal ratio the student starts from; 0 = the schedule's end
         init_noise: Literal["unit", "sigma"] = "unit"  # of a one-step student under VP; see `first_input`
 
@@ -68,6 +70,7 @@ class ScoreDistillation(Method):
                 "method.t_low and method.t_high must be fractions of the schedule in rising order,"
                 f" got {config.t_low:g} and {config.t_high:g}."
             )
+        self._made: deque[tuple[Tensor, Cond]] = deque()  # of the student's phase, for the critic's after it
 
     @property
     def carried(self) -> tuple[str, ...]:
@@ -99,7 +102,10 @@ class ScoreDistillation(Method):
         only.
         """
         x_t, t, _ = simulate(self, nets, batch, by=self.config.simulated)
-        return nets.student(x_t, t, batch.cond).x0
+        x0 = nets.student(x_t, t, batch.cond).x0
+        if self.config.shared_samples and x0.requires_grad:
+            self._made.append((x0.detach(), batch.cond))
+        return x0
 
     def times(
         self, nets: Networks, batch: Batch, low: float = 0.0, high: float = 1.0, density: str = "same"
@@ -134,8 +140,12 @@ class ScoreDistillation(Method):
 
     def denoise(self, nets: Networks, batch: Batch) -> tuple[Losses, Tensor]:
         """The critic's denoising loss and the x0 (B, ...), a constant, it was taken on."""
-        with no_grad():
-            x0 = self.generate(nets, batch)
+        if self._made:  # as DMD2's code does; one forward pass of the student less
+            x0, cond = self._made.popleft()
+            batch = replace(batch, cond=cond)
+        else:
+            with no_grad():
+                x0 = self.generate(nets, batch)
         t, eps = self.times(nets, batch, density=self.config.critic_density), batch.randn()
         cond = batch.dropped_cond(self.config.critic_dropout)
         prediction = nets.fake_score(nets.schedule.add_noise(x0, eps, t), t, cond)
