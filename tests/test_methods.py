@@ -424,11 +424,12 @@ def test_backward_simulation_with_an_oracle_student_lands_on_the_marginal(schedu
 
 
 @pytest.mark.parametrize(
-    ("by", "shares"),  # of 84: seven states, three counts, or one, two and four steps as 4 : 2 : 1
+    ("by", "shares"),  # of 84: seven states, three counts, these as 4 : 2 : 1, or four states
     [
         ("states", {999.0: 36, 749.0: 12, 499.0: 24, 249.0: 12}),
         ("counts", {999.0: 49, 749.0: 7, 499.0: 21, 249.0: 7}),
         ("passes", {999.0: 63, 749.0: 3, 499.0: 15, 249.0: 3}),
+        ("longest", {999.0: 21, 749.0: 21, 499.0: 21, 249.0: 21}),
     ],
 )
 def test_backward_simulation_meets_every_state_or_every_count_alike(by, shares):

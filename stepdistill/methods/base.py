@@ -268,7 +268,7 @@ def track_average(average: nn.Module, module: nn.Module, decay: float) -> None:
             mean.lerp_(parameter, 1 - decay)
 
 
-Simulated = Literal["states", "counts", "passes"]
+Simulated = Literal["states", "counts", "passes", "longest"]
 
 
 def simulate(
@@ -284,9 +284,11 @@ def simulate(
 
     Draws a step count of `method.steps` and a position K in its grid, one for the whole global batch, and
     rolls the student out to there without gradient, by the very rule that samples it later. K = 0 is the
-    method's first state, pure noise. by: "states" meets every (count, K) alike, so that the last ones of a
-    long grid hold; "counts" every count, which favours pure noise; "passes" a count the rarer the longer it is
-    (probability over 1 / count), which spends as much on one step as on many and favours pure noise most.
+    method's first state, pure noise.
+
+    by: "states" meets every (count, K) alike, so that the last ones of a long grid hold; "counts" every count,
+    which favours pure noise; "passes" a count the rarer the longer it is (probability over 1 / count), which
+    spends as much on one step as on many; "longest" the states of the longest count alike and no others.
     late: positions before that fraction of the grid are left out.
 
     Returns:
@@ -296,7 +298,9 @@ def simulate(
     states = [(count, place) for count in method.steps for place in range(int(late * count), count)]
     if by != "states":
         counts = list(method.steps)
-        if by == "passes":
+        if by == "longest":
+            counts = [max(counts)]
+        elif by == "passes":
             counts = [count for count in counts for _ in range(math.lcm(*counts) // count)]
         only = counts[batch.generator.shared_randint(0, len(counts))]
         states = [(count, place) for count, place in states if count == only]
