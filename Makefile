@@ -35,7 +35,7 @@ demo: $(READY)
 	@if [ "$(SERVE)" != 0 ]; then $(RUN) -m app --student runs/demo/student --teacher assets/teacher --port $(PORT); fi
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow"
@@ -43,7 +43,7 @@ test-slow: $(READY)
 check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # Each step is skipped where its result exists; remove assets/NAME to make it again.
 assets: $(READY) assets/teacher/vae/training.json assets/clip/training.json assets/scenes-v1/training.json \
