@@ -446,21 +446,25 @@ def test_backward_simulation_meets_every_state_or_every_count_alike(by, shares):
 @pytest.mark.parametrize("name", ["dmd2", "sid"])
 def test_shared_samples_are_those_of_the_students_update_with_their_conditions(name):
     made = world(make(name, {"shared_samples": True}))
-    asked, seen = [], []
-    made.nets.student.register_forward_pre_hook(lambda _, args: asked.append(args))
+    drawn, seen = [], []
+    made.nets.student.register_forward_hook(lambda *call: drawn.append(call[-1].x0))
     made.nets.fake_score.register_forward_pre_hook(lambda _, args: seen.append(args))
-    first, second, third = made.batch(0), made.batch(1), made.batch(2)
+    first, second = made.batch(0), made.batch(1)
+    second.cond = second.cond.flip(0)
+    used = []
     for batch in (first, second):  # two passes of accumulation
         made.method.student_loss(made.nets, batch)
-    calls = len(asked)
-    for batch, pass_ in zip((made.batch(3), made.batch(4)), range(2), strict=True):
+        used.append(drawn[-1])
+    calls = len(drawn)
+    for x0, batch, fresh in zip(used, (first, second), (made.batch(2), made.batch(3)), strict=True):
         seen.clear()
-        losses = made.method.critic_loss(made.nets, batch)
+        losses, shared = made.method.denoise(made.nets, fresh)
         losses["total"].mean().backward()  # into the fake score; nothing of the student's graph is kept
-        assert len(asked) == calls, "the critic called the student"
-        assert torch.equal(seen[0][2], (first, second)[pass_].cond)
-    made.method.critic_loss(made.nets, third)  # an iteration without an update of the student draws its own
-    assert len(asked) > calls
+        assert torch.equal(shared, x0) and not shared.requires_grad
+        assert torch.equal(seen[0][2], batch.cond)
+    assert len(drawn) == calls, "the critic called the student"
+    made.method.critic_loss(made.nets, made.batch(4))  # without an update of the student it draws its own
+    assert len(drawn) > calls
 
 
 def test_backward_simulation_uses_the_students_own_rule_and_pure_noise_first():

@@ -140,7 +140,7 @@ class ScoreDistillation(Method):
 
     def denoise(self, nets: Networks, batch: Batch) -> tuple[Losses, Tensor]:
         """The critic's denoising loss and the x0 (B, ...), a constant, it was taken on."""
-        if self._made:  # as DMD2's code does; one forward pass of the student less
+        if self._made:  # one forward pass of the student less
             x0, cond = self._made.popleft()
             batch = replace(batch, cond=cond)
         else:
