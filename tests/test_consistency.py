@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from test_sampling import drawn, seeded, states, stock_states
 from torch import Tensor, nn
 
 from stepdistill.denoiser import Denoiser
@@ -397,41 +398,33 @@ def test_a_normalised_tangent_makes_the_loss_known_beforehand():
     torch.testing.assert_close(losses["distance"], (norm / (norm + 0.1)) ** 2, rtol=1e-6, atol=1e-9)
 
 
-def test_scms_two_steps_are_scm_schedulers():
-    """Number by number: times, states and result of the stock scheduler, with the same network outputs."""
+@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("sigma_data", [0.5, 1.0])
+def test_scms_times_are_scm_schedulers(steps, sigma_data):
     from diffusers import SCMScheduler
 
-    from stepdistill.sampling import sample
+    times = SCM(SCM.Config(first_rho=0.0), (1, 2, 4)).grid(TrigFlow(sigma_data), steps)
+    scheduler = SCMScheduler(sigma_data=sigma_data)
+    scheduler.set_timesteps(steps, intermediate_timesteps=1.3 if steps == 2 else None)
+    torch.testing.assert_close(torch.tensor((*times, 0.0)), scheduler.timesteps, rtol=1e-5, atol=1e-5)
 
-    for steps in (1, 2, 4):
-        method = SCM(SCM.Config(first_rho=0.0), (1, 2, 4))
-        for sigma_data in (0.5, 1.0):
-            trig = TrigFlow(sigma_data)
-            times = method.grid(trig, steps)
-            scheduler = SCMScheduler(sigma_data=sigma_data)
-            middle = {"intermediate_timesteps": 1.3 if steps == 2 else None}
-            scheduler.set_timesteps(steps, **middle)
-            torch.testing.assert_close(torch.tensor((*times, 0.0)), scheduler.timesteps, rtol=1e-5, atol=1e-5)
-            scheduler.set_timesteps(
-                steps, timesteps=[*times, 0.0], max_timesteps=None, intermediate_timesteps=None
-            )
-            generator = torch.Generator().manual_seed(0)
-            x = start = sigma_data * torch.randn(3, 4, generator=generator)
-            outputs = [torch.randn(3, 4, generator=generator) for _ in range(steps)]
-            for i, output in enumerate(outputs):
-                seed = torch.Generator().manual_seed(i)
-                x, denoised = scheduler.step(
-                    sigma_data * output, scheduler.timesteps[i], x, seed, return_dict=False
-                )
-            calls = iter(outputs)
-            ours = sample(
-                lambda x_t, t, cond, calls=calls, trig=trig: Prediction(next(calls), "F", x_t, t, trig),
-                start,
-                times,
-                lambda i: torch.randn(3, 4, generator=torch.Generator().manual_seed(i)),
-            )
-            # Both clamp the last cosine: ours at 1e-4, float32's pi / 2 has its own.
-            torch.testing.assert_close(ours, denoised, rtol=1e-3, atol=1e-3)
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("sigma_data", [0.5, 1.0])
+# Both clamp the last cosine: ours at 1e-4, float32's pi / 2 has its own.
+@pytest.mark.parametrize(("first_rho", "tolerance"), [(0.0, 1e-3), (80.0, 2e-6)])
+def test_scms_states_are_scm_schedulers(steps, sigma_data, first_rho, tolerance):
+    """Every state and the result of the stock scheduler, number by number, with the same network outputs."""
+    from diffusers import SCMScheduler
+
+    trig = TrigFlow(sigma_data)
+    times = SCM(SCM.Config(first_rho=first_rho), (1, 2, 4)).grid(trig, steps)
+    scheduler = SCMScheduler(sigma_data=sigma_data)
+    scheduler.set_timesteps(steps, timesteps=[*times, 0.0], max_timesteps=None, intermediate_timesteps=None)
+    start, outputs = drawn(steps)
+    ours = states(outputs, "F", trig, start, times, seeded(start, torch.float32))
+    theirs = stock_states(scheduler, [sigma_data * output for output in outputs], start)
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
 # ----------------------------------------------------------------------------------------------------------- MeanFlow

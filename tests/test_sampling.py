@@ -19,6 +19,9 @@ from stepdistill.timesteps import few_step_grid, teacher_grid, times_like
 MEAN, STD = 0.3, 0.4
 SCHEDULES = {"vp": VP.from_betas(), "edm": EDM(), "flow": Flow(), "trig": TrigFlow()}
 EVERY = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+EVERY_KIND = pytest.mark.parametrize(
+    ("theirs", "kind"), [("epsilon", "eps"), ("v_prediction", "v"), ("sample", "x0")]
+)
 
 
 def oracle(schedule):
@@ -31,40 +34,103 @@ def oracle(schedule):
     return predict
 
 
+def states(outputs, kind, schedule, start, times, noise=None, **how):
+    """What `sample` passes through with these network outputs: every state it asks about, and the end."""
+    heard, calls = [], iter(outputs)
+
+    def predict(x_t, t, cond):
+        heard.append(x_t)
+        return Prediction(next(calls), kind, x_t, t, schedule)
+
+    end = sample(predict, start, times, noise, **how)
+    return torch.stack((*heard, end))
+
+
+def stock_states(scheduler, outputs, start):
+    """The same of a stock scheduler; its noise before state i + 1 is that of `seeded(i)`."""
+    passed = [start]
+    for i, (output, t) in enumerate(zip(outputs, scheduler.timesteps[: len(outputs)], strict=True)):
+        generator = torch.Generator().manual_seed(i)
+        passed.append(scheduler.step(output, t, passed[-1], generator=generator, return_dict=False)[0])
+    return torch.stack(passed)
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def seeded(like: torch.Tensor, dtype: torch.dtype):
+    def noise(i: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(i)
+        return torch.randn(like.shape, generator=generator, dtype=dtype).to(like)
+
+    return noise
+
+
+def drawn(steps: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """A first state and network outputs, float64."""
+    generator = torch.Generator().manual_seed(steps)
+    start, *outputs = torch.randn(steps + 1, 3, 4, 5, 5, generator=generator, dtype=torch.float64)
+    return start, outputs
+
+
+@EVERY_KIND
 @pytest.mark.parametrize("steps", [1, 2, 4])
-def test_renoise_equals_lcm_scheduler_step_by_step(steps):
+def test_renoise_equals_lcm_scheduler_step_by_step(steps, theirs, kind):
     from diffusers import LCMScheduler
 
     scheduler = LCMScheduler(
-        beta_schedule="scaled_linear", original_inference_steps=4, prediction_type="sample"
+        beta_schedule="scaled_linear", original_inference_steps=4, prediction_type=theirs
+    )
+    scheduler.set_timesteps(steps)
+    schedule, times = VP(scheduler.alphas_cumprod), few_step_grid(VP(scheduler.alphas_cumprod), steps, 4)
+    assert list(times) == scheduler.timesteps.tolist()
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
+    start, outputs = drawn(steps)
+    ours = states(outputs, kind, schedule, start, times, seeded(start, torch.float64))
+    close(ours, stock_states(scheduler, outputs, start), 1e-6)  # c_skip is not quite 0
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("steps", [1, 4])
+def test_ode_equals_ddim_scheduler_step_by_step(steps, theirs, kind):
+    """Where steps divide 1000: elsewhere the stock scheduler strides past its own times."""
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear", prediction_type=theirs, clip_sample=False, timestep_spacing="trailing"
     )
     scheduler.set_timesteps(steps)
     schedule = VP(scheduler.alphas_cumprod)
-    generator = torch.Generator().manual_seed(0)
-    x = start = torch.randn(3, 4, 5, 5, generator=generator)
-    outputs = [torch.randn(x.shape, generator=generator) for _ in range(steps)]
-    drawn = []
-    for output, t in zip(outputs, scheduler.timesteps, strict=True):
-        state = torch.Generator().manual_seed(len(drawn))
-        drawn.append(torch.randn(x.shape, generator=torch.Generator().manual_seed(len(drawn))))
-        x, denoised = scheduler.step(output, t, x, generator=state, return_dict=False)
-    calls = iter(outputs)
+    for table in ("alphas_cumprod", "final_alpha_cumprod"):
+        setattr(scheduler, table, getattr(scheduler, table).double())
+    start, outputs = drawn(steps)
+    ours = states(outputs, kind, schedule, start, teacher_grid(schedule, steps), rule="ode")
+    close(ours, stock_states(scheduler, outputs, start), 1e-10)
 
-    def predict(x_t, t, cond):
-        return Prediction(next(calls), "x0", x_t, t, schedule)
 
-    times = few_step_grid(schedule, steps, 4)
-    assert list(times) == scheduler.timesteps.tolist()
-    ours = sample(predict, start, times, lambda i: drawn[i])
-    torch.testing.assert_close(ours, denoised, rtol=1e-5, atol=1e-5)
-    calls = iter(outputs)
-    if steps == 2:  # the state between the two, not the last one alone
-        between = walk(predict, start, times, lambda i: drawn[i])
-        scheduler.set_timesteps(steps)
-        first = scheduler.step(
-            outputs[0], scheduler.timesteps[0], start, generator=torch.Generator().manual_seed(0)
-        )
-        torch.testing.assert_close(between, first.prev_sample, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize(
+    ("name", "settings", "rule", "dtype"),  # of the noise they draw
+    [
+        ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}, "renoise", torch.float32),
+        ("FlowMatchLCMScheduler", {}, "renoise", torch.float64),
+        ("FlowMatchEulerDiscreteScheduler", {}, "ode", None),
+    ],
+)
+@pytest.mark.parametrize("steps", [1, 2, 4])
+# At pure noise our alpha is 1e-4, not 0; below it both are exact, theirs in float32.
+@pytest.mark.parametrize(("first_rho", "tolerance"), [(None, 5e-4), (9.0, 2e-6)])
+def test_under_flow_the_rules_are_the_stock_schedulers(
+    name, settings, rule, dtype, steps, first_rho, tolerance
+):
+    import diffusers
+
+    scheduler, schedule = getattr(diffusers, name)(**settings), Flow()
+    times = few_step_grid(schedule, steps, None, first_rho)
+    scheduler.set_timesteps(sigmas=list(times))
+    start, outputs = drawn(steps)
+    ours = states(outputs, "flow", schedule, start, times, seeded(start, dtype), rule=rule)
+    close(ours, stock_states(scheduler, outputs, start), tolerance)
 
 
 @pytest.mark.parametrize("name", ["edm", "flow", "trig"])
