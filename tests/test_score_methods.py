@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_around import Doubles
 from torch import Tensor, nn
 
 from stepdistill.config import build
@@ -20,13 +21,15 @@ from stepdistill.methods.base import Batch, Method, Networks
 from stepdistill.methods.f_distill import WEIGHTS
 from stepdistill.prediction import Prediction
 from stepdistill.registry import resolve
-from stepdistill.schedule import Schedule
+from stepdistill.schedule import Schedule, expand
 
 # ------------------------------------------------------------------------------------- one dimension, exactly
 
 RHO = 0.7  # the noise level of every comparison
 SHIFT, SCALE = 0.4, 0.8  # the student: x0 = SHIFT + SCALE z
+ELSEWHERE = (-0.6, 0.3)  # another one
 EVERY_SCHEDULE = pytest.mark.parametrize("schedule", [f() for f in SCHEDULES.values()], ids=list(SCHEDULES))
+TWO_STUDENTS = pytest.mark.parametrize("theta", [(SHIFT, SCALE), ELSEWHERE], ids=["wide", "narrow"])
 
 
 class Nodes:
@@ -58,10 +61,9 @@ def normal(count: int) -> tuple[Tensor, Tensor]:
 class Affine(nn.Module):
     """x0 = shift + scale z of the unit noise z its first input was made from."""
 
-    def __init__(self, z_of: Callable[[Tensor, Tensor], Tensor]):
+    def __init__(self, z_of: Callable[[Tensor, Tensor], Tensor], theta: tuple[float, float] = (SHIFT, SCALE)):
         super().__init__()
-        self.shift = nn.Parameter(torch.tensor(SHIFT, dtype=torch.float64))
-        self.scale = nn.Parameter(torch.tensor(SCALE, dtype=torch.float64))
+        self.shift, self.scale = (nn.Parameter(torch.tensor(v, dtype=torch.float64)) for v in theta)
         self.z_of = z_of
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
@@ -71,7 +73,14 @@ class Affine(nn.Module):
 class Line:
     """A method on the line: affine student, two-mode teacher, the exact fake score of the student's law."""
 
-    def __init__(self, name: str, schedule: Schedule, **settings: Any):
+    def __init__(
+        self,
+        name: str,
+        schedule: Schedule,
+        theta: tuple[float, float] = (SHIFT, SCALE),
+        nodes: int = 161,
+        **settings: Any,
+    ):
         cls = resolve(name, METHODS, "method")
         common = {"time_density": "lognormal", "time_mean": math.log(RHO), "time_std": 0.0}
         self.method: Method = cls(build(cls.Config, common | settings, "method"), (1,))
@@ -83,14 +92,14 @@ class Line:
         weights = torch.tensor([0.3, 0.7], dtype=torch.float64)
         self.data = Mixture(schedule, means, 0.35, weights)
         first = first_sigma(self.method, schedule)
-        self.student = Affine(lambda x_t, t: x_t / first)
+        self.theta, self.student = theta, Affine(lambda x_t, t: x_t / first, theta)
         modules = {
             "student": Denoiser(self.student, "x0", schedule),
             "teacher": Denoiser(self.data, "x0", schedule),
-            "fake_score": Denoiser(self.own(SHIFT, SCALE), "x0", schedule),
+            "fake_score": Denoiser(self.own(*theta), "x0", schedule),
         }
         self.nets = Networks(modules, schedule)
-        z, wz = normal(161)
+        z, wz = normal(nodes)
         grid_z, grid_eps = torch.meshgrid(z, z, indexing="ij")
         self.z, self.eps = grid_z.flatten(), grid_eps.flatten()
         self.weights = torch.outer(wz, wz).flatten()
@@ -124,7 +133,7 @@ class Line:
 
     def direct(self, d: Callable[[Tensor], Tensor], sampling: bool) -> Tensor:
         """d / d (shift, scale) of E_{x_t} d(s_student - s_data), the sampling law differentiated or held."""
-        shift, scale = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (SHIFT, SCALE))
+        shift, scale = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in self.theta)
         nodes, weights = normal(1601)
         spread = (self.alpha**2 * scale**2 + self.sigma**2).sqrt()
         x = self.alpha * shift + spread * nodes
@@ -138,7 +147,7 @@ class Line:
 
     def density_gradient(self, integrand: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """The same for the integral of any function of the two log densities, by the trapezoid rule."""
-        shift, scale = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (SHIFT, SCALE))
+        shift, scale = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in self.theta)
         x = torch.linspace(-14, 14, 20001, dtype=torch.float64)
         variance = self.alpha**2 * scale**2 + self.sigma**2
         log_q = -0.5 * (x - self.alpha * shift) ** 2 / variance - 0.5 * (2 * math.pi * variance).log()
@@ -163,38 +172,41 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-9) -> None:
 
 
 @EVERY_SCHEDULE
-def test_sim_has_the_gradient_of_its_divergence(schedule):
+@TWO_STUDENTS
+def test_sim_has_the_gradient_of_its_divergence(schedule, theta):
     """Through the inputs of teacher and fake score: without either the gradient is another one."""
-    line = Line("sim", schedule, distance="l2")
+    line = Line("sim", schedule, theta, distance="l2")
     ratio = line.alpha / line.sigma**2  # of a score to an x0
     close(line.gradient(), line.direct(lambda y: y**2, sampling=False) / (2 * ratio**2))
     c = 0.2
-    line = Line("sim", schedule, huber_c=c)
+    line = Line("sim", schedule, theta, huber_c=c)
     c_score = c * ratio
     huber = line.direct(lambda y: (y**2 + c_score**2).sqrt() - c_score, sampling=False) / ratio
     close(line.gradient(), huber, 1e-6)  # the kink of width c is what limits the quadrature
 
 
 @EVERY_SCHEDULE
-def test_sid_at_one_half_is_the_fisher_divergence_and_at_one_is_sim(schedule):
+@TWO_STUDENTS
+def test_sid_at_one_half_is_the_fisher_divergence_and_at_one_is_sim(schedule, theta):
     def sid(alpha: float) -> Line:
-        return Line("sid", schedule, alpha=alpha, normalise=False)
+        return Line("sid", schedule, theta, alpha=alpha, normalise=False)
 
     half, one = sid(0.5), sid(1.0)
     ratio = half.alpha / half.sigma**2
     close(half.gradient(), half.direct(lambda y: y**2, sampling=True) / (2 * ratio**2))
-    close(one.gradient(), Line("sim", schedule, distance="l2").gradient())
+    close(one.gradient(), Line("sim", schedule, theta, distance="l2").gradient())
     # And 1.2, the default, extrapolates from there.
     close(sid(1.2).gradient(), one.gradient() + 0.4 * (one.gradient() - half.gradient()))
 
 
 @EVERY_SCHEDULE
-def test_values_at_the_optimal_fake_score(schedule):
+@TWO_STUDENTS
+def test_values_at_the_optimal_fake_score(schedule, theta):
     """SIM's surrogate is 0 whatever the student; SiD's is (1 - alpha) E |teacher - fake|^2."""
     for settings in ({"distance": "l2"}, {"huber_c": 0.2}):
-        assert abs(Line("sim", schedule, **settings).mean("total")) < 1e-9
+        assert abs(Line("sim", schedule, theta, **settings).mean("total")) < 1e-9
     for alpha in (0.5, 1.0, 1.2):
-        line = Line("sid", schedule, alpha=alpha, normalise=False)
+        line = Line("sid", schedule, theta, alpha=alpha, normalise=False)
         assert line.mean("gap") > 0.01
         assert line.mean("total") == pytest.approx((1 - alpha) * line.mean("gap"), abs=1e-9)
 
@@ -203,16 +215,17 @@ def test_values_at_the_optimal_fake_score(schedule):
 
 
 @EVERY_SCHEDULE
-def test_the_matching_gradient_is_that_of_the_reverse_kl(schedule):
+@TWO_STUDENTS
+def test_the_matching_gradient_is_that_of_the_reverse_kl(schedule, theta):
     """In x0-space it is sigma^2 / alpha^2 times the KL's: one factor from the scores, one from dx_t/dx0."""
-    line = Line("diff_instruct", schedule)
+    line = Line("diff_instruct", schedule, theta)
     expected = (line.sigma / line.alpha) ** 2 * line.reverse_kl()
     close(line.gradient(), expected)
     plain = {"normalise": False, "guidance_scale": 1.0}
     for name, settings in (("dmd", plain), ("dmd2", plain)):
-        close(Line(name, schedule, **settings).gradient(), expected)
+        close(Line(name, schedule, theta, **settings).gradient(), expected)
     unguided = {"guidance_scale": 1.0, "fake_guidance_scale": 1.0}
-    close(Line("vsd", schedule, **unguided).gradient(), RHO / (1 + RHO**2) * expected)
+    close(Line("vsd", schedule, theta, **unguided).gradient(), RHO / (1 + RHO**2) * expected)
 
 
 def test_dmd_divides_by_the_distance_to_the_teachers_answer():
@@ -287,7 +300,7 @@ def test_reverse_kl_is_dmd2_and_ratios_are_clipped_and_normalised():
             Line("f_distill", SCHEDULES["vp"](), **settings)
 
 
-@pytest.mark.parametrize("name", ["diff_instruct", "dmd", "vsd"])
+@pytest.mark.parametrize("name", ["diff_instruct", "dmd", "dmd2", "vsd"])
 def test_kl_methods_keep_no_graph_through_the_networks(name):
     line, graphs = Line(name, SCHEDULES["vp"](), guidance_scale=1.0), []
 
@@ -297,7 +310,7 @@ def test_kl_methods_keep_no_graph_through_the_networks(name):
             self.inner = inner
 
         def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
-            graphs.append(x_t.requires_grad or torch.is_grad_enabled())
+            graphs.append(torch.is_grad_enabled())
             return self.inner(x_t, t)
 
     for network in ("teacher", "fake_score"):
@@ -328,6 +341,95 @@ def test_no_gradient_where_the_fake_score_is_the_teacher(name, settings):
     line = Line(name, SCHEDULES["vp"](), **settings)
     line.nets.modules["fake_score"] = line.nets.teacher
     assert float(line.gradient().abs().max()) == 0
+
+
+def test_no_gradient_of_f_distill_either_whatever_the_ratio(monkeypatch):
+    line = Line("f_distill", SCHEDULES["vp"](), guidance_scale=1.0)
+    line.method.config.gan_weight = 0.0  # of the discriminator's own pull
+    monkeypatch.setattr(line.method, "log_ratio", lambda real, logits: real.x_t[:, 0])
+    assert float(line.gradient().abs().max()) > 0.01
+    line.nets.modules["fake_score"] = line.nets.teacher
+    assert float(line.gradient().abs().max()) == 0
+
+
+# ------------------------------------------------------------------------------------- all the way to the data
+
+MEAN, STD = 1.5, 0.3
+
+
+@pytest.mark.parametrize("schedule", ["vp", "flow"])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("sim", {}),
+        ("sim", {"distance": "l2"}),
+        *(("sid", {"alpha": alpha, "normalise": False}) for alpha in (0.5, 1.0, 1.2)),
+        ("diff_instruct", {}),
+    ],
+)
+def test_a_student_reaches_the_data_with_the_exact_fake_score(name, settings, schedule):
+    """With the teacher alone under no_grad SIM and SiD would end at another width."""
+    line = Line(name, SCHEDULES[schedule](), nodes=41, **settings)
+    line.nets.modules["teacher"] = Denoiser(line.own(MEAN, STD), "x0", line.schedule)
+    optimizer = torch.optim.Adam(line.student.parameters(), 0.1)
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, 120)
+    for _ in range(120):
+        fake = line.own(float(line.student.shift), float(line.student.scale))
+        line.nets.modules["fake_score"] = Denoiser(fake, "x0", line.schedule)
+        optimizer.zero_grad()
+        line.expected().backward()
+        optimizer.step()
+        decay.step()
+    assert float(line.student.shift) == pytest.approx(MEAN, abs=1e-2)
+    assert abs(float(line.student.scale)) == pytest.approx(STD, abs=1e-2)
+
+
+class Bell(nn.Module):
+    """A fake score of two parameters: the posterior mean of N(mean, std^2)."""
+
+    def __init__(self, schedule: Schedule):
+        super().__init__()
+        self.schedule = schedule
+        self.mean, self.log_std = (nn.Parameter(torch.zeros((), dtype=torch.float64)) for _ in range(2))
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        alpha, sigma = (expand(f(t), x_t) for f in (self.schedule.alpha, self.schedule.sigma))
+        variance = (2 * self.log_std).exp()
+        gain = alpha * variance / (alpha**2 * variance + sigma**2)
+        return self.mean + gain * (x_t - alpha * self.mean)
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule", "settings"),
+    [("dmd", "vp", {"regression_weight": 0.0}), ("dmd2", "flow", {})],
+)
+def test_a_student_reaches_the_data_behind_a_fake_score_of_five_updates(name, schedule, settings):
+    """By the method's own phases: both networks of two parameters, the fake score five updates to one."""
+    common = {"normalise": False, "guidance_scale": 1.0, "student_every": 5, "time_std": 0.8}
+    line = Line(name, SCHEDULES[schedule](), **common, **settings)
+    fake = Bell(line.schedule)
+    modules = line.nets.modules
+    modules["teacher"] = Denoiser(line.own(MEAN, STD), "x0", line.schedule)
+    modules["fake_score"] = Denoiser(fake, "x0", line.schedule)
+    updates = {"student": 0, "fake_score": 0}
+    optimizers = {key: torch.optim.Adam(modules[key].parameters(), 0.1) for key in updates}
+    steps = 400
+    for step in range(steps):
+        for phase in line.method.phases(step):
+            (trained,), ((_, loss),) = phase.trains, phase.terms
+            noise = Doubles(range(128), step=step, phase=phase.name)
+            for group in optimizers[trained].param_groups:
+                group["lr"] = 0.1 * (1 - step / steps)
+            for module in modules.values():
+                module.requires_grad_(module is modules[trained])
+            optimizers[trained].zero_grad()
+            loss(line.nets, Batch(None, None, (1,), noise.index, noise))["total"].mean().backward()
+            optimizers[trained].step()
+            updates[trained] += 1
+    assert updates == {"student": steps // 5, "fake_score": steps}
+    shift, scale = float(line.student.shift), abs(float(line.student.scale))
+    assert (shift, scale) == (pytest.approx(MEAN, abs=0.02), pytest.approx(STD, abs=0.02))
+    assert (float(fake.mean), float(fake.log_std.exp())) == pytest.approx((shift, scale), abs=0.05)
 
 
 @pytest.mark.parametrize("name", ["sim", "sid"])
