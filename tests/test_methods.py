@@ -24,7 +24,7 @@ from stepdistill.noise import SampleNoise
 from stepdistill.prediction import Prediction
 from stepdistill.registry import resolve
 from stepdistill.sampling import RULES
-from stepdistill.schedule import EDM, VP, Flow, expand
+from stepdistill.schedule import EDM, VP, Flow, TrigFlow, expand
 from stepdistill.solvers import ddim
 from stepdistill.timesteps import draw, few_step_grid, times_like
 
@@ -360,6 +360,20 @@ def test_the_gan_gradient_flows_through_the_frozen_fake_scores_input():
     assert student_gradient(1.0) > 1e-4
 
 
+@pytest.mark.parametrize("name", ["dmd2", "f_distill"])
+def test_beside_a_gan_the_scores_and_their_weight_are_constants_all_the_same(name):
+    """The fake score's pass has a graph up to the tapped block and none behind it."""
+    made, said = world(make(name, {"gan_weight": 0.1, "student_every": 1})), []
+    for network in (made.nets.teacher, made.nets.fake_score):
+        network.register_forward_hook(lambda *call: said.append(call[-1].raw))
+    weigh = made.method.weight
+    made.method.weight = lambda *asked: said.append(weigh(*asked)) or said[-1]
+    losses = made.method.student_loss(made.nets, made.batch())
+    real, fake, weight = said
+    assert not (real.requires_grad or fake.requires_grad or (weight is not None and weight.requires_grad))
+    assert losses["gan"].requires_grad and (weight is None) == (name == "dmd2")
+
+
 def test_the_critic_learns_both_from_denoising_and_from_the_gan():
     made = world(make("dmd2", {"gan_weight": 1e-3}))
     losses = made.method.critic_loss(made.nets, made.batch(phase="critic"))
@@ -412,7 +426,9 @@ def test_the_critics_optimum_is_the_students_own_posterior_mean():
     assert loss(Denoiser(Moved(), "x0", nets.schedule)) < 0.9 * loss(nets.teacher)
 
 
-@pytest.mark.parametrize("schedule", [Flow(), EDM()], ids=["flow", "edm"])
+@pytest.mark.parametrize(
+    "schedule", [VP.from_betas(), EDM(), Flow(), TrigFlow()], ids=["vp", "edm", "flow", "trig"]
+)
 def test_backward_simulation_with_an_oracle_student_lands_on_the_marginal(schedule):
     """x at t_K ~ N(alpha mu, alpha^2 s^2 + sigma^2) for every K, and every K of every step count is met."""
     mean, std, n = 0.3, 0.4, 20_000
@@ -433,8 +449,8 @@ def test_backward_simulation_with_an_oracle_student_lands_on_the_marginal(schedu
             continue
         alpha, sigma = float(schedule.alpha(t[:1])), float(schedule.sigma(t[:1]))
         spread = (alpha**2 * std**2 + sigma**2) ** 0.5
-        # EDM's first state has mean 0 where the marginal has 0.3: a shift of 0.3 in 80, of 0.002 in x0.
-        bias = mean if time == schedule.t_max else 0.002
+        # EDM's and VP's first states have mean 0 where the marginals have alpha 0.3: a shift of x0 by 0.002 and 0.008.
+        bias = alpha * mean if time == schedule.t_max else 0.008 if isinstance(schedule, VP) else 0.002
         assert abs(float(x_t.double().mean()) - alpha * mean) < 5 * spread / n**0.5 + bias
         assert abs(float(x_t.double().std()) - spread) < 5 * spread / (2 * n) ** 0.5
     assert set(met) == {time for count in (1, 2, 4) for time in few_step_grid(schedule, count, 4)}
