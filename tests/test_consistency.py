@@ -16,14 +16,16 @@ from stepdistill.families.toy import SCHEDULES, Toy, gaussian, gaussian_flow_map
 from stepdistill.methods.base import Batch, Networks, consistency, track_average
 from stepdistill.methods.cd import CD
 from stepdistill.methods.ect import ECT
+from stepdistill.methods.lcm import LCM
 from stepdistill.methods.meanflow import MeanFlow
 from stepdistill.methods.scm import SCM, NoiseWeight
 from stepdistill.methods.tscd import TSCD
 from stepdistill.noise import SampleNoise
 from stepdistill.prediction import Prediction
+from stepdistill.sampling import sample
 from stepdistill.schedule import EDM, VP, Flow, Schedule, TrigFlow, as_edm
 from stepdistill.solvers import SOLVERS
-from stepdistill.timesteps import few_step_grid, teacher_grid, times_like
+from stepdistill.timesteps import few_step_grid, ode_grid, teacher_grid, times_like
 
 MEAN, STD = 0.3, 0.4
 MADE = {name: make() for name, make in SCHEDULES.items()}
@@ -154,7 +156,6 @@ def test_cds_gradient_is_the_online_networks_alone():
     method, net = CD(CD.Config(points=18)), Affine()
     nets, batch, twin = nets_of(EDM(), net), batch_of(), batch_of()
     ours = gradient(method.loss(nets, batch)["total"].mean(), net)
-    from stepdistill.timesteps import ode_grid
 
     grid = ode_grid(EDM(), 17, "karras")
     n = twin.generator.randint(0, 17)
@@ -399,6 +400,103 @@ def test_scms_states_are_scm_schedulers(steps, sigma_data, first_rho, tolerance)
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
+def test_a_flow_teacher_is_asked_in_trigflow_by_the_papers_formulas():
+    """SANA-Sprint's training-free change of network: t, state and F from those of rectified flow."""
+    heard = []
+
+    class Velocity(nn.Module):
+        def forward(self, x_t, t, cond=None):
+            heard.append((x_t, t))
+            return torch.sin(3 * x_t) + t[:, None]
+
+    tau = torch.linspace(0.01, 1.55, COUNT, dtype=torch.float64)
+    x = torch.randn(COUNT, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    said = Denoiser(Velocity(), "flow", Flow(), TrigFlow())(x, tau).F
+    t = tau.sin() / (tau.sin() + tau.cos())
+    norm = (t**2 + (1 - t) ** 2).sqrt()[:, None]
+    x_flow, t_ = x * norm, t[:, None]
+    v = torch.sin(3 * x_flow) + t_
+    torch.testing.assert_close(heard[0], (x_flow, t), rtol=1e-12, atol=1e-12)
+    expected = ((1 - 2 * t_) * x_flow + (1 - 2 * t_ + 2 * t_**2) * v) / norm
+    torch.testing.assert_close(said, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_a_flow_teachers_trajectories_are_the_same_in_trigflow(solver):
+    """100 steps from one noise under either schedule, up to the solver's error, and near the exact end."""
+    flow, trig = Flow(), TrigFlow()
+    teacher = Denoiser(gaussian(flow, [MEAN], STD), "x0", flow)
+    noise, ends = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None], []
+    for schedule in (flow, trig):
+        x, grid = noise, ode_grid(schedule, 100)
+        for t, s in itertools.pairwise(grid.tolist()):
+            x = SOLVERS[solver](teacher.under(schedule), x, times_like(t, x), times_like(s, x))
+        ends.append(x)
+    tolerance = {"euler": 3e-2, "heun": 1e-3}[solver]
+    torch.testing.assert_close(*ends, rtol=0, atol=tolerance)
+    torch.testing.assert_close(ends[1], MEAN + STD * noise, rtol=0, atol=tolerance)
+
+
+# ---------------------------------------------------------------------------------------------------------------- LCM
+
+
+class Told(nn.Module):
+    """A network that is told a guidance scale and does not mind."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x_t: Tensor, t: Tensor, cond=None, guidance: Tensor | None = None) -> Tensor:
+        return self.inner(x_t, t)
+
+
+class ToTheEnd(nn.Module):
+    """The exact flow to a schedule's last state."""
+
+    def __init__(self, schedule: Schedule):
+        super().__init__()
+        self.schedule = schedule
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        return gaussian_flow_map(self.schedule, MEAN, STD, x_t, t, times_like(self.schedule.t_min, x_t))
+
+
+def lcm(**settings) -> LCM:
+    return LCM(LCM.Config(guidance_low=1.0, guidance_high=1.0, **settings))
+
+
+def test_lcms_loss_falls_with_the_square_of_the_step_at_the_exact_flow():
+    """By four per halving, for a c far below the error: what is left is the local error of the teacher's step."""
+    schedule = VP.from_betas()
+
+    def loss(points: int, net: nn.Module) -> float:
+        method = lcm(ddim_steps=points, huber_c=1e-9)
+        return float(method.loss(nets_of(schedule, Told(net)), batch_of(1024))["total"].mean().detach())
+
+    errors = [loss(points, ToTheEnd(schedule)) for points in (25, 50, 100)]
+    assert all(3 < coarse / fine < 5 for coarse, fine in itertools.pairwise(errors)), errors
+    assert errors[0] < 0.1 * loss(25, Affine())
+
+
+def test_lcms_gradient_is_the_online_networks_alone():
+    """d / sqrt(d^2 + c^2) df(x_t)/dtheta, put together again: no gradient through the target or the teacher."""
+    schedule, c = VP.from_betas(), 0.1
+    method = lcm(huber_c=c)
+    nets, batch, twin = nets_of(schedule, Told(Affine())), batch_of(), batch_of()
+    ours = gradient(method.loss(nets, batch)["total"].mean(), nets.student)
+    grid = method.ode_times(schedule)
+    i = twin.generator.randint(0, 50)
+    twin.generator.rand()  # the guidance scales
+    t, s = grid[i], grid[i + 1]
+    x_t = schedule.add_noise(twin.x0, twin.randn(), t)
+    x_s = SOLVERS["ddim"](nets.teacher, x_t, t, s)
+    online, target = (method.boundary(nets.student(x, time)) for x, time in ((x_t, t), (x_s, s)))
+    d = (online - target).detach()
+    expected = gradient((d / (d**2 + c**2).sqrt() * online).mean(), nets.student)
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
+
+
 # ----------------------------------------------------------------------------------------------------------- MeanFlow
 
 
@@ -506,8 +604,6 @@ def test_meanflows_derivative_is_of_the_network_with_the_dropout_that_is_trained
 @EVERY
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_the_flow_map_rule_with_the_oracle_follows_the_trajectory_exactly(schedule, steps):
-    from stepdistill.sampling import sample
-
     x = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
     times = few_step_grid(schedule, steps, first_rho=10.0)
     t = times_like(times[0], x)
@@ -551,6 +647,18 @@ def test_tscd_with_the_exact_segment_maps_has_the_teachers_error_alone(schedule,
     assert loss(200) < 0.5 * loss(50) < 0.5 * 0.05 * scale
 
 
+@EVERY
+@pytest.mark.parametrize("segments", [8, 3, 1])
+def test_tscds_loss_is_zero_where_student_and_teacher_follow_the_exact_flow(schedule, segments, monkeypatch):
+    def flow_map(predict, x_t, t, s):
+        return gaussian_flow_map(schedule, MEAN, STD, x_t, t, s)
+
+    monkeypatch.setattr("stepdistill.methods.tscd.ddim", flow_map)
+    method = TSCD(TSCD.Config(segments=segments, guidance_scale=1.0))
+    losses = method.loss(nets_of(schedule, SegmentOracle(schedule, method)), batch_of(256))
+    assert float(losses["total"].max()) < 1e-15 * schedule.t_max**2
+
+
 def test_tscd_of_one_segment_is_cd_with_an_euler_step():
     """But for the jump's end: the trajectory's last point, not the data, so sigma_min eps apart."""
     schedule, found = EDM(), []
@@ -567,8 +675,6 @@ def test_tscd_of_one_segment_is_cd_with_an_euler_step():
 @EVERY
 def test_the_segments_maps_composed_are_the_whole_trajectory(schedule):
     """And they are what a k-step student without noise walks through: its times are the edges."""
-    from stepdistill.sampling import sample
-
     method = TSCD(TSCD.Config(segments=4, eta=0.0), (4,))
     x = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
     times = method.grid(schedule, 4)
@@ -652,8 +758,6 @@ def test_tscd_refuses_what_does_not_fit():
 def test_tcd_equals_tcd_scheduler_step_by_step(kind, eta):
     from diffusers import TCDScheduler
 
-    from stepdistill.sampling import sample
-
     ours_kind = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}[kind]
     for steps in (1, 2, 4, 8):
         scheduler = TCDScheduler(prediction_type=kind, original_inference_steps=8)
@@ -715,6 +819,19 @@ def test_tcd_without_noise_is_the_ode_rule(schedule):
     x, times = torch.randn(8, 1, dtype=torch.float64), few_step_grid(schedule, 4)
     drawn = [walk(teacher, x, times, None, rule=rule) for rule in ("tcd", "ode")]
     assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize("schedule", [Flow(), TrigFlow(), TrigFlow(0.5)])
+def test_tcd_with_all_noise_is_renoising(schedule):
+    """Where the schedule's end is clean: of eta = 1 the line to t_min keeps x0 alone, in the end as well."""
+    teacher = Denoiser(gaussian(schedule, [MEAN], STD), "x0", schedule)
+    start, *noise = torch.randn(5, 8, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    how = {"start": start, "times": few_step_grid(schedule, 4), "noise": noise.__getitem__}
+    found = [
+        sample(teacher, *how.values(), rule=rule, eta=1.0, t_min=schedule.t_min)
+        for rule in ("tcd", "renoise")
+    ]
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
 
 
 # -------------------------------------------------------------------------------------------- students of two times
