@@ -68,6 +68,11 @@ ROWS: dict[str, tuple[str, dict[str, Any], dict[str, tuple[float | None, str]]]]
         {"gan_weight": 1e-2},
         {"student": (1.90, "B F F EI -E O"), "critic": (1.60, "F B EB O")},
     ),
+    "dmd2+gan, shared samples": (  # the critic learns on the student's last samples
+        "dmd2",
+        {"gan_weight": 1e-2, "shared_samples": True},
+        {"student": (1.90, "B F F EI -E O"), "critic": (1.60, "B EB O")},
+    ),
     "cd, Euler": ("cd", {"solver": "euler"}, {"student": (1.67, "B F F O")}),
     "cd, Heun": ("cd", {"solver": "heun"}, {"student": (None, "B F F F O")}),
     "ect": ("ect", {}, {"student": (1.39, "B F O")}),

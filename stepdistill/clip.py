@@ -82,7 +82,16 @@ class Clip(nn.Module):
 
     @torch.no_grad()
     def embed_texts(self, prompts: Sequence[str]) -> Tensor:
-        """(B, dim)."""
+        """(B, dim).
+
+        Raises:
+            UserError: the prompts are no texts.
+        """
+        if not all(isinstance(prompt, str) for prompt in prompts):
+            raise UserError(
+                "a CLIP model compares images with captions, and this run's prompts are classes; use a family that"
+                " is told captions, or a reward or eye of your own (my_module:MyClass)."
+            )
         positions = self.model.config.text_config.max_position_embeddings
         length = min(self.tokenizer.model_max_length, positions)
         tokens = self.tokenizer(

@@ -79,6 +79,16 @@ class Adversarial:
     r2: bool = False  # the same at generated inputs; the relativistic game needs it
 
 
+# Of a method with a phase "discriminator" (`Method.health`). A student that keeps up is told at chance, 0.5.
+ACCURACY = {
+    "discriminator/accuracy": (
+        0.2,
+        0.98,
+        "above, the discriminator wins outright: raise method.r1_weight or lower optim.discriminator.lr; below, it"
+        " learns nothing",
+    ),
+}
+
 Critic = Callable[[Tensor], Tensor]
 
 

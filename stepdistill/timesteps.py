@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from stepdistill.errors import UserError
 from stepdistill.noise import SampleNoise
-from stepdistill.schedule import EDM, VP, Schedule
+from stepdistill.schedule import EDM, VP, Schedule, as_edm
 
 
 def uniform(schedule: Schedule, noise: SampleNoise, low: float = 0.0, high: float = 1.0) -> Tensor:
@@ -30,12 +31,13 @@ def uniform(schedule: Schedule, noise: SampleNoise, low: float = 0.0, high: floa
 def karras(
     schedule: Schedule, noise: SampleNoise, low: float = 0.0, high: float = 1.0, power: float = 7.0
 ) -> Tensor:
-    """Uniform over rho^(1/power) between the ends of the schedule (Karras et al. 2022, Eq. 5), 0 = least
-    noise.
+    """Uniform over rho^(1/power) (Karras et al. 2022, Eq. 5), 0 = least noise.
+
+    The ends are the schedule's within EDM's 0.002 and 80, so that a fraction of the range is the same noise
+    under every schedule that reaches as far.
     """
-    ends = schedule.rho(torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64)).clamp(
-        1e-3, 1e3
-    ) ** (1 / power)
+    frame = as_edm(schedule)
+    ends = torch.tensor([frame.t_min, frame.t_max], dtype=torch.float64) ** (1 / power)
     u = low + (high - low) * noise.rand()
     return schedule.t_of_rho((ends[0] + u * (ends[1] - ends[0])) ** power)
 
@@ -81,12 +83,18 @@ def few_step_grid(
 
     Raises:
         ValueError: steps is not at least 1 or exceeds `finest`.
+        UserError: a VP table has fewer entries than steps.
     """
     finest = finest or steps
     if not 1 <= steps <= finest:
         raise ValueError(f"steps must be between 1 and {finest}, got {steps}")
     if isinstance(schedule, VP):
-        stride = cut_table(schedule, first_rho) // finest
+        entries = cut_table(schedule, first_rho)
+        if finest > entries:
+            raise UserError(
+                f"{finest} steps are more than the {entries} timesteps of the schedule; ask for fewer."
+            )
+        stride = entries // finest
         grid = [i * stride - 1 for i in range(finest, 0, -1)]
         # LCMScheduler picks floor(i * finest / steps), i = 0 .. steps - 1.
         return tuple(float(grid[i * finest // steps]) for i in range(steps))

@@ -895,6 +895,35 @@ def test_the_second_stage_takes_over_what_the_first_recorded_and_resumes_bit_for
 
 
 @pytest.mark.usefixtures("accelerator_state")
+def test_a_degrade_stage_too_short_for_its_record_is_refused(tmp_path):
+    from training.recipe import recipe_from
+    from training.run import run
+
+    short = backtracked(tmp_path / "run")
+    short["stages"][0]["run"]["steps"] = 1  # of 2 to the first record
+    with pytest.raises(
+        UserError, match=r"method\.path=2: the degrade stage recorded no path_1; give it run\.steps of"
+    ):
+        run(recipe_from(short))
+
+
+def test_degradation_learns_at_the_noise_levels_of_its_base():
+    seen = {}
+    for density in ("uniform", "lognormal"):
+        base = {"name": "dmd2", "critic_density": density, "time_mean": -3.0, "time_std": 0.01}
+        made = world(make("disback", {"stage": "degrade", "base": base}))
+        fake, asked = made.nets.fake_score.forward, []
+        made.nets.fake_score.forward = lambda x, t, *rest, asked=asked, fake=fake: (
+            asked.append(t),
+            fake(x, t, *rest),
+        )[1]
+        (phase,) = made.method.phases(0)
+        phase.terms[0][1](made.nets, made.batch(0, phase.name))
+        seen[density] = made.family.schedule.rho(asked[0]).log()
+    assert (seen["lognormal"] + 3).abs().max() < 0.2 < (seen["uniform"] + 3).abs().max()
+
+
+@pytest.mark.usefixtures("accelerator_state")
 def test_backtracking_without_a_record_is_refused(tmp_path):
     from training.recipe import recipe_from
     from training.run import run

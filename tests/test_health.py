@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 from test_methods import EVERY, make, world
 from test_trainer import toy
 
+from stepdistill.methods import METHODS
 from stepdistill.methods.base import Method
 from stepdistill.methods.dmd2 import DMD2
 from training import run as running
@@ -60,6 +62,46 @@ def test_a_gradient_that_grows_is_divergence():
     assert "divergence" in said
 
 
+REFERENCED = set(METHODS) - {"reward"}  # has one with an anchor only
+
+
+@EVERY
+def test_every_method_says_what_is_normal_and_logs_its_student_beside_a_reference(name, settings):
+    made = make(name, settings)
+    said = f"{sys.modules[type(made).__module__].__doc__} {type(made).__doc__}"
+    assert "normal ranges" in said.lower()
+    made = world(made)
+    for phase in made.method.phases(0):
+        if phase.name == "student":
+            losses = {}
+            for _, loss in phase.terms:
+                losses |= loss(made.nets, made.batch(0, phase.name))
+            parts = {key.rpartition("x0_std")[0] for key in losses if key.endswith("x0_std")}
+            parts = {key.removesuffix("teacher_") for key in parts}
+            assert parts
+            for part in parts:
+                whose = {f"{part}x0_std", f"{part}x0_mean"}
+                if name in REFERENCED and part.rstrip("/") in ("", *REFERENCED):
+                    whose |= {f"{part}teacher_x0_std", f"{part}teacher_x0_mean"}
+                assert whose <= losses.keys()
+
+
+def test_a_composition_is_judged_part_by_part():
+    health = watched()
+    logged = {"x0_mean": 0.0, "x0_std": 0.1, "teacher_x0_mean": 0.0, "teacher_x0_std": 1.0}
+    derived, (said,) = health.check({f"student/scm/{key}": value for key, value in logged.items()})
+    assert derived["student/scm/x0_std_ratio"] == pytest.approx(0.1)
+    assert said.startswith("warning: student/scm/x0_std_ratio = 0.1") and "collapse" in said
+    assert any(line.startswith("! student/scm/x0_std_ratio 0.1") for line in health.lines())
+
+
+def test_a_fake_score_that_falls_behind_is_named():
+    health = Health(DMD2(DMD2.Config()))
+    assert health.check({"critic/denoising": 0.4})[1] == []
+    (said,) = health.check({"critic/denoising": 0.8})[1]
+    assert "critic/denoising_growth = 2" in said and "fake-score lag" in said
+
+
 @EVERY
 def test_every_range_of_every_method_is_of_a_value_it_logs(name, settings):
     made = world(make(name, settings))
@@ -70,7 +112,9 @@ def test_every_range_of_every_method_is_of_a_value_it_logs(name, settings):
             for _, loss in phase.terms:
                 logged |= {f"{phase.name}/{key}" for key in loss(made.nets, batch)}
             logged |= {f"{phase.name}/grad_norm_{network}" for network in phase.trains}
-    assert set(made.method.health) - set(COMMON) <= logged
+    derived, _ = Health(made.method).check(dict.fromkeys(logged, 1.0))
+    optional = {key for key in made.method.health if key.endswith("critic/accuracy")}  # with a GAN
+    assert set(made.method.health) - set(COMMON) - optional <= logged | set(derived)
     assert all(low < high and cause for low, high, cause in made.method.health.values())
 
 

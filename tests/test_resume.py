@@ -1,4 +1,6 @@
-"""Every registered method: a run that stops half-way and goes on ends with the weights of one that did not stop."""
+"""Every registered method: a run that stops half-way and goes on ends with the weights of one that did not stop, in
+a later stage as well.
+"""
 
 from __future__ import annotations
 
@@ -75,17 +77,22 @@ def _none(*args: Any) -> None:
     raise ImportError
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_a_resumed_run_equals_an_uninterrupted_one(name, tmp_path, monkeypatch):
+@pytest.fixture
+def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # trajectories are cached beside the run
     monkeypatch.setattr("training.loggers.TensorBoardLogger", _none)
     monkeypatch.setattr(Toy, "sliced_w1", lambda self, draw: float(draw(8).std()))  # the real one is slow
-    run(recipe(name, tmp_path / "run"))
-    directory = RunDirectory(tmp_path / "run", 9)
-    middle, whole = state(directory.load(2)), state(directory.load(4))
-    shutil.rmtree(directory.checkpoints / "4")
-    run(recipe(name, tmp_path / "run"))
-    again = state(directory.load(4))
+
+
+def assert_goes_on_alike(recipe: Recipe, before: int, end: int) -> None:
+    """Run to the end, forget all after checkpoint `before`, run again: the same to the last bit."""
+    run(recipe)
+    directory = RunDirectory(recipe.run.out, 9)
+    middle, whole = state(directory.load(before)), state(directory.load(end))
+    shutil.rmtree(directory.checkpoints / str(end))
+    assert directory.latest() == before
+    run(recipe)
+    again = state(directory.load(end))
     assert again.keys() == whole.keys()
     moved = False
     for key, value in whole.items():
@@ -95,3 +102,30 @@ def test_a_resumed_run_equals_an_uninterrupted_one(name, tmp_path, monkeypatch):
         elif "seconds" not in key:
             assert value == again[key], key
     assert moved  # the second half did train
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("name", METHODS)
+def test_a_resumed_run_equals_an_uninterrupted_one(name, tmp_path):
+    assert_goes_on_alike(recipe(name, tmp_path / "run"), 2, 4)
+
+
+FIRST = {"method": {"predecessor": "teacher"}, "student": {"steps": [4]}, "run": {"steps": 4}}
+SECOND: dict[str, list[dict[str, Any]]] = {  # the stages after it; a predecessor is as its stage began
+    "progressive": [{"method": {"predecessor": "student"}, "student": {"steps": [2]}}],
+    "lightning": [{"method": {"predecessor": "student"}, "student": {"steps": [2]}}],
+    "lightning same": [{"method": {"predecessor": "same", "conditional": False}}],
+}
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("case", SECOND)
+def test_a_run_resumed_in_its_second_stage_equals_an_uninterrupted_one(case, tmp_path):
+    mapping = recipe(case.split()[0], tmp_path / "run").mapping()
+    first = FIRST
+    if case == "lightning same":  # whose predecessor must be a network of the stage before
+        first = {**FIRST, "method": {"predecessor": "student"}}
+    later = [stage | {"run": {"steps": 4}} for stage in SECOND[case]]
+    mapping["student"]["steps"] = [4]
+    del mapping["run"]["steps"]
+    assert_goes_on_alike(recipe_from(mapping | {"stages": [first, *later]}), 6, 8)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from stepdistill import timesteps
+from stepdistill.errors import UserError
 from stepdistill.noise import SampleNoise
 from stepdistill.schedule import EDM, VP, Flow, TrigFlow
 from stepdistill.timesteps import few_step_grid, ode_grid, teacher_grid, times_like
@@ -34,6 +35,20 @@ def test_known_grids():
     assert few_step_grid(Flow(), 4) == (1.0, 0.75, 0.5, 0.25)
     assert few_step_grid(Flow(), 2, 4) == (1.0, 0.5)
     assert few_step_grid(TrigFlow(), 2) == pytest.approx((math.pi / 2, math.pi / 4))
+
+
+def test_more_steps_than_a_table_has_are_refused():
+    with pytest.raises(UserError, match="2000 steps are more than the 1000 timesteps of the schedule"):
+        few_step_grid(VP_TABLE, 2000)
+    with pytest.raises(UserError, match="700 steps are more than the 626 timesteps"):
+        few_step_grid(VP_TABLE, 700, first_rho=2.5)
+
+
+def test_a_fraction_of_the_karras_range_is_the_same_noise_under_schedules_that_reach_as_far():
+    drawn = [s.rho(timesteps.karras(s, noise(), 0.0, 0.8)) for s in (EDM(), Flow(), TrigFlow())]
+    for rho in drawn:  # Flow and TrigFlow go on to where there is no signal at all
+        torch.testing.assert_close(rho, drawn[0], rtol=1e-6, atol=0)
+    assert float(drawn[0].max()) < 24.5
 
 
 def test_the_edm_grid_is_what_the_consistency_scheduler_lists():
@@ -131,7 +146,7 @@ def test_uniform_under_a_table_is_whole_and_reaches_both_ends():
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 def test_karras_is_uniform_in_the_seventh_root_of_rho(schedule):
     ends = torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64)
-    low, high = (schedule.rho(ends).clamp(1e-3, 1e3) ** (1 / 7)).tolist()
+    low, high = (schedule.rho(ends).clamp(0.002, 80.0) ** (1 / 7)).tolist()  # EDM's
     u = (schedule.rho(timesteps.karras(schedule, noise())) ** (1 / 7) - low) / (high - low)
     close(u, 0.5, 1 / 12**0.5)
     part = (schedule.rho(timesteps.karras(schedule, noise(1), 0.25, 0.5)) ** (1 / 7) - low) / (high - low)

@@ -21,6 +21,7 @@ import stepdistill
 from stepdistill.config import apply_overrides
 from stepdistill.errors import UserError
 from stepdistill.methods.dmd2 import DMD2
+from stepdistill.methods.ladd import LADD
 from training import preview
 from training import run as running
 from training import trainer as training_trainer
@@ -389,20 +390,30 @@ def test_the_average_follows_the_student_and_frozen_networks_stay(tmp_path):
     assert all(p.grad is None for module in trainer.raw.values() for p in module.parameters())
 
 
+def test_a_composition_names_the_part_whose_loss_is_not_finite(tmp_path, monkeypatch):
+    def student_loss(self: LADD, nets: Any, batch: Any, warm: bool = False) -> Any:
+        return {"total": torch.full((len(batch.index),), math.nan)}
+
+    monkeypatch.setattr(LADD, "student_loss", student_loss)
+    method = {"name": "compose", "parts": [{"name": "dmd2"}, {"name": "ladd"}]}
+    with pytest.raises(UserError, match=r"phase 'student' \(term ladd\.student_loss, samples \[0, 1, 2"):
+        running.run(toy(tmp_path / "run", method=method))
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_in_one_sentence(tmp_path, monkeypatch):
     original = DMD2.critic_loss
 
-    def critic(self: DMD2, nets: Any, batch: Any) -> Any:
+    def critic_loss(self: DMD2, nets: Any, batch: Any) -> Any:
         losses = original(self, nets, batch)
         if batch.generator.step == 3:
             losses["total"] = losses["total"].where(batch.index != 5, math.nan)
         return losses
 
-    monkeypatch.setattr(DMD2, "critic_loss", critic)
+    monkeypatch.setattr(DMD2, "critic_loss", critic_loss)
     with pytest.raises(UserError) as error:
         running.run(toy(tmp_path / "run", "run.save_every=1"))
     assert str(error.value).startswith(
-        "the loss of phase 'critic' (term 0, samples [5]) is not finite at step 3;"
+        "the loss of phase 'critic' (term critic_loss, samples [5]) is not finite at step 3;"
         " the last checkpoint is step 3."
     )
     assert checkpoint(tmp_path / "run").step == 3

@@ -8,6 +8,7 @@ watched by what does: moments of the images, the fake score's loss, gradients, t
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,18 +16,18 @@ from stepdistill.methods.base import Method
 
 Ranges = Mapping[str, tuple[float, float, str]]
 
-# The teacher's x0 are posterior means, which spread less than samples do: the ratio is above 1 in health.
+# Where the reference is a posterior mean it spreads less than samples do, and the ratio is above 1 in health.
 COMMON: Ranges = {
     "student/x0_std_ratio": (
-        0.6,
+        0.5,
         2.5,
-        "collapse below, saturation above: the fake score lags (train it more often or lower optim.student.lr),"
-        " or guidance_scale is too high",
+        "collapse below, saturation above: lower optim.student.lr or method.guidance_scale; where there is a fake"
+        " score, train it more often",
     ),
     "student/x0_shift": (
         -0.5,
         0.5,
-        "brightness drift: the student outruns its fake score; raise method.student_every or lower optim.student.lr",
+        "brightness drift: lower optim.student.lr; where there is a fake score, raise method.student_every",
     ),
     "student/grad_norm_growth": (
         0.0,
@@ -34,6 +35,7 @@ COMMON: Ranges = {
         "divergence: lower optim.student.lr or set optim.max_grad_norm",
     ),
 }
+GROWING = ("grad_norm_student", "denoising")  # judged by their growth over the first value logged
 
 
 class Health:
@@ -45,30 +47,33 @@ class Health:
     def __init__(self, method: Method):
         self.ranges: dict[str, tuple[float, float, str]] = {**COMMON, **method.health}
         self.left: set[str] = set()
-        self.first_norm: float | None = None
+        self.first: dict[str, float] = {}
         self.panel: dict[str, float] = {}
+
+    def range_of(self, name: str) -> tuple[float, float, str] | None:
+        """The normal range of a logged value. "student/part/value" of a composition has what all students have."""
+        common = re.sub("^student/.*/", "student/", name)
+        return self.ranges.get(name) or COMMON.get(common)
 
     def derived(self, values: Mapping[str, float]) -> dict[str, float]:
         """What is judged but not logged by a method: student against teacher, and growth since the start."""
         found = {}
-        if {"student/x0_std", "student/teacher_x0_std"} <= values.keys():
-            spread = max(values["student/teacher_x0_std"], 1e-12)
-            found["student/x0_std_ratio"] = values["student/x0_std"] / spread
-            found["student/x0_shift"] = (
-                values["student/x0_mean"] - values["student/teacher_x0_mean"]
-            ) / spread
-        if (norm := values.get("student/grad_norm_student")) is not None:
-            self.first_norm = self.first_norm or norm
-            if self.first_norm:
-                found["student/grad_norm_growth"] = norm / self.first_norm
+        for name, value in values.items():
+            where, _, what = name.rpartition("/")
+            if what == "x0_std" and f"{where}/teacher_x0_std" in values:
+                spread = max(values[f"{where}/teacher_x0_std"], 1e-12)
+                shift = values[f"{where}/x0_mean"] - values[f"{where}/teacher_x0_mean"]
+                found[f"{where}/x0_std_ratio"], found[f"{where}/x0_shift"] = value / spread, shift / spread
+            if what in GROWING and (first := self.first.setdefault(name, value)):
+                found[f"{where}/{what.removesuffix('_student')}_growth"] = value / first
         return found
 
     def check(self, values: Mapping[str, float]) -> tuple[dict[str, float], list[str]]:
         """The derived values, and one warning for each range that has just been left."""
         derived, warnings = self.derived(values), []
-        self.panel = {name: value for name, value in {**values, **derived}.items() if name in self.ranges}
+        self.panel = {name: value for name, value in {**values, **derived}.items() if self.range_of(name)}
         for name, value in self.panel.items():
-            low, high, cause = self.ranges[name]
+            low, high, cause = self.range_of(name)
             if low <= value <= high:
                 self.left.discard(name)
             elif name not in self.left:
@@ -79,14 +84,16 @@ class Health:
 
     def state_dict(self) -> dict[str, Any]:
         """What a run that goes on must remember."""
-        return {"first_norm": self.first_norm, "left": sorted(self.left)}
+        return {"first": self.first, "left": sorted(self.left)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.first_norm, self.left = state["first_norm"], set(state["left"])
+        self.first, self.left = dict(state.get("first", {})), set(state["left"])
 
     def lines(self) -> list[str]:
         """The panel as text, a line a value; those outside their range are marked."""
-        return [
-            f"{'! ' if name in self.left else '  '}{name} {value:.3g} [{self.ranges[name][0]:g} to {self.ranges[name][1]:g}]"
-            for name, value in sorted(self.panel.items())
-        ]
+        lines = []
+        for name, value in sorted(self.panel.items()):
+            low, high, _ = self.range_of(name)
+            mark = "! " if name in self.left else "  "
+            lines.append(f"{mark}{name} {value:.3g} [{low:g} to {high:g}]")
+        return lines

@@ -26,7 +26,7 @@ from stepdistill.denoiser import Denoiser, map_cond, unwrap
 from stepdistill.ema import EMA
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
-from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase
+from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase, term_name
 from stepdistill.noise import SampleNoise
 from stepdistill.sampling import ImageSampler
 from training import interrupts
@@ -192,7 +192,7 @@ class Trainer:
             for term_number, (weight, loss) in enumerate(phase.terms):
                 with self._sync(phase, (pass_number, term_number) == last), self.accelerator.autocast():
                     losses = loss(nets, batch)
-                    total = self._checked(losses, phase, term_number, batch)
+                    total = self._checked(losses, phase, term_name(loss), batch)
                     self.accelerator.backward(total * (weight / self.passes))
                 for name, value in losses.items():
                     self._observe(f"{phase.name}/{name}", float(value.detach().float().mean()))
@@ -234,7 +234,7 @@ class Trainer:
                 stack.enter_context(self.accelerator.no_sync(self.wrapped[name]))
         return stack
 
-    def _checked(self, losses: Losses, phase: Phase, term: int, batch: Batch) -> Tensor:
+    def _checked(self, losses: Losses, phase: Phase, term: str, batch: Batch) -> Tensor:
         total = losses["total"]
         finite = torch.isfinite(total.detach())
         if not finite.all():

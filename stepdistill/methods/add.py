@@ -13,14 +13,18 @@ The teacher judges a re-noised x_hat, so L_dist is a score distillation, not a r
 The eye is pluggable (`eye`): a class that gives features of images as (B, places, C) per layer, their widths, and
 embeddings of prompts. The paper's DINOv2 ViT-S stands behind the same interface; embedded is the micro-CLIP's
 image tower (`assets/clip`), whose own text tower embeds the caption. Real images go through the same decoder as
-generated ones, lest the decoder's own traces tell them apart.
+generated ones, lest the decoder's own traces tell them apart. Beside the paper: its critic is also told the image
+embedding of x0; here it is told the caption's alone.
+
+Normal ranges: the discriminator's "accuracy" between 0.5 and 0.9; "distillation" falls; x0_std within half and twice
+teacher_x0_std, what the teacher makes of the re-noised samples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +32,7 @@ from torch import Tensor, nn
 from stepdistill import timesteps
 from stepdistill.clip import Clip
 from stepdistill.denoiser import Denoiser, guided
-from stepdistill.discriminator import Adversarial, Critic, Discriminator, discriminator_losses
+from stepdistill.discriminator import ACCURACY, Adversarial, Critic, Discriminator, discriminator_losses
 from stepdistill.losses import GAN_LOSSES, moments, mse
 from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase
 from stepdistill.registry import resolve
@@ -57,16 +61,19 @@ class ClipEye:
 
 class ADD(Method):
     needs_images = True
+    health: ClassVar[dict[str, tuple[float, float, str]]] = ACCURACY
 
     @dataclass
     class Config(Adversarial):
         eye: str = "clip"  # a name in EYES, or my_module:MyEye
         arguments: dict[str, Any] = field(default_factory=dict)  # of that class
-        r1_weight: float = 1e-5  # at the features; the paper's gamma
+        r1_weight: float = 1e-5  # of |grad D|^2 at the features; the paper's gamma is twice that
         r1: Literal["exact", "finite"] = "exact"
         distillation_weight: float = 2.5  # lambda
         guidance_scale: float = 1.0  # of the teacher in L_dist
+        time_density: Literal["uniform", "karras", "lognormal"] = "uniform"  # of its noise levels
         first_rho: float = 0.0  # noise-to-signal ratio the student starts from; 0 = the schedule's end
+        init_noise: Literal["unit", "sigma"] = "unit"  # of a one-step student under VP; as the stage before
 
     def __init__(self, config: Any, steps: Sequence[int] = (1,)):
         super().__init__(config, steps)
@@ -117,7 +124,7 @@ class ADD(Method):
     def distillation(self, nets: Networks, batch: Batch, x0: Tensor) -> tuple[Tensor, Tensor]:
         """L_dist, and what the teacher made of the re-noised x_hat."""
         schedule = nets.schedule
-        t = timesteps.uniform(schedule, batch.generator)
+        t = timesteps.draw(self.config.time_density, schedule, batch.generator)
         x_t = schedule.add_noise(x0.detach(), batch.randn(), t)
         with torch.no_grad():
             scale = self.config.guidance_scale

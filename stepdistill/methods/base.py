@@ -207,8 +207,11 @@ class Method:
 
     @property
     def init_noise(self) -> str:
-        """What the student's first state is made of, one of `sampling.INIT_NOISE`."""
-        return "unit"
+        """What the student's first state is made of, one of `sampling.INIT_NOISE`.
+
+        LCMScheduler, the stock scheduler that renoises between steps, starts from unit noise.
+        """
+        return getattr(self.config, "init_noise", "unit") if self.steps == (1,) else "unit"
 
     @property
     def first_rho(self) -> float | None:
@@ -319,7 +322,7 @@ class Compose(Method):
 
     Extras are named "part/name", so two parts may both have a discriminator. SANA-Sprint is
     `parts: [{name: scm}, {name: ladd, weight: 0.5}]`. The parts' student phases become one, whatever else each
-    trains beside the student.
+    trains beside the student; what they log there is named "part/value", and normal ranges are each part's own.
     """
 
     @dataclass
@@ -364,7 +367,7 @@ class Compose(Method):
         self.guidance_free = all(part.guidance_free for _, _, part in self.parts)
         self.needs_teacher = any(part.needs_teacher for _, _, part in self.parts)
         self.health = {  # the student's phase is merged, the others have their part's name in front
-            name if name.startswith("student/") else f"{scope}/{name}": limits
+            f"student/{scope}/{name[8:]}" if name.startswith("student/") else f"{scope}/{name}": limits
             for scope, _, part in self.parts
             for name, limits in part.health.items()
         }
@@ -418,7 +421,8 @@ class Compose(Method):
         for scope, weight, part in self.parts:
             for phase in part.phases(step):
                 trains = tuple(name if name == "student" else f"{scope}/{name}" for name in phase.trains)
-                terms = tuple((weight * w, _scope_loss(loss, scope)) for w, loss in phase.terms)
+                told = f"{scope}/" if phase.name == "student" else ""
+                terms = tuple((weight * w, _scope_loss(loss, scope, told)) for w, loss in phase.terms)
                 name = phase.name if phase.name == "student" else f"{scope}/{phase.name}"
                 key = ("student",) if "student" in trains else trains
                 if key in merged:
@@ -447,8 +451,17 @@ class Compose(Method):
             part.load_state_dict(own)
 
 
-def _scope_loss(loss: LossFn, scope: str) -> LossFn:
-    def scoped(nets: Networks, batch: Batch) -> Losses:
-        return loss(nets.scoped(scope), batch)
+def _scope_loss(loss: LossFn, scope: str, told: str) -> LossFn:
+    """`loss` with its part's networks; what it logs beside the total gets `told` in front."""
 
+    def scoped(nets: Networks, batch: Batch) -> Losses:
+        losses = loss(nets.scoped(scope), batch)
+        return {name if name == "total" else told + name: value for name, value in losses.items()}
+
+    scoped.__name__ = f"{scope}.{term_name(loss)}"
     return scoped
+
+
+def term_name(loss: LossFn) -> str:
+    """What messages call a term: its function's name, after its part's in a composition."""
+    return getattr(loss, "__name__", None) or term_name(loss.func)

@@ -10,9 +10,11 @@ The student learns it from pairs of neighbours, the second made from the first b
 t and s are neighbours among `points` noise levels, even in rho^(1/7) (Karras et al. 2022, Eq. 5). Everything
 runs in EDM's terms (alpha = 1, sigma = t): a network of another schedule is asked there at equal noise.
 
-Real images say where trajectories are looked at; what they hold comes from the teacher alone. The loss is the
-error of one link of a chain of `points` links, so its size says nothing about the samples; `x0_std` falling
-well below that of the data does: the student then averages over trajectories.
+Real images say where trajectories are looked at; what they hold comes from the teacher alone.
+
+Normal ranges: the loss is the error of one link of a chain of `points` links, so its size says nothing about the
+samples. x0_std stays within a tenth of teacher_x0_std, here the target's; both falling well below the data's is
+the student averaging over trajectories.
 """
 
 from __future__ import annotations

@@ -11,8 +11,10 @@ s_teacher), and the published runs weigh that by 1. This is the plain form of wh
 refines; no images are needed.
 
 Both networks are compared and trained at lognormal noise levels (EDM's), and the student starts from sigma
-noise at rho = 1. Normal ranges: "gap" falls, x0_std stays near teacher_x0_std; the published code keeps
-dropout on in both networks under one mask, which matters for teachers that have dropout.
+noise at rho = 1. The published code keeps the dropout of teacher and fake score on, under one mask; here it is
+off, as in all networks that start from a teacher's weights.
+
+Normal ranges: those of score.py: "gap" falls, x0_std stays near teacher_x0_std.
 """
 
 from __future__ import annotations

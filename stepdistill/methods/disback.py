@@ -10,8 +10,11 @@ somewhere else. DisBack first walks from the teacher to the student, and leads t
 
 Written as two `stages:` with the same `path` (N) and `base`, the base method's own section; the second takes over
 what the first recorded, key by key. The recorded networks have never seen guidance, so the base's guidance_scale
-holds for the last target alone. `denoising` of the first stage falling well below its start shows that the walk
-has arrived; the record is even in iterations.
+holds for the last target alone. The first stage learns at the base's own noise levels; the record is even in
+iterations.
+
+Normal ranges: the first stage's "denoising" falls well below its start and levels off, which shows that the walk
+has arrived; the second's are the base's.
 """
 
 from __future__ import annotations
@@ -25,11 +28,10 @@ import torch
 from torch import nn
 
 from stepdistill import config as configuration
-from stepdistill import timesteps
 from stepdistill.denoiser import Denoiser, unwrap
 from stepdistill.errors import UserError
-from stepdistill.losses import denoising
-from stepdistill.methods.base import Batch, Losses, LossFn, Method, Networks, PairSettings, Phase, simulate
+from stepdistill.methods.base import Batch, Losses, LossFn, Method, Networks, PairSettings, Phase
+from stepdistill.methods.score import ScoreDistillation
 from stepdistill.registry import resolve
 from stepdistill.schedule import Schedule
 
@@ -51,10 +53,13 @@ class DisBack(Method):
                 raise UserError(f"method.{name} must be at least 1, got {getattr(config, name)}.")
         section = dict(config.base)
         cls = resolve(section.pop("name", ""), METHODS, "method")
+        if not issubclass(cls, ScoreDistillation):
+            raise UserError(
+                f"method.base must be a method with a fake score, such as dmd2 or sid, not {cls.__name__}."
+            )
         own = configuration.build(cls.Config, section, "method.base")
-        self.base: Method = cls(own, steps)
-        unguided = replace(own, guidance_scale=1.0) if hasattr(own, "guidance_scale") else own
-        self.on_the_way: Method = cls(unguided, steps)
+        self.base: ScoreDistillation = cls(own, steps)
+        self.on_the_way = cls(replace(own, guidance_scale=1.0, fake_guidance_scale=1.0), steps)
         for name in ("student_extras", "rule", "guidance_free"):
             setattr(self, name, getattr(self.base, name))
         if config.stage == "backtrack":  # in the other stage no student learns
@@ -101,7 +106,9 @@ class DisBack(Method):
         if self.config.stage == "backtrack":
             made = self.base.networks(teacher, student)
             if not isinstance(made.get("fake_score"), Denoiser):
-                raise UserError("method.base must be a method with a fake score, such as dmd2 or sid.")
+                raise UserError(
+                    "method.base must have a whole network as its fake score, as dmd2 and sid have."
+                )
         return made | {name: teacher.clone() for name in self._records}
 
     def phases(self, step: int) -> Iterator[Phase]:
@@ -116,21 +123,29 @@ class DisBack(Method):
 
     def record(self, nets: Networks, batch: Batch) -> Losses:
         """Denoising on G0's samples (Sec. 4.1); the fake score's first walk, with the student standing still."""
-        with torch.no_grad():
-            x_t, t, _ = simulate(self.base, nets, batch)
-            x0 = nets.student(x_t, t, batch.cond).x0
-        t, eps = timesteps.uniform(nets.schedule, batch.generator), batch.randn()
-        prediction = nets.fake_score(nets.schedule.add_noise(x0, eps, t), t, batch.cond)
-        loss = denoising(prediction, x0, eps, unwrap(nets.fake_score).sigma_data)
-        return {"total": loss, "denoising": loss}
+        return self.base.denoise(nets, batch)[0]
 
     def after_step(self, nets: Networks, step: int, ran: tuple[str, ...]) -> None:
         if self.config.stage == "backtrack":
             self.base.after_step(nets, step, ran)
+            if step == 0:
+                self._check_recorded(nets)
             return
         done, rest = divmod(step + 1, self.config.interval)
         if rest == 0 and f"path_{done}" in self._records:
             nets.modules[f"path_{done}"].load_state_dict(unwrap(nets.fake_score).state_dict())
+
+    def _check_recorded(self, nets: Networks) -> None:
+        """A record that is still the teacher would lead nowhere, and nothing else would tell."""
+        teacher = list(unwrap(nets.teacher).backbone().parameters())  # what the records start as
+        for name in self._records:
+            pairs = zip(nets.modules[name].parameters(), teacher, strict=True)
+            if all(torch.equal(p, q) for p, q in pairs):
+                least = self.config.interval * (self.config.path - 1)
+                raise UserError(
+                    f"method.path={self.config.path}: the degrade stage recorded no {name}; give it run.steps of at"
+                    f" least {least} (better {least + self.config.interval}) at method.interval={self.config.interval}."
+                )
 
     def state_dict(self) -> dict[str, Any]:
         return self.base.state_dict()

@@ -14,7 +14,7 @@ weighted by 0.25. The paper's l is LPIPS; here it is the mean square in x0-space
 regression_weight = 0 leaves the pairs out; no images are needed either way. DMD2 drops the pairs for two time
 scales and a GAN.
 
-Normal ranges: "gap" falls, x0_std stays near teacher_x0_std; "regression/total" falls to a floor above 0,
+Normal ranges: "gap" falls, x0_std stays near teacher_x0_std; "regression" falls to a floor above 0,
 since the student is not the teacher's map.
 """
 

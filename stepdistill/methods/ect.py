@@ -9,12 +9,12 @@ diffusion to consistency:
     loss      w(t) (sqrt(|f(x_t, t) - sg f(x_r, r)|^2 + c^2) - c),  w = 1 / (t - r)
 
 No teacher is called and no average is kept: the target is the same network with its gradient stopped, on the
-same dropout mask; where r is 0 it is the data. With `teacher_step` x_r comes from one Euler step of the
-guided teacher instead (consistency distillation under the same mapping). All in EDM's terms, whatever
+same dropout mask if it has any; where r is 0 it is the data. With `teacher_step` x_r comes from one Euler step
+of the guided teacher instead (consistency distillation under the same mapping). All in EDM's terms, whatever
 schedule the network was trained in.
 
-`ratio`, the mean r / t, rises with the stage towards 1 and the loss with it; x0_std should stay near
-teacher_x0_std, here that of the target.
+Normal ranges: "ratio", the mean r / t, rises with the stage towards 1 and the loss with it; x0_std stays within a
+tenth of teacher_x0_std, here the target's.
 """
 
 from __future__ import annotations

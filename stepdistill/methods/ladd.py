@@ -18,6 +18,9 @@ the heads need neither.
 Beside the paper: other games and the gradient penalty R1 (`Adversarial`); SANA-Sprint's student times (a
 density with an atom at pure noise) and its misaligned pairs, real images under another's caption, counted as
 fake (arXiv 2503.09641, Sec. 3.3). Hinge on batches of 1 degenerates; use 2 at least per process.
+
+Normal ranges: the discriminator's "accuracy" between 0.5 and 0.9, at 0.5 in a student that keeps up with it, and at
+1 when it wins; x0_std within half and twice teacher_x0_std, here that of the real data.
 """
 
 from __future__ import annotations
@@ -33,12 +36,14 @@ from torch import Tensor, nn
 from stepdistill import timesteps
 from stepdistill.denoiser import Cond, Denoiser, map_cond, unwrap
 from stepdistill.discriminator import (
+    ACCURACY,
     Adversarial,
     Blocks,
     Discriminator,
     chosen_blocks,
     discriminator_losses,
 )
+from stepdistill.errors import UserError
 from stepdistill.features import block_features
 from stepdistill.losses import GAN_LOSSES, moments
 from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase
@@ -48,13 +53,7 @@ from stepdistill.schedule import Schedule, expand
 
 class LADD(Method):
     needs_images = True
-    health: ClassVar[dict[str, tuple[float, float, str]]] = {
-        "discriminator/accuracy": (
-            0.5,
-            0.98,
-            "the discriminator wins outright: raise r1_weight or its lr falls",
-        ),
-    }
+    health: ClassVar[dict[str, tuple[float, float, str]]] = ACCURACY
 
     @dataclass
     class Config(Adversarial):
@@ -69,6 +68,7 @@ class LADD(Method):
         student_std: float = 1.6
         misaligned: bool = False  # real data under another sample's condition count as fake
         first_rho: float = 0.0  # noise-to-signal ratio the student starts from; 0 = the schedule's end
+        init_noise: Literal["unit", "sigma"] = "unit"  # of a one-step student under VP; as the stage before
 
     def networks(self, teacher: Denoiser, student: Denoiser) -> dict[str, nn.Module]:
         return {"discriminator": Discriminator([*chosen_blocks(teacher, self.config.blocks).values()])}
@@ -128,7 +128,7 @@ class LADD(Method):
             critic, x_tau = self.seen(nets, batch, batch.x0, batch.cond)
             real = critic(x_tau)
         gan = GAN_LOSSES[self.config.gan][1](fake, real)
-        return {"total": gan, "gan": gan} | moments(x0)
+        return {"total": gan, "gan": gan} | moments(x0) | moments(batch.x0, "teacher_")
 
     def discriminator_loss(self, nets: Networks, batch: Batch, warm: bool = False) -> Losses:
         with torch.no_grad():
@@ -136,8 +136,13 @@ class LADD(Method):
         real, fake = (self.seen(nets, batch, each, batch.cond) for each in (batch.x0, x0))
         losses = discriminator_losses(self.config, real, fake, batch.randn)
         if self.config.misaligned and batch.cond is not None:
+            if len(x0) < 2:
+                raise UserError(
+                    "method.misaligned needs another sample's condition: batches of 2 at least per process."
+                )
             another = map_cond(lambda c: c.roll(1, 0), batch.cond)
             critic, x_tau = self.seen(nets, batch, batch.x0, another)
+            # Real pairs count once more, lest fakes of two kinds outweigh them.
             losses["misaligned"] = GAN_LOSSES[self.config.gan][0](real[0](real[1]), critic(x_tau))
             losses["total"] = losses["total"] + losses["misaligned"]
         return losses

@@ -11,6 +11,9 @@ needs no second network call:
 t and s are neighbours on the teacher's grid of `ddim_steps` points ("skipping-step", Sec. 4.3). The paper's w
 is g - 1; here guidance is g everywhere, and w exists only inside the student's embedding and in the exported
 pipeline.
+
+Normal ranges: the loss is one link's error and says little; x0_std stays within a tenth of teacher_x0_std, here
+the target's. Both sinking together is the student averaging over trajectories: train longer.
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ from torch import Tensor, nn
 
 from stepdistill.denoiser import Denoiser, guided, unwrap
 from stepdistill.errors import UserError
-from stepdistill.losses import pseudo_huber
+from stepdistill.jvp import same_draws
+from stepdistill.losses import moments, pseudo_huber
 from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase, track_average
 from stepdistill.prediction import Prediction
 from stepdistill.schedule import VP, Schedule, expand
@@ -96,11 +100,13 @@ class LCM(Method):
         t, s = grid[i], grid[i + 1]
         g = config.guidance_low + (config.guidance_high - config.guidance_low) * noise.rand()
         x_t = nets.schedule.add_noise(batch.x0, batch.randn(), t)
-        online = self.boundary(nets.student(x_t, t, batch.cond, guidance=g))
         with torch.no_grad():  # teacher step and target, Eq. 14
             x_s = guided(nets.teacher, x_t, t, batch.cond, batch.uncond, g).at(s).to(x_t.dtype)
-            target = self.boundary(nets.target(x_s, s, batch.cond, guidance=g))
-        return {"total": pseudo_huber(online, target, config.huber_c)}
+            with same_draws(x_t):
+                target = self.boundary(nets.target(x_s, s, batch.cond, guidance=g))
+        online = self.boundary(nets.student(x_t, t, batch.cond, guidance=g))
+        losses = {"total": pseudo_huber(online, target, config.huber_c)}
+        return losses | moments(online) | moments(target, "teacher_")
 
     def ode_times(self, schedule: Schedule) -> Tensor:
         """The teacher's grid, falling, with the data end appended: (ddim_steps + 1,)."""

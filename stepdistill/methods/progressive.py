@@ -12,6 +12,9 @@ guided teacher, are thus kept through all stages, and the student is sampled by 
 
 Stages are written as a recipe's `stages:`, one number of `student.steps` each; the first has
 `predecessor: teacher`, where two steps are of the guided teacher, and may begin at any number.
+
+Normal ranges: "error" falls within a stage and starts the next one higher; x0_std within a tenth of teacher_x0_std,
+the target's, but for the last halvings, where the student averages over what it cannot follow.
 """
 
 from __future__ import annotations
@@ -79,7 +82,8 @@ class Progressive(Method):
         snr = schedule.rho(t) ** -2
         weight = snr.clamp(min=1) if self.config.weight == "truncated_snr" else snr + 1
         error = mse(prediction.x0, target)
-        return {"total": weight.to(error) * error, "error": error} | moments(prediction.x0)
+        seen = moments(prediction.x0) | moments(target, "teacher_")
+        return {"total": weight.to(error) * error, "error": error} | seen
 
     def predict(self, nets: Networks, batch: Batch, x_t: Tensor, t: Tensor):
         if self.config.predecessor == "student":

@@ -10,8 +10,11 @@ mostly its blind spots. A reward alone forgets what images look like; run it bes
 (`compose`), for few iterations, or with `anchor_weight`, the squared distance to what the student said when
 the stage began (not in the papers).
 
-`rule` and `eta` are the student's own sampling, as the stage before taught it. Watch `score`: when it rises and
-the images get worse, the margin is too high.
+`rule` and `eta` are the student's own sampling, as the stage before taught it.
+
+Normal ranges: "short", the share of samples below the margin, falls from 1 and need not reach 0; x0_std within half
+and twice teacher_x0_std, what the student said when the stage began (with an anchor). When "score" rises and the
+images get worse, the margin is too high.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ class Reward(Method):
         rule: Literal["renoise", "ode", "tcd"] = "renoise"
         eta: float = 0.3  # of the rule tcd
         first_rho: float = 0.0  # noise-to-signal ratio the student starts from; 0 = the schedule's end
+        init_noise: Literal["unit", "sigma"] = "unit"  # of a one-step student under VP; as the stage before
 
     def __init__(self, config: Any, steps: Sequence[int] = (1,)):
         super().__init__(config, steps)
@@ -84,4 +88,5 @@ class Reward(Method):
                 start = nets.start(x_t, t, batch.cond).x0
             losses["anchor"] = mse(x0, start)
             losses["total"] = loss + config.anchor_weight * losses["anchor"]
+            losses |= moments(start, "teacher_")
         return losses | moments(x0)

@@ -19,6 +19,9 @@ weight of the noise level. The teacher may be of any schedule, it is asked in Tr
 Networks whose time embedding is steep (Stable Diffusion's, 1000 t into sinusoids of period down to 2 pi)
 have a J that says more about the embedding than about the image; `derivative: difference` with a
 `difference_step` that spans whole timesteps (1e-2) smooths it; `upwind`, towards less noise, is rCM's.
+
+Normal ranges: "tangent" below 100 and falling once r is 1; "distance" about 1 / D; x0_std below teacher_x0_std, here
+the data's, by as much as the noise hides, and far below it in collapse.
 """
 
 from __future__ import annotations
@@ -96,7 +99,8 @@ class SCM(Method):
         if config.learned_weight:
             u = nets.weighting(trig.rho(t)).to(distance)
             total = u.exp() * total - u
-        return {"total": total, "tangent": norm, "distance": distance} | moments(online.x0)
+        seen = moments(online.x0) | moments(x0, "teacher_")
+        return {"total": total, "tangent": norm, "distance": distance} | seen
 
     def times(self, nets: Networks, batch: Batch, trig: TrigFlow) -> Tensor:
         """TrigFlow times of log-normal rho, within what the teacher knows and the student is sampled at."""

@@ -15,7 +15,9 @@ fake score; their parameters are frozen. Each sample is divided by mean |x0 - te
 
 The paper sums over pixels and multiplies by 100; here it is the mean, which Adam does not notice. Use
 optim.betas = [0, 0.999] as the paper does: momentum makes the two networks circle each other. No images are
-needed. SiD-LSG's long-short guidance (arXiv 2406.01561) is `fake_guidance_scale` = `guidance_scale` > 1.
+needed. SiD-LSG (arXiv 2406.01561) guides both scores alike, `fake_guidance_scale` = `guidance_scale` > 1, with a
+fake score that has also learnt the unconditional answer: `critic_dropout` 0.1. It trains that score on its guided
+answer, which is not done here.
 
 Normal ranges as in SIM: "gap" falls, x0_std stays near teacher_x0_std. "total" is negative for alpha > 1.
 """
