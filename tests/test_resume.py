@@ -110,22 +110,21 @@ def test_a_resumed_run_equals_an_uninterrupted_one(name, tmp_path):
     assert_goes_on_alike(recipe(name, tmp_path / "run"), 2, 4)
 
 
-FIRST = {"method": {"predecessor": "teacher"}, "student": {"steps": [4]}, "run": {"steps": 4}}
-SECOND: dict[str, list[dict[str, Any]]] = {  # the stages after it; a predecessor is as its stage began
-    "progressive": [{"method": {"predecessor": "student"}, "student": {"steps": [2]}}],
-    "lightning": [{"method": {"predecessor": "student"}, "student": {"steps": [2]}}],
-    "lightning same": [{"method": {"predecessor": "same", "conditional": False}}],
-}
-
-
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("case", SECOND)
-def test_a_run_resumed_in_its_second_stage_equals_an_uninterrupted_one(case, tmp_path):
-    mapping = recipe(case.split()[0], tmp_path / "run").mapping()
-    first = FIRST
-    if case == "lightning same":  # whose predecessor must be a network of the stage before
-        first = {**FIRST, "method": {"predecessor": "student"}}
-    later = [stage | {"run": {"steps": 4}} for stage in SECOND[case]]
-    mapping["student"]["steps"] = [4]
+@pytest.mark.parametrize(
+    ("name", "first", "second"),
+    [
+        ("progressive", {"predecessor": "teacher"}, {"predecessor": "student"}),
+        ("lightning", {"predecessor": "teacher"}, {"predecessor": "student"}),
+        ("lightning", {"predecessor": "student"}, {"predecessor": "same", "conditional": False}),
+    ],
+)
+def test_a_run_resumed_in_its_second_stage_equals_an_uninterrupted_one(name, first, second, tmp_path):
+    """The predecessor is the one the stage began with, not the student as it is found."""
+    stages = [
+        {"method": method, "student": {"steps": [steps]}, "run": {"steps": 4}}
+        for method, steps in ((first, 4), (second, 2))
+    ]
+    mapping = recipe(name, tmp_path / "run").mapping()
     del mapping["run"]["steps"]
-    assert_goes_on_alike(recipe_from(mapping | {"stages": [first, *later]}), 6, 8)
+    assert_goes_on_alike(recipe_from(mapping | {"stages": stages}), 6, 8)
