@@ -1,0 +1,124 @@
+"""What does not fit together is refused before anything is computed, in one sentence that says what it met."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from test_methods import SETTINGS, STEPS
+
+from stepdistill import load
+from stepdistill.errors import UserError
+from stepdistill.families.base import schedule_of
+from stepdistill.families.pixel import Pixel
+from stepdistill.families.sd import SD
+from stepdistill.methods import METHODS
+from training.data.prompts import Prompts
+from training.recipe import recipe_from
+from training.run import check
+
+DATA_FREE = (
+    "dmd2", "sim", "sid", "diff_instruct", "vsd", "dmd", "kd", "boot", "reward", "disback", "compose",
+)  # fmt: skip
+GAN = {"name": "dmd2", "gan_weight": 0.1}
+CASES = [  # and whether real images are needed
+    *((name, SETTINGS.get(name, {}), name not in DATA_FREE) for name in METHODS),
+    ("dmd2", {"gan_weight": 0.1}, True),
+    ("disback", {"base": GAN}, True),
+    ("disback", {"base": GAN, "stage": "degrade"}, False),
+    ("compose", {"parts": [{"name": "dmd2"}, GAN]}, True),
+]
+
+
+def refusal(call, *arguments) -> str:
+    with pytest.raises(UserError) as caught:
+        call(*arguments)
+    said = str(caught.value)
+    assert re.fullmatch(r"[^\n]+\.", said) and ". " not in said, said  # one sentence
+    return said
+
+
+def edited(pipeline: Path, to: Path, file: str, **changes) -> Path:
+    """A copy of a pipeline directory with some entries of one of its files changed."""
+    shutil.copytree(pipeline, to)
+    path = to / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return to
+
+
+@pytest.fixture(scope="module")
+def sd(tiny_sd) -> SD:
+    return SD(SD.Config(teacher=str(tiny_sd)))
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory) -> Prompts:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("a red circle\na blue square\n")
+    return Prompts(Prompts.Config(path=path))
+
+
+@pytest.mark.parametrize(("name", "settings", "needs_images"), CASES)
+def test_prompts_alone_are_refused_by_the_methods_that_need_images_and_by_no_other(
+    name, settings, needs_images, sd, prompts
+):
+    recipe = recipe_from(
+        {
+            "family": {"name": "sd", "teacher": str(sd.path)},
+            "student": {"steps": list(STEPS.get(name, (1, 2)))},
+            "method": {"name": name, **settings},
+            "data": {"name": "prompts", "path": "prompts.txt"},
+            "optim": {"batch_size": 2},
+            "run": {"steps": 1, "out": "runs/x"},
+        }
+    )
+    if needs_images:
+        said = refusal(check, recipe, sd, prompts)
+        assert f"method '{name}' needs real images" in said and "data.name=prompts has none" in said
+    else:
+        check(recipe, sd, prompts)
+
+
+def test_a_method_whose_student_is_told_more_than_its_family_can_tell_is_refused(tiny_ddpm):
+    family = Pixel(Pixel.Config(teacher=str(tiny_ddpm)))
+    said = refusal(family.student, "teacher", ("end", "guidance"))
+    assert "'pixel'" in said and "'guidance'" in said
+
+
+@pytest.mark.parametrize("name", ["sim", "sid", "diff_instruct"])
+def test_a_first_state_the_students_pipeline_cannot_start_from_is_refused(name, tiny_ddpm, prompts):
+    def recipe(**settings):
+        return recipe_from(
+            {
+                "family": {"name": "pixel", "teacher": str(tiny_ddpm)},
+                "method": {"name": name, **settings},
+                "data": {"name": "toy"},
+                "optim": {"batch_size": 2},
+                "run": {"steps": 1, "out": "runs/x"},
+            }
+        )
+
+    family = Pixel(Pixel.Config(teacher=str(tiny_ddpm)))
+    said = refusal(check, recipe(), family, prompts)
+    assert said.startswith("method.init_noise=sigma: ") and "starts from unit noise; set it to that" in said
+    check(recipe(init_noise="unit"), family, prompts)
+
+
+def test_a_pipeline_no_family_serves_is_refused_with_those_that_are(tiny_ddpm, tmp_path):
+    path = edited(tiny_ddpm, tmp_path / "other", "model_index.json", _class_name="FluxPipeline")
+    said = refusal(load, path)
+    assert f"{path} is a FluxPipeline" in said and "DDPMPipeline" in said
+
+
+def test_a_scheduler_of_another_process_is_refused(tiny_ddpm, tmp_path):
+    from diffusers import CMStochasticIterativeScheduler, IPNDMScheduler
+
+    file = "scheduler/scheduler_config.json"
+    path = edited(tiny_ddpm, tmp_path / "kind", file, prediction_type="velocity")
+    said = refusal(load, path)
+    assert "predicts 'velocity'" in said and "epsilon, v_prediction, sample" in said
+    for scheduler in (IPNDMScheduler(), CMStochasticIterativeScheduler()):
+        assert f"{type(scheduler).__name__} has no noise process" in refusal(schedule_of, scheduler)
