@@ -753,6 +753,22 @@ def test_merged_students_draw_each_prompt_as_its_own_student_would(halves, tmp_p
         students(prompts, [0])
 
 
+def test_one_merged_student_draws_what_it_draws_alone(halves, tmp_path):
+    import stepdistill
+    from stepdistill import scenes
+    from stepdistill.routing import cluster, merge
+
+    prompts, alone = [scenes.scene_at(i).caption for i in range(5)], tmp_path / "alone"
+    shutil.copytree(halves[0], alone)
+    routing = {"by": "prompt", "of": 1, "part": 1, "centroids": cluster(prompts, 1).tolist()}
+    card = json.loads((alone / "stepdistill.json").read_text())
+    (alone / "stepdistill.json").write_text(json.dumps(card | {"routing": routing}))
+    students = stepdistill.load(merge([alone], tmp_path / "merged"))
+    assert set(students.route(prompts)) == {0}
+    drawn = [each(prompts, [*range(5)], steps=2, chunk=2) for each in (students, stepdistill.load(alone))]
+    assert torch.equal(*drawn)
+
+
 def test_what_cannot_be_merged_is_refused_with_one_sentence(halves, tmp_path, capsys):
     from training.merge import main
 

@@ -128,3 +128,17 @@ def test_a_run_resumed_in_its_second_stage_equals_an_uninterrupted_one(name, fir
     mapping = recipe(name, tmp_path / "run").mapping()
     del mapping["run"]["steps"]
     assert_goes_on_alike(recipe_from(mapping | {"stages": stages}), 6, 8)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("name", ["dmd2", "lcm"])
+def test_the_student_of_a_partition_of_one_is_the_single_student(name, tmp_path):
+    found = []
+    for out, partition in ((tmp_path / "single", ""), (tmp_path / "one", "1/1")):
+        mapping = recipe(name, out).mapping()
+        mapping["data"]["partition"] = partition
+        run(recipe_from(mapping))
+        found.append(flat(RunDirectory(out, 9).load(4).tensors))
+    single, one = found
+    assert single.keys() == one.keys()
+    assert all(torch.equal(value, one[key]) for key, value in single.items())
