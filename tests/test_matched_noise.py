@@ -32,7 +32,7 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor, rho: Tensor, end: Tensor) -> Tensor:
         places = ((rho / (1 + rho))[:, None], (end / (1 + end))[:, None])
-        return self.leave(torch.tanh(self.hidden(torch.cat((x / (1 + rho[:, None]), *places), 1))))
+        return self.leave(self.hidden(torch.cat((x / (1 + rho[:, None]), *places), 1)).tanh())
 
 
 class Matched(nn.Module):
@@ -106,28 +106,39 @@ def at_levels(monkeypatch: pytest.MonkeyPatch, method: Method) -> None:
     monkeypatch.setattr(timesteps, "uniform", uniform)
 
 
-def said(case: str, schedule: Schedule, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, Tensor]:
-    """Losses of the student's terms, (terms, B), and the gradient of their sum."""
-    name = case.split()[0]
-    method = make(name, CASES[case], STEPS.get(name, (1, 2)))
-    at_levels(monkeypatch, method)
+def prepared(
+    name: str, settings: dict[str, Any], schedule: Schedule, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Method, Networks]:
+    """A method and its networks, float64, of fixed random weights."""
+    method = make(name, settings, STEPS.get(name, (1, 2)))
+    at_levels(monkeypatch, method.parts[0][2] if name == "compose" else method)
     torch.manual_seed(0)
     student, teacher = (Denoiser(Matched(schedule), "x0", schedule) for _ in range(2))
     extras = method.networks(teacher, student)
-    if "fake_score" in extras:
-        with torch.no_grad():  # or it is the teacher
-            for parameter in extras["fake_score"].parameters():
-                parameter += 0.1
+    with torch.no_grad():
+        for key, network in extras.items():
+            if key in (
+                "fake_score",
+                "predecessor",
+                "start",
+            ):  # copies, which would agree with their originals
+                for parameter in network.parameters():
+                    parameter += 0.1
     if name == "add":
         extras["discriminator"].double()
-    nets = Networks({"teacher": teacher, "student": student} | extras, schedule, lambda x0: x0)
+    return method, Networks({"teacher": teacher, "student": student} | extras, schedule, lambda x0: x0)
+
+
+def said(case: str, schedule: Schedule, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, Tensor]:
+    """Losses of the student's terms, (terms, B), and the gradient of their sum."""
+    name = case.split()[0]
+    method, nets = prepared(name, CASES[case], schedule, monkeypatch)
     phase = next(iter(method.phases(7)))
     losses = torch.stack([loss(nets, batch(method, schedule))["total"].double() for _, loss in phase.terms])
     if name == "tscd":  # which measures states at the segment's edge, not what they show
         edges = method.lower_edge(schedule, torch.tensor(method.grid(schedule, 4), dtype=torch.float64))
         losses = losses / schedule.alpha(edges[Doubles(range(COUNT), phase="student").randint(0, 4)]) ** 2
-    parameters = list(student.parameters())
-    slopes = torch.autograd.grad(losses.sum(), parameters)
+    slopes = torch.autograd.grad(losses.sum(), list(nets.student.parameters()))
     return losses.detach(), torch.cat([slope.flatten() for slope in slopes])
 
 
@@ -142,11 +153,12 @@ def batch(method: Method, schedule: Schedule) -> Batch:
     return Batch(None, None, (1,), noise.index, noise, x0, pairs, ["a prompt"] * COUNT)
 
 
-@pytest.mark.parametrize("name", ["vp", "flow", "trig"])
-@pytest.mark.parametrize("case", CASES)
+# A table's times are whole, and its end is not quite clean: these two are told both.
+ROWS = [(c, n) for c in CASES for n in ("vp", "flow", "trig") if n != "vp" or c not in ("boot", "lightning")]
+
+
+@pytest.mark.parametrize(("case", "name"), ROWS)
 def test_loss_and_gradient_are_the_same_under_every_schedule(case, name, monkeypatch):
-    if name == "vp" and case in ("boot", "lightning"):
-        pytest.skip("a table's times are whole, and its end is not quite clean")
     schedule = SCHEDULES[name]()
     ends = schedule.rho(torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64))
     (ours, slope), (theirs, expected) = (
