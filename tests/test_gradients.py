@@ -1,10 +1,12 @@
-"""The student's gradient of the methods without a closed form, put together again in float64 from their equations.
+"""The gradients of the methods without a closed form, put together again in float64 from their equations.
 
 What a paper holds constant (teacher, target, the state a rollout ends in) is a constant here: a gradient that
 leaks through one of them, or that is missing, is another one.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -64,14 +66,18 @@ def reward(method: Method, nets: Networks, twin: Batch) -> Tensor:
     return total
 
 
-def add(method: Method, nets: Networks, twin: Batch) -> Tensor:
-    """softplus(-D(eye(x0))) + 2.5 c(t) |x0 - sg teacher(sg x0 renoised)|^2."""
+def add_x0(method: Method, nets: Networks, twin: Batch) -> Tensor:
     schedule = nets.schedule
     grid = torch.tensor(sorted({*method.grid(schedule, 1), *method.grid(schedule, 2)}), dtype=torch.float64)
     t, eps = grid[twin.generator.randint(0, len(grid))], twin.randn()
     start = (t == grid[-1])[:, None]
     x_t = torch.where(start, at_first(nets, eps, float(grid[-1])), schedule.add_noise(twin.x0, eps, t))
-    x0 = nets.student(x_t, t).x0
+    return nets.student(x_t, t).x0
+
+
+def add(method: Method, nets: Networks, twin: Batch) -> Tensor:
+    """softplus(-D(eye(x0))) + 2.5 c(t) |x0 - sg teacher(sg x0 renoised)|^2."""
+    schedule, x0 = nets.schedule, add_x0(method, nets, twin)
     gan = nnf.softplus(-nets.discriminator(method.eye.features(x0))).mean()
     t = lognormal(schedule, twin.generator, 0.0, 0.7)
     said = constant(nets.teacher, schedule.add_noise(x0.detach(), twin.randn(), t), t).x0
@@ -79,25 +85,48 @@ def add(method: Method, nets: Networks, twin: Batch) -> Tensor:
     return gan + 2.5 * (weight[:, None] * (x0 - said).square()).mean()
 
 
+def add_critic(method: Method, nets: Networks, twin: Batch) -> Tensor:
+    """softplus(-D(real)) + softplus(D(sg x0)) + 0.3 |dD/d features of real|^2."""
+    x0 = add_x0(method, nets, twin).detach()
+    real = [feature.requires_grad_() for feature in method.eye.features(twin.x0)]
+    logits = nets.discriminator(real)
+    slopes = torch.autograd.grad(logits.mean(1).sum(), real, create_graph=True)
+    penalty = sum(slope.square().flatten(1).sum(1) for slope in slopes)
+    fake = nets.discriminator(method.eye.features(x0))
+    return (nnf.softplus(-logits) + nnf.softplus(fake)).mean() + 0.3 * penalty.mean()
+
+
+def ladd_x0(method: Method, nets: Networks, twin: Batch) -> Tensor:
+    schedule, noise = nets.schedule, twin.generator
+    first, time = noise.rand() < 0.3, method.grid(schedule, 1)[0]
+    t = torch.where(first, time, lognormal(schedule, noise, 0.2, 0.7))
+    eps = twin.randn()
+    x_t = torch.where(first[:, None], at_first(nets, eps, time), schedule.add_noise(twin.x0, eps, t))
+    return nets.student(x_t, t).x0
+
+
+def ladd_logits(nets: Networks, twin: Batch, x0: Tensor) -> Tensor:
+    tau = lognormal(nets.schedule, twin.generator, 1.0, 0.5)
+    x_tau = nets.schedule.add_noise(x0, twin.randn(), tau)
+    return nets.discriminator(features(nets.teacher, x_tau, tau, None, []))
+
+
 def ladd(method: Method, nets: Networks, twin: Batch) -> Tensor:
     """-D of x0 noised to tau, through the frozen teacher's features."""
-    schedule, noise = nets.schedule, twin.generator
-    first = noise.rand() < 0.3
-    t = torch.where(first, method.grid(schedule, 1)[0], lognormal(schedule, noise, 0.2, 0.7))
-    eps = twin.randn()
-    x_t = torch.where(
-        first[:, None],
-        at_first(nets, eps, method.grid(schedule, 1)[0]),
-        schedule.add_noise(twin.x0, eps, t),
-    )
-    x0 = nets.student(x_t, t).x0
-    tau = lognormal(schedule, noise, 1.0, 0.5)
-    x_tau = schedule.add_noise(x0, twin.randn(), tau)
-    return -nets.discriminator(features(nets.teacher, x_tau, tau, None, [])).mean()
+    return -ladd_logits(nets, twin, ladd_x0(method, nets, twin)).mean()
 
 
-def lightning(method: Method, nets: Networks, twin: Batch) -> Tensor:
-    """0.7 softplus(-D(x_s, x_t)) + 0.3 |x_s - sg the predecessor's|^2, s the end of one step of two."""
+def ladd_critic(method: Method, nets: Networks, twin: Batch) -> Tensor:
+    """relu(1 - D(real)) + relu(1 + D(sg x0)), each at a level of its own."""
+    x0 = ladd_x0(method, nets, twin).detach()
+    real, fake = (ladd_logits(nets, twin, each) for each in (twin.x0, x0))
+    return ((1 - real).relu() + (1 + fake).relu()).mean()
+
+
+def lightning_ends(
+    method: Method, nets: Networks, twin: Batch
+) -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor]:
+    """D(x_s, x_t) as a function of x_s, the student's x_s and the predecessor's; s the end of one step of two."""
     schedule = nets.schedule
     finer = torch.tensor((*method.grid(schedule, 4), schedule.t_min), dtype=torch.float64)
     i = twin.generator.randint(0, 2)
@@ -109,10 +138,24 @@ def lightning(method: Method, nets: Networks, twin: Batch) -> Tensor:
         second = nets.predecessor(half, middle)
         real = torch.where(last, second.x0, second.at(s))
     said = nets.student(x_t, t)
-    x_s = torch.where(last, said.x0, said.at(s))
-    seen = [features(nets.encoder, x, time, None, [])[0] for x, time in ((x_s, s), (x_t, t))]
-    gan = nnf.softplus(-nets.discriminator([torch.cat(seen, 1)])).mean()
-    return 0.7 * gan + 0.3 * (x_s - real).square().mean()
+
+    def logits(x_s: Tensor) -> Tensor:
+        seen = [features(nets.encoder, x, time, None, [])[0] for x, time in ((x_s, s), (x_t, t))]
+        return nets.discriminator([torch.cat(seen, 1)])
+
+    return logits, torch.where(last, said.x0, said.at(s)), real
+
+
+def lightning(method: Method, nets: Networks, twin: Batch) -> Tensor:
+    """0.7 softplus(-D(x_s, x_t)) + 0.3 |x_s - sg the predecessor's|^2."""
+    logits, fake, real = lightning_ends(method, nets, twin)
+    return 0.7 * nnf.softplus(-logits(fake)).mean() + 0.3 * (fake - real).square().mean()
+
+
+def lightning_critic(method: Method, nets: Networks, twin: Batch) -> Tensor:
+    """softplus(-D(predecessor's x_s)) + softplus(D(sg x_s)), into the encoder as well."""
+    logits, fake, real = lightning_ends(method, nets, twin)
+    return (nnf.softplus(-logits(real)) + nnf.softplus(logits(fake.detach()))).mean()
 
 
 def both(method: Method, nets: Networks, twin: Batch) -> Tensor:
@@ -125,28 +168,41 @@ LADD = {"student_times": "density", "first_weight": 0.3, "student_std": 0.7, "ti
 CASES = {
     "kd": (kd, {}),
     "reward": (reward, HERE | {"anchor_weight": 0.5}),
-    "add": (add, FOURIER | {"gan": "non_saturating"}),
+    "add": (add, FOURIER | {"gan": "non_saturating", "r1_weight": 0.3}),
     "ladd": (ladd, LADD),
     "lightning": (lightning, {"gan_weight": 0.7, "mse_weight": 0.3}),
     "compose": (both, {"parts": [{"name": "kd", "weight": 0.25}, {"name": "reward", **HERE}]}),
 }
 
 
-@EVERY_SCHEDULE
-@pytest.mark.parametrize("name", CASES)
-def test_the_students_gradient_is_that_of_its_equation(name, schedule, monkeypatch):
-    expected, settings = CASES[name]
+CRITICS = {"add": add_critic, "ladd": ladd_critic, "lightning": lightning_critic}
+
+
+def assert_same_gradient(phase: str, expected, name, schedule, monkeypatch) -> None:
     for method in ("ladd", "lightning"):
         monkeypatch.setattr(f"stepdistill.methods.{method}.block_features", features)
-    method, nets = prepared(name, settings, schedule, monkeypatch)
+    method, nets = prepared(name, CASES[name][1], schedule, monkeypatch)
     if "discriminator" in nets.modules:
         nets.discriminator.double()
-    terms = next(phase.terms for phase in method.phases(600) if phase.name == "student")
+    (turn,) = (each for each in method.phases(600) if each.name == phase)
     drawn, twin = batch(method, schedule), batch(method, schedule)
-    ours = sum(weight * loss(nets, drawn)["total"].mean() for weight, loss in terms)
+    ours = sum(weight * loss(nets, drawn)["total"].mean() for weight, loss in turn.terms)
+    parameters = [p for key in turn.trains for p in nets.modules[key].parameters()]
     slopes = [
-        torch.cat([slope.flatten() for slope in torch.autograd.grad(loss, list(nets.student.parameters()))])
+        torch.cat([slope.flatten() for slope in torch.autograd.grad(loss, parameters)])
         for loss in (ours, expected(method, nets, twin))
     ]
     torch.testing.assert_close(*slopes, rtol=1e-9, atol=1e-11)
     assert float(slopes[1].abs().max()) > 1e-3
+
+
+@EVERY_SCHEDULE
+@pytest.mark.parametrize("name", CASES)
+def test_the_students_gradient_is_that_of_its_equation(name, schedule, monkeypatch):
+    assert_same_gradient("student", CASES[name][0], name, schedule, monkeypatch)
+
+
+@EVERY_SCHEDULE
+@pytest.mark.parametrize("name", CRITICS)
+def test_the_discriminators_gradient_is_that_of_its_equation(name, schedule, monkeypatch):
+    assert_same_gradient("discriminator", CRITICS[name], name, schedule, monkeypatch)
