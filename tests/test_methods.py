@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,6 +164,23 @@ def test_each_phase_reaches_the_named_networks_and_no_other(name, settings):
             if other in phase.trains:
                 assert sum(float(p.grad.abs().sum()) for p in module.parameters()) > 0
     assert seen
+
+
+@EVERY
+def test_what_only_gives_targets_is_a_constant(name, settings):
+    """With nothing frozen: teacher, target, predecessor and path get no gradient, but for the teacher of SIM and
+    SiD, which is differentiated through its input.
+    """
+    made = world(make(name, settings))
+    held = [key for key in made.nets.modules if re.match("teacher|target|predecessor|path_", key)]
+    for module in made.nets.modules.values():
+        module.requires_grad_(True)
+    for step in range(3):
+        for phase in made.method.phases(step):
+            for _, loss in phase.terms:
+                loss(made.nets, made.batch(step, phase.name))["total"].mean().backward()
+    reached = {key for key in held if any(gradients(made.nets.modules[key]))}
+    assert reached == ({"teacher"} if name in ("sim", "sid") else set())
 
 
 @EVERY

@@ -374,14 +374,14 @@ def test_a_student_reaches_the_data_with_the_exact_fake_score(name, settings, sc
     optimizer = torch.optim.Adam(line.student.parameters(), 0.1)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, 120)
     for _ in range(120):
-        fake = line.own(float(line.student.shift), float(line.student.scale))
+        fake = line.own(line.student.shift.item(), line.student.scale.item())
         line.nets.modules["fake_score"] = Denoiser(fake, "x0", line.schedule)
         optimizer.zero_grad()
         line.expected().backward()
         optimizer.step()
         decay.step()
-    assert float(line.student.shift) == pytest.approx(MEAN, abs=1e-2)
-    assert abs(float(line.student.scale)) == pytest.approx(STD, abs=1e-2)
+    assert line.student.shift.item() == pytest.approx(MEAN, abs=1e-2)
+    assert abs(line.student.scale.item()) == pytest.approx(STD, abs=1e-2)
 
 
 class Bell(nn.Module):
@@ -427,9 +427,9 @@ def test_a_student_reaches_the_data_behind_a_fake_score_of_five_updates(name, sc
             optimizers[trained].step()
             updates[trained] += 1
     assert updates == {"student": steps // 5, "fake_score": steps}
-    shift, scale = float(line.student.shift), abs(float(line.student.scale))
+    shift, scale = line.student.shift.item(), abs(line.student.scale.item())
     assert (shift, scale) == (pytest.approx(MEAN, abs=0.02), pytest.approx(STD, abs=0.02))
-    assert (float(fake.mean), float(fake.log_std.exp())) == pytest.approx((shift, scale), abs=0.05)
+    assert (fake.mean.item(), fake.log_std.exp().item()) == pytest.approx((shift, scale), abs=0.05)
 
 
 @pytest.mark.parametrize("name", ["sim", "sid"])
