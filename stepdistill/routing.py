@@ -154,10 +154,10 @@ def merge(students: Sequence[Path], out: Path) -> Path:
     routings = [card.get("routing") for card in cards]
     for path, routing in zip(students, routings, strict=True):
         if not routing:
-            raise UserError(
-                f"{path} was not trained on a part of the conditions; set data.partition: k/{len(students)} with"
-                " classes or prompts."
-            )
+            advice = f"set data.partition: k/{len(students)} with classes or prompts"
+            if len(students) == 1:
+                advice = "one student of all conditions needs no merging"
+            raise UserError(f"{path} was not trained on a part of the conditions; {advice}.")
     parts = [routing["part"] for routing in routings]
     rules = [{key: value for key, value in routing.items() if key != "part"} for routing in routings]
     if sorted(parts) != list(range(1, len(students) + 1)) or any(rule["of"] != len(parts) for rule in rules):

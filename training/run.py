@@ -164,7 +164,9 @@ def check(recipe: Recipe, family: Family, source: Source) -> None:
     method = recipe.method.make(recipe.student.steps)
     needs, data = f"the method {recipe.method.name!r} needs", f"data.name={recipe.data.name}"
     if method.needs_images and not (source.has_images or hasattr(family, "data")):
-        raise UserError(f"{needs} real images as configured, and {data} has none.")
+        raise UserError(
+            f"{needs} real images as configured, and {data} has none; set data.name to a source with images."
+        )
     if method.needs_teacher and family.teacher is None:
         raise UserError(f"{needs} a teacher; set family.teacher and leave family.unet out.")
     if family.conditions == "prompt" and source.captions is None:

@@ -81,7 +81,8 @@ class Family:
         for extra in extras:
             if extra not in getattr(student.network, "extras", {}):
                 raise UserError(
-                    f"the family {self.name!r} cannot tell its student the {extra!r} this method needs."
+                    f"family.name={self.name}: its networks cannot be told the {extra!r} this method.name needs;"
+                    " choose another method or family."
                 )
             student.network.extras[extra]()
         return student
@@ -256,10 +257,14 @@ def schedule_of(scheduler: Any) -> tuple[Schedule, str]:
     if hasattr(scheduler, "alphas_cumprod"):
         kind = getattr(scheduler.config, "prediction_type", "epsilon")
         if kind not in kinds:
-            raise UserError(f"the teacher's scheduler predicts {kind!r}; supported are {', '.join(kinds)}.")
+            raise UserError(
+                f"prediction_type {kind!r} in the teacher's scheduler_config.json is none of {', '.join(kinds)};"
+                " set it to what the network predicts."
+            )
         return VP(scheduler.alphas_cumprod), kinds[kind]
     if type(scheduler).__name__.startswith("FlowMatch"):
         return Flow(), "flow"
     raise UserError(
-        f"the teacher's scheduler {type(scheduler).__name__} has no noise process this library knows."
+        f"the teacher's scheduler {type(scheduler).__name__} has no noise process this library knows; put one with"
+        " alphas_cumprod (such as DDIMScheduler) or a FlowMatch one into its directory."
     )
