@@ -119,7 +119,10 @@ def test_a_scheduler_of_another_process_is_refused(tiny_ddpm, tmp_path):
     file = "scheduler/scheduler_config.json"
     path = edited(tiny_ddpm, tmp_path / "kind", file, prediction_type="velocity")
     said = refusal(load, path)
-    assert "prediction_type 'velocity' in the teacher's scheduler_config.json" in said and "epsilon, v_prediction, sample" in said
+    assert (
+        "prediction_type 'velocity' in the teacher's scheduler_config.json" in said
+        and "epsilon, v_prediction, sample" in said
+    )
     for scheduler in (IPNDMScheduler(), CMStochasticIterativeScheduler()):
         said = refusal(schedule_of, scheduler)
         assert f"{type(scheduler).__name__} has no noise process" in said and "such as DDIMScheduler" in said
