@@ -172,6 +172,10 @@ def save(table: dict[str, Any]) -> None:
                 f" | {metrics['clip:scenes-v1']:.2f} | {row.get('cpu_seconds', 0) / 60:.1f}"
                 f" | {peak} | {row['iterations']:,} |"
             )
+    changed = {name: row["overrides"] for name, row in table["students"].items() if row.get("overrides")}
+    if changed:
+        lines += ["", "Recipes are training/recipes/scenes_*.yaml, but for:", ""]
+        lines += [f"- {name}: `{' '.join(words)}`" for name, words in sorted(changed.items())]
     with atomic_write(TABLE.with_suffix(".md")) as temporary:
         temporary.write_text("\n".join(lines) + "\n")
 
