@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from stepdistill.errors import UserError
 from stepdistill.features import block_features
 from stepdistill.losses import GAN_LOSSES, approximate_r1, r1
 from stepdistill.methods.base import simulate
+from stepdistill.noise import SampleNoise
 from stepdistill.prediction import Prediction
 from stepdistill.sampling import sample, walk
 from stepdistill.schedule import VP
@@ -390,6 +392,73 @@ def test_adds_student_starts_from_what_it_is_sampled_from(schedule, rho):
     assert bool((t == made.method.grid(made.nets.schedule, 1)[0]).all())
     sigma = made.nets.schedule.sigma(t)[:, None].float()
     torch.testing.assert_close(x_t, sigma * twin.randn(), rtol=1e-6, atol=1e-6)
+
+
+EYES = {"ladd": {"warmup": 0}, "add": {"eye": "stepdistill.families.toy:FourierEye"}, "reward": {}}
+
+
+@pytest.mark.parametrize(("name", "settings"), EYES.items(), ids=EYES)
+def test_a_stage_can_go_on_with_a_student_of_sigma_noise(name, settings):
+    """As SiD and SIM leave it: the first input, and so the exported card, is theirs."""
+    settings = settings | {"first_rho": 2.5, "init_noise": "sigma"}
+    assert make(name, settings, (1, 2)).init_noise == "unit"  # as LCMScheduler starts
+    made, heard = world(make(name, settings, (1,))), []
+    assert made.method.init_noise == "sigma"
+    made.nets.modules["student"] = lambda x_t, t, cond: (
+        heard.append((x_t, t)) or Prediction(x_t, "x0", x_t, t, made.nets.schedule)
+    )
+    if name == "reward":
+        x_t, t, _ = simulate(made.method, made.nets, made.batch())
+    else:
+        made.method.generate(made.nets, made.batch(), *([False] if name == "ladd" else []))
+        ((x_t, t),) = heard
+    sigma = float(made.nets.schedule.sigma(t)[0])
+    assert sigma < 0.95 and float(x_t.std()) == pytest.approx(sigma, rel=0.25)
+    unit = make(name, settings | {"init_noise": "unit"}, (1,))
+    made.method.config.init_noise = "unit"
+    assert unit.init_noise == made.method.init_noise == "unit"
+
+
+def test_conditions_of_others_need_others():
+    made = world(make("ladd", {"misaligned": True, "warmup": 0}))
+    batch = made.batch(phase="discriminator")
+    noise = SampleNoise([0], step=0, phase="discriminator")
+    alone = replace(
+        batch,
+        cond=batch.cond[:1],
+        uncond=batch.uncond[:1],
+        x0=batch.x0[:1],
+        index=noise.index,
+        generator=noise,
+    )
+    with pytest.raises(UserError, match=r"method\.misaligned needs .* batches of 2 at least"):
+        made.method.discriminator_loss(made.nets, alone)
+
+
+@pytest.mark.parametrize("name", ["dmd2", "f_distill"])
+def test_the_discriminator_meets_real_and_generated_data_under_one_law(name, monkeypatch):
+    """Noise level or condition alone must not tell which is which."""
+    from stepdistill.methods import dmd2
+
+    settings = {"gan_weight": 1.0, "critic_density": "lognormal", "time_mean": -2.0, "time_std": 0.01}
+    made, real, fake = world(make(name, settings | {"critic_dropout": 1.0})), [], []
+    original, score = dmd2.block_features, made.nets.fake_score.forward
+
+    def features(net, x_t, t, cond, blocks):
+        real.append((t, cond))
+        return original(net, x_t, t, cond, blocks)
+
+    def forward(x_t, t, cond=None, **more):
+        fake.append((t, cond))
+        return score(x_t, t, cond, **more)
+
+    monkeypatch.setattr(dmd2, "block_features", features)
+    made.nets.fake_score.forward = forward
+    batch = made.batch(phase="critic")
+    made.method.critic_loss(made.nets, batch)
+    for t, cond in (real[0], fake[0]):
+        assert float((made.nets.schedule.rho(t).log() + 2).abs().max()) < 0.2
+        assert torch.equal(cond, batch.uncond)
 
 
 def test_add_stops_the_gradient_at_the_teacher_and_lets_it_through_the_eye():

@@ -86,6 +86,16 @@ def test_every_method_says_what_is_normal_and_logs_its_student_beside_a_referenc
                 assert whose <= losses.keys()
 
 
+def test_a_composition_logs_its_parts_apart():
+    made = world(make("compose", {"parts": [{"name": "cd"}, {"name": "dmd2"}], "sampling": "first"}))
+    (student, *_) = made.method.phases(0)
+    logged = [loss(made.nets, made.batch()).keys() for _, loss in student.terms]
+    wanted = [{"total", f"{part}/x0_std", f"{part}/teacher_x0_std"} for part in ("cd", "dmd2")]
+    assert all(names >= some for names, some in zip(logged, wanted, strict=True))
+    assert not any("/" not in name for names in logged for name in names - {"total"})
+    assert {"student/dmd2/gap", "dmd2/critic/denoising_growth"} <= made.method.health.keys()
+
+
 def test_a_composition_is_judged_part_by_part():
     health = watched()
     logged = {"x0_mean": 0.0, "x0_std": 0.1, "teacher_x0_mean": 0.0, "teacher_x0_std": 1.0}

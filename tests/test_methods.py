@@ -729,6 +729,20 @@ def test_the_embedding_of_w_equals_the_stock_pipelines(tiny_sd):
     torch.testing.assert_close(heard[0], stock[[0, 2]], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["lcm", "cd", "tscd", "ect"])
+def test_student_and_target_have_one_dropout_mask(name):
+    made, drawn = world(make(name, {})), []
+    for network in {made.nets.student, made.nets.modules.get("target", made.nets.student)}:
+
+        def forward(*args, plain=network.network.forward, **more):
+            drawn.append(float(torch.rand(())))
+            return plain(*args, **more)
+
+        network.network.forward = forward
+    made.method.loss(made.nets, made.batch())
+    assert len(drawn) == 2 and drawn[0] == drawn[1]
+
+
 @pytest.mark.parametrize("name", ["lcm", "cd", "tscd"])
 def test_the_target_is_an_exponential_average(name):
     made = world(make(name, {"target_ema": 0.8}))

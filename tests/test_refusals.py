@@ -126,3 +126,11 @@ def test_a_scheduler_of_another_process_is_refused(tiny_ddpm, tmp_path):
     for scheduler in (IPNDMScheduler(), CMStochasticIterativeScheduler()):
         said = refusal(schedule_of, scheduler)
         assert f"{type(scheduler).__name__} has no noise process" in said and "such as DDIMScheduler" in said
+
+
+def test_a_clip_that_is_asked_about_classes_says_what_it_needs():
+    from stepdistill.clip import Clip
+
+    assert Clip().embed_texts(["a red circle"]).shape[0] == 1
+    said = refusal(Clip().embed_texts, [3, 1])
+    assert "compares images with captions" in said and "prompts are classes" in said

@@ -114,10 +114,8 @@ class DMD2(ScoreDistillation):
         which.
         """
         t = self.times(nets, batch, density=self.config.critic_density)
-        x_t, cond = (
-            nets.schedule.add_noise(x0, batch.randn(), t),
-            batch.dropped_cond(self.config.critic_dropout),
-        )
+        x_t = nets.schedule.add_noise(x0, batch.randn(), t)
+        cond = batch.dropped_cond(self.config.critic_dropout)
         blocks = list(self.eye(nets.fake_score))
         return nets.discriminator(block_features(nets.fake_score, x_t, t, cond, blocks))
 

@@ -10,9 +10,10 @@ falls; "x0_mean", "x0_std" of the student's samples beside "teacher_x0_mean", "t
 teacher's answers to them; and "denoising", the fake score's loss. A student that leaves the teacher in mean
 or std (brightness drift, collapse) has outrun its fake score.
 
-Normal ranges, on data of unit variance: "gap" below 1, and below 0.1 after the first tenth of a run of a KL
-method (0.1 to 0.3 for SIM and SiD); x0_std between 0.8 and 1.1 of teacher_x0_std; "denoising" falls, by a third to
-a half of its start in a long run, and at no time rises by half.
+Normal ranges, on data of unit variance: "gap" below 1, and falling (on the embedded teacher 0.05 to 0.1 late in
+runs of Diff-Instruct, DMD2 and f-distill, 0.1 to 0.3 in those of SIM and SiD, 0.3 to 0.4 where DMD and VSD lag);
+x0_std between 0.8 and 1.1 of teacher_x0_std; "denoising" falls, by up to a half of its start, and never rises by
+half.
 """
 
 from __future__ import annotations
