@@ -11,6 +11,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from stepdistill.denoiser import Denoiser
+from stepdistill.errors import UserError
 from stepdistill.losses import GAN_LOSSES, approximate_r1, r1
 
 
@@ -19,23 +20,35 @@ class Head(nn.Module):
 
     One logit per place (LADD); a vector has one place. condition: width of what else the head is told, which
     enters by projection (Miyato & Koyama 2018): its product with the hidden state is added to the logit.
+    kernel: side of a residual convolution over neighbouring places, as StyleGAN-T's heads have; 1 = none, so
+    that each place is judged alone. Tokens lie in one row, so it is a one-dimensional one there.
     """
 
-    def __init__(self, channels: int, width: int = 128, condition: int = 0):
+    def __init__(self, channels: int, width: int = 128, condition: int = 0, kernel: int = 1):
         super().__init__()
+        if kernel < 1 or kernel % 2 == 0:
+            raise UserError(f"method.head_kernel must be odd and at least 1, got {kernel}.")
         groups = next(g for g in (16, 8, 4, 2, 1) if width % g == 0)
         self.enter, self.norm = nn.Linear(channels, width), nn.GroupNorm(groups, width)
         self.leave = nn.Linear(width, 1)
         self.project = nn.Linear(condition, width, bias=False) if condition else None
+        self.mix = None
+        if kernel > 1:
+            convolution = nn.Conv2d(width, width, kernel, padding=kernel // 2)
+            self.mix = nn.Sequential(convolution, nn.GroupNorm(groups, width), nn.SiLU())
 
     def forward(self, features: Tensor, told: Tensor | None = None) -> Tensor:
         """told: (B, condition) -> logits (B, places)."""
+        shape = features.shape[2:] if features.ndim == 4 else (1, -1)
         if features.ndim == 4:
             places = features.flatten(2).transpose(1, 2)
         else:
             places = features if features.ndim == 3 else features[:, None]
-        hidden = self.norm(self.enter(places).transpose(1, 2)).transpose(1, 2)
-        hidden = nnf.silu(hidden)
+        hidden = nnf.silu(self.norm(self.enter(places).transpose(1, 2)))
+        if self.mix is not None:
+            # Halved in variance, so that the sum is of the size of its parts.
+            hidden = (hidden + self.mix(hidden.unflatten(2, shape)).flatten(2)) * 2**-0.5
+        hidden = hidden.transpose(1, 2)
         logits = self.leave(hidden)[..., 0]
         if self.project is not None:
             logits = logits + (hidden * self.project(told)[:, None]).sum(-1) / hidden.shape[-1] ** 0.5
@@ -45,12 +58,12 @@ class Head(nn.Module):
 class Discriminator(nn.Module):
     """A head per tapped block; their logits side by side, (B, all places).
 
-    channels: the channel count of each tap, in the order the features come. condition: see `Head`.
+    channels: the channel count of each tap, in the order the features come. The rest: see `Head`.
     """
 
-    def __init__(self, channels: Sequence[int], width: int = 128, condition: int = 0):
+    def __init__(self, channels: Sequence[int], width: int = 128, condition: int = 0, kernel: int = 1):
         super().__init__()
-        self.heads = nn.ModuleList(Head(count, width, condition) for count in channels)
+        self.heads = nn.ModuleList(Head(count, width, condition, kernel) for count in channels)
 
     def forward(self, features: Sequence[Tensor], told: Tensor | None = None) -> Tensor:
         pairs = zip(self.heads, features, strict=True)
@@ -77,6 +90,7 @@ class Adversarial:
     r1: Literal["exact", "finite"] = "finite"  # by a second derivative, or by a finite difference (APT's aR1)
     r1_delta: float = 0.01  # standard deviation of the finite difference's nudge
     r2: bool = False  # the same at generated inputs; the relativistic game needs it
+    head_kernel: int = 1  # side of a residual convolution in each head, over neighbouring places; 1 = none
 
 
 # Of a method with a phase "discriminator" (`Method.health`). A student that keeps up is told at chance, 0.5.

@@ -182,6 +182,30 @@ def test_a_head_reads_maps_tokens_and_vectors_alike():
     torch.testing.assert_close(head(tokens[:, 0]), head(tokens[:, :1]))
 
 
+def test_a_residual_head_sees_the_places_around_it_and_no_further():
+    torch.manual_seed(0)
+    head = Discriminator([8], width=16, kernel=3).heads[0]
+    # Group norms over all places would carry every change everywhere.
+    head.norm, head.mix[1] = torch.nn.Identity(), torch.nn.Identity()
+    before = torch.randn(2, 8, 5, 6)
+    after = before.clone()
+    after[:, :, 2, 3] += 1
+    moved = (head(after) - head(before)).unflatten(1, (5, 6)) != 0
+    assert moved[:, 1:4, 2:5].all() and moved.sum() == 2 * 9
+
+    tokens = before.flatten(2).transpose(1, 2)
+    changed = tokens.clone()
+    changed[:, 10] += 1
+    moved = head(changed) - head(tokens) != 0
+    assert moved[:, 9:12].all() and moved.sum() == 2 * 3
+    assert head(tokens[:, 0]).shape == (2, 1)  # a vector has no neighbours
+
+
+def test_a_residual_head_of_even_side_is_refused():
+    with pytest.raises(UserError, match=r"method\.head_kernel must be odd and at least 1, got 2"):
+        Discriminator([8], kernel=2)
+
+
 def test_tapped_features_equal_a_plain_forwards(tiny_sd):
     """Every block of a stock UNet, against the outputs of a forward nobody cut short."""
     from stepdistill.families.sd import SD

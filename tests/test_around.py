@@ -923,6 +923,53 @@ def test_a_degrade_stage_too_short_for_its_record_is_refused(tmp_path):
         run(recipe_from(short))
 
 
+@pytest.mark.parametrize("direction", ["into a composition", "out of one"])
+@pytest.mark.usefixtures("accelerator_state")
+def test_a_composition_and_a_plain_stage_carry_each_others_fake_score(tmp_path, direction):
+    from training.checkpoint import RunDirectory
+    from training.recipe import recipe_from
+    from training.run import run
+
+    def composed(**dmd2) -> dict:
+        return {"name": "compose", "parts": [{"name": "dmd2", **dmd2}, {"name": "ladd"}]}
+
+    if direction == "out of one":
+        methods = [composed(), {"name": "dmd2", "carry_fake_score": True}]
+        names = ["dmd2/fake_score", "fake_score"]
+    else:
+        methods = [{"name": "dmd2"}, composed(carry_fake_score=True)]
+        names = ["fake_score", "dmd2/fake_score"]
+    recipe = backtracked(tmp_path / "run")
+    del recipe["method"]
+    recipe["stages"] = [  # the second stage does not move what it was given
+        {"method": methods[0], "run": {"steps": 3}},
+        {"method": methods[1], "run": {"steps": 1}, "optim": {"lr": 1e-12}},
+    ]
+    run(recipe_from(recipe))
+    directory = RunDirectory(tmp_path / "run", 9)
+    first, second = (directory.load(step).tensors[name] for step, name in zip((3, 4), names, strict=True))
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        torch.testing.assert_close(second[key], value, rtol=0, atol=1e-9)
+
+
+@pytest.mark.usefixtures("accelerator_state")
+def test_which_of_two_fake_scores_is_carried_has_to_be_said(tmp_path):
+    from training.recipe import recipe_from
+    from training.run import run
+
+    recipe = backtracked(tmp_path / "run")
+    recipe["stages"] = [
+        {"method": {"name": "compose", "parts": [{"name": "dmd2"}, {"name": "dmd"}]}, "run": {"steps": 1}},
+        {"method": {"name": "f_distill", "carry_fake_score": True}, "run": {"steps": 1}},
+    ]
+    del recipe["method"]
+    with pytest.raises(
+        UserError, match=r"takes the network 'fake_score' over .* dmd/fake_score, dmd2/fake_score"
+    ):
+        run(recipe_from(recipe))
+
+
 def test_degradation_learns_at_the_noise_levels_of_its_base():
     seen = {}
     for density in ("uniform", "lognormal"):

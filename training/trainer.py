@@ -121,14 +121,20 @@ class Trainer:
             self.wrapped[name], self.optimizers[name] = self.accelerator.prepare(*pair)
 
     def _take_over(self, extras: Mapping[str, nn.Module]) -> None:
-        """The weights of `Method.carried`, every key of which must match."""
+        """The weights of `Method.carried`, every key of which must match.
+
+        A composition's network is called part/name; it goes on with a plain method's of that name, and the other
+        way round, where only one is meant.
+        """
         for name in self.method.carried:
-            if name not in extras:
+            alike = [key for key in extras if key.split("/")[-1] == name.split("/")[-1]]
+            source = name if name in extras else alike[0] if len(alike) == 1 else None
+            if source is None:
                 raise UserError(
                     f"stages.{self.stage}.method takes the network {name!r} over from the stage before, which has"
                     f" {', '.join(sorted(extras)) or 'none'}; write both as `stages:` with the same settings."
                 )
-            self.raw[name].load_state_dict(extras[name].state_dict())
+            self.raw[name].load_state_dict(extras[source].state_dict())
 
     # ----------------------------------------------------------------------------------------------- the loop
 

@@ -87,7 +87,8 @@ class ADD(Method):
         return self._eye
 
     def networks(self, teacher: Denoiser, student: Denoiser) -> dict[str, nn.Module]:
-        return {"discriminator": Discriminator(self.eye.widths, condition=self.eye.prompt_width)}
+        eye, kernel = self.eye, self.config.head_kernel
+        return {"discriminator": Discriminator(eye.widths, condition=eye.prompt_width, kernel=kernel)}
 
     def phases(self, step: int) -> Iterator[Phase]:
         yield Phase("student", ("student",), ((1.0, self.student_loss),))

@@ -71,7 +71,8 @@ class LADD(Method):
         init_noise: Literal["unit", "sigma"] = "unit"  # of a one-step student under VP; as the stage before
 
     def networks(self, teacher: Denoiser, student: Denoiser) -> dict[str, nn.Module]:
-        return {"discriminator": Discriminator([*chosen_blocks(teacher, self.config.blocks).values()])}
+        channels = [*chosen_blocks(teacher, self.config.blocks).values()]
+        return {"discriminator": Discriminator(channels, kernel=self.config.head_kernel)}
 
     def phases(self, step: int) -> Iterator[Phase]:
         warm = step < self.config.warmup

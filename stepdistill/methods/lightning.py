@@ -79,7 +79,8 @@ class Lightning(Method):
             made["predecessor"] = unwrap(student).clone()
         if config.gan_weight > 0:
             made["encoder"] = teacher.encoder()
-            made["discriminator"] = Discriminator([teacher.blocks[teacher.middle] * (1 + config.conditional)])
+            channels = teacher.blocks[teacher.middle] * (1 + config.conditional)
+            made["discriminator"] = Discriminator([channels], kernel=config.head_kernel)
         return made
 
     def grid(self, schedule: Schedule, steps: int) -> tuple[float, ...]:
