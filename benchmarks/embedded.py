@@ -20,6 +20,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "training" / "recipes"
 RUNS = ROOT / "runs" / "embedded"
@@ -59,20 +61,33 @@ def main() -> None:
 
 
 def train(name: str, overrides: list[str]) -> None:
-    """Run or continue one recipe, and add up what it cost."""
-    out = RUNS / name
-    command = [sys.executable, "-m", "training.train", str(RECIPES / f"scenes_{name}.yaml")]
-    command += [f"run.out={out}", "run.preview_every=0", *overrides]
+    """Run or continue one recipe, and add up what it cost. One of a part of the data is run for all parts, merged."""
+    out, recipe = RUNS / name, RECIPES / f"scenes_{name}.yaml"
+    part = (yaml.safe_load(recipe.read_text()).get("data") or {}).get("partition")
+    count = int(part.split("/")[1]) if part else 1
+    runs = [out] if count == 1 else [out / f"part_{k + 1}" for k in range(count)]
+    for k, run in enumerate(runs):
+        words = [f"run.out={run}", "run.preview_every=0", *overrides]
+        words += [f"data.partition={k + 1}/{count}"] * (count > 1)
+        status = spend(out, ["training.train", str(recipe), *words], overrides)
+        if status == 130:
+            raise SystemExit(130)
+    if count > 1 and status == 0:
+        students = [str(run / "student") for run in runs]
+        status = spend(out, ["training.merge", str(out / "student"), *students], overrides)
+    print(f"{name}: {'done' if status == 0 else f'failed with {status}'}", flush=True)
+
+
+def spend(out: Path, module: list[str], overrides: list[str]) -> int:
+    """Run a module and add its CPU time and peak memory to `out`/cost.json; its exit status."""
+    command = [sys.executable, "-m", *module]
     _, ended, used = os.wait4(subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT).pid, 0)
-    status = os.waitstatus_to_exitcode(ended)
     cost = (read(out / "cost.json") or {"cpu_seconds": 0.0, "peak_mib": 0.0}) | {"overrides": overrides}
     cost["cpu_seconds"] += used.ru_utime + used.ru_stime
     cost["peak_mib"] = max(cost["peak_mib"], used.ru_maxrss / 1024)
     if out.is_dir():
         (out / "cost.json").write_text(json.dumps(cost) + "\n")
-    if status == 130:
-        raise SystemExit(130)
-    print(f"{name}: {'done' if status == 0 else f'failed with {status}'}", flush=True)
+    return os.waitstatus_to_exitcode(ended)
 
 
 def tabulate(names: list[str], n: int) -> None:
@@ -145,6 +160,10 @@ def draw(students: list[str]) -> None:
 
 
 def last_step(run: Path) -> int:
+    """The last checkpoint's step; of the parts of a partition, their sum."""
+    parts = sorted(run.glob("part_*"))
+    if parts:
+        return sum(map(last_step, parts))
     steps = [int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdecimal()]
     return max(steps, default=0)
 

@@ -107,7 +107,11 @@ Critic = Callable[[Tensor], Tensor]
 
 
 def discriminator_losses(
-    config: Adversarial, real: tuple[Critic, Tensor], fake: tuple[Critic, Tensor], randn: Callable[[], Tensor]
+    config: Adversarial,
+    real: tuple[Critic, Tensor],
+    fake: tuple[Critic, Tensor],
+    randn: Callable[[], Tensor],
+    misaligned: tuple[Critic, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """One discriminator step: the game's loss, the gradient penalties, and what tells how it goes.
 
@@ -115,10 +119,12 @@ def discriminator_losses(
         real, fake: (critic, x_t) each: logits (B, ...) = critic(x_t), with time, condition and whatever else
             bound. The penalties are taken at these very inputs.
         randn: fresh unit noise in the shape of x_t, for the finite difference.
+        misaligned: fakes of a second kind, as (critic, x_t). The game is played against them once more with the
+            same real inputs, lest fakes of two kinds outweigh those.
 
     Returns:
-        total, gan, accuracy (share of inputs told right), real_logit, fake_logit and, where they are on, r1
-        and r2.
+        total, gan, accuracy (share of inputs told right), real_logit, fake_logit and, where they are on, r1,
+        r2 and misaligned.
     """
     penalised = {"r1": config.r1_weight > 0, "r2": config.r1_weight > 0 and config.r2}
     logits, penalties = [], {}
@@ -131,14 +137,20 @@ def discriminator_losses(
                 if config.r1 == "exact"
                 else approximate_r1(logits[-1], critic(x_t + config.r1_delta * randn()), config.r1_delta)
             )
-    gan = GAN_LOSSES[config.gan][0](*logits)
+    game = GAN_LOSSES[config.gan][0]
+    gan = game(*logits)
+    again = {}
+    if misaligned is not None:
+        critic, x_t = misaligned
+        again = {"misaligned": game(logits[0], critic(x_t))}
     told = [each.detach().flatten(1).mean(1) for each in logits]
     right = told[0] > told[1] if config.gan == "relativistic" else torch.cat((told[0] > 0, told[1] < 0))
     return {
-        "total": gan + config.r1_weight * sum(penalties.values()),
+        "total": gan + config.r1_weight * sum(penalties.values()) + sum(again.values()),
         "gan": gan,
         "accuracy": right.float().mean(),
         "real_logit": told[0],
         "fake_logit": told[1],
         **penalties,
+        **again,
     }

@@ -135,15 +135,12 @@ class LADD(Method):
         with torch.no_grad():
             x0 = self.generate(nets, batch, warm)
         real, fake = (self.seen(nets, batch, each, batch.cond) for each in (batch.x0, x0))
-        losses = discriminator_losses(self.config, real, fake, batch.randn)
+        misaligned = None
         if self.config.misaligned and batch.cond is not None:
             if len(x0) < 2:
                 raise UserError(
                     "method.misaligned needs another sample's condition: batches of 2 at least per process."
                 )
             another = map_cond(lambda c: c.roll(1, 0), batch.cond)
-            critic, x_tau = self.seen(nets, batch, batch.x0, another)
-            # Real pairs count once more, lest fakes of two kinds outweigh them.
-            losses["misaligned"] = GAN_LOSSES[self.config.gan][0](real[0](real[1]), critic(x_tau))
-            losses["total"] = losses["total"] + losses["misaligned"]
-        return losses
+            misaligned = self.seen(nets, batch, batch.x0, another)
+        return discriminator_losses(self.config, real, fake, batch.randn, misaligned)
