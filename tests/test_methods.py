@@ -932,6 +932,14 @@ def test_parts_keep_their_networks_and_states_apart(registered):
     assert other.state_dict() == state and state[f"{scopes[1]}/count"] == 2
 
 
+def test_in_a_composition_the_student_comes_before_every_critic():
+    parts = [{"name": "dmd2", "student_every": 2}, {"name": "vsd", "student_every": 1}]
+    method = make("compose", {"parts": parts})
+    for step in range(2):
+        names = [phase.name for phase in method.phases(step)]
+        assert names == ["student", "dmd2/critic", "vsd/critic"]
+
+
 def test_a_composition_carries_what_its_parts_carry():
     parts = [{"name": "dmd2", "carry_fake_score": True}, {"name": "dmd2"}]
     made = world(make("compose", {"parts": parts}))

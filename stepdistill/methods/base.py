@@ -432,7 +432,8 @@ class Compose(Method):
                     wider = len(before.trains) > len(phase.trains)
                     terms = terms + before.terms if wider else before.terms + terms
                 merged[key] = Phase(name, trains, terms)
-        yield from merged.values()
+        # A part that leaves the student out this time may have been the first to name a critic.
+        yield from sorted(merged.values(), key=lambda phase: "student" not in phase.trains)
 
     def after_step(self, nets: Networks, step: int, ran: tuple[str, ...]) -> None:
         for scope, _, part in self.parts:
