@@ -11,7 +11,6 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from stepdistill.denoiser import Denoiser
-from stepdistill.errors import UserError
 from stepdistill.losses import GAN_LOSSES, approximate_r1, r1
 
 
@@ -26,8 +25,6 @@ class Head(nn.Module):
 
     def __init__(self, channels: int, width: int = 128, condition: int = 0, kernel: int = 1):
         super().__init__()
-        if kernel < 1 or kernel % 2 == 0:
-            raise UserError(f"method.head_kernel must be odd and at least 1, got {kernel}.")
         groups = next(g for g in (16, 8, 4, 2, 1) if width % g == 0)
         self.enter, self.norm = nn.Linear(channels, width), nn.GroupNorm(groups, width)
         self.leave = nn.Linear(width, 1)
@@ -91,6 +88,10 @@ class Adversarial:
     r1_delta: float = 0.01  # standard deviation of the finite difference's nudge
     r2: bool = False  # the same at generated inputs; the relativistic game needs it
     head_kernel: int = 1  # side of a residual convolution in each head, over neighbouring places; 1 = none
+
+    def __post_init__(self) -> None:
+        if self.head_kernel < 1 or self.head_kernel % 2 == 0:
+            raise ValueError(f"head_kernel must be odd and at least 1, got {self.head_kernel}.")
 
 
 # Of a method with a phase "discriminator" (`Method.health`). A student that keeps up is told at chance, 0.5.

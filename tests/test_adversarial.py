@@ -201,9 +201,10 @@ def test_a_residual_head_sees_the_places_around_it_and_no_further():
     assert head(tokens[:, 0]).shape == (2, 1)  # a vector has no neighbours
 
 
-def test_a_residual_head_of_even_side_is_refused():
+@pytest.mark.parametrize("name", ["ladd", "add", "lightning"])
+def test_a_residual_head_of_even_side_is_refused(name):
     with pytest.raises(UserError, match=r"method\.head_kernel must be odd and at least 1, got 2"):
-        Discriminator([8], kernel=2)
+        make(name, {"head_kernel": 2})
 
 
 def test_tapped_features_equal_a_plain_forwards(tiny_sd):
