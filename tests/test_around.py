@@ -970,6 +970,21 @@ def test_which_of_two_fake_scores_is_carried_has_to_be_said(tmp_path):
         run(recipe_from(recipe))
 
 
+@pytest.mark.usefixtures("accelerator_state")
+def test_a_lora_is_not_carried_as_a_whole_network(tmp_path):
+    from training.recipe import recipe_from
+    from training.run import run
+
+    recipe = backtracked(tmp_path / "run")
+    recipe["stages"] = [
+        {"method": {"name": "vsd"}, "run": {"steps": 1}},
+        {"method": {"name": "dmd2", "carry_fake_score": True}, "run": {"steps": 1}},
+    ]
+    del recipe["method"]
+    with pytest.raises(UserError, match="whose 'fake_score' is of another make"):
+        run(recipe_from(recipe))
+
+
 def test_degradation_learns_at_the_noise_levels_of_its_base():
     seen = {}
     for density in ("uniform", "lognormal"):

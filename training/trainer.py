@@ -123,8 +123,8 @@ class Trainer:
     def _take_over(self, extras: Mapping[str, nn.Module]) -> None:
         """The weights of `Method.carried`, every key of which must match.
 
-        A composition's network is called part/name; it goes on with a plain method's of that name, and the other
-        way round, where only one is meant.
+        A composition's network is called part/name; where no name is the same, the part's is left out, if that
+        means one network alone.
         """
         for name in self.method.carried:
             alike = [key for key in extras if key.split("/")[-1] == name.split("/")[-1]]
@@ -134,7 +134,13 @@ class Trainer:
                     f"stages.{self.stage}.method takes the network {name!r} over from the stage before, which has"
                     f" {', '.join(sorted(extras)) or 'none'}; write both as `stages:` with the same settings."
                 )
-            self.raw[name].load_state_dict(extras[source].state_dict())
+            try:
+                self.raw[name].load_state_dict(extras[source].state_dict())
+            except RuntimeError:  # other keys or shapes: a LoRA cannot go on as a whole network
+                raise UserError(
+                    f"stages.{self.stage}.method takes the network {name!r} over from the stage before, whose"
+                    f" {source!r} is of another make; carry between methods that build it alike."
+                ) from None
 
     # ----------------------------------------------------------------------------------------------- the loop
 
