@@ -13,8 +13,8 @@ guided teacher, are thus kept through all stages, and the student is sampled by 
 Stages are written as a recipe's `stages:`, one number of `student.steps` each; the first has
 `predecessor: teacher`, where two steps are of the guided teacher, and may begin at any number.
 
-Normal ranges: "error" falls within a stage and starts the next one higher; x0_std within a tenth of teacher_x0_std,
-the target's, but for the last halvings, where the student averages over what it cannot follow.
+Normal ranges: "error" falls within a stage and starts the next one higher; x0_std within a sixth of
+teacher_x0_std, the target's, within a tenth once a stage has settled.
 """
 
 from __future__ import annotations
