@@ -167,6 +167,20 @@ class ScoreDistillation(Method):
         return denoising(prediction, x0, eps, sigma_data)
 
 
+class ScoreImplicit(ScoreDistillation):
+    """Base of SIM and SiD, whose gradient runs through the inputs of both scores: SiD's settings on EDM's
+    schedule (Zhou et al. 2024, arXiv 2404.04057), which SIM follows.
+    """
+
+    @dataclass
+    class Config(ScoreDistillation.Config):
+        time_density: Density = "karras"  # of the student; the fake score has EDM's lognormal
+        t_high: float = 0.8
+        critic_density: Literal["same", "uniform", "karras", "lognormal"] = "lognormal"
+        first_rho: float = 2.5
+        init_noise: Literal["unit", "sigma"] = "sigma"
+
+
 def compared(x0: Tensor, real: Prediction, fake: Prediction) -> Losses:
     """What is logged of a comparison: the two answers' mean square distance, the student's samples beside the
     teacher's answers.

@@ -25,23 +25,17 @@ Normal ranges as in SIM: "gap" falls, x0_std stays near teacher_x0_std. "total" 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from stepdistill.losses import score_identity
 from stepdistill.methods.base import Batch, Losses, Networks
-from stepdistill.methods.score import Density, ScoreDistillation, compared
+from stepdistill.methods.score import ScoreImplicit, compared
 
 
-class SiD(ScoreDistillation):
+class SiD(ScoreImplicit):
     @dataclass
-    class Config(ScoreDistillation.Config):
+    class Config(ScoreImplicit.Config):
         alpha: float = 1.2
         normalise: bool = True  # by mean |x0 - teacher_x0| per sample; off in few dimensions
-        time_density: Density = "karras"  # of the student; the fake score has EDM's lognormal
-        t_high: float = 0.8
-        critic_density: Literal["same", "uniform", "karras", "lognormal"] = "lognormal"
-        first_rho: float = 2.5
-        init_noise: Literal["unit", "sigma"] = "sigma"
 
     def student_loss(self, nets: Networks, batch: Batch) -> Losses:
         config = self.config

@@ -29,19 +29,14 @@ from typing import Literal
 
 from stepdistill.losses import score_implicit
 from stepdistill.methods.base import Batch, Losses, Networks
-from stepdistill.methods.score import Density, ScoreDistillation, compared
+from stepdistill.methods.score import ScoreImplicit, compared
 
 
-class SIM(ScoreDistillation):
+class SIM(ScoreImplicit):
     @dataclass
-    class Config(ScoreDistillation.Config):
+    class Config(ScoreImplicit.Config):
         distance: Literal["pseudo_huber", "l2"] = "pseudo_huber"
         huber_c: float = 0.03  # c, per element and in units of x0
-        time_density: Density = "karras"  # of the student, SiD's; the fake score has EDM's lognormal
-        t_high: float = 0.8
-        critic_density: Literal["same", "uniform", "karras", "lognormal"] = "lognormal"
-        first_rho: float = 2.5
-        init_noise: Literal["unit", "sigma"] = "sigma"
 
     def student_loss(self, nets: Networks, batch: Batch) -> Losses:
         config = self.config
