@@ -18,7 +18,7 @@ from stepdistill.families.sd import SD
 from stepdistill.methods import METHODS
 from training.data.prompts import Prompts
 from training.recipe import recipe_from
-from training.run import check
+from training.run import build, check
 
 DATA_FREE = (
     "dmd2", "sim", "sid", "diff_instruct", "vsd", "dmd", "kd", "boot", "reward", "disback", "compose",
@@ -105,6 +105,16 @@ def test_a_first_state_the_students_pipeline_cannot_start_from_is_refused(name, 
     said = refusal(check, recipe(), family, prompts)
     assert said.startswith("method.init_noise=sigma: ") and "starts from unit noise; set it to that" in said
     check(recipe(init_noise="unit"), family, prompts)
+
+
+def test_what_a_later_stages_method_refuses_is_said_with_the_number_of_that_stage():
+    settings = {"name": "dmd2", "t_low": 0.0}
+    stages = [{"method": settings | {"t_high": high}, "run": {"steps": 1}} for high in (1.0, 2.0)]
+    rest = {"family": {"name": "toy"}, "data": {"name": "toy"}, "run": {"out": "runs/x"}}
+    said = refusal(build, recipe_from({**rest, "stages": stages}))
+    assert said.startswith("stages.1: method.t_low and method.t_high") and said.endswith("got 0 and 2.")
+    said = refusal(build, recipe_from({**rest, **stages[1], "run": {"steps": 1, "out": "runs/x"}}))
+    assert said.startswith("method.t_low and method.t_high")
 
 
 def test_a_pipeline_no_family_serves_is_refused_with_those_that_are(tiny_ddpm, tmp_path):

@@ -152,9 +152,12 @@ def build(recipe: Recipe) -> tuple[Family, list[Source]]:
     family: Family = recipe.family.make()
     made: dict[str, Source] = {}
     sources = []
-    for stage in recipe.stages():
+    for number, stage in enumerate(recipe.stages()):
         source = made.setdefault(str(stage.data.mapping()), stage.data.make())
-        check(stage, family, source)
+        try:
+            check(stage, family, source)
+        except UserError as error:
+            raise UserError(f"stages.{number}: {error}" if recipe.partials else str(error)) from None
         sources.append(source)
     return family, sources
 
