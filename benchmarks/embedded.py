@@ -82,7 +82,7 @@ def spend(out: Path, module: list[str], overrides: list[str]) -> int:
     """Run a module and add its CPU time and peak memory to `out`/cost.json; its exit status."""
     command = [sys.executable, "-m", *module]
     _, ended, used = os.wait4(subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT).pid, 0)
-    cost = (read(out / "cost.json") or {"cpu_seconds": 0.0, "peak_mib": 0.0}) | {"overrides": overrides}
+    cost = {"cpu_seconds": 0.0, "peak_mib": 0.0} | (read(out / "cost.json") or {}) | {"overrides": overrides}
     cost["cpu_seconds"] += used.ru_utime + used.ru_stime
     cost["peak_mib"] = max(cost["peak_mib"], used.ru_maxrss / 1024)
     if out.is_dir():
