@@ -55,6 +55,16 @@ def test_a_shipped_recipe_can_be_forecast(path, monkeypatch, tmp_path):
         assert word in forecast
 
 
+def test_reward_goes_on_where_dmd2_ends(monkeypatch):
+    """Its stages are written again because a recipe is one file; a run of the one is the other's beginning."""
+    monkeypatch.chdir(ROOT)
+    dmd2, reward = (
+        load_recipe(ROOT / "training" / "recipes" / f"scenes_{name}.yaml", ["run.out=runs/x"]).stages()
+        for name in ("dmd2", "reward")
+    )
+    assert reward[:-1] == dmd2 and reward[-1].method.name == "compose"
+
+
 def test_recipes_are_there():
     assert {"toy_dmd2", "toy_lcm"} <= {path.stem for path in RECIPES}
 

@@ -157,7 +157,9 @@ def build(recipe: Recipe) -> tuple[Family, list[Source]]:
         try:
             check(stage, family, source)
         except UserError as error:
-            raise UserError(f"stages.{number}: {error}" if recipe.partials else str(error)) from None
+            if not recipe.partials:
+                raise
+            raise UserError(f"stages.{number}: {error}") from None
         sources.append(source)
     return family, sources
 

@@ -13,8 +13,8 @@ what the first recorded, key by key. The recorded networks have never seen guida
 holds for the last target alone. The first stage learns at the base's own noise levels; the record is even in
 iterations.
 
-Normal ranges: the first stage's "denoising" falls, by a quarter for a student near its teacher, and levels off,
-which shows that the walk has arrived; the second's are the base's.
+Normal ranges: the first stage's "denoising" falls, by a quarter on the embedded teacher, and levels off, which
+shows that the walk has arrived; the second's are the base's.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ weights has nothing to learn here: its loss is 0.
 Multi-student distillation is K ordinary runs of such recipes, each with its `data.partition: k/K`, and
 `python -m training.merge OUT STUDENTS...`.
 
-Normal ranges: the loss falls towards 0, by four fifths in a thousand iterations; x0_std begins at two thirds of
+Normal ranges: the loss falls towards 0, by three quarters in a thousand iterations; x0_std begins at two thirds of
 teacher_x0_std, the teacher's answers', and is soon within a tenth of it.
 """
 
