@@ -38,7 +38,8 @@ from stepdistill.errors import atomic_write
 from stepdistill.families.pixel import Pixel
 from stepdistill.features import block_features
 from stepdistill.methods import METHODS
-from stepdistill.methods.base import Batch, Method, Networks, Phase
+from stepdistill.methods.assemble import assemble, trained_by
+from stepdistill.methods.base import Batch, Method, Phase
 from stepdistill.noise import SampleNoise
 from stepdistill.registry import resolve
 
@@ -98,18 +99,14 @@ class Setup:
         kept = {key: value for key, value in (COMMON | settings).items() if key in known}
         self.method: Method = cls(build(cls.Config, kept, "method"), (1,))
         self.family = Pixel(Pixel.Config(unet=UNET))
-        teacher = self.family.fresh().eval().requires_grad_(False)
+        self.family.teacher = self.family.fresh().eval().requires_grad_(False)
         with torch.no_grad():
-            for parameter in teacher.parameters():  # zero-initialised layers would make trivial losses
+            for parameter in self.family.teacher.parameters():  # zero-initialised layers make trivial losses
                 parameter += 0.02 * torch.randn(parameter.shape)
-        student = teacher.clone()
-        for extra in self.method.student_extras:
-            student.network.extras[extra]()
-        extras = self.method.networks(teacher, student)
-        self.nets = Networks({"teacher": teacher, "student": student, **extras}, self.family.schedule)
-        trained = {n for step in range(8) for phase in self.method.phases(step) for n in phase.trains}
+        self.nets = assemble(self.method, self.family)
         self.optimizers = {
-            n: torch.optim.AdamW(list(self.nets.modules[n].parameters()), 1e-6, fused=True) for n in trained
+            name: torch.optim.AdamW(self.nets.modules[name].parameters(), 1e-6, fused=True)
+            for name in trained_by(self.method, 8)
         }
         self.step, self.data = 0, 0.5 * torch.randn(MEMORY_BATCH, *self.family.shape)
 
@@ -138,7 +135,7 @@ class Setup:
 
     def passes(self) -> dict[str, Callable[[], None]]:
         """Single network passes, each as a method makes it."""
-        student, teacher, batch = self.nets.student, self.nets.teacher, self.batch("passes")
+        student, teacher, batch = self.nets.student, self.family.teacher, self.batch("passes")
         x_t, t = batch.x0, torch.full((BATCH,), 1.0, dtype=torch.float64)
         half = [teacher.middle]
         end = {"end": t} if "end" in self.method.student_extras else {}

@@ -13,16 +13,17 @@ from torch import Tensor
 
 from stepdistill import export
 from stepdistill.config import dump
-from stepdistill.denoiser import Denoiser, parameter_count
+from stepdistill.denoiser import parameter_count
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
+from stepdistill.methods.assemble import assemble, trained_by
 from training.checkpoint import Checkpoint, RunDirectory
 from training.data import Source
 from training.loggers import Loggers
 from training.measure import check_metric, measure
 from training.precompute import Trajectories, latents, trajectories
 from training.recipe import Recipe
-from training.trainer import Trainer, trained_by
+from training.trainer import Trainer
 
 CACHE = Path("cache")
 
@@ -263,10 +264,8 @@ def dry_run(recipe: Recipe) -> str:
 def _forecast(number: int, stage: Recipe, family: Family, source: Source) -> list[str]:
     """What a stage would train, on what, and in how much memory."""
     method = stage.method.make(stage.student.steps)
-    student: Denoiser = family.student(stage.student.init, method.student_extras)
-    teacher = family.teacher if method.needs_teacher else None
-    counts = {name: parameter_count(m) for name, m in method.networks(teacher, student).items()}
-    counts = {"student": parameter_count(student)} | counts
+    modules = assemble(method, family, stage.student.init).modules
+    counts = {name: parameter_count(module) for name, module in modules.items() if name != "teacher"}
     trained = trained_by(method, stage.run.steps)
     helpers = [m for m in (family.teacher, *family.modules().values()) if m is not None]
     # Weights of all; of what is trained also the gradient and Adam's two moments; and the student's average.

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from stepdistill import export
-from stepdistill.denoiser import Denoiser, map_cond, unwrap
+from stepdistill.denoiser import Denoiser, map_cond
 from stepdistill.ema import EMA
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
+from stepdistill.methods.assemble import assemble, trained_by
 from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase, term_name
 from stepdistill.noise import SampleNoise
 from stepdistill.sampling import ImageSampler
@@ -79,15 +80,18 @@ class Trainer:
         self.micro, self.passes = self.optim.split(accelerator.num_processes)
         self.method: Method = recipe.method.make(recipe.student.steps)
         torch.manual_seed(self.run.seed + stage)  # fresh weights, the same in every process
-        own = family.student(recipe.student.init, self.method.student_extras)
-        if student is not None:
-            _carry_over(student, own)
-        if recipe.student.gradient_checkpointing:
-            _checkpoint_gradients(own)
-        self._prepare(own)
+        self._prepare(
+            assemble(
+                self.method,
+                family,
+                recipe.student.init,
+                before=student,
+                gradient_checkpointing=recipe.student.gradient_checkpointing,
+            )
+        )
         if extras is not None or stage == 0:  # later without them: `restore` brings the weights
             self._take_over(extras or {})
-        self.ema = EMA(own, recipe.student.ema)
+        self.ema = EMA(self.raw["student"], recipe.student.ema)
         self.step, self.batches, self.samples = 0, 0, 0
         self.updates: dict[str, int] = defaultdict(int)
         self.preview_teacher: Any = None  # drawn once
@@ -97,11 +101,10 @@ class Trainer:
         ] = {}  # [sum, count] of what was observed since the last line of the log
         self._samples_logged, self._saved_at = 0, -1
 
-    def _prepare(self, student: Denoiser) -> None:
+    def _prepare(self, nets: Networks) -> None:
         """All networks, which of them are trained, and their optimisers."""
-        teacher = self.family.teacher
-        modules: dict[str, nn.Module] = {"student": student}
-        modules |= self.method.networks(teacher if self.method.needs_teacher else None, student)
+        self.frozen = {name: module for name, module in nets.modules.items() if name == "teacher"}
+        modules = {name: module for name, module in nets.modules.items() if name != "teacher"}
         self.trained = trained_by(self.method, self.run.steps)
         if strangers := set(self.trained) - set(modules):
             raise ValueError(
@@ -109,7 +112,6 @@ class Trainer:
             )
         self.optim.check_networks(self.trained)
         self.raw = {name: module.to(self.device) for name, module in modules.items()}
-        self.frozen = {"teacher": teacher} if teacher is not None else {}
         self.wrapped: dict[str, nn.Module] = {}
         self.optimizers: dict[str, Any] = {}
         for name, module in self.raw.items():
@@ -430,21 +432,6 @@ class Trainer:
             self.health.load_state_dict(extra["health"])
 
 
-def trained_by(method: Method, steps: int) -> list[str]:
-    """Names of the networks a run of so many steps trains."""
-    return sorted({name for step in range(steps) for phase in method.phases(step) for name in phase.trains})
-
-
-def _carry_over(before: Denoiser, student: Denoiser) -> None:
-    """The weights of the last stage's student in this stage's, which may take other inputs (LCM's guidance).
-
-    What only `student` has starts at zero by contract, and what only `before` had is left behind.
-    """
-    own = student.state_dict()
-    known = {name: value for name, value in before.state_dict().items() if name in own}
-    student.load_state_dict(own | known)
-
-
 def _to(cond: Any, device: torch.device) -> Any:
     return map_cond(lambda c: c.to(device), cond)
 
@@ -464,14 +451,4 @@ def _optimizer(module: nn.Module, settings: OptimConfig, fused: bool) -> torch.o
         eps=settings.eps,
         weight_decay=settings.weight_decay,
         **extra,
-    )
-
-
-def _checkpoint_gradients(student: Denoiser) -> None:
-    for module in unwrap(student).network.children():
-        if hasattr(module, "enable_gradient_checkpointing"):
-            module.enable_gradient_checkpointing()
-            return
-    raise UserError(
-        "student.gradient_checkpointing=true: this family's network cannot do it; set it to false."
     )

@@ -1,0 +1,67 @@
+"""The networks of a run, put together here alone: for the trainer, its forecast, the benchmarks and the tests."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from stepdistill.denoiser import Denoiser, unwrap
+from stepdistill.errors import UserError
+from stepdistill.families.base import Family
+from stepdistill.methods.base import Method, Networks
+
+
+def assemble(
+    method: Method,
+    family: Family,
+    init: str = "teacher",
+    *,
+    before: Denoiser | None = None,
+    gradient_checkpointing: bool = False,
+) -> Networks:
+    """The student, what the method makes beside it, and the family's teacher where the method needs one.
+
+    Fresh weights come from torch's global generator: seed it first. Nothing is frozen, wrapped or moved.
+
+    Args:
+        init: what the student starts as: "teacher", "random", or a saved student's directory.
+        before: a student whose weights this one takes over, wherever both have them: the stage before's.
+        gradient_checkpointing: recompute the student's activations, and those of copies of it, in backward.
+
+    Raises:
+        UserError: the family has no such student, or cannot checkpoint its gradients.
+    """
+    student = family.student(init, method.student_extras)
+    if before is not None:
+        _start_from(before, student)
+    if gradient_checkpointing:
+        _checkpoint_gradients(student)
+    teacher = family.teacher if method.needs_teacher else None
+    modules: dict[str, nn.Module] = {"student": student, **method.networks(teacher, student)}
+    if teacher is not None:
+        modules["teacher"] = teacher
+    return Networks(modules, family.schedule, family.decode)
+
+
+def trained_by(method: Method, steps: int) -> list[str]:
+    """Names of the networks that a run of so many steps trains, sorted."""
+    return sorted({name for step in range(steps) for phase in method.phases(step) for name in phase.trains})
+
+
+def _start_from(before: Denoiser, student: Denoiser) -> None:
+    """The weights of `before` in `student`, which may take other inputs (LCM's guidance).
+
+    What only `student` has starts at zero by contract, and what only `before` had is left behind.
+    """
+    own = student.state_dict()
+    known = {name: value for name, value in before.state_dict().items() if name in own}
+    student.load_state_dict(own | known)
+
+
+def _checkpoint_gradients(student: Denoiser) -> None:
+    for module in unwrap(student).network.children():
+        if hasattr(module, "enable_gradient_checkpointing"):
+            module.enable_gradient_checkpointing()
+            return
+    raise UserError(
+        "student.gradient_checkpointing=true: this family's network cannot do it; set it to false."
+    )
