@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stepdistill.errors import UserError, atomic_write, cli_errors
+from stepdistill.registry import add_allow_code, allowing_code
 
 _EXAMPLES = {
     "": """\
@@ -91,7 +92,7 @@ examples:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse and do. Wrong input ends with one sentence and exit code 2."""
     args = _parser().parse_args(argv)
-    with cli_errors():
+    with cli_errors(), allowing_code(getattr(args, "allow_code", False)):
         args.do(args)
 
 
@@ -140,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     images.add_argument(
         "--metrics", type=_names, default=["fd"], metavar="fd,clip,...", help="what to measure (default: fd)"
     )
+    add_allow_code(images)
     images.add_argument(
         "--captions", metavar="FILE", help="a caption for every image, by order of the files' names"
     )
@@ -229,6 +231,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         help="where the protocol's reference is: a folder, .parquet file or statistics (.npz); or real images "
         "instead of a protocol (pipelines without prompts)",
     )
+    add_allow_code(how)
     how.add_argument("--captions", metavar="FILE", help="where the protocol's captions are, if it has a file")
     how.add_argument(
         "--clip", metavar="DIR", help="directory of the protocol's CLIP model, if not the embedded one"

@@ -90,7 +90,7 @@ class Clip(nn.Module):
         if not all(isinstance(prompt, str) for prompt in prompts):
             raise UserError(
                 "a CLIP model compares images with captions, and this run's prompts are classes; use a family that"
-                " is told captions, or a reward or eye of your own (my_module:MyClass)."
+                " is told captions, or a reward or eye of your own (my_module:MyClass, with --allow-code)."
             )
         positions = self.model.config.text_config.max_position_embeddings
         length = min(self.tokenizer.model_max_length, positions)

@@ -2,25 +2,33 @@
 
     reward(images (B, 3, H, W) in about [0, 1], prompts: captions or class indices) -> (B,) scores, higher is better
 
-One's own is written my_package.my_file:MyReward; the class is made once, with the recipe's arguments.
+One's own derives from `RewardModel` and is written my_package.my_file:MyReward; training runs it with --allow-code.
+The class is made once, with the recipe's arguments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch.nn.functional as nnf
 from torch import Tensor
 
 from stepdistill.clip import Clip
 from stepdistill.errors import UserError
+from stepdistill.registry import Table
 
-REWARDS = {"clip": "stepdistill.rewards:ClipReward"}
-
-RewardModel = Callable[[Tensor, Sequence], Tensor]
+REWARDS = Table("stepdistill.rewards:RewardModel", {"clip": "stepdistill.rewards:ClipReward"})
 
 
-class ClipReward:
+class RewardModel:
+    """What all reward models derive from."""
+
+    def __call__(self, images: Tensor, prompts: Sequence) -> Tensor:
+        """Scores (B,) of images (B, 3, H, W) in about [0, 1], differentiable in them; higher is better."""
+        raise NotImplementedError
+
+
+class ClipReward(RewardModel):
     """Cosine of image and caption, in [-1, 1], by the embedded micro-CLIP or the CLIP in `directory`."""
 
     def __init__(self, directory: str = ""):

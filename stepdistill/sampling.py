@@ -354,7 +354,8 @@ def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float
         from stepdistill.routing import Students
 
         return Students(path, card, device, dtype)
-    cls = resolve(card.get("family") or family_of(path), FAMILIES, "family")
+    named, where = card.get("family") or family_of(path), f"{path / CARD}: family"
+    cls = resolve(named, FAMILIES, "family", where=where, registered_only=True)
     family = cls.from_directory(path)
     family.to(device, dtype)
     denoiser = family.teacher.eval().requires_grad_(False)

@@ -89,6 +89,15 @@ def tiny_ddpm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def own_code():
+    """As under --allow-code: a test may name its own classes "module:Class"."""
+    from stepdistill.registry import allowing_code
+
+    with allowing_code():
+        yield
+
+
+@pytest.fixture
 def accelerator_state():
     """Forget accelerate's process-wide state after the test: a precision is fixed once per process otherwise."""
     from accelerate.state import AcceleratorState, GradientState

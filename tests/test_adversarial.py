@@ -382,7 +382,7 @@ def test_the_discriminators_step_leaves_no_gradient_on_the_student():
 
 
 def add(**settings):
-    eye = {"eye": "stepdistill.families.toy:FourierEye"}
+    eye = {"eye": "fourier"}
     return world(make("add", eye | settings, (1, 2)))
 
 
@@ -405,7 +405,7 @@ def test_adds_student_loss_is_the_games_plus_the_teachers_opinion_of_the_renoise
 def test_adds_student_starts_from_what_it_is_sampled_from(schedule, rho):
     """Pure noise at the first of its times, wherever the part that says how it is sampled begins."""
     first = {"name": "dmd2", "first_rho": rho, "init_noise": "sigma"}
-    parts = [first, {"name": "add", "eye": "stepdistill.families.toy:FourierEye"}]
+    parts = [first, {"name": "add", "eye": "fourier"}]
     made, heard = world(make("compose", {"parts": parts, "sampling": "first"}, (1,)), schedule=schedule), []
     made.nets.modules["student"] = lambda x_t, t, cond: (
         heard.append((x_t, t)) or Prediction(x_t, "x0", x_t, t, made.nets.schedule)
@@ -419,7 +419,7 @@ def test_adds_student_starts_from_what_it_is_sampled_from(schedule, rho):
     torch.testing.assert_close(x_t, sigma * twin.randn(), rtol=1e-6, atol=1e-6)
 
 
-EYES = {"ladd": {"warmup": 0}, "add": {"eye": "stepdistill.families.toy:FourierEye"}, "reward": {}}
+EYES = {"ladd": {"warmup": 0}, "add": {"eye": "fourier"}, "reward": {}}
 
 
 @pytest.mark.parametrize(("name", "settings"), EYES.items(), ids=EYES)
@@ -537,7 +537,7 @@ def test_a_head_is_conditioned_by_projection():
 
 
 def test_the_clip_eye_shows_every_layer_of_the_image_tower():
-    from stepdistill.methods.add import ClipEye
+    from stepdistill.eyes import ClipEye
 
     eye = ClipEye()
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()

@@ -18,6 +18,7 @@ from stepdistill.families.toy import SCHEDULES, gaussian, gaussian_flow_map
 from stepdistill.methods.base import Batch, Networks
 from stepdistill.noise import SampleNoise
 from stepdistill.prediction import Prediction
+from stepdistill.rewards import RewardModel
 from stepdistill.sampling import first_input, walk
 from stepdistill.schedule import VP, Flow, expand
 from stepdistill.timesteps import teacher_grid, times_like
@@ -449,7 +450,7 @@ class Constant(nn.Module):
 # --------------------------------------------------------------------------------------------------- reward
 
 
-class Towards:
+class Towards(RewardModel):
     """-|x - (2, 0)|^2 of points, with its prompts kept."""
 
     def __init__(self, shape: str = "right"):

@@ -16,12 +16,16 @@ from torch import nn
 
 import training.checkpoint as checkpoint
 from stepdistill.errors import UserError
+from stepdistill.families.base import Family
+from stepdistill.methods.base import Method
 from training.checkpoint import RunDirectory, pack_state, unpack_state
 from training.loggers import JsonlLogger, Loggers
 from training.recipe import Recipe, recipe_from
 
+pytestmark = pytest.mark.usefixtures("own_code")
 
-class Anything:
+
+class Anything(Family, Method):
     @dataclass(frozen=True)
     class Config:
         scale: float = 1.0

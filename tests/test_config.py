@@ -12,7 +12,10 @@ import yaml
 
 from stepdistill.config import apply_overrides, build, coerce, dump, read_yaml
 from stepdistill.errors import UserError
-from stepdistill.registry import resolve
+from stepdistill.families import base as families
+from stepdistill.methods import METHODS
+from stepdistill.methods import base as methods
+from stepdistill.registry import Table, resolve
 from training.recipe import OptimConfig, differences, load_recipe, recipe_from
 
 
@@ -41,20 +44,23 @@ class Outer:
             raise ValueError(f"count must be 0 or more, got {self.count}.")
 
 
-class Method:
+pytestmark = pytest.mark.usefixtures("own_code")
+
+
+class Method(methods.Method):
     @dataclass(frozen=True)
     class Config:
         guidance_scale: float = 1.0
         every: int = 5
 
 
-class OtherMethod:
+class OtherMethod(methods.Method):
     @dataclass(frozen=True)
     class Config:
         alpha: float = 1.0
 
 
-class Family:
+class Family(families.Family):
     @dataclass(frozen=True)
     class Config:
         teacher: str = "assets/teacher"
@@ -192,7 +198,9 @@ def test_dump_reads_back() -> None:
 
 
 def test_resolve() -> None:
-    table = {"config": "stepdistill.config:_Loader", "gone": "stepdistill.no_such:X"}
+    table = Table(
+        "builtins:object", {"config": "stepdistill.config:_Loader", "gone": "stepdistill.no_such:X"}
+    )
     assert resolve("config", table, "thing").__name__ == "_Loader"
     assert resolve(f"{HERE}Method", table, "thing").__name__ == "Method"
     for name, message in [
@@ -213,7 +221,7 @@ def test_a_broken_import_inside_a_module_is_not_hidden(
     (tmp_path / "needs_more.py").write_text("import no_such_dependency\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
-        resolve("needs_more:X", {}, "method")
+        resolve("needs_more:X", METHODS, "method")
 
 
 def test_recipe(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from stepdistill import timesteps
 from stepdistill.denoiser import Denoiser
 from stepdistill.families.toy import SCHEDULES
 from stepdistill.methods.base import Batch, Method, Networks, Pairs
+from stepdistill.rewards import RewardModel
 from stepdistill.schedule import EDM, Schedule, expand
 
 COUNT = 16
@@ -49,7 +50,7 @@ class Matched(nn.Module):
         return self.inner(x_t / expand(self.schedule.alpha(t), x_t), rho, end)
 
 
-class Near:
+class Near(RewardModel):
     """A reward, -|x - 2|^2."""
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
@@ -58,7 +59,7 @@ class Near:
 
 LOGNORMAL = {"time_density": "lognormal", "time_mean": 0.0, "time_std": 0.7}
 HERE = {"reward": f"{__name__}:Near", "margin": 10.0}
-FOURIER = {"eye": "stepdistill.families.toy:FourierEye", "arguments": {"dims": 1}}
+FOURIER = {"eye": "fourier", "arguments": {"dims": 1}}
 CASES: dict[str, dict[str, Any]] = {
     "cd": {},
     "ect": {"double_every": 1},

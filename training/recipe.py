@@ -328,7 +328,7 @@ def _choice(section: Any, table: Mapping[str, str], what: str) -> Choice:
     if not isinstance(name, str):
         given = "is missing" if name is None else f"is {name!r}"
         raise UserError(f"{what}.name {given}; choose one of {', '.join(sorted(table))}.")
-    cls = resolve(name, table, what)
+    cls = resolve(name, table, what, where=f"{what}.name")
     if not hasattr(cls, "Config"):
         raise UserError(f"{what} {name!r}: the class {cls.__name__} has no Config dataclass.")
     return Choice(name, cls, build(cls.Config, values, what))

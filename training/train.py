@@ -47,22 +47,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="train nothing; export the weights of checkpoint STEP, or of the 'best' or 'latest' one",
     )
     from stepdistill.errors import cli_errors
+    from stepdistill.registry import add_allow_code, allowing_code
 
+    add_allow_code(parser)
     with cli_errors():
         given = parser.parse_intermixed_args(arguments)
         _quieten()
         from training.recipe import load_recipe
         from training.run import dry_run, export_checkpoint, run
 
-        recipe = load_recipe(given.recipe, given.overrides)
-        if recipe.family.name != "toy":
-            _quieten_diffusers()
-        if given.dry_run:
-            print(dry_run(recipe))
-        elif given.export:
-            print(export_checkpoint(recipe, given.export))
-        else:
-            run(recipe, fresh=given.fresh)
+        with allowing_code(given.allow_code):
+            recipe = load_recipe(given.recipe, given.overrides)
+            if recipe.family.name != "toy":
+                _quieten_diffusers()
+            if given.dry_run:
+                print(dry_run(recipe))
+            elif given.export:
+                print(export_checkpoint(recipe, given.export))
+            else:
+                run(recipe, fresh=given.fresh)
 
 
 def _quieten() -> None:

@@ -6,35 +6,39 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from stepdistill.errors import UserError
-from stepdistill.registry import resolve
+from stepdistill.registry import Table, resolve
 
 if TYPE_CHECKING:
     from evaluation.metrics.base import Metric
 
-METRICS = {
-    "fd": "evaluation.metrics.fd:FrechetDistance",
-    "fid": "evaluation.metrics.fd:FID",
-    "kid": "evaluation.metrics.kid:KernelDistance",
-    "prdc": "evaluation.metrics.prdc:PRDC",
-    "is": "evaluation.metrics.inception_score:InceptionScore",
-    "cmmd": "evaluation.metrics.cmmd:ClipMMD",
-    "patch-fd": "evaluation.metrics.patch_fd:PatchDistance",
-    "diversity": "evaluation.metrics.diversity:Diversity",
-    "paired": "evaluation.metrics.paired:Paired",
-    "clip": "evaluation.metrics.clip_score:ClipScore",
-    "attributes": "evaluation.metrics.attributes:Attributes",
-    "latency": "evaluation.metrics.latency:Latency",
-}
+METRICS = Table(
+    "evaluation.metrics.base:Metric",
+    {
+        "fd": "evaluation.metrics.fd:FrechetDistance",
+        "fid": "evaluation.metrics.fd:FID",
+        "kid": "evaluation.metrics.kid:KernelDistance",
+        "prdc": "evaluation.metrics.prdc:PRDC",
+        "is": "evaluation.metrics.inception_score:InceptionScore",
+        "cmmd": "evaluation.metrics.cmmd:ClipMMD",
+        "patch-fd": "evaluation.metrics.patch_fd:PatchDistance",
+        "diversity": "evaluation.metrics.diversity:Diversity",
+        "paired": "evaluation.metrics.paired:Paired",
+        "clip": "evaluation.metrics.clip_score:ClipScore",
+        "attributes": "evaluation.metrics.attributes:Attributes",
+        "latency": "evaluation.metrics.latency:Latency",
+    },
+)
 
 
 def get_metrics(names: Iterable[str], allowed: Iterable[str]) -> dict[str, Metric]:
-    """The metrics of these names, ready to compute. One's own is written my_package.my_file:MyMetric.
+    """The metrics of these names, ready to compute. One's own is written my_package.my_file:MyMetric, derives
+    from `Metric`, and is only imported where `allowing_code`.
 
     The name of a single value, "attributes/all", stands for the metric that has it.
 
     Raises:
-        UserError: there is no such metric, or it is one of ours and not among `allowed`, which the protocol
-            says.
+        UserError: there is no such metric, it is one of ours and not among `allowed`, which the protocol says,
+            or it is one's own without permission.
     """
     found, allowed = {}, tuple(allowed)
     for name in dict.fromkeys(name.partition("/")[0] for name in names):

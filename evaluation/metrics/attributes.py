@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from evaluation.metrics.base import Inputs
+from evaluation.metrics.base import Inputs, Metric
 from stepdistill import scenes
 from stepdistill.errors import UserError
 
 
-class Attributes:
+class Attributes(Metric):
     """`attributes/<name>`, in 0 .. 1, for each attribute of a scene and `all` together; higher is better."""
 
     needs = frozenset({"images", "captions"})

@@ -6,7 +6,7 @@ import functools
 import tempfile
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -83,8 +83,8 @@ class Inputs:
         return rows
 
 
-class Metric(Protocol):
-    """One file in this package and one line in METRICS.
+class Metric:
+    """What all metrics derive from. Each is one file in this package and one line in METRICS.
 
     A metric may also have `check(inputs, n)`: raise UserError for what it cannot be computed from, before the n
     samples are drawn. `inputs` then holds everything but images and what is made of them.
@@ -98,7 +98,7 @@ class Metric(Protocol):
         Raises:
             UserError: the inputs are not what this metric can be computed from.
         """
-        ...
+        raise NotImplementedError
 
 
 def check(metrics: Iterable[Metric], inputs: Inputs, n: int) -> None:

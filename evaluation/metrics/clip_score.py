@@ -20,7 +20,7 @@ from torch import Tensor
 
 from evaluation.extractors import clip_pixels, embedding, normalisation, padded, transformer
 from evaluation.images import rechunked
-from evaluation.metrics.base import Inputs
+from evaluation.metrics.base import Inputs, Metric
 from evaluation.weights import find
 from stepdistill import assets
 from stepdistill.errors import UserError
@@ -46,7 +46,7 @@ class _Clip:
     std: Tensor
 
 
-class ClipScore:
+class ClipScore(Metric):
     """`clip:<model>`, higher is better. Scores of two models don't compare, so the name says which it was.
 
     `directory`: a CLIPModel with its tokenizer and preprocessor_config.json; None is the one called `name`:

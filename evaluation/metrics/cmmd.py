@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from evaluation.metrics.base import Inputs
+from evaluation.metrics.base import Inputs, Metric
 from evaluation.metrics.mmd import Sums
 
 SIGMA = 10.0
 SCALE = 1000.0
 
 
-class ClipMMD:
+class ClipMMD(Metric):
     """`cmmd:<extractor>`, lower is better. The paper's extractor is clip-vit-l14-336.
 
     The value is the paper's V-statistic, which is biased upwards by the diagonal; `/unbiased` is the

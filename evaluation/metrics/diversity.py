@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from evaluation.metrics.base import Inputs
+from evaluation.metrics.base import Inputs, Metric
 from stepdistill.errors import UserError
 
 
-class Diversity:
+class Diversity(Metric):
     """`diversity:<extractor>`: mean feature distance of two images of a prompt, averaged over prompts; higher is
     more diverse.
 

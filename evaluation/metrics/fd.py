@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from evaluation.metrics.base import Inputs
+from evaluation.metrics.base import Inputs, Metric
 from stepdistill.errors import UserError
 
 
-class FrechetDistance:
+class FrechetDistance(Metric):
     """`fd:<extractor>`, lower is better. Needs at least two images.
 
     With it come its jackknife standard error and `fd:<extractor>/infinity`, the distance at infinitely many

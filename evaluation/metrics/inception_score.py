@@ -6,12 +6,12 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from evaluation.metrics.base import Inputs, blocks
+from evaluation.metrics.base import Inputs, Metric, blocks
 from evaluation.stats import FOLDS, fold_of
 from stepdistill.errors import UserError
 
 
-class InceptionScore:
+class InceptionScore(Metric):
     """`is:<extractor>`, higher is better: the mean over ten disjoint splits of the samples.
 
     Only with an extractor that has logits of one set of classes. `/se` is the standard error of that mean;

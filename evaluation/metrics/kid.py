@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from evaluation.metrics.base import Inputs
+from evaluation.metrics.base import Inputs, Metric
 from evaluation.metrics.mmd import Sums
 
 SUBSETS = 100
@@ -12,7 +12,7 @@ SUBSET_SIZE = 1000
 SEED = 2020  # torch-fidelity's, so that its subsets are drawn
 
 
-class KernelDistance:
+class KernelDistance(Metric):
     """`kid:<extractor>`, lower is better; it is unbiased, so values of different N compare, and may be negative.
 
     The value is the U-statistic over all pairs. `kid:<extractor>/subsets` is what most papers print: the mean

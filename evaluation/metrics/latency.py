@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from evaluation.metrics.base import Inputs
+from evaluation.metrics.base import Inputs, Metric
 from stepdistill.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Timed:
         return self.steps * self.sampler.calls(self.guidance)
 
 
-class Latency:
+class Latency(Metric):
     """`latency/...`: milliseconds per image, lower is better; `throughput` and `speedup` over a teacher, if
     given, higher is better."""
 

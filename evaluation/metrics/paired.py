@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from evaluation.metrics.base import Inputs, blocks, folded
+from evaluation.metrics.base import Inputs, Metric, blocks, folded
 from evaluation.metrics.cmmd import unit
 from evaluation.stats import frechet_paired_with_error
 from stepdistill.errors import UserError
 
 
-class Paired:
+class Paired(Metric):
     """Values named `paired:<extractor>/...`, all with standard errors over images.
 
     `/distance`: mean squared feature distance of a pair over that of two unrelated images of the teacher

@@ -11,12 +11,12 @@ from dataclasses import replace
 from torch import Tensor
 
 from evaluation.extractors import Extractor
-from evaluation.metrics.base import Inputs, folded
+from evaluation.metrics.base import Inputs, Metric, folded
 from evaluation.stats import FeatureStats, fold_distances
 from stepdistill.errors import UserError
 
 
-class PatchDistance:
+class PatchDistance(Metric):
     """`patch-fd:<extractor>`, lower is better, of the centre of every image, as large as the network's input."""
 
     needs = frozenset({"images", "extractor", "reference_images"})

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from evaluation.metrics.base import Inputs, blocks
+from evaluation.metrics.base import Inputs, Metric, blocks
 from stepdistill.errors import UserError
 
 K_PRECISION, K_DENSITY = 3, 5
@@ -18,7 +18,7 @@ _BLOCK = 1000
 _SPARE = 3  # neighbours looked at beyond the k-th, so that near ties can be put in order
 
 
-class PRDC:
+class PRDC(Metric):
     """`prdc:<extractor>/precision`, `/recall` (k = 3), `/density` and `/coverage` (k = 5); higher is better.
 
     Precision and density say whether samples look real, recall and coverage whether all that is real is

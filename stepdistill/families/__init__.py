@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-FAMILIES = {
-    "toy": "stepdistill.families.toy:Toy",
-    "sd": "stepdistill.families.sd:SD",
-    "pixel": "stepdistill.families.pixel:Pixel",
-}
+from stepdistill.registry import Table
+
+FAMILIES = Table(
+    "stepdistill.families.base:Family",
+    {
+        "toy": "stepdistill.families.toy:Toy",
+        "sd": "stepdistill.families.sd:SD",
+        "pixel": "stepdistill.families.pixel:Pixel",
+    },
+)

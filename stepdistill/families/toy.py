@@ -240,26 +240,6 @@ class ExactTeacher(Denoiser):
         return student
 
 
-class FourierEye:
-    """Fixed random Fourier features of points: what a frozen image network is to images (`add`).
-
-    Two layers of `width` cosines, of frequencies up to a coarse and a fine `scale`.
-    """
-
-    prompt_width = 0
-
-    def __init__(self, width: int = 128, scales: Sequence[float] = (1.0, 6.0), dims: int = 2):
-        generator = torch.Generator().manual_seed(0)
-        self.widths = (width,) * len(scales)
-        self.frequencies = [scale * torch.randn(dims, width, generator=generator) for scale in scales]
-        self.phases = 2 * math.pi * torch.rand(width, generator=generator)
-
-    def features(self, points: Tensor) -> list[Tensor]:
-        """(B, dims) -> (B, 1, width) per layer."""
-        waves = [(points @ each.to(points) + self.phases.to(points)).cos() for each in self.frequencies]
-        return [math.sqrt(2) * each[:, None] for each in waves]
-
-
 class Toy(Family):
     """Modes on a circle of radius sqrt(2), so that each coordinate has unit variance."""
 

@@ -10,11 +10,10 @@ The critic's eye is a frozen image network, which must be shown pixels; the teac
 
 The teacher judges a re-noised x_hat, so L_dist is a score distillation, not a regression to the data.
 
-The eye is pluggable (`eye`): a class that gives features of images as (B, places, C) per layer, their widths, and
-embeddings of prompts. The paper's DINOv2 ViT-S stands behind the same interface; embedded is the micro-CLIP's
-image tower (`assets/clip`), whose own text tower embeds the caption. Real images go through the same decoder as
-generated ones, lest the decoder's own traces tell them apart. Beside the paper: its critic is also told the image
-embedding of x0; here it is told the caption's alone.
+The eye is pluggable (`eye`, stepdistill/eyes.py). The paper's DINOv2 ViT-S stands behind the same interface;
+embedded is the micro-CLIP's image tower (`assets/clip`), whose own text tower embeds the caption. Real images go
+through the same decoder as generated ones, lest the decoder's own traces tell them apart. Beside the paper: its
+critic is also told the image embedding of x0; here it is told the caption's alone.
 
 Normal ranges: the discriminator's "accuracy" between 0.5 and 0.9; "distillation" falls; x0_std within half and twice
 teacher_x0_std, what the teacher makes of the re-noised samples.
@@ -30,33 +29,14 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill import timesteps
-from stepdistill.clip import Clip
 from stepdistill.denoiser import Denoiser, guided
 from stepdistill.discriminator import ACCURACY, Adversarial, Critic, Discriminator, discriminator_losses
+from stepdistill.eyes import EYES, Eye
 from stepdistill.losses import GAN_LOSSES, moments, mse
 from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase
 from stepdistill.registry import resolve
 from stepdistill.sampling import first_input
 from stepdistill.schedule import expand
-
-EYES = {"clip": "stepdistill.methods.add:ClipEye"}
-
-
-class ClipEye:
-    """Hidden states of a CLIP image tower after `layers` (counted from 1), and its caption embeddings."""
-
-    def __init__(self, directory: str = "", layers: Sequence[int] = ()):
-        self.clip = Clip(directory)
-        self.layers = tuple(layers) or tuple(range(1, self.clip.layers + 1))
-        self.widths, self.prompt_width = (self.clip.width,) * len(self.layers), self.clip.dim
-
-    def features(self, images: Tensor) -> list[Tensor]:
-        """images (B, 3, H, W) in [0, 1] -> (B, places, C) per layer, with gradient."""
-        return self.clip.to(images.device).hidden_states(images, self.layers)
-
-    def prompts(self, prompts: Sequence[str], device: torch.device) -> Tensor:
-        """(B, prompt_width)."""
-        return self.clip.to(device).embed_texts(prompts)
 
 
 class ADD(Method):
@@ -65,7 +45,7 @@ class ADD(Method):
 
     @dataclass
     class Config(Adversarial):
-        eye: str = "clip"  # a name in EYES, or my_module:MyEye
+        eye: str = "clip"  # a name in eyes.EYES, or with --allow-code my_module:MyEye
         arguments: dict[str, Any] = field(default_factory=dict)  # of that class
         r1_weight: float = 1e-5  # of |grad D|^2 at the features; the paper's gamma is twice that
         r1: Literal["exact", "finite"] = "exact"
@@ -77,11 +57,11 @@ class ADD(Method):
 
     def __init__(self, config: Any, steps: Sequence[int] = (1,)):
         super().__init__(config, steps)
-        self.cls = resolve(config.eye, EYES, "eye")
-        self._eye: Any = None
+        self.cls = resolve(config.eye, EYES, "eye", where="method.eye")
+        self._eye: Eye | None = None
 
     @property
-    def eye(self) -> Any:
+    def eye(self) -> Eye:
         if self._eye is None:
             self._eye = self.cls(**self.config.arguments)
         return self._eye

@@ -346,8 +346,8 @@ class Compose(Method):
         for number, part in enumerate(config.parts):
             section = dict(part)
             name, weight = section.pop("name", ""), float(section.pop("weight", 1.0))
-            cls = resolve(name, METHODS, "method")
             where = f"method.parts.{number}"
+            cls = resolve(name, METHODS, "method", where=f"{where}.name")
             scope = name.split(":")[-1]  # one's own class by its name alone
             if scope in (taken for taken, *_ in self.parts):
                 scope = f"{scope}{number}"

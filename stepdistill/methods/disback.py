@@ -52,7 +52,7 @@ class DisBack(Method):
             if getattr(config, name) < 1:
                 raise UserError(f"method.{name} must be at least 1, got {getattr(config, name)}.")
         section = dict(config.base)
-        cls = resolve(section.pop("name", ""), METHODS, "method")
+        cls = resolve(section.pop("name", ""), METHODS, "method", where="method.base.name")
         if not issubclass(cls, ScoreDistillation):
             raise UserError(
                 f"method.base must be a method with a fake score, such as dmd2 or sid, not {cls.__name__}."

@@ -38,7 +38,7 @@ from stepdistill.rewards import REWARDS, RewardModel, scores
 class Reward(Method):
     @dataclass
     class Config:
-        reward: str = "clip"  # a name in rewards.REWARDS, or my_module:MyReward
+        reward: str = "clip"  # a name in rewards.REWARDS, or with --allow-code my_module:MyReward
         arguments: dict[str, Any] = field(default_factory=dict)  # of that class
         margin: float = 1.0  # no gradient where the score has reached it
         late: float = 0.5  # steps before this fraction of a rollout are not rewarded
@@ -53,7 +53,7 @@ class Reward(Method):
         if not 0 <= config.late < 1:
             raise UserError(f"method.late must be at least 0 and below 1, got {config.late:g}.")
         self.rule = config.rule
-        self.cls = resolve(config.reward, REWARDS, "reward")
+        self.cls = resolve(config.reward, REWARDS, "reward", where="method.reward")
         self._model: RewardModel | None = None
 
     @property

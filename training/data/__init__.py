@@ -5,14 +5,18 @@ examples that never change. Which of them make up batch number k is a pure funct
 A new source is one file and one line in `DATA`.
 """
 
+from stepdistill.registry import Table
 from training.data.base import Source, order
 
-DATA: dict[str, str] = {
-    "scenes": "training.data.scenes:Scenes",
-    "folder": "training.data.folder:Folder",
-    "parquet": "training.data.parquet:Parquet",
-    "prompts": "training.data.prompts:Prompts",
-    "toy": "training.data.toy:Toy",
-}
+DATA = Table(
+    "training.data.base:Source",
+    {
+        "scenes": "training.data.scenes:Scenes",
+        "folder": "training.data.folder:Folder",
+        "parquet": "training.data.parquet:Parquet",
+        "prompts": "training.data.prompts:Prompts",
+        "toy": "training.data.toy:Toy",
+    },
+)
 
 __all__ = ["DATA", "Source", "order"]

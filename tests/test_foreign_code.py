@@ -1,0 +1,223 @@
+"""No file makes code run: what a recipe, a card, a pipeline directory or a protocol names is looked up, not
+imported.
+
+Each canary would leave a file behind if it ran; the test is that there is none, and one sentence instead.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import stepdistill
+from evaluation.metrics import METRICS
+from stepdistill.errors import UserError
+from stepdistill.eyes import EYES
+from stepdistill.families import FAMILIES
+from stepdistill.methods import METHODS
+from stepdistill.registry import allowing_code, resolve
+from stepdistill.rewards import REWARDS
+from training.data import DATA
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLES = {
+    "family": FAMILIES,
+    "method": METHODS,
+    "data": DATA,
+    "metric": METRICS,
+    "eye": EYES,
+    "reward": REWARDS,
+}
+CANARY = """\
+from pathlib import Path
+Path({trace!r}).touch()
+class X:
+    def __init__(self, *args, **kwargs):
+        Path({made!r}).touch()
+"""
+
+
+@pytest.fixture
+def canary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A module `canary` that can be imported; what it leaves behind when it runs."""
+    trace, made = tmp_path / "ran", tmp_path / "made"
+    (tmp_path / "canary.py").write_text(CANARY.format(trace=str(trace), made=str(made)))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "canary", raising=False)
+    yield trace
+    sys.modules.pop("canary", None)
+
+
+def refusal(call: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+    with pytest.raises(UserError) as error:
+        call(*args, **kwargs)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def toy(out: Path, **sections: Any) -> dict[str, Any]:
+    base = {"family": "toy", "method": "dmd2", "data": "toy", "run": {"steps": 1, "out": str(out)}}
+    return base | sections
+
+
+# -------------------------------------------------------------------------------------------- registered names
+
+
+@pytest.mark.parametrize("what", TABLES)
+def test_nothing_outside_a_table_is_imported_unless_allowed(canary: Path, what: str) -> None:
+    said = refusal(resolve, "canary:X", TABLES[what], what, where=f"the {what}")
+    assert f"the {what} 'canary:X' would import the module canary and run its class X" in said
+    assert "--allow-code" in said and not canary.exists()
+    with allowing_code():
+        said = refusal(resolve, "canary:X", TABLES[what], what, registered_only=True)
+    assert "would import the module canary" in said and "--allow-code" not in said and not canary.exists()
+
+
+@pytest.mark.parametrize("what", TABLES)
+def test_what_is_allowed_is_still_of_its_kind(what: str) -> None:
+    """Every registered class is, and a class of another kind is never made."""
+    for name in TABLES[what]:
+        resolve(name, TABLES[what], what)
+    with allowing_code():
+        said = refusal(resolve, "subprocess:Popen", TABLES[what], what)
+        assert f"Popen is no {what}" in said and "derive it from" in said
+        for kind, table in TABLES.items():
+            if kind != what:
+                refusal(resolve, next(iter(table.values())), TABLES[what], what)
+
+
+def test_permission_ends_with_its_block(canary: Path) -> None:
+    with pytest.raises(RuntimeError), allowing_code():
+        raise RuntimeError
+    refusal(resolve, "canary:X", EYES, "eye")
+    with allowing_code(), allowing_code(False):
+        refusal(resolve, "canary:X", EYES, "eye")
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["", ":", "a:", ":B", ".a:B", "a b:C", "a:B.c", "../x:Y", "a\n:B", None, 3, ["a:B"], {}]
+)
+def test_what_is_no_name_is_said_to_be_unknown(name: Any) -> None:
+    with allowing_code():
+        assert f"unknown eye {name!r}" in refusal(resolve, name, EYES, "eye")
+
+
+NAMED = {
+    "family.name": {"family": "canary:X"},
+    "method.name": {"method": "canary:X"},
+    "data.name": {"data": "canary:X"},
+    "method.eye": {"method": {"name": "add", "eye": "canary:X"}},
+    "method.reward": {"method": {"name": "reward", "reward": "canary:X"}},
+    "method.base.name": {"method": {"name": "disback", "base": {"name": "canary:X"}}},
+    "method.parts.1.name": {"method": {"name": "compose", "parts": [{"name": "sim"}, {"name": "canary:X"}]}},
+    "stages.0": {"stages": [{"method": "canary:X", "run": {"steps": 1}}]},
+}
+
+
+@pytest.mark.parametrize("field", NAMED)
+def test_a_recipe_runs_no_code(canary: Path, tmp_path: Path, capsys: Any, field: str) -> None:
+    from training.train import main
+
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(toy(tmp_path / "run", **NAMED[field])))
+    for options in (["--dry-run"], [], ["--export", "latest"]):
+        with pytest.raises(SystemExit) as ended:
+            main([str(path), *options])
+        said = capsys.readouterr().err
+        assert ended.value.code == 2 and said.count("\n") == 1
+        if options != ["--export", "latest"]:
+            assert f"{field}" in said and "would import the module canary and run its class X" in said
+    assert not canary.exists() and not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_process_that_a_recipe_names_is_never_started(tmp_path: Path, capsys: Any) -> None:
+    """With --allow-code neither: Popen is no eye."""
+    from training.train import main
+
+    trace = tmp_path / "ran"
+    method = {"name": "add", "eye": "subprocess:Popen", "arguments": {"args": ["touch", str(trace)]}}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(toy(tmp_path / "run", method=method)))
+    for options, says in (([], "--allow-code"), (["--allow-code"], "Popen is no eye; derive it from")):
+        with pytest.raises(SystemExit) as ended:
+            main([str(path), "--dry-run", *options])
+        assert ended.value.code == 2 and says in capsys.readouterr().err
+    assert not trace.exists()
+
+
+def test_the_command_line_allows_a_class_of_ones_own(tmp_path: Path) -> None:
+    """From another directory, as a person would; and going on with the run needs the permission again."""
+    (tmp_path / "own.py").write_text(
+        "from stepdistill.methods.pretrain import Pretrain\nclass Mine(Pretrain):\n    pass\n"
+    )
+    method = {"name": "own:Mine"}
+    (tmp_path / "recipe.yaml").write_text(
+        yaml.safe_dump(toy(tmp_path / "run", method=method) | {"family": {"name": "toy", "fit_steps": 1}})
+    )
+
+    def train(*options: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "training.train", *options]
+        env = os.environ | {"PYTHONPATH": str(ROOT)}
+        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+
+    done = train("recipe.yaml", "--allow-code")
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["method"]["name"] == "own:Mine"
+    done = train("run/recipe.yaml")
+    assert done.returncode == 2 and "would import the module own and run its class Mine" in done.stderr
+    done = train("run/recipe.yaml", "--allow-code")
+    assert done.returncode == 0 and "finished" in done.stderr, done.stderr
+
+
+# -------------------------------------------------------------------------------------------------------- cards
+
+
+def student(tmp_path: Path, source: Path, card: Any) -> Path:
+    path = tmp_path / "downloaded"
+    shutil.copytree(source, path)
+    (path / "stepdistill.json").write_text(json.dumps(card))
+    return path
+
+
+@pytest.mark.parametrize("family", ["canary:X", "downloaded.payload:X", "subprocess:Popen"])
+def test_a_card_runs_no_code(canary: Path, tmp_path: Path, tiny_sd: Path, family: str) -> None:
+    """Not even where code is allowed: the permission is for what a person named."""
+    path = student(tmp_path, tiny_sd, {"family": family})
+    trace = tmp_path / "payload ran"
+    (path / "payload.py").write_text(CANARY.format(trace=str(trace), made=str(trace)))
+    said = refusal(stepdistill.load, path)
+    assert "stepdistill.json: family" in said and "would import the module" in said
+    with allowing_code():
+        refusal(stepdistill.load, path)
+    assert not canary.exists() and not trace.exists()
+
+
+@pytest.mark.parametrize("family", [3, ["sd"], {"name": "sd"}, "sd.py"])
+def test_a_card_with_no_family_name_is_refused(tmp_path: Path, tiny_sd: Path, family: Any) -> None:
+    assert "unknown family" in refusal(stepdistill.load, student(tmp_path, tiny_sd, {"family": family}))
+
+
+# --------------------------------------------------------------------------------------------------- evaluation
+
+
+def test_a_metric_of_ones_own_needs_permission(canary: Path, tmp_path: Path, capsys: Any) -> None:
+    from evaluation.__main__ import main
+
+    command = ["images", str(tmp_path), "--ref", str(tmp_path), "--metrics", "canary:X"]
+    run = ["run", "--pipeline", str(tmp_path), "--out", str(tmp_path / "out"), "--metrics", "canary:X"]
+    for arguments in (command, run):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 2
+        capsys.readouterr()
+    assert not canary.exists()
