@@ -41,6 +41,7 @@ from stepdistill.methods import METHODS
 from stepdistill.methods.assemble import assemble, trained_by
 from stepdistill.methods.base import Batch, Method, Phase
 from stepdistill.noise import SampleNoise
+from stepdistill.provenance import git_commit
 from stepdistill.registry import resolve
 
 TABLE = Path(__file__).with_suffix(".json")
@@ -206,7 +207,7 @@ def about() -> dict[str, Any]:
     return {
         "torch": torch.__version__,
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, 1 thread",
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        "commit": git_commit(),
     }
 
 

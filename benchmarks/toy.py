@@ -43,6 +43,7 @@ from stepdistill.families.toy import SCHEDULES, Toy
 from stepdistill.methods.base import Method
 from stepdistill.noise import SampleNoise
 from stepdistill.prediction import Prediction
+from stepdistill.provenance import git_commit
 from stepdistill.sampling import first_input
 from stepdistill.schedule import as_edm
 from stepdistill.solvers import heun
@@ -124,7 +125,7 @@ def about(recipe: Recipe, guidance: float | None) -> dict[str, Any]:
         "schedule": recipe.family.config.schedule,
         "guidance": guidance or 1.0,
         "seed": recipe.run.seed,
-        "commit": commit(),
+        "commit": git_commit(),
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, 1 thread",
     }
 
@@ -188,11 +189,6 @@ def bare(file: str) -> str:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
             node.body[0] = ast.Pass()
     return ast.unparse(tree)
-
-
-def commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip()
 
 
 def table() -> dict[str, Any]:

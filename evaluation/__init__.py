@@ -21,18 +21,23 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from evaluation.extractors import Extractor
-    from evaluation.protocols import Protocol
-    from evaluation.stats import FeatureStats, frechet_distance
+    from evaluation.frechet import frechet_distance
+    from evaluation.protocol import Protocol
+    from evaluation.stats import FeatureStats
 
 __all__ = ["FeatureStats", "evaluate", "frechet_distance", "run"]
 
 
 def __getattr__(name: str) -> Any:
     """What needs NumPy and torch is imported when it is first asked for, so that `--help` is quick."""
-    if name in ("FeatureStats", "frechet_distance"):
-        from evaluation import stats
+    if name == "FeatureStats":
+        from evaluation.stats import FeatureStats
 
-        return getattr(stats, name)
+        return FeatureStats
+    if name == "frechet_distance":
+        from evaluation.frechet import frechet_distance
+
+        return frechet_distance
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -84,14 +89,9 @@ def evaluate(
     from evaluation.metrics import get_metrics
     from evaluation.metrics.base import Inputs, check
     from evaluation.metrics.clip_score import ClipScore
-    from evaluation.protocols import (
-        NamedReference,
-        checked_n,
-        get_protocol,
-        measurable,
-        real_images,
-    )
+    from evaluation.protocol import checked_n, get_protocol, measurable, real_images
     from evaluation.reference import reference_stats
+    from evaluation.references import NamedReference
     from evaluation.stats import FeatureStats
     from stepdistill.errors import UserError
 

@@ -17,8 +17,8 @@ from typing import Any
 import yaml
 
 from evaluation import report
-from evaluation.protocols import PROTOCOLS
-from evaluation.stats import FoldDistances
+from evaluation.folds import FoldDistances
+from evaluation.protocol import PROTOCOLS
 from stepdistill.errors import UserError
 
 PUBLISHED = Path(__file__).resolve().parent / "published.yaml"

@@ -15,8 +15,9 @@ import torch
 from evaluation.extractors import load_extractor
 from evaluation.images import open_images
 from evaluation.metrics.clip_score import VARIANTS
-from evaluation.protocols import PROTOCOLS, NamedReference, Protocol, get_protocol
+from evaluation.protocol import PROTOCOLS, Protocol, get_protocol
 from evaluation.reference import cache_directory
+from evaluation.references import NamedReference
 from evaluation.weights import find
 from stepdistill.errors import UserError
 

@@ -6,7 +6,6 @@ statistics file.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +22,7 @@ from evaluation.images import as_images, rechunked
 from evaluation.stats import Source
 from stepdistill import assets
 from stepdistill.errors import UserError, nearest
+from stepdistill.provenance import sha256_of_files
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _feature_net(path: Path, device: str) -> Extractor:
     return Extractor(
         network.name,
         network.dim,
-        _sha256([path / "config.json", path / "model.safetensors"]),
+        sha256_of_files([path / "config.json", path / "model.safetensors"]),
         lambda images: network(images.to(device)),
         chunk=25,  # its activations then stay in a core's cache
         resize=f"bilinear, antialiased, to {network.resolution}",
@@ -148,7 +148,7 @@ def _clip(name: str, device: str, weights: str | os.PathLike[str] | None) -> Ext
     return Extractor(
         name,
         network.config.projection_dim,
-        _sha256([path / "config.json", *_weight_files(path)]),
+        sha256_of_files([path / "config.json", *_weight_files(path)]),
         embed,
         resize=f"Pillow bicubic, short side to {side}, centre crop",
         side=side,
@@ -176,7 +176,7 @@ def _dino(name: str, device: str, weights: str | os.PathLike[str] | None) -> Ext
     return Extractor(
         name,
         network.config.hidden_size,
-        _sha256([path / "config.json", *_weight_files(path)]),
+        sha256_of_files([path / "config.json", *_weight_files(path)]),
         embed,
         resize=f"torch bicubic, antialiased, to {side}",
         side=side,
@@ -291,15 +291,6 @@ def _weight_files(path: Path) -> list[Path]:
     from evaluation.weights import model_files
 
     return model_files(path)
-
-
-def _sha256(files: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in files:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def padded(network: Callable[[Tensor], Tensor], images: Tensor, size: int) -> Tensor:

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from evaluation.captions import read_captions
+from evaluation.decoding import Resize, patch_window
 from evaluation.extractors import Extractor, load_extractor
-from evaluation.images import IO_BATCH, Facts, Images, Resize, open_images, patch_window
+from evaluation.images import IO_BATCH, Facts, Images, open_images
 from evaluation.metrics import METRICS, get_metrics
 from evaluation.metrics.base import Inputs, check
 from evaluation.metrics.clip_score import ClipScore
-from evaluation.protocols import Protocol, get_protocol, read_captions
+from evaluation.protocol import Protocol, get_protocol
 from evaluation.stats import FeatureStats
 from stepdistill.errors import UserError
 

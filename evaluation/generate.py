@@ -19,9 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from evaluation.images import Images, MemoryImages, as_images, rechunked, sha256_of_files
+from evaluation.images import Images, MemoryImages, as_images, rechunked
 from evaluation.processes import Processes
 from stepdistill.errors import UserError, atomic_write
+from stepdistill.provenance import sha256_of_files
 
 if TYPE_CHECKING:
     from stepdistill.sampling import ImageSampler

@@ -16,8 +16,8 @@ from typing import Any
 
 from PIL import Image
 
+from evaluation.captions import CaptionFile
 from evaluation.images import Images
-from evaluation.protocols import CaptionFile
 from stepdistill.errors import UserError, atomic_write
 
 

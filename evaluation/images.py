@@ -1,8 +1,7 @@
 """Sets of images, always as uint8 (N, 3, H, W) batches: in memory, in a folder, or in Parquet files.
 
-A set has one size of image, its own or that of a `Resize`. Files are taken in the order of their names. What
-is lossless to turn into RGB is turned (greyscale, palette, an opaque alpha channel); everything else is refused
-by name, because a silent repair would change the number that is measured.
+A set has one size of image, its own or that of a `Resize`. Files are taken in the order of their names.
+What `evaluation.decoding` cannot turn into RGB without loss is refused by name.
 
 Files are decoded ahead in threads while the caller works on earlier ones, a bounded number of batches at a
 time, so memory does not grow with the set.
@@ -11,73 +10,26 @@ time, so memory does not grow with the set.
 from __future__ import annotations
 
 import functools
-import hashlib
-import io
 import os
 from array import array
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
+from evaluation.decoding import AS_STORED, Decoded, Resize, ahead, decode, pixel_hash
 from evaluation.stats import refuse_pickle
 from stepdistill.errors import UserError
+from stepdistill.provenance import sha256_of_files
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-FILTERS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")  # Pillow's names, antialiased
-IO_BATCH = 16  # images decoded by one job; nothing depends on it
-_JOBS = 4  # under way or waiting to be taken, at most
-
-
-@dataclass(frozen=True)
-class Resize:
-    """What is done to every image of a set before anything is measured, in uint8 throughout.
-
-    crop: "none", "centre": the largest square in the middle, or "window": the `size` pixels in the middle,
-    after which nothing is left to resize. size: side of the square result; 0 leaves images as they are.
-    filter: one of Pillow's, which all antialias.
-    """
-
-    crop: str = "none"
-    size: int = 0
-    filter: str = "lanczos"
-
-    def __post_init__(self) -> None:
-        if self.crop not in ("none", "centre", "window") or self.filter not in FILTERS or self.size < 0:
-            raise UserError(
-                f"resize needs a crop of none or centre, a size of 0 or more and a filter among "
-                f"{', '.join(FILTERS)}; got {self.crop!r}, {self.size} and {self.filter!r}."
-            )
-
-    def __bool__(self) -> bool:
-        return self.crop != "none" or self.size > 0
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        """Crop, then resize."""
-        if self.crop != "none":
-            side = min(image.size) if self.crop == "centre" else self.size
-            if side > min(image.size):
-                raise UserError(
-                    f"a window of {side}x{side} is larger than an image of {image.width}x{image.height}."
-                )
-            left, top = (image.width - side) // 2, (image.height - side) // 2
-            image = image.crop((left, top, left + side, top + side))
-        if self.size and image.size != (self.size, self.size):
-            image = image.resize((self.size, self.size), Image.Resampling[self.filter.upper()])
-        return image
-
-
-def patch_window(side: int) -> Resize:
-    """What brings images of any sizes to one around a centre patch of this side, which stays the centre."""
-    return Resize("window", side + 2)
+# Images decoded by one job; nothing depends on it.
+IO_BATCH = 16
 
 
 @dataclass
@@ -163,7 +115,7 @@ class Watched(Images):
         for batch in self.images:
             facts.n += len(batch)
             facts.size = (batch.shape[-1], batch.shape[-2])
-            facts.hashes.extend(_hash(image.contiguous().numpy()) for image in batch)
+            facts.hashes.extend(pixel_hash(image.contiguous().numpy()) for image in batch)
             yield batch
         self.facts = facts
 
@@ -177,7 +129,7 @@ class _Files(Images):
 
     def __iter__(self) -> Iterator[Tensor]:
         facts, first = Facts(), None
-        for job in _ahead(self._encoded(), self._decoded, self.io_batch):
+        for job in ahead(self._encoded(), self._decoded, self.io_batch):
             for found in job:
                 first = first or found
                 if found.pixels.shape != first.pixels.shape:
@@ -208,22 +160,8 @@ class _Files(Images):
         """For every image, what reads its bytes, and its name."""
         raise NotImplementedError
 
-    def _decoded(self, job: list[tuple[Callable[[], bytes], str]]) -> list[_Decoded]:
-        found = []
-        for read, name in job:
-            image, form, grey = _opened(read(), name)
-            pixels = np.asarray(self.resize(image))
-            found.append(_Decoded(name, pixels, form == "JPEG", grey, _hash(pixels)))
-        return found
-
-
-@dataclass(frozen=True)
-class _Decoded:
-    name: str
-    pixels: np.ndarray  # uint8 (H, W, 3)
-    lossy: bool
-    grey: bool
-    hash: int
+    def _decoded(self, job: list[tuple[Callable[[], bytes], str]]) -> list[Decoded]:
+        return [decode(read(), name, self.resize) for read, name in job]
 
 
 class FolderImages(_Files):
@@ -235,7 +173,7 @@ class FolderImages(_Files):
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], resize: Resize = Resize(), io_batch: int = IO_BATCH
+        self, path: str | os.PathLike[str], resize: Resize = AS_STORED, io_batch: int = IO_BATCH
     ) -> None:
         self.path, self.resize, self.io_batch = Path(path), resize, io_batch
         self.files = sorted(f for f in self.path.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
@@ -264,7 +202,7 @@ class ParquetImages(_Files):
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], resize: Resize = Resize(), io_batch: int = IO_BATCH
+        self, path: str | os.PathLike[str], resize: Resize = AS_STORED, io_batch: int = IO_BATCH
     ) -> None:
         import pyarrow.parquet as pq
 
@@ -307,7 +245,7 @@ class ParquetImages(_Files):
 
 
 def open_images(
-    path: str | os.PathLike[str], resize: Resize = Resize(), io_batch: int = IO_BATCH
+    path: str | os.PathLike[str], resize: Resize = AS_STORED, io_batch: int = IO_BATCH
 ) -> FolderImages | ParquetImages:
     """The set at `path`: a folder of images, a folder of Parquet files, or one Parquet file.
 
@@ -327,63 +265,6 @@ def open_images(
         refuse_pickle(path)
         raise UserError(f"{path} is neither a folder of images nor a .parquet file.")
     raise UserError(f"there is nothing at {path}; give a folder of images or a .parquet file.")
-
-
-def decode(content: bytes, name: str) -> np.ndarray:
-    """One encoded image as uint8 (H, W, 3); `name` is what messages call it.
-
-    Raises:
-        UserError: it is damaged, far too large, or not 8-bit greyscale, palette, RGB or opaque RGBA.
-    """
-    return np.asarray(_opened(content, name)[0])
-
-
-def _opened(content: bytes, name: str) -> tuple[Image.Image, str, bool]:
-    """The image as RGB, the format it was stored in, and whether that was without colour."""
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # where Pillow would only warn
-                raise Image.DecompressionBombError
-            if any(";16B" in str(tile) for tile in image.tile):  # of which Pillow would drop the lower half
-                raise UserError(f"{name} has 16 bits a channel; save it as 8-bit RGB.")
-            form = str(image.format)
-            image.load()
-            grey = image.mode in ("L", "LA", "1")
-            if image.mode in ("P", "PA") and ("transparency" in image.info or image.mode == "PA"):
-                image = image.convert("RGBA")
-            if image.mode in ("RGBA", "LA") and image.getchannel("A").getextrema()[0] < 255:
-                raise UserError(f"{name} has transparent pixels; put it on a background and save it as RGB.")
-            if image.mode not in ("RGB", "RGBA", "L", "LA", "P", "1"):
-                raise UserError(f"{name} has the pixel format {image.mode}; save it as 8-bit RGB.")
-            return image.convert("RGB"), form, grey
-    except Image.DecompressionBombError:
-        reason = f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels, as a decompression bomb has"
-    except UnidentifiedImageError:
-        reason = "its format is none that is known"
-    except (OSError, SyntaxError, ValueError) as error:
-        reason = str(error)
-    raise UserError(f"{name} cannot be read as an image ({reason}); remove it or copy it again.")
-
-
-def _ahead(
-    items: Iterable[Any], work: Callable[[list[Any]], Any], size: int, workers: int | None = None
-) -> Iterator[Any]:
-    """work(items in groups of `size`), in order, some groups ahead in threads. Pillow decodes without the
-    interpreter's lock, so they run beside the caller's networks.
-    """
-    items = iter(items)
-    waiting: deque[Any] = deque()
-    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
-        try:
-            while True:
-                while len(waiting) < _JOBS and (group := list(islice(items, size))):
-                    waiting.append(pool.submit(work, group))
-                if not waiting:
-                    return
-                yield waiting.popleft().result()
-        finally:
-            for job in waiting:
-                job.cancel()
 
 
 def _bytes(file: Path) -> bytes:
@@ -444,22 +325,5 @@ class _First(Images):
                 return
 
 
-def _hash(pixels: np.ndarray) -> int:
-    """64 bits of the pixels."""
-    return int.from_bytes(hashlib.blake2b(np.ascontiguousarray(pixels), digest_size=8).digest(), "little")
-
-
 def _to_tensor(batch: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2).contiguous()
-
-
-def sha256_of_files(files: Iterable[Path], root: Path) -> str:
-    """Of the names relative to `root` and the contents, in the order given."""
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.relative_to(root).as_posix().encode() + b"\0")
-        with open(file, "rb") as opened:
-            while block := opened.read(1 << 20):
-                digest.update(block)
-        digest.update(file.stat().st_size.to_bytes(8, "little"))
-    return digest.hexdigest()

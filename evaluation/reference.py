@@ -8,7 +8,8 @@ from pathlib import Path
 
 from evaluation.extractors import Extractor
 from evaluation.processes import Processes
-from evaluation.protocols import NamedReference, Protocol
+from evaluation.protocol import Protocol
+from evaluation.references import NamedReference
 from evaluation.stats import FeatureStats
 from stepdistill import assets
 from stepdistill.errors import UserError

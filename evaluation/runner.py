@@ -11,7 +11,6 @@ import os
 import platform
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -24,28 +23,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from evaluation import report
+from evaluation.decoding import patch_window
 from evaluation.extractors import load_extractor
 from evaluation.folders import ROWS_NEEDED
+from evaluation.folds import frechet_ratio_with_error
 from evaluation.generate import Configuration, Shards, draw_with, generate, pipeline_sha256
-from evaluation.images import Facts, Images, ResizedImages, Watched, open_images, patch_window
+from evaluation.images import Facts, Images, ResizedImages, Watched, open_images
 from evaluation.metrics import get_metrics
 from evaluation.metrics.base import Inputs, check
 from evaluation.metrics.clip_score import ClipScore
 from evaluation.metrics.latency import BATCH, IMAGES, Timed, measure, speedups
 from evaluation.processes import Processes
-from evaluation.protocols import (
-    FileReference,
-    NamedReference,
-    Protocol,
-    checked_n,
-    get_protocol,
-    measurable,
-    real_images,
-)
+from evaluation.protocol import Protocol, checked_n, get_protocol, measurable, real_images
 from evaluation.reference import reference_stats
-from evaluation.stats import frechet_ratio_with_error
+from evaluation.references import FileReference, NamedReference
 from evaluation.weights import find_pipeline, pipeline_name
 from stepdistill.errors import UserError
+from stepdistill.provenance import git_commit
 
 if TYPE_CHECKING:
     from stepdistill.sampling import ImageSampler
@@ -503,25 +497,6 @@ def command() -> str:
         else str(program)
     )
     return " ".join([typed, *map(shlex.quote, sys.argv[1:])])
-
-
-def git_commit() -> str | None:
-    """The commit this code is at, with "+" when the tree was changed; None outside a repository."""
-    here = Path(__file__).resolve().parent
-    try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
-        ).stdout
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit.strip() + ("+" if changed.strip() else "")
 
 
 def _names(paths: Sequence[Path]) -> dict[Path, str]:

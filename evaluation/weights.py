@@ -24,6 +24,7 @@ from torch import Tensor
 
 from stepdistill import assets
 from stepdistill.errors import UserError, atomic_write, cli_errors, nearest
+from stepdistill.provenance import sha256_of_files
 
 ENVIRONMENT = "STEPDISTILL_WEIGHTS"
 _SOURCE = "source_sha256"  # in the metadata of a converted file: of the file it was converted from
@@ -181,11 +182,7 @@ def content_sha256(state: dict[str, Tensor]) -> str:
 @functools.lru_cache(maxsize=32)
 def file_sha256(path: Path) -> str:
     """Of a file, read once per process."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return sha256_of_files([path])
 
 
 def convert(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Path:

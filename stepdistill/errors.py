@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -72,3 +73,17 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(holder / path.name, path)
     finally:
         shutil.rmtree(holder, ignore_errors=True)
+
+
+def quieten_libraries() -> None:
+    """Keep the loading bars, notices and upgrade advice of diffusers, transformers and Pillow off the console."""
+    from diffusers.utils import logging as diffusers_logging
+    from PIL import Image
+    from transformers.utils import logging as transformers_logging
+
+    warnings.simplefilter("ignore", FutureWarning)
+    # Such an image is refused by name.
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    for logging in (diffusers_logging, transformers_logging):
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()

@@ -9,7 +9,6 @@ is in `stepdistill.json` and in the README.md beside them.
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from stepdistill.denoiser import Denoiser, unwrap
 from stepdistill.errors import atomic_write
 from stepdistill.families.base import Family
 from stepdistill.methods.base import Method
+from stepdistill.provenance import git_commit
 from stepdistill.sampling import CARD
 from stepdistill.schedule import VP
 
@@ -44,7 +44,7 @@ def card_of(family: Family, method: Method, recipe: dict[str, Any], **facts: Any
         "guidance_scale": method.guidance_scale,
         "teacher": recipe["family"].get("teacher", ""),
         "recipe": recipe,
-        "commit": commit(),
+        "commit": git_commit(short=True) or "unknown",
     }
     if kind == "student":
         times = {str(n): method.grid(family.schedule, n) for n in method.steps}
@@ -146,18 +146,3 @@ def _own_call(family: Family, card: dict[str, Any]) -> list[str]:
         'sampler = stepdistill.load("PATH_TO_THIS_DIRECTORY")',
         f"image = sampler([{prompt}], seeds=[0], steps={min(card['steps'])})[0]  # uint8 (3, H, W)",
     ]
-
-
-def commit() -> str:
-    """The commit this package runs at, "+" when its files differ from it; "unknown" outside a checkout."""
-    here = Path(__file__).resolve().parent
-    try:
-        head = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=True
-        )
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")

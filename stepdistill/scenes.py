@@ -33,6 +33,8 @@ COLOURS = {
 }
 SIZES = ("small", "large")
 RELATIONS = ("above", "below", "left of", "right of")
+# The data set evaluation draws its prompts and references from; training must never see it.
+HELD_OUT_SEED = 1_000_003
 ATTRIBUTES = ("count", "colours", "shapes", "sizes", "relation", "background")
 
 SINGLE = 0.25  # share of scenes with one object

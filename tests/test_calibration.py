@@ -13,12 +13,13 @@ from PIL import Image
 from torch import Tensor
 
 from evaluation.extractors import Extractor, load_extractor
+from evaluation.frechet import frechet_distance
 from evaluation.images import MemoryImages
 from evaluation.metrics.base import Inputs
 from evaluation.metrics.clip_score import ClipScore
 from evaluation.metrics.paired import Paired
 from evaluation.metrics.prdc import prdc
-from evaluation.stats import FeatureStats, frechet_distance
+from evaluation.stats import FeatureStats
 from stepdistill import scenes
 from stepdistill.assets import ROOT
 from stepdistill.errors import UserError

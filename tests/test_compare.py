@@ -15,8 +15,10 @@ from PIL import Image
 
 from evaluation import compare, doctor, geneval
 from evaluation.__main__ import main
+from evaluation.captions import CaptionFile
 from evaluation.images import MemoryImages
-from evaluation.protocols import PROTOCOLS, CaptionFile, NamedReference
+from evaluation.protocol import PROTOCOLS
+from evaluation.references import NamedReference
 from stepdistill.errors import UserError
 
 COCO = PROTOCOLS["coco14-30k"]

@@ -16,13 +16,15 @@ from PIL import Image
 from torch import Tensor
 
 import stepdistill
-from evaluation import protocols
+from evaluation import protocol as protocols
 from evaluation.__main__ import main
+from evaluation.captions import CaptionFile
+from evaluation.decoding import Resize
 from evaluation.feature_net import FeatureNet
-from evaluation.images import Resize
 from evaluation.metrics import base
 from evaluation.processes import Processes
-from evaluation.protocols import PROTOCOLS, CaptionFile, NamedReference, SceneReference
+from evaluation.protocol import PROTOCOLS
+from evaluation.references import NamedReference, SceneReference
 from evaluation.stats import FeatureStats
 from stepdistill import scenes
 from stepdistill.errors import UserError
@@ -470,7 +472,7 @@ def test_fid_is_of_inception_unless_an_extractor_is_named(tmp_path, capsys, monk
 
 def test_a_run_doubts_a_reference_unlike_its_samples(tmp_path, net, monkeypatch) -> None:
     from evaluation.images import open_images
-    from evaluation.protocols import real_images
+    from evaluation.protocol import real_images
     from evaluation.runner import _Session
 
     session = _Session(tmp_path, 1, None, "cpu", False, None, Processes())

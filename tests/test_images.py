@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation import images
-from evaluation.images import Facts, MemoryImages, Resize, ResizedImages, Watched, open_images
+from evaluation import decoding
+from evaluation.decoding import Resize
+from evaluation.images import Facts, MemoryImages, ResizedImages, Watched, open_images
 from stepdistill.errors import UserError
 
 
@@ -43,10 +44,10 @@ def test_only_so_many_jobs_are_ahead_of_the_caller() -> None:
         return group
 
     taken = []
-    for group in images._ahead(iter(range(1000)), work, 5, workers=3):
+    for group in decoding.ahead(iter(range(1000)), work, 5, workers=3):
         taken.extend(group)
         with lock:
-            assert len(begun) <= len(taken) + 5 * images._JOBS
+            assert len(begun) <= len(taken) + 5 * decoding.JOBS
     assert taken == list(range(1000))
 
 
@@ -107,4 +108,4 @@ def test_a_large_image_is_refused_before_it_is_decoded(monkeypatch) -> None:
         pytest.warns(Image.DecompressionBombWarning),
         pytest.raises(UserError, match=r"bomb cannot be read as an image \(it has more than 1,000 pix"),
     ):
-        images.decode(buffer.getvalue(), "bomb")
+        decoding.decode(buffer.getvalue(), "bomb")

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from evaluation.extractors import Extractor
+from evaluation.folds import FOLDS, fold_of
+from evaluation.frechet import frechet_distance
 from evaluation.images import MemoryImages
 from evaluation.metrics import METRICS, base, get_metrics, mmd, prdc
 from evaluation.metrics.base import Inputs
@@ -18,7 +20,7 @@ from evaluation.metrics.inception_score import InceptionScore, split_scores
 from evaluation.metrics.kid import KernelDistance, by_subsets, polynomial
 from evaluation.metrics.paired import Paired
 from evaluation.metrics.patch_fd import PatchDistance, of_patches
-from evaluation.stats import FOLDS, FeatureStats, fold_of, frechet_distance
+from evaluation.stats import FeatureStats
 from stepdistill.errors import UserError
 
 

@@ -16,18 +16,21 @@ from PIL import Image
 from torch import Tensor, nn
 
 import evaluation
+from evaluation.decoding import decode
 from evaluation.extractors import Extractor, load_extractor
+from evaluation.frechet import frechet_distance
 from evaluation.generate import SHARD, Configuration, generate
-from evaluation.images import MemoryImages, decode, open_images, rechunked
+from evaluation.images import MemoryImages, open_images, rechunked
 from evaluation.metrics import METRICS, get_metrics
 from evaluation.metrics.attributes import Attributes
 from evaluation.metrics.base import Inputs
 from evaluation.metrics.clip_score import ClipScore
 from evaluation.metrics.fd import FrechetDistance
 from evaluation.metrics.latency import Latency, Timed, measure
-from evaluation.protocols import PROTOCOLS, FileReference, SceneReference, get_protocol, real_images
+from evaluation.protocol import PROTOCOLS, get_protocol, real_images
 from evaluation.reference import reference_stats
-from evaluation.stats import FeatureStats, frechet_distance
+from evaluation.references import FileReference, SceneReference
+from evaluation.stats import FeatureStats
 from stepdistill import scenes
 from stepdistill.assets import ROOT
 from stepdistill.errors import UserError
@@ -579,7 +582,7 @@ def test_folder_and_parquet_give_the_same_images(tmp_path) -> None:
 def test_lossless_formats_are_turned_into_rgb() -> None:
     grey = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
     for image in (grey, grey.convert("RGBA"), grey.convert("LA"), grey.convert("P"), grey.convert("RGB")):
-        found = decode(encoded(image), "x")
+        found = decode(encoded(image), "x").pixels
         assert found.shape == (8, 8, 3) and np.array_equal(found[:, :, 0], np.asarray(grey))
 
 

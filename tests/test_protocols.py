@@ -11,18 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation.images import Resize
+from evaluation.captions import CaptionFile
+from evaluation.decoding import Resize
 from evaluation.metrics import METRICS
-from evaluation.protocols import (
-    PROTOCOLS,
-    CaptionFile,
-    NamedReference,
-    Protocol,
-    checked_n,
-    get_protocol,
-    load_protocol,
-    measurable,
-)
+from evaluation.protocol import PROTOCOLS, Protocol, checked_n, get_protocol, load_protocol, measurable
+from evaluation.references import NamedReference
 from stepdistill.errors import UserError
 from stepdistill.sampling import QUANTISE
 

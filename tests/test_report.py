@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from evaluation import page, pareto, report
-from evaluation.protocols import PROTOCOLS
+from evaluation.protocol import PROTOCOLS
 
 
 def row(role: str, steps: int, fd: float, ms: float | None, **metrics: float) -> dict:

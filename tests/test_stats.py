@@ -6,19 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.stats import (
-    FeatureStats,
+from evaluation.folds import (
     FoldDistances,
     FoldedStats,
-    Source,
     fold_distances,
     fold_of,
-    frechet_distance,
-    frechet_from_features,
     frechet_paired_with_error,
     frechet_ratio_with_error,
     frechet_with_error,
 )
+from evaluation.frechet import frechet_distance, frechet_from_features
+from evaluation.stats import FeatureStats, Source
 from stepdistill.errors import UserError
 
 
@@ -271,12 +269,13 @@ def test_wrong_features() -> None:
 # -------------------------------------------------------------------------------- few rows and infinitely many
 
 
-def test_few_rows_are_kept_and_many_are_not() -> None:
+def test_merging_few_rows_is_adding_them_bit_for_bit() -> None:
     x = correlated(np.random.default_rng(10), 400, 300)
-    assert stats_of(x[:300])._rows().shape == (300, 300) and stats_of(x[:301])._rows() is None
     parts = stats_of(x[:100]).merge(stats_of(x[100:290]))
-    assert np.array_equal(parts._rows(), x[:290]) and np.array_equal(parts.cov, stats_of(x[:290]).cov)
-    assert parts.merge(stats_of(x[290:]))._rows() is None and parts.n == 400
+    assert parts.n == 290 and np.array_equal(parts.cov, stats_of(x[:290]).cov)
+    assert frechet_distance(parts, stats_of(x[:290])) == 0
+    parts.merge(stats_of(x[290:]))
+    assert parts.n == 400
     np.testing.assert_allclose(parts.cov, np.cov(x.T), atol=1e-13)
 
 

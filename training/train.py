@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="STEP",
         help="train nothing; export the weights of checkpoint STEP, or of the 'best' or 'latest' one",
     )
-    from stepdistill.errors import cli_errors
+    from stepdistill.errors import cli_errors, quieten_libraries
     from stepdistill.registry import add_allow_code, allowing_code
 
     add_allow_code(parser)
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with allowing_code(given.allow_code):
             recipe = load_recipe(given.recipe, given.overrides)
             if recipe.family.name != "toy":
-                _quieten_diffusers()
+                quieten_libraries()
             if given.dry_run:
                 print(dry_run(recipe))
             elif given.export:
@@ -78,15 +78,6 @@ def _quieten() -> None:
     warnings.simplefilter("ignore", FutureWarning)
     warnings.simplefilter("ignore", DeprecationWarning)
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
-
-
-def _quieten_diffusers() -> None:
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    for logging in (diffusers_logging, transformers_logging):
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from evaluation.stats import FeatureStats, FoldDistances, FoldedStats, fold_distances
+from evaluation.folds import FoldDistances, FoldedStats, fold_distances
+from evaluation.stats import FeatureStats
 from stepdistill.errors import UserError
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ class FrechetDistance(Metric):
     """`fd:<extractor>`, lower is better. Needs at least two images.
 
     With it come its jackknife standard error and `fd:<extractor>/infinity`, the distance at infinitely many
-    samples, with its own (see `evaluation.stats.FoldDistances`); that one compares across numbers of samples.
+    samples, with its own (see `evaluation.folds.FoldDistances`); that one compares across numbers of samples.
     """
 
     needs = frozenset({"images", "extractor", "reference"})

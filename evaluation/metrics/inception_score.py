@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from evaluation.folds import FOLDS, fold_of
 from evaluation.metrics.base import Inputs, Metric, blocks
-from evaluation.stats import FOLDS, fold_of
 from stepdistill.errors import UserError
 
 
@@ -45,7 +45,7 @@ class InceptionScore(Metric):
 def split_scores(logits: Iterable[np.ndarray], splits: np.ndarray | None = None) -> np.ndarray:
     """The score of each split (10,), from batches of logits (n, classes) in order of index.
 
-    `splits` gives the split of each row; None: the folds of `evaluation.stats`. With H the entropy, the mean
+    `splits` gives the split of each row; None: those of `evaluation.folds`. With H the entropy, the mean
     of KL is H(mean p) - mean H(p), so the sums of p and of p log p are all that is kept.
 
     Raises:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from evaluation.folds import FOLDS, fold_of
 from evaluation.metrics.base import blocks
-from evaluation.stats import FOLDS, fold_of
 
 Kernel = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (n, dim), (m, dim) float64 to (n, m)
 _BLOCK = 1000

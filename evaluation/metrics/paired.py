@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from evaluation.folds import frechet_paired_with_error
 from evaluation.metrics.base import Inputs, Metric, blocks, folded
 from evaluation.metrics.cmmd import unit
-from evaluation.stats import frechet_paired_with_error
 from stepdistill.errors import UserError
 
 

@@ -11,8 +11,9 @@ from dataclasses import replace
 from torch import Tensor
 
 from evaluation.extractors import Extractor
+from evaluation.folds import fold_distances
 from evaluation.metrics.base import Inputs, Metric, folded
-from evaluation.stats import FeatureStats, fold_distances
+from evaluation.stats import FeatureStats
 from stepdistill.errors import UserError
 
 

@@ -11,8 +11,6 @@ import numpy as np
 from stepdistill import scenes
 from training.data.base import Partition, Source, at_least, counts, digest, facts
 
-EVALUATION_SEED = 1_000_003  # of the scenes the evaluation draws; training must never see them
-
 
 class Scenes(Source):
     """Procedural captioned scenes, drawn when they are asked for."""
@@ -27,9 +25,9 @@ class Scenes(Source):
             super().__post_init__()
             at_least(1, size=self.size)
             at_least(8, resolution=self.resolution)
-            if self.seed == EVALUATION_SEED or self.seed < 0:
+            if self.seed == scenes.HELD_OUT_SEED or self.seed < 0:
                 raise ValueError(
-                    f"seed must be 0 or more and not the evaluation's {EVALUATION_SEED}, got {self.seed}."
+                    f"seed must be 0 or more and not the evaluation's {scenes.HELD_OUT_SEED}, got {self.seed}."
                 )
 
     def __init__(self, config: Config) -> None:

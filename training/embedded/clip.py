@@ -279,8 +279,8 @@ def retrieval(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, count: int) 
     """Share of held-out images whose own caption wins: among 32 random ones, and among 8 that differ in
     one thing.
     """
-    drawn, images = common.scene_pool(count, seed=common.HELD_OUT_SEED)
-    rng = np.random.default_rng(common.HELD_OUT_SEED)
+    drawn, images = common.scene_pool(count, seed=scenes.HELD_OUT_SEED)
+    rng = np.random.default_rng(scenes.HELD_OUT_SEED)
     groups = []
     for scene in drawn:
         group = {common.canonical(scene): scene}

@@ -20,8 +20,6 @@ from torch import Tensor, nn
 from stepdistill import scenes
 from stepdistill.errors import UserError, atomic_write
 
-HELD_OUT_SEED = 1_000_003  # the scenes evaluation draws from; training never sees them
-
 
 def scene_pool(count: int, seed: int = 0) -> tuple[list[scenes.Scene], Tensor]:
     """The first `count` scenes of the data set `seed` and their images, uint8 (count, 3, 64, 64)."""

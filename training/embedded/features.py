@@ -58,7 +58,7 @@ def scene_lesson(seed: int) -> Lesson:
         )
         return weathered(images, rng), torch.tensor([common.answers(scene) for scene in drawn])
 
-    held, images = common.scene_pool(1024, seed=common.HELD_OUT_SEED)
+    held, images = common.scene_pool(1024, seed=scenes.HELD_OUT_SEED)
     truth = torch.tensor([common.answers(scene) for scene in held])
     labels = {question: list(choices) for question, choices in common.QUESTIONS.items()}
     return Lesson(64, labels, draw, (images, truth))

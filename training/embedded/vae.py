@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stepdistill import scenes
 from stepdistill.errors import atomic_write, cli_errors
 from training.embedded import common
 
@@ -87,7 +88,7 @@ def train(args: argparse.Namespace) -> None:
     started = time.monotonic()
     common.prepare(args.threads, args.seed)
     _, pool = common.scene_pool(args.pool, seed=args.seed)
-    held_out, held_images = common.scene_pool(256, seed=common.HELD_OUT_SEED)
+    held_out, held_images = common.scene_pool(256, seed=scenes.HELD_OUT_SEED)
     vae = type(build()).from_pretrained(args.init, dtype=torch.float32) if args.init else build()
     average = common.Average(vae, 0.998)
     optimiser = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-4)

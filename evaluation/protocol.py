@@ -1,6 +1,6 @@
 """Protocols: all that changes a number but not the model, in one small object with a name and a hash.
 
-Each is a YAML file in this folder; `--protocol my.yaml` reads one's own. Two results may be compared only if
+Each is a YAML file in `protocols/`; `--protocol my.yaml` reads one's own. Two results may be compared only if
 their protocols' hashes agree. A result from fewer samples than the protocol says carries that in its name,
 "scenes-2k[n=500]", because the Fréchet distance of fewer samples is biased upwards.
 
@@ -15,32 +15,26 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import yaml
-from torch import Tensor
 
-from evaluation.images import Images, Resize, open_images, patch_window, sha256_of_files
+from evaluation.captions import CaptionFile
+from evaluation.decoding import Resize
 from evaluation.metrics import METRICS
-from stepdistill import assets, scenes
+from evaluation.references import UNHASHED, FileReference, NamedReference, SceneReference
+from stepdistill import scenes
 from stepdistill.errors import UserError, nearest
 from stepdistill.sampling import QUANTISE
+from stepdistill.scenes import HELD_OUT_SEED
 
-HELD_OUT_SEED = 1_000_003  # data set of scenes that training never draws from
-FOLDER = Path(__file__).resolve().parent
-ENVIRONMENT = "STEPDISTILL_REFERENCES"  # folder of the references and captions that protocols name
+FOLDER = Path(__file__).resolve().parent / "protocols"
 CONDITIONS = ("scenes", "classes", "captions", "none")
-_REFERENCE_SUFFIXES = ("", ".parquet", ".npz")
-_CAPTION_SUFFIXES = (".txt", ".jsonl", ".json")
-
-
-_UNHASHED = {"identity": False}  # marks a field that identifies nothing: an explanation, the place of a file
-_LATER = {"later": True}  # marks a field the hash leaves out at its default
+# Marks a field the hash leaves out at its default.
+_LATER = {"later": True}
 
 
 def _identity(thing: Any) -> dict[str, Any]:
@@ -52,144 +46,6 @@ def _identity(thing: Any) -> dict[str, Any]:
         if spec.metadata.get("identity", True) and not neutral:
             found[spec.name] = _identity(value) if dataclasses.is_dataclass(value) else value
     return found
-
-
-@dataclass(frozen=True)
-class SceneReference:
-    """Scenes `first` .. `first + n - 1` of the data set `seed`, as rendered."""
-
-    seed: int = HELD_OUT_SEED
-    first: int = 10_000
-    n: int = 4_000
-    kind: str = "scenes"
-
-    def __len__(self) -> int:
-        return self.n
-
-    def __iter__(self) -> Iterator[Tensor]:
-        for start in range(self.first, self.first + self.n, 100):
-            stop = min(start + 100, self.first + self.n)
-            pixels = np.stack([scenes.image_at(index, self.seed)[1] for index in range(start, stop)])
-            yield torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-
-    def sha256(self) -> str:
-        """Of the first 16 images: it changes when the renderer does."""
-        return _sha256_of_scenes(self.seed, self.first)
-
-
-@dataclass(frozen=True)
-class FileReference:
-    """All images of a folder or of Parquet files. Identified by their content, not by their place."""
-
-    path: str = field(metadata=_UNHASHED)
-    n: int
-    content: str
-    kind: str = "files"
-
-    @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> FileReference:
-        """Look at the files (not at every image). Raises UserError when there is none."""
-        images = open_images(path)
-        return cls(str(path), len(images), images.sha256())
-
-    def __len__(self) -> int:
-        return self.n
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(open_images(self.path))
-
-    def sha256(self) -> str:
-        return self.content
-
-
-@dataclass(frozen=True)
-class NamedReference:
-    """A public set of images that is not ours to ship: the protocol fixes which, a person says where it is.
-
-    It is identified by `name`, `n` and how its images are brought to size; its content goes into the result.
-    `path` is a folder, a .parquet file or statistics (.npz), "" while it is not known.
-    """
-
-    name: str
-    n: int
-    resize: Resize = field(default_factory=Resize)
-    kind: str = "named"
-    about: str = field(default="", metadata=_UNHASHED)
-    path: str = field(default="", metadata=_UNHASHED)
-
-    def __len__(self) -> int:
-        return self.n
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(open_images(self.path, resize=self.resize))
-
-    def patches(self, side: int) -> Images:
-        """The middle of every image, as it is stored, a pixel wider all around than a patch of this side."""
-        return open_images(self.path, resize=patch_window(side))
-
-    @property
-    def is_statistics(self) -> bool:
-        return self.path.endswith(".npz")
-
-    def sha256(self) -> str:
-        """Of the content at `path`; "" while nothing is there."""
-        if not self.path:
-            return ""
-        if self.is_statistics:
-            return sha256_of_files([Path(self.path)], Path(self.path).parent)
-        return open_images(self.path).sha256()
-
-    def found(self, path: str | os.PathLike[str] | None = None) -> NamedReference:
-        """The same with its `path`, searched for unless given.
-
-        Raises:
-            UserError: it is in no place that was looked at, or has not `n` images.
-        """
-        place = _find(path, self.name, _REFERENCE_SUFFIXES, "the reference", self.about, "--reference")
-        known = replace(self, path=str(place))
-        if not known.is_statistics and (count := len(open_images(place))) != self.n:
-            raise UserError(
-                f"{place} has {count} images, but the reference {self.name} has {self.n}; {self.about}"
-            )
-        return known
-
-
-@dataclass(frozen=True)
-class CaptionFile:
-    """`n` captions in a fixed order, in a file that a person has.
-
-    .txt: one a line. .jsonl: an object a line with "prompt" or "caption". .json: a list of such objects or
-    of strings, an object of objects (MJHQ-30K's meta_data.json), or COCO annotations, of which each image's
-    caption with the lowest id is taken, by image id.
-    """
-
-    name: str
-    n: int
-    about: str = field(default="", metadata=_UNHASHED)
-    path: str = field(default="", metadata=_UNHASHED)
-
-    def found(self, path: str | os.PathLike[str] | None = None) -> CaptionFile:
-        """The same with its `path`, searched for unless given, and read once.
-
-        Raises:
-            UserError: it is in no place that was looked at, is none, has not `n` captions or an empty one.
-        """
-        place = _find(path, self.name, _CAPTION_SUFFIXES, "the captions", self.about, "--captions")
-        known = replace(self, path=str(place))
-        if (count := len(known.read())) != self.n:
-            raise UserError(
-                f"{place} has {count} captions, but the protocol's {self.name} has {self.n}; {self.about}"
-            )
-        return known
-
-    def read(self) -> tuple[str, ...]:
-        if not self.path:
-            raise UserError(f"the captions {self.name} are missing; give their file with --captions.")
-        return read_captions(Path(self.path))
-
-    def sha256(self) -> str:
-        """Of the captions themselves; "" while the file is not known."""
-        return hashlib.sha256("\n".join(self.read()).encode()).hexdigest() if self.path else ""
 
 
 @dataclass(frozen=True)
@@ -211,7 +67,7 @@ class Protocol:
     conditions: str
     reference: SceneReference | FileReference | NamedReference | None  # None: judged by other means
     metrics: tuple[str, ...] = field(
-        metadata=_UNHASHED
+        metadata=UNHASHED
     )  # what is measured under it unless others are asked for
     prompt_seed: int = HELD_OUT_SEED
     first_prompt: int = 0
@@ -227,8 +83,8 @@ class Protocol:
     clip: str = field(default="", metadata=_LATER)  # the CLIP model; "": the embedded one
     clip_prefix: str = field(default="", metadata=_LATER)  # put before every caption
     patch: int = field(default=0, metadata=_LATER)
-    about: str = field(default="", metadata=_UNHASHED)
-    source: str = field(default="", metadata=_UNHASHED)
+    about: str = field(default="", metadata=UNHASHED)
+    source: str = field(default="", metadata=UNHASHED)
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -426,78 +282,3 @@ def checked_n(n: int | None, protocol: Protocol) -> int:
             f"n is {n}, but {protocol.name} has captions for {protocol.n} samples; ask for no more."
         )
     return n
-
-
-def reference_folders() -> list[Path]:
-    """Where references and captions are looked for: $STEPDISTILL_REFERENCES, then references/ beside assets/."""
-    given = os.environ.get(ENVIRONMENT)
-    return [*([Path(given)] if given else []), assets.ROOT.parent / "references"]
-
-
-def read_captions(path: Path) -> tuple[str, ...]:
-    """The captions in a file; see `CaptionFile`. Raises UserError naming the line that is none."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".json":
-            entries = _json_captions(json.loads(text))
-        elif path.suffix == ".jsonl":
-            entries = [json.loads(line) for line in text.splitlines() if line.strip()]
-        else:
-            entries = text.splitlines()
-    except OSError as error:
-        raise UserError(f"the captions {path} cannot be read ({error.strerror}).") from None
-    except ValueError as error:
-        raise UserError(f"the captions {path} are not UTF-8 text or JSON ({error}).") from None
-    found = []
-    for number, entry in enumerate(entries, 1):
-        if isinstance(entry, dict):
-            entry = entry.get("prompt", entry.get("caption"))
-        if not isinstance(entry, str) or not entry.strip():
-            raise UserError(f"caption {number} of {path} is empty or missing; every sample needs one.")
-        found.append(entry.strip())
-    return tuple(found)
-
-
-def _json_captions(content: Any) -> list[Any]:
-    if isinstance(content, dict) and isinstance(content.get("annotations"), list):  # COCO
-        first: dict[int, dict[str, Any]] = {}
-        for entry in content["annotations"]:
-            kept = first.get(entry["image_id"])
-            if kept is None or entry["id"] < kept["id"]:
-                first[entry["image_id"]] = entry
-        return [first[image] for image in sorted(first)]
-    return list(content.values()) if isinstance(content, dict) else list(content)
-
-
-def _find(
-    path: str | os.PathLike[str] | None,
-    name: str,
-    suffixes: Iterable[str],
-    what: str,
-    about: str,
-    option: str,
-) -> Path:
-    """`path`, or the first `name` + suffix in the folders that are looked at.
-
-    Raises:
-        UserError: nothing is there; it says where was looked and what belongs there.
-    """
-    places = (
-        [Path(path)] if path else [folder / f"{name}{s}" for folder in reference_folders() for s in suffixes]
-    )
-    for place in places:
-        if place.exists():
-            return place
-    raise UserError(
-        f"there is nothing for {what} {name} at {', '.join(map(str, places))}; {about} Name its place with {option}, "
-        f"or put it into the folder that ${ENVIRONMENT} names."
-    )
-
-
-@functools.lru_cache(maxsize=4)
-def _sha256_of_scenes(seed: int, first: int) -> str:
-    digest = hashlib.sha256()
-    for index in range(first, first + 16):
-        scene, image = scenes.image_at(index, seed)
-        digest.update(scene.caption.encode() + image.tobytes())
-    return digest.hexdigest()

@@ -1,0 +1,64 @@
+"""`python -m evaluation images`."""
+
+from __future__ import annotations
+
+import argparse
+
+from evaluation.commands.common import (
+    add_set_options,
+    at_least_one,
+    names,
+    print_values,
+    writable,
+    write_json,
+)
+from stepdistill.errors import quieten_libraries
+from stepdistill.registry import add_allow_code
+
+TEXT = "Measure one set of images against another."
+EXAMPLES = """\
+examples:
+  python -m evaluation images MY_SAMPLES --ref MY_DATASET
+  python -m evaluation images MY_SAMPLES --ref MY_DATASET --metrics fid,kid,prdc
+  python -m evaluation stats MY_DATASET -o ref.npz && python -m evaluation images MY_SAMPLES --ref ref.npz
+
+  python -m evaluation images MY_SAMPLES --ref val2014 --protocol coco14-30k --metrics fd,clip --captions FILE
+
+A set of images is a folder with PNG, JPEG, WebP or BMP files, or a Parquet file with a column `image`.
+All images of a set must have one size, unless a protocol brings them to one. The distance is named after its
+feature net; only that of the Inception weights is FID."""
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", metavar="IMAGES", help="folder of images or .parquet file to measure")
+    parser.add_argument(
+        "--ref", required=True, help="folder, .parquet file, or statistics (.npz) to compare with"
+    )
+    parser.add_argument(
+        "--metrics", type=names, default=["fd"], metavar="fd,clip,...", help="what to measure (default: fd)"
+    )
+    add_allow_code(parser)
+    parser.add_argument(
+        "--captions", metavar="FILE", help="a caption for every image, by order of the files' names"
+    )
+    parser.add_argument("--clip", metavar="DIR", help="directory of the CLIP model, if not the embedded one")
+    parser.add_argument("-o", "--out", help="also write the result to this JSON file")
+    add_set_options(parser)
+
+
+def do(args: argparse.Namespace) -> None:
+    from evaluation import folders
+
+    target = writable(args.out) if args.out else None
+    at_least_one(args, "io_batch")
+    quieten_libraries()
+    found = folders.measure(
+        args.images, args.ref, metrics=args.metrics, extractor=args.extractor, protocol=args.protocol,
+        captions=args.captions, clip=args.clip, io_batch=args.io_batch, device=args.device,
+    )  # fmt: skip
+    print(f"n = {found['n']}, reference n = {found['reference_n'] or 'not said'}")
+    print_values(found)
+    for warning in found["warnings"]:
+        print(f"warning: {warning}")
+    if target:
+        write_json(found, target)

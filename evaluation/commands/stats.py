@@ -1,0 +1,45 @@
+"""`python -m evaluation stats`."""
+
+from __future__ import annotations
+
+import argparse
+
+from evaluation.commands.common import add_set_options, at_least_one, writable
+from stepdistill.errors import UserError, quieten_libraries
+
+TEXT = "Compute the feature statistics of a set of images once, for later comparisons."
+EXAMPLES = """\
+example:
+  python -m evaluation stats MY_DATASET -o ref.npz
+  python -m evaluation stats val2014 -o coco14-val.npz --protocol coco14-30k"""
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", metavar="IMAGES", help="folder of images or .parquet file")
+    parser.add_argument("-o", "--out", required=True, help="the .npz file to write")
+    add_set_options(parser)
+
+
+def do(args: argparse.Namespace) -> None:
+    from evaluation import folders
+    from evaluation.decoding import Resize
+    from evaluation.extractors import load_extractor
+    from evaluation.images import open_images
+    from evaluation.protocol import get_protocol
+
+    target = writable(args.out)
+    at_least_one(args, "io_batch")
+    quieten_libraries()
+    chosen = get_protocol(args.protocol) if args.protocol else None
+    resize = getattr(chosen.reference, "resize", Resize()) if chosen else Resize()
+    images = open_images(args.images, resize, args.io_batch)
+    extractor = load_extractor(args.extractor or (chosen.extractor if chosen else "scenes-v1"), args.device)
+    stats = folders.statistics(images, extractor)
+    if stats.n < 2:
+        raise UserError(
+            f"statistics need at least 2 images, got {stats.n} in {args.images}; use more images."
+        )
+    stats.save(target)
+    print(f"written: {target} (n = {stats.n}, {stats.dim} features of {stats.source.extractor})")
+    if images.facts.duplicates:
+        print(f"warning: {images.facts.duplicates} images have the same pixels as another one.")

@@ -1,0 +1,47 @@
+"""Count, mean and centred second moment of rows, merged without losing digits.
+
+The merge is that of Chan, Golub and LeVeque (1983), in float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Moments:
+    """n rows with mean `mean + low` (dim,) and this sum of centred outer products (dim, dim).
+
+    `low` is what rounding took from the mean. Without it, features far from zero would lose their digits in
+    the difference of two chunks' means.
+    """
+
+    n: int
+    mean: np.ndarray
+    low: np.ndarray
+    m2: np.ndarray
+
+    @classmethod
+    def empty(cls, dim: int) -> Moments:
+        return cls(0, np.zeros(dim), np.zeros(dim), np.zeros((dim, dim)))
+
+    @classmethod
+    def of(cls, rows: np.ndarray) -> Moments:
+        mean = rows.mean(axis=0)
+        centred = rows - mean
+        low = centred.mean(axis=0)
+        centred -= low
+        return cls(len(rows), mean, low, centred.T @ centred)
+
+    def merged(self, other: Moments) -> Moments:
+        if not self.n or not other.n:
+            return other if other.n else self
+        n = self.n + other.n
+        delta = (other.mean - self.mean) + (other.low - self.low)
+        step = self.low + delta * (other.n / n)
+        mean = self.mean + step
+        taken = mean - self.mean
+        low = (self.mean - (mean - taken)) + (step - taken)  # what `mean` lost, exactly (Knuth's two-sum)
+        return Moments(n, mean, low, self.m2 + other.m2 + np.outer(delta, delta) * (self.n * (other.n / n)))

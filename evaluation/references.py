@@ -1,0 +1,167 @@
+"""Sets of images that samples are compared with: rendered, a person's own, or public ones that a protocol names."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evaluation.decoding import Resize, patch_window
+from evaluation.images import Images, open_images
+from stepdistill import assets, scenes
+from stepdistill.errors import UserError
+from stepdistill.provenance import sha256_of_files
+from stepdistill.scenes import HELD_OUT_SEED
+
+# The folder of the references and captions that protocols name.
+ENVIRONMENT = "STEPDISTILL_REFERENCES"
+# Marks a field that identifies nothing: an explanation, the place of a file.
+UNHASHED = {"identity": False}
+_SUFFIXES = ("", ".parquet", ".npz")
+
+
+@dataclass(frozen=True)
+class SceneReference:
+    """Scenes `first` .. `first + n - 1` of the data set `seed`, as rendered."""
+
+    seed: int = HELD_OUT_SEED
+    first: int = 10_000
+    n: int = 4_000
+    kind: str = "scenes"
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for start in range(self.first, self.first + self.n, 100):
+            stop = min(start + 100, self.first + self.n)
+            pixels = np.stack([scenes.image_at(index, self.seed)[1] for index in range(start, stop)])
+            yield torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+    def sha256(self) -> str:
+        """Of the first 16 images: it changes when the renderer does."""
+        return _sha256_of_scenes(self.seed, self.first)
+
+
+@dataclass(frozen=True)
+class FileReference:
+    """All images of a folder or of Parquet files. Identified by their content, not by their place."""
+
+    path: str = field(metadata=UNHASHED)
+    n: int
+    content: str
+    kind: str = "files"
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> FileReference:
+        """Look at the files (not at every image). Raises UserError when there is none."""
+        images = open_images(path)
+        return cls(str(path), len(images), images.sha256())
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(open_images(self.path))
+
+    def sha256(self) -> str:
+        return self.content
+
+
+@dataclass(frozen=True)
+class NamedReference:
+    """A public set of images that is not ours to ship: the protocol fixes which, a person says where it is.
+
+    It is identified by `name`, `n` and how its images are brought to size; its content goes into the result.
+    `path` is a folder, a .parquet file or statistics (.npz), "" while it is not known.
+    """
+
+    name: str
+    n: int
+    resize: Resize = field(default_factory=Resize)
+    kind: str = "named"
+    about: str = field(default="", metadata=UNHASHED)
+    path: str = field(default="", metadata=UNHASHED)
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(open_images(self.path, resize=self.resize))
+
+    def patches(self, side: int) -> Images:
+        """The middle of every image, as it is stored, a pixel wider all around than a patch of this side."""
+        return open_images(self.path, resize=patch_window(side))
+
+    @property
+    def is_statistics(self) -> bool:
+        return self.path.endswith(".npz")
+
+    def sha256(self) -> str:
+        """Of the content at `path`; "" while nothing is there."""
+        if not self.path:
+            return ""
+        if self.is_statistics:
+            return sha256_of_files([Path(self.path)], Path(self.path).parent)
+        return open_images(self.path).sha256()
+
+    def found(self, path: str | os.PathLike[str] | None = None) -> NamedReference:
+        """The same with its `path`, searched for unless given.
+
+        Raises:
+            UserError: it is in no place that was looked at, or has not `n` images.
+        """
+        place = find(path, self.name, _SUFFIXES, "the reference", self.about, "--reference")
+        known = replace(self, path=str(place))
+        if not known.is_statistics and (count := len(open_images(place))) != self.n:
+            raise UserError(
+                f"{place} has {count} images, but the reference {self.name} has {self.n}; {self.about}"
+            )
+        return known
+
+
+def reference_folders() -> list[Path]:
+    """Where references and captions are looked for: $STEPDISTILL_REFERENCES, then references/ beside assets/."""
+    given = os.environ.get(ENVIRONMENT)
+    return [*([Path(given)] if given else []), assets.ROOT.parent / "references"]
+
+
+def find(
+    path: str | os.PathLike[str] | None,
+    name: str,
+    suffixes: Iterable[str],
+    what: str,
+    about: str,
+    option: str,
+) -> Path:
+    """`path`, or the first `name` + suffix in the folders that are looked at.
+
+    Raises:
+        UserError: nothing is there; it says where was looked and what belongs there.
+    """
+    places = (
+        [Path(path)] if path else [folder / f"{name}{s}" for folder in reference_folders() for s in suffixes]
+    )
+    for place in places:
+        if place.exists():
+            return place
+    raise UserError(
+        f"there is nothing for {what} {name} at {', '.join(map(str, places))}; {about} Name its place with {option}, "
+        f"or put it into the folder that ${ENVIRONMENT} names."
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _sha256_of_scenes(seed: int, first: int) -> str:
+    digest = hashlib.sha256()
+    for index in range(first, first + 16):
+        scene, image = scenes.image_at(index, seed)
+        digest.update(scene.caption.encode() + image.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,37 @@
+"""Where a number or a file comes from: the commit of this code, and checksums of files."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def git_commit(short: bool = False) -> str | None:
+    """The commit this code is at, with "+" when a tracked file was changed; None outside a repository."""
+    name = ["rev-parse", *(["--short"] if short else []), "HEAD"]
+    try:
+        commit, changed = (
+            subprocess.run(
+                ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+            ).stdout.strip()
+            for arguments in (name, ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+" if changed else "")
+
+
+def sha256_of_files(files: Iterable[Path], root: Path | None = None) -> str:
+    """Of the contents, one after another, in the order given; with `root` also of names relative to it and sizes."""
+    digest = hashlib.sha256()
+    for file in files:
+        if root is not None:
+            digest.update(file.relative_to(root).as_posix().encode() + b"\0")
+        with open(file, "rb") as opened:
+            while block := opened.read(1 << 20):
+                digest.update(block)
+        if root is not None:
+            digest.update(file.stat().st_size.to_bytes(8, "little"))
+    return digest.hexdigest()
