@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_methods import COUNT, make, world
+import worlds
+from worlds import COUNT, world
 
 from stepdistill.discriminator import (
     Adversarial,
@@ -204,7 +205,7 @@ def test_a_residual_head_sees_the_places_around_it_and_no_further():
 @pytest.mark.parametrize("name", ["ladd", "add", "lightning"])
 def test_a_residual_head_of_even_side_is_refused(name):
     with pytest.raises(UserError, match=r"method\.head_kernel must be odd and at least 1, got 2"):
-        make(name, {"head_kernel": 2})
+        worlds.method(name, head_kernel=2)
 
 
 def test_tapped_features_equal_a_plain_forwards(tiny_sd):
@@ -239,7 +240,7 @@ def test_tapped_features_equal_a_plain_forwards(tiny_sd):
 
 
 def ladd(steps=(1, 2, 4), classes: int = 2, schedule: str = "vp", **settings):
-    return world(make("ladd", settings, steps), classes=classes, schedule=schedule)
+    return world("ladd", steps=steps, classes=classes, schedule=schedule, **settings)
 
 
 def test_the_students_gradient_comes_through_the_frozen_teachers_input():
@@ -268,7 +269,7 @@ def test_the_students_gradient_comes_through_the_frozen_teachers_input():
 
 
 def test_student_times_are_the_grids_with_the_asked_shares():
-    method = make("ladd", {"first_weight": 0.7}, (1, 2, 4))
+    method = worlds.method("ladd", steps=(1, 2, 4), first_weight=0.7)
     made = world(method)
     grid = sorted({t for n in (1, 2, 4) for t in few_step_grid(made.nets.schedule, n, 4)}, reverse=True)
 
@@ -282,7 +283,7 @@ def test_student_times_are_the_grids_with_the_asked_shares():
         assert abs(got - expected) < spread
     for got, expected in zip(shares(True), (0, 0, 0.5, 0.5), strict=True):
         assert abs(got - expected) < spread
-    alone = make("ladd", {}, (1,))
+    alone = worlds.method("ladd", steps=(1,))
     assert set(alone.times(made.nets, made.batch(), True).tolist()) == {999.0}
     warm = [next(iter(method.phases(step))).terms[0][1].keywords["warm"] for step in (0, 499, 500)]
     assert warm == [True, True, False]
@@ -383,7 +384,7 @@ def test_the_discriminators_step_leaves_no_gradient_on_the_student():
 
 def add(**settings):
     eye = {"eye": "fourier"}
-    return world(make("add", eye | settings, (1, 2)))
+    return world("add", steps=(1, 2), **eye | settings)
 
 
 def test_adds_student_loss_is_the_games_plus_the_teachers_opinion_of_the_renoised_student():
@@ -406,7 +407,7 @@ def test_adds_student_starts_from_what_it_is_sampled_from(schedule, rho):
     """Pure noise at the first of its times, wherever the part that says how it is sampled begins."""
     first = {"name": "dmd2", "first_rho": rho, "init_noise": "sigma"}
     parts = [first, {"name": "add", "eye": "fourier"}]
-    made, heard = world(make("compose", {"parts": parts, "sampling": "first"}, (1,)), schedule=schedule), []
+    made, heard = world("compose", steps=(1,), schedule=schedule, parts=parts, sampling="first"), []
     made.nets.modules["student"] = lambda x_t, t, cond: (
         heard.append((x_t, t)) or Prediction(x_t, "x0", x_t, t, made.nets.schedule)
     )
@@ -426,8 +427,8 @@ EYES = {"ladd": {"warmup": 0}, "add": {"eye": "fourier"}, "reward": {}}
 def test_a_stage_can_go_on_with_a_student_of_sigma_noise(name, settings):
     """As SiD and SIM leave it: the first input, and so the exported card, is theirs."""
     settings = settings | {"first_rho": 2.5, "init_noise": "sigma"}
-    assert make(name, settings, (1, 2)).init_noise == "unit"  # as LCMScheduler starts
-    made, heard = world(make(name, settings, (1,))), []
+    assert worlds.method(name, steps=(1, 2), **settings).init_noise == "unit"  # as LCMScheduler starts
+    made, heard = world(name, steps=(1,), **settings), []
     assert made.method.init_noise == "sigma"
     made.nets.modules["student"] = lambda x_t, t, cond: (
         heard.append((x_t, t)) or Prediction(x_t, "x0", x_t, t, made.nets.schedule)
@@ -439,13 +440,13 @@ def test_a_stage_can_go_on_with_a_student_of_sigma_noise(name, settings):
         ((x_t, t),) = heard
     sigma = float(made.nets.schedule.sigma(t)[0])
     assert sigma < 0.95 and float(x_t.std()) == pytest.approx(sigma, rel=0.25)
-    unit = make(name, settings | {"init_noise": "unit"}, (1,))
+    unit = worlds.method(name, steps=(1,), **(settings | {"init_noise": "unit"}))
     made.method.config.init_noise = "unit"
     assert unit.init_noise == made.method.init_noise == "unit"
 
 
 def test_conditions_of_others_need_others():
-    made = world(make("ladd", {"misaligned": True, "warmup": 0}))
+    made = world("ladd", misaligned=True, warmup=0)
     batch = made.batch(phase="discriminator")
     noise = SampleNoise([0], step=0, phase="discriminator")
     alone = replace(
@@ -466,7 +467,7 @@ def test_the_discriminator_meets_real_and_generated_data_under_one_law(name, mon
     from stepdistill.methods import dmd2
 
     settings = {"gan_weight": 1.0, "critic_density": "lognormal", "time_mean": -2.0, "time_std": 0.01}
-    made, real, fake = world(make(name, settings | {"critic_dropout": 1.0})), [], []
+    made, real, fake = world(name, **settings | {"critic_dropout": 1.0}), [], []
     original, score = dmd2.block_features, made.nets.fake_score.forward
 
     def features(net, x_t, t, cond, blocks):
@@ -556,7 +557,7 @@ def test_the_clip_eye_shows_every_layer_of_the_image_tower():
 
 
 def lightning(steps=(2,), schedule: str = "vp", **settings):
-    return world(make("lightning", settings, steps), schedule=schedule)
+    return world("lightning", steps=steps, schedule=schedule, **settings)
 
 
 @pytest.mark.parametrize("schedule", ["vp", "edm", "flow", "trig"])
@@ -661,7 +662,7 @@ def test_lightning_refuses_what_makes_no_sense():
         ({"gan_weight": 0.0}, (1,), "both 0"),
     ):
         with pytest.raises(UserError, match=says):
-            make("lightning", settings, steps)
+            worlds.method("lightning", steps=steps, **settings)
 
 
 # ------------------------------------------------------------------------------------------- compositions
@@ -670,7 +671,7 @@ def test_lightning_refuses_what_makes_no_sense():
 def test_parts_that_train_more_than_the_student_still_make_one_step():
     """SANA-Sprint: sCM trains a weighting along, LADD does not; one student step on the weighted sum."""
     parts = [{"name": "scm", "first_rho": 0.0, "warmup": 1}, {"name": "ladd", "weight": 0.5, "warmup": 0}]
-    made = world(make("compose", {"parts": parts}, (1, 2)), schedule="trig")
+    made = world("compose", steps=(1, 2), schedule="trig", parts=parts)
     phases = list(made.method.phases(0))
     assert [phase.trains for phase in phases] == [("student", "scm/weighting"), ("ladd/discriminator",)]
     assert [weight for weight, _ in phases[0].terms] == [0.5, 1.0]  # the term that reaches all comes last
@@ -689,8 +690,8 @@ def test_the_first_part_may_say_how_the_student_is_sampled():
     """Hyper-SD: DMD2 beside TSCD rolls the student out by TCD's rule, at TCD's times."""
     parts = [{"name": "tscd", "eta": 0.5, "segments": 2}, {"name": "dmd2"}]
     with pytest.raises(UserError, match=r"method\.sampling=first"):
-        make("compose", {"parts": parts})
-    method = make("compose", {"parts": parts, "sampling": "first"}, (4,))
+        worlds.method("compose", parts=parts)
+    method = worlds.method("compose", steps=(4,), parts=parts, sampling="first")
     assert method.rule == "tcd" and method.eta == 0.5
     made = world(method)
     dmd2 = method.parts[1][2]
@@ -719,9 +720,9 @@ def test_the_first_part_may_say_how_the_student_is_sampled():
 
 @pytest.mark.parametrize("name", ["add", "ladd", "reward"])
 def test_a_stage_after_one_that_starts_lower_can_start_there_too(name):
-    method, plain = make(name, {"first_rho": 2.5}, (1, 2)), make(name, {}, (1, 2))
+    method, plain = worlds.method(name, steps=(1, 2), first_rho=2.5), worlds.method(name, steps=(1, 2))
     schedule = VP.from_betas()
     assert method.first_rho == 2.5
     assert method.grid(schedule, 2) == few_step_grid(schedule, 2, first_rho=2.5) != plain.grid(schedule, 2)
     with pytest.raises(UserError, match=r"first_rho must be 0 .* got -1\."):
-        make(name, {"first_rho": -1.0})
+        worlds.method(name, first_rho=-1.0)

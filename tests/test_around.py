@@ -9,16 +9,15 @@ import shutil
 
 import pytest
 import torch
-from test_methods import COUNT, make, world
+import worlds
 from torch import nn
+from worlds import COUNT, Doubles, world
 
 from stepdistill.denoiser import Denoiser
 from stepdistill.errors import UserError
 from stepdistill.families.toy import SCHEDULES, gaussian, gaussian_flow_map
 from stepdistill.methods.base import Batch, Networks
-from stepdistill.noise import SampleNoise
 from stepdistill.prediction import Prediction
-from stepdistill.rewards import RewardModel
 from stepdistill.sampling import first_input, walk
 from stepdistill.schedule import VP, Flow, expand
 from stepdistill.timesteps import teacher_grid, times_like
@@ -40,13 +39,6 @@ class Exact(nn.Module):
 
 def exact(schedule) -> Denoiser:
     return Denoiser(Exact(schedule), "x0", schedule)
-
-
-class Doubles(SampleNoise):
-    """Noise in float64, for identities."""
-
-    def randn(self, *shape, dtype=torch.float64):
-        return super().randn(*shape, dtype=torch.float64)
 
 
 def batch_of(count: int = 64, step: int = 0, x0: bool = False) -> Batch:
@@ -86,7 +78,7 @@ def test_the_signal_ode(schedule):
 @EVERY_SCHEDULE
 def test_the_signals_step_is_the_teachers_ddim_step(schedule):
     """y after the step, put back on the trajectory, is DDIM's x_s; an algebraic identity for any y_t."""
-    method = make("boot", {})
+    method = worlds.method("boot")
     y_t, eps = torch.randn(2, 8, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     t, s = method.times(schedule, batch_of(8))
     x_t = schedule.add_noise(y_t, eps, t)
@@ -111,7 +103,7 @@ class Signal(nn.Module):
 @EVERY_SCHEDULE
 def test_the_answer_boot_converges_to_is_the_quantile_map(schedule):
     """Where every bootstrap residual and the boundary's are zero, g(eps, 0) = mean + std eps."""
-    method, delta = make("boot", {}), 1e-3
+    method, delta = worlds.method("boot"), 1e-3
     eps = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
     first = times_like(schedule.t_max, eps)
     x_first = first_input(schedule, eps, schedule.t_max, "sigma")
@@ -137,7 +129,7 @@ def test_the_oracles_bootstrap_error_is_that_of_one_ddim_step(schedule):
     )
     losses = []
     for delta in (0.08, 0.04, 0.02):
-        method = make("boot", {"delta": delta})
+        method = worlds.method("boot", delta=delta)
         # One place of the trajectory, so that only delta changes.
         t, s = (
             schedule.t_of_rho(torch.full((64,), math.tan(angle), dtype=torch.float64))
@@ -152,7 +144,7 @@ def test_the_oracles_bootstrap_error_is_that_of_one_ddim_step(schedule):
 
 def test_the_boundary_is_the_teachers_first_guess_and_where_the_student_begins():
     """A fresh student, told any end, says what it said before it was given one."""
-    made = world(make("boot", {}))
+    made = world("boot")
     batch = made.batch()
     x = batch.randn()
     first = times_like(made.nets.schedule.t_max, x)
@@ -168,7 +160,7 @@ def test_the_boundary_is_the_teachers_first_guess_and_where_the_student_begins()
 
 
 def test_boot_touches_no_data_and_stops_the_gradient_at_the_target():
-    made = world(make("boot", {}))
+    made = world("boot")
     assert not made.method.needs_images and made.batch().x0 is None
     schedule, heard = made.nets.schedule, []
     student = made.nets.student
@@ -195,7 +187,7 @@ def test_boot_touches_no_data_and_stops_the_gradient_at_the_target():
 
 @EVERY_SCHEDULE
 def test_boots_times_are_delta_apart_in_the_angle(schedule):
-    method = make("boot", {"delta": 0.05})
+    method = worlds.method("boot", delta=0.05)
     for step in range(5):
         t, s = method.times(schedule, batch_of(256, step))
         assert bool((s < t).all()) and float(s.min()) >= schedule.t_min and float(t.max()) <= schedule.t_max
@@ -207,15 +199,15 @@ def test_boots_times_are_delta_apart_in_the_angle(schedule):
 
 
 def test_boots_boundary_is_weighed_by_beta():
-    (phase,) = make("boot", {"boundary_weight": 0.3}).phases(0)
+    (phase,) = worlds.method("boot", boundary_weight=0.3).phases(0)
     assert [weight for weight, _ in phase.terms] == [1.0, 0.3]
 
 
 def test_boot_refuses_several_steps():
     with pytest.raises(UserError, match=r"student\.steps must be \[1\] for boot"):
-        make("boot", {}, (1, 2))
+        worlds.method("boot", steps=(1, 2))
     with pytest.raises(UserError, match=r"method\.delta must be above 0"):
-        make("boot", {"delta": 0.0})
+        worlds.method("boot", delta=0.0)
 
 
 # ---------------------------------------------------------------------------------------------- progressive
@@ -224,7 +216,7 @@ def test_boot_refuses_several_steps():
 @EVERY_SCHEDULE
 def test_one_step_to_the_target_ends_where_two_steps_did(schedule):
     """The target is inverted DDIM: from x_t with its x0, one step lands on the predecessor's x_t''."""
-    method = make("progressive", {}, (4,))
+    method = worlds.method("progressive", steps=(4,))
     grid = torch.tensor(teacher_grid(schedule, 8), dtype=torch.float64)
     for i in range(3):
         t, middle, end = (times_like(float(grid[2 * i + k]), torch.empty(32)) for k in range(3))
@@ -239,7 +231,7 @@ def test_one_step_to_the_target_ends_where_two_steps_did(schedule):
 @EVERY_SCHEDULE
 @pytest.mark.parametrize("count", [1, 4])
 def test_the_loss_is_zero_for_the_student_that_does_two_steps_in_one(schedule, count):
-    method, predecessor = make("progressive", {}, (count,)), exact(schedule)
+    method, predecessor = worlds.method("progressive", steps=(count,)), exact(schedule)
     grid = teacher_grid(schedule, 2 * count)
 
     class Both(nn.Module):
@@ -271,7 +263,7 @@ def test_the_weights_are_truncated_snr_and_the_error_of_v():
     off = Denoiser(Exact(schedule), "x0", schedule)
     losses = {}
     for weight in ("truncated_snr", "snr_plus_one"):
-        method = make("progressive", {"weight": weight}, (4,))
+        method = worlds.method("progressive", steps=(4,), weight=weight)
         losses[weight] = method.loss(
             Networks({"student": off, "predecessor": teacher}, schedule), batch_of(32, x0=True)
         )
@@ -289,11 +281,11 @@ def test_the_weights_are_truncated_snr_and_the_error_of_v():
 
 
 def test_the_predecessor_is_the_student_as_the_stage_began_or_the_guided_teacher():
-    made = world(make("progressive", {}))
+    made = world("progressive")
     twin = made.family.student("teacher", ())
     for a, b in zip(made.nets.predecessor.parameters(), twin.parameters(), strict=True):
         assert torch.equal(a, b)
-    first = world(make("progressive", {"predecessor": "teacher", "guidance_scale": 3.0}))
+    first = world("progressive", predecessor="teacher", guidance_scale=3.0)
     assert set(first.nets.modules) == {"student", "teacher"}
     batch = first.batch()
     x, t = batch.randn(), times_like(600.0, batch.randn())
@@ -305,12 +297,12 @@ def test_the_predecessor_is_the_student_as_the_stage_began_or_the_guided_teacher
 
 def test_progressive_takes_one_number_of_steps():
     with pytest.raises(UserError, match="one number per stage"):
-        make("progressive", {}, (1, 2))
+        worlds.method("progressive", steps=(1, 2))
 
 
 @EVERY_SCHEDULE
 def test_a_grid_holds_every_second_time_of_the_finer_one(schedule):
-    method = make("progressive", {}, (1,))
+    method = worlds.method("progressive", steps=(1,))
     for count in (1, 2, 4, 8, 16, 32):
         fine, coarse = method.grid(schedule, 2 * count), method.grid(schedule, count)
         assert fine[::2] == pytest.approx(coarse, rel=1e-9)
@@ -320,7 +312,7 @@ def test_a_grid_holds_every_second_time_of_the_finer_one(schedule):
 
 
 def disback(**settings):
-    return world(make("disback", {"base": {"name": "dmd2", "guidance_scale": 3.0}, **settings}, (1,)))
+    return world("disback", steps=(1,), **{"base": {"name": "dmd2", "guidance_scale": 3.0}} | settings)
 
 
 def test_the_degradation_trains_the_fake_score_alone_and_records_it():
@@ -398,19 +390,19 @@ def test_the_stages_agree_on_what_is_carried():
 def test_the_bases_trajectories_are_computed_where_it_is_trained():
     """DMD regresses to them; the degradation needs none."""
     base = {"name": "dmd", "pair_count": 7}
-    made = world(make("disback", {"path": 2, "base": base}, (1,)))
+    made = world("disback", steps=(1,), path=2, base=base)
     assert made.method.pairs(made.nets.schedule).count == 7
     for step in (0, 1000):
         made.backward(next(iter(made.method.phases(step))), step)
         assert all(p.grad is not None for p in made.nets.student.parameters())
-    assert make("disback", {"stage": "degrade", "base": base}, (1,)).pairs(made.nets.schedule) is None
+    assert worlds.method("disback", steps=(1,), stage="degrade", base=base).pairs(made.nets.schedule) is None
 
 
 def test_a_base_without_a_fake_score_is_refused():
     with pytest.raises(UserError, match=r"method\.base must be a method with a fake score"):
-        world(make("disback", {"base": {"name": "ladd"}}))
+        world("disback", base={"name": "ladd"})
     with pytest.raises(UserError, match=r"method\.path must be at least 1"):
-        make("disback", {"path": 0})
+        worlds.method("disback", path=0)
 
 
 def test_the_targets_means_go_from_the_students_to_the_teachers():
@@ -450,22 +442,8 @@ class Constant(nn.Module):
 # --------------------------------------------------------------------------------------------------- reward
 
 
-class Towards(RewardModel):
-    """-|x - (2, 0)|^2 of points, with its prompts kept."""
-
-    def __init__(self, shape: str = "right"):
-        self.shape, self.heard = shape, []
-
-    def __call__(self, images, prompts):
-        self.heard.append(list(prompts))
-        score = -(images - torch.tensor([2.0, 0.0])).square().sum(1)
-        return {"right": score, "wrong": score[:, None], "detached": score.detach(), "number": 1.0}[
-            self.shape
-        ]
-
-
 def reward(steps=(1, 2), **settings):
-    return world(make("reward", {"reward": f"{__name__}:Towards"} | settings, steps))
+    return world("reward", steps=steps, **{"reward": "worlds:Towards"} | settings)
 
 
 def test_no_gradient_where_the_score_has_reached_the_margin():
@@ -541,9 +519,9 @@ def test_a_reward_of_the_wrong_shape_is_refused(shape, says):
 
 def test_what_a_reward_cannot_be_made_of_is_said():
     with pytest.raises(UserError, match="unknown reward 'clap'"):
-        make("reward", {"reward": "clap"})
+        worlds.method("reward", reward="clap")
     with pytest.raises(UserError, match=r"method\.arguments do not fit"):
-        _ = make("reward", {"reward": f"{__name__}:Towards", "arguments": {"shap": 1}}).model
+        _ = worlds.method("reward", reward="worlds:Towards", arguments={"shap": 1}).model
     made = reward()
     batch = made.batch()
     batch.prompts = None
@@ -604,7 +582,7 @@ def test_the_micro_clip_tells_a_caption_from_another_and_has_a_gradient():
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_student_that_is_the_teacher_has_nothing_to_learn(schedule):
     """Loss 0 for the teacher itself, positive for anyone else."""
-    made = world(make("tsm", {"cond_dropout": 0.0}), schedule=schedule)
+    made = world("tsm", schedule=schedule, cond_dropout=0.0)
     assert float(made.method.loss(made.nets, made.batch())["total"].min().detach()) > 0
     made.nets.modules["student"] = made.nets.teacher
     assert float(made.method.loss(made.nets, made.batch())["total"].max()) == 0
@@ -614,7 +592,7 @@ def test_a_student_that_is_the_teacher_has_nothing_to_learn(schedule):
 def test_tsm_measures_the_error_in_the_students_own_kind(kind):
     """Off by d in its own kind: |d|^2, whatever the noise level (x0: times EDM's weight)."""
     schedule, off = Flow(), 0.3
-    method, teacher = make("tsm", {"cond_dropout": 0.0, "time_density": "lognormal"}), exact(Flow())
+    method, teacher = worlds.method("tsm", cond_dropout=0.0, time_density="lognormal"), exact(Flow())
 
     class Off(nn.Module):
         def forward(self, x_t, t, cond=None):
@@ -629,7 +607,7 @@ def test_tsm_measures_the_error_in_the_students_own_kind(kind):
 
 def test_the_teacher_of_tsm_is_told_what_its_student_is_told():
     """Half of the conditions are dropped, for both alike."""
-    made, heard = world(make("tsm", {"cond_dropout": 0.5})), []
+    made, heard = world("tsm", cond_dropout=0.5), []
 
     class Ear(nn.Module):
         sigma_data = 1.0
@@ -656,7 +634,7 @@ def test_a_smaller_student_starts_from_random_weights_and_follows_the_teacher():
     family = Toy(Toy.Config(modes=4, classes=2, schedule="flow", fit_steps=0, student_width=24))
     student = family.student("random", ())
     assert student.network.width == 24
-    made = world(make("tsm", {"time_density": "lognormal", "time_mean": 0.0}), schedule="flow")
+    made = world("tsm", schedule="flow", time_density="lognormal", time_mean=0.0)
     made.nets.modules["student"] = student
     optimizer = torch.optim.Adam(student.parameters(), 1e-2)
     losses = []
@@ -826,7 +804,9 @@ def test_a_deterministic_student_equals_the_stock_ddim_pipeline(tiny_sd, tmp_pat
     from stepdistill.families.sd import SD
 
     family, directory = SD(SD.Config(teacher=str(tiny_sd))), tmp_path / "student"
-    sampler = exported(family, make("progressive", {}, (steps,)), directory, {"teacher": str(tiny_sd)})
+    sampler = exported(
+        family, worlds.method("progressive", steps=(steps,)), directory, {"teacher": str(tiny_sd)}
+    )
     ours = sampler([PROMPT, PROMPT], [5, 6], steps=steps, chunk=2).permute(0, 2, 3, 1).numpy()
     call = {"prompt": [PROMPT, PROMPT], "num_inference_steps": steps, "seeds": [5, 6]}
     assert abs(stock_images(directory, tmp_path, **call) * 255 - ours).max() <= 1.0
@@ -839,7 +819,7 @@ def test_a_student_is_sampled_at_the_times_on_its_card(tiny_pixel, tmp_path):
     from stepdistill import load
     from stepdistill.families.pixel import Pixel
 
-    family, method = Pixel(Pixel.Config(teacher=str(tiny_pixel))), make("progressive", {}, (4,))
+    family, method = Pixel(Pixel.Config(teacher=str(tiny_pixel))), worlds.method("progressive", steps=(4,))
     exported(family, method, tmp_path / "student", {"teacher": str(tiny_pixel)})
     times = load(tmp_path / "student").times(4)
     assert times == pytest.approx(teacher_grid(family.schedule, 4), rel=1e-12)
@@ -858,7 +838,7 @@ def test_a_smaller_student_leaves_as_a_stock_pipeline(tiny_sd, tmp_path):
     family = SD(SD.Config(teacher=str(tiny_sd), student_unet=small))
     student = family.student("random", ()).eval()
     recipe = {"family": {"teacher": str(tiny_sd)}, "method": {"name": "dmd2"}, "run": {"out": "runs/x"}}
-    export.write(family, student, tmp_path / "student", export.card_of(family, make("dmd2", {}), recipe))
+    export.write(family, student, tmp_path / "student", export.card_of(family, worlds.method("dmd2"), recipe))
     loaded = load(tmp_path / "student")
     assert loaded.parameters["denoiser"] < 0.6 * sum(p.numel() for p in family.teacher.parameters())
     x, t, cond = (
@@ -990,7 +970,7 @@ def test_degradation_learns_at_the_noise_levels_of_its_base():
     seen = {}
     for density in ("uniform", "lognormal"):
         base = {"name": "dmd2", "critic_density": density, "time_mean": -3.0, "time_std": 0.01}
-        made = world(make("disback", {"stage": "degrade", "base": base}))
+        made = world("disback", stage="degrade", base=base)
         fake, asked = made.nets.fake_score.forward, []
         made.nets.fake_score.forward = lambda x, t, *rest, asked=asked, fake=fake: (
             asked.append(t),

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import worlds
 from test_sampling import drawn, seeded, states, stock_states
 from torch import Tensor, nn
 
@@ -14,11 +15,8 @@ from stepdistill.denoiser import Denoiser
 from stepdistill.errors import UserError
 from stepdistill.families.toy import SCHEDULES, Toy, gaussian, gaussian_flow_map
 from stepdistill.methods.base import Batch, Networks, consistency, track_average
-from stepdistill.methods.cd import CD
-from stepdistill.methods.ect import ECT
 from stepdistill.methods.lcm import LCM
-from stepdistill.methods.meanflow import MeanFlow
-from stepdistill.methods.scm import SCM, NoiseWeight
+from stepdistill.methods.scm import NoiseWeight
 from stepdistill.methods.tscd import TSCD
 from stepdistill.noise import SampleNoise
 from stepdistill.prediction import Prediction
@@ -142,18 +140,23 @@ def test_cds_loss_at_the_exact_consistency_function_is_the_solvers_local_error(s
 @pytest.mark.parametrize("solver", ["euler", "heun"])
 def test_cd_is_small_at_the_oracle_and_falls_with_the_number_of_points(schedule, solver):
     def loss(points: int) -> float:
-        method, oracle = CD(CD.Config(points=points, solver=solver)), Oracle(schedule, as_edm(schedule).t_min)
+        method, oracle = (
+            worlds.method("cd", points=points, solver=solver),
+            Oracle(schedule, as_edm(schedule).t_min),
+        )
         return float(method.loss(nets_of(schedule, oracle), batch_of(512))["total"].mean().sqrt())
 
     coarse, fine = loss(40), loss(160)
     assert fine < coarse / (3.0 if solver == "euler" else 6.0) and coarse < 0.1
-    off = CD(CD.Config(points=40)).loss(nets_of(schedule, Affine()), batch_of(512))["total"].mean().sqrt()
+    off = (
+        worlds.method("cd", points=40).loss(nets_of(schedule, Affine()), batch_of(512))["total"].mean().sqrt()
+    )
     assert float(off) > 3 * coarse
 
 
 def test_cds_gradient_is_the_online_networks_alone():
     """2 (f(x_t) - f(x_s)) df(x_t)/dtheta, put together again: no gradient through target or teacher."""
-    method, net = CD(CD.Config(points=18)), Affine()
+    method, net = worlds.method("cd", points=18), Affine()
     nets, batch, twin = nets_of(EDM(), net), batch_of(), batch_of()
     ours = gradient(method.loss(nets, batch)["total"].mean(), net)
 
@@ -180,7 +183,7 @@ def test_cds_chain_ends_at_the_state_itself(schedule):
         def forward(self, x_t, t, cond=None):
             return torch.full_like(x_t, 1e9)
 
-    method, frame = CD(CD.Config(points=2, solver="euler")), as_edm(schedule)
+    method, frame = worlds.method("cd", points=2, solver="euler"), as_edm(schedule)
     nets = nets_of(schedule, Affine(), target=Denoiser(Wrong(), "x0", schedule))
     losses, twin = method.loss(nets, batch_of()), batch_of()
     twin.generator.randint(0, 1)
@@ -195,7 +198,7 @@ def test_cds_chain_ends_at_the_state_itself(schedule):
 
 
 def test_ects_mapping_is_the_papers():
-    method = ECT(ECT.Config())
+    method = worlds.method("ect")
     t = torch.tensor([0.5, 1.0, 3.0, 80.0], dtype=torch.float64)
     first, last = method.ratio(t, 0), method.ratio(t, 7)
     torch.testing.assert_close(first, torch.tensor([0.0, 0.0, 0.3103, 0.5]).double(), rtol=0, atol=1e-3)
@@ -205,14 +208,14 @@ def test_ects_mapping_is_the_papers():
 
 
 def test_ects_stage_follows_the_updates():
-    method = ECT(ECT.Config(double_every=10, stages=3))
+    method = worlds.method("ect", double_every=10, stages=3)
     found = [next(iter(method.phases(step))).terms[0][1].keywords["stage"] for step in (0, 9, 10, 29, 1000)]
     assert found == [0, 0, 1, 2, 2]
 
 
 def test_ect_begins_as_denoising_towards_the_data():
     """Where r is 0 the target is x0 itself and the loss |f - x0| / t."""
-    method, net = ECT(ECT.Config(time_mean=-3.0, time_std=0.5)), Affine()
+    method, net = worlds.method("ect", time_mean=-3.0, time_std=0.5), Affine()
     nets, batch, twin = nets_of(EDM(), net), batch_of(), batch_of()
     losses = method.loss(nets, batch, stage=0)
     t = (-3 + 0.5 * twin.generator.randn(dtype=torch.float64)).exp().clamp(0.002, 80)
@@ -227,14 +230,14 @@ def test_ects_pair_shares_its_noise_and_the_oracle_is_its_fixed_point_with_the_t
     trajectory); with the teacher's own step it is the solver's error, far below.
     """
     nets = nets_of(EDM())
-    data = ECT(ECT.Config()).loss(nets, batch_of(2000), stage=7)["total"].mean()
-    ode = ECT(ECT.Config(teacher_step=True)).loss(nets, batch_of(2000), stage=7)["total"].mean()
+    data = worlds.method("ect").loss(nets, batch_of(2000), stage=7)["total"].mean()
+    ode = worlds.method("ect", teacher_step=True).loss(nets, batch_of(2000), stage=7)["total"].mean()
     assert float(ode) < 0.05 * float(data)
 
 
 def test_ects_gradient_stops_at_the_target():
     """sign(f(x_t) - f(x_r)) / (t - r) df(x_t)/dtheta, put together again from the batch's draws."""
-    method, net = ECT(ECT.Config()), Affine()
+    method, net = worlds.method("ect"), Affine()
     nets, batch, twin = nets_of(EDM(), net), batch_of(), batch_of()
     ours = gradient(method.loss(nets, batch, stage=4)["total"].mean(), net)
     t = (-1.1 + 2.0 * twin.generator.randn(dtype=torch.float64)).exp().clamp(0.002, 80)
@@ -259,7 +262,7 @@ def test_ect_at_a_perfect_fit_has_a_zero_gradient_not_a_nan():
             return self.value.expand_as(x_t)
 
     net = Constant()
-    loss = ECT(ECT.Config(time_mean=1.0, time_std=0.1)).loss(nets_of(EDM(), net), batch_of(), stage=7)[
+    loss = worlds.method("ect", time_mean=1.0, time_std=0.1).loss(nets_of(EDM(), net), batch_of(), stage=7)[
         "total"
     ]
     assert gradient(loss.mean(), net).tolist() == [0.0]
@@ -271,7 +274,7 @@ def test_ect_at_a_perfect_fit_has_a_zero_gradient_not_a_nan():
 @EVERY
 @pytest.mark.parametrize("how", ["forward", "difference", "upwind"])
 def test_the_tangent_of_the_exact_consistency_function_is_zero(schedule, how):
-    method = SCM(SCM.Config(derivative=how, difference_step=1e-4, time_mean=-0.5, time_std=0.7))
+    method = worlds.method("scm", derivative=how, difference_step=1e-4, time_mean=-0.5, time_std=0.7)
     tolerance = {"forward": 1e-10, "difference": 1e-5, "upwind": 1e-4}[how]
     assert float(method.loss(nets_of(schedule), batch_of())["tangent"].max()) < tolerance
     assert float(method.loss(nets_of(schedule, Affine()), batch_of())["tangent"].min()) > 0.01 * tolerance
@@ -280,7 +283,7 @@ def test_the_tangent_of_the_exact_consistency_function_is_zero(schedule, how):
 def test_a_denoiser_is_not_consistent():
     nets = nets_of(EDM())
     nets.modules["student"] = nets.teacher
-    assert float(SCM(SCM.Config()).loss(nets, batch_of())["tangent"].mean()) > 0.02
+    assert float(worlds.method("scm").loss(nets, batch_of())["tangent"].mean()) > 0.02
 
 
 @pytest.mark.parametrize("sigma_data", [1.0, 0.5])
@@ -290,7 +293,7 @@ def test_scms_gradient_is_the_limit_of_discrete_consistency(sigma_data):
     """
     trig, net = TrigFlow(sigma_data), Affine()
     net.sigma_data = sigma_data
-    method = SCM(SCM.Config(normalise=False, time_mean=-0.3, time_std=0.5))
+    method = worlds.method("scm", normalise=False, time_mean=-0.3, time_std=0.5)
     nets, batch, twin = nets_of(trig, net), batch_of(), batch_of()
     ours = gradient(method.loss(nets, batch, r=1.0)["total"].mean(), net)
     t = method.times(nets, twin, trig)
@@ -308,7 +311,7 @@ def test_scms_gradient_is_the_limit_of_discrete_consistency(sigma_data):
 @pytest.mark.parametrize("how", ["forward", "difference", "upwind"])
 def test_the_tangent_is_zero_at_the_ends_of_the_networks_range_too(schedule, how):
     """Of a table most draws with std 3 lie beyond an end, where time has no derivative: none is taken there."""
-    method = SCM(SCM.Config(derivative=how, difference_step=1e-3, time_mean=-0.5, time_std=3.0))
+    method = worlds.method("scm", derivative=how, difference_step=1e-3, time_mean=-0.5, time_std=3.0)
     tolerance = {"forward": 1e-10, "difference": 3e-3, "upwind": 1e-1}[how]
     if isinstance(schedule, VP):
         tolerance = {"forward": 1e-10, "difference": 1e-5, "upwind": 1e-2}[how]
@@ -324,7 +327,7 @@ def test_scms_gradient_is_minus_twice_the_tangent(how):
             return super().forward(x_t, t) + self.weight[1] * torch.sin(30 * t[:, None])
 
     settings = {"learned_weight": False, "normalise": False, "time_mean": 0.0, "time_std": 0.3}
-    method, trig = SCM(SCM.Config(derivative=how, difference_step=3e-2, **settings)), TrigFlow()
+    method, trig = worlds.method("scm", derivative=how, difference_step=3e-2, **settings), TrigFlow()
     nets, batch, twin = nets_of(trig, Steep()), batch_of(), batch_of()
     net = nets.student.network
     ours = gradient(method.loss(nets, batch)["total"].mean(), net)
@@ -337,7 +340,7 @@ def test_scms_gradient_is_minus_twice_the_tangent(how):
 
 def test_the_tangents_warm_up_and_what_r_leaves_out():
     """At r = 0 only the part without a derivative is left: -cos^2 (s F - dx/dt)."""
-    method = SCM(SCM.Config(warmup=4))
+    method = worlds.method("scm", warmup=4)
     found = [next(iter(method.phases(step))).terms[0][1].keywords["r"] for step in range(6)]
     assert found == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     trig, nets = TrigFlow(), nets_of(TrigFlow(), Affine())
@@ -350,22 +353,22 @@ def test_the_tangents_warm_up_and_what_r_leaves_out():
 def test_scms_weights_are_optional_and_multiply():
     """e^u w d - u of the paper; w d, and d alone (rCM)."""
     batch, nets = batch_of, nets_of(TrigFlow(), Affine())
-    plain = SCM(SCM.Config(prior=False, learned_weight=False))
+    plain = worlds.method("scm", prior=False, learned_weight=False)
     assert plain.networks(nets.teacher, nets.student) == {}
     assert next(iter(plain.phases(0))).trains == ("student",)
     losses = plain.loss(nets, batch())
     assert torch.equal(losses["total"], losses["distance"])
     t = plain.times(nets, batch(), TrigFlow())
-    weighed = SCM(SCM.Config(learned_weight=False)).loss(nets, batch())["total"]
+    weighed = worlds.method("scm", learned_weight=False).loss(nets, batch())["total"]
     torch.testing.assert_close(weighed, losses["distance"] / t.tan(), rtol=1e-6, atol=1e-9)
     with torch.no_grad():
         nets.weighting.leave.bias.fill_(0.7)
-    learned = SCM(SCM.Config()).loss(nets, batch())["total"]
+    learned = worlds.method("scm").loss(nets, batch())["total"]
     torch.testing.assert_close(learned, math.exp(0.7) * weighed - 0.7, rtol=1e-5, atol=1e-5)
 
 
 def test_a_normalised_tangent_makes_the_loss_known_beforehand():
-    method = SCM(SCM.Config(tangent_c=0.1))
+    method = worlds.method("scm", tangent_c=0.1)
     losses = method.loss(nets_of(TrigFlow(), Affine()), batch_of())
     norm = losses["tangent"]
     torch.testing.assert_close(losses["distance"], (norm / (norm + 0.1)) ** 2, rtol=1e-6, atol=1e-9)
@@ -376,7 +379,7 @@ def test_a_normalised_tangent_makes_the_loss_known_beforehand():
 def test_scms_times_are_scm_schedulers(steps, sigma_data):
     from diffusers import SCMScheduler
 
-    times = SCM(SCM.Config(first_rho=0.0), (1, 2, 4)).grid(TrigFlow(sigma_data), steps)
+    times = worlds.method("scm", steps=(1, 2, 4), first_rho=0.0).grid(TrigFlow(sigma_data), steps)
     scheduler = SCMScheduler(sigma_data=sigma_data)
     scheduler.set_timesteps(steps, intermediate_timesteps=1.3 if steps == 2 else None)
     torch.testing.assert_close(torch.tensor((*times, 0.0)), scheduler.timesteps, rtol=1e-5, atol=1e-5)
@@ -391,7 +394,7 @@ def test_scms_states_are_scm_schedulers(steps, sigma_data, first_rho, tolerance)
     from diffusers import SCMScheduler
 
     trig = TrigFlow(sigma_data)
-    times = SCM(SCM.Config(first_rho=first_rho), (1, 2, 4)).grid(trig, steps)
+    times = worlds.method("scm", steps=(1, 2, 4), first_rho=first_rho).grid(trig, steps)
     scheduler = SCMScheduler(sigma_data=sigma_data)
     scheduler.set_timesteps(steps, timesteps=[*times, 0.0], max_timesteps=None, intermediate_timesteps=None)
     start, outputs = drawn(steps)
@@ -463,7 +466,7 @@ class ToTheEnd(nn.Module):
 
 
 def lcm(**settings) -> LCM:
-    return LCM(LCM.Config(guidance_low=1.0, guidance_high=1.0, **settings))
+    return worlds.method("lcm", guidance_low=1.0, guidance_high=1.0, **settings)
 
 
 def test_lcms_loss_falls_with_the_square_of_the_step_at_the_exact_flow():
@@ -503,7 +506,7 @@ def test_lcms_gradient_is_the_online_networks_alone():
 @EVERY
 def test_meanflows_identity_holds_for_the_exact_average_velocity(schedule):
     """u = v - (t - r) du/dt with the oracle's u, through any native schedule: the error is rounding."""
-    method = MeanFlow(MeanFlow.Config(equal_share=0.0, time_mean=0.0, time_std=0.8))
+    method = worlds.method("meanflow", equal_share=0.0, time_mean=0.0, time_std=0.8)
     assert float(method.loss(nets_of(schedule), batch_of())["error"].max()) < 1e-7
     assert float(method.loss(nets_of(schedule, Affine()), batch_of())["error"].mean()) > 1e-2
 
@@ -522,7 +525,7 @@ def test_the_oracles_average_velocity_is_the_average():
 
 
 def test_with_r_equal_to_t_meanflow_is_flow_matching():
-    method, net = MeanFlow(MeanFlow.Config(direction="data", equal_share=1.0, weight_power=0.0)), Affine()
+    method, net = worlds.method("meanflow", direction="data", equal_share=1.0, weight_power=0.0), Affine()
     nets, batch, twin = nets_of(Flow(), net), batch_of(), batch_of()
     losses = method.loss(nets, batch)
     t, r = method.times(nets, twin)
@@ -534,14 +537,14 @@ def test_with_r_equal_to_t_meanflow_is_flow_matching():
 
 
 def test_meanflows_times_are_ordered_and_its_share_of_equal_times_is_kept():
-    method = MeanFlow(MeanFlow.Config(equal_share=0.25))
+    method = worlds.method("meanflow", equal_share=0.25)
     t, r = method.times(nets_of(Flow()), batch_of(4000))
     assert bool((r <= t).all()) and abs(float((r == t).double().mean()) - 0.25) < 5 * (0.1875 / 4000) ** 0.5
 
 
 def test_meanflows_gradient_stops_at_the_target_and_its_weight():
     """2 w (u - target) du with w = (|.|^2 + c)^-p and the target constant."""
-    method, net = MeanFlow(MeanFlow.Config(equal_share=0.0, weight_power=0.5, weight_c=0.1)), Affine()
+    method, net = worlds.method("meanflow", equal_share=0.0, weight_power=0.5, weight_c=0.1), Affine()
     nets, batch, twin = nets_of(Flow(), net), batch_of(), batch_of()
     ours = gradient(method.loss(nets, batch)["total"].mean(), net)
     t, r = method.times(nets, twin)
@@ -564,7 +567,7 @@ def test_meanflows_guided_target_mixes_its_own_velocities():
             return super().forward(x_t, t, None, end) + 0.3 * cond[:, None]
 
     settings = {"direction": "data", "guidance_scale": 2.0, "kappa": 0.5, "cond_dropout": 0.0}
-    method = MeanFlow(MeanFlow.Config(**settings))
+    method = worlds.method("meanflow", **settings)
     nets, batch = nets_of(Flow(), Labelled()), batch_of()
     batch.cond, batch.uncond = torch.ones(COUNT), torch.zeros(COUNT)
     eps, t = torch.randn(COUNT, 1, dtype=torch.float64), times_like(0.4, batch.x0)
@@ -574,7 +577,7 @@ def test_meanflows_guided_target_mixes_its_own_velocities():
         c, u = (nets.student(x_t, t, told, end=t).flow for told in (batch.cond, batch.uncond))
     torch.testing.assert_close(v, 2.0 * (eps - batch.x0) + 0.5 * c - 1.5 * u, rtol=1e-9, atol=1e-9)
     # And the mix is a constant: with r = t the gradient is that of (u - v)^2 at u alone.
-    method = MeanFlow(MeanFlow.Config(**settings, equal_share=1.0, weight_power=0.0))
+    method = worlds.method("meanflow", **settings, equal_share=1.0, weight_power=0.0)
     net, twin = nets.student.network, batch_of()
     ours = gradient(method.loss(nets, batch)["total"].mean(), net)
     t, _ = method.times(nets, twin)
@@ -597,7 +600,7 @@ def test_meanflows_derivative_is_of_the_network_with_the_dropout_that_is_trained
     batch.cond, batch.uncond = torch.ones(COUNT), torch.zeros(COUNT)
     nets = nets_of(Flow(), Draws())
     nets.teacher.network.forward = lambda x_t, t, cond=None: x_t
-    MeanFlow(MeanFlow.Config(**settings)).loss(nets, batch)
+    worlds.method("meanflow", **settings).loss(nets, batch)
     assert drawn[-1] == drawn[-2] and len(drawn) == (4 if settings else 2)
 
 
@@ -639,7 +642,7 @@ class SegmentOracle(nn.Module):
 @pytest.mark.parametrize("segments", [8, 4, 2, 1])
 def test_tscd_with_the_exact_segment_maps_has_the_teachers_error_alone(schedule, segments):
     def loss(points: int) -> float:
-        method = TSCD(TSCD.Config(segments=segments, ddim_steps=points, guidance_scale=1.0))
+        method = worlds.method("tscd", segments=segments, ddim_steps=points, guidance_scale=1.0)
         nets = nets_of(schedule, SegmentOracle(schedule, method))
         return float(method.loss(nets, batch_of(256))["total"].mean().sqrt())
 
@@ -654,7 +657,7 @@ def test_tscds_loss_is_zero_where_student_and_teacher_follow_the_exact_flow(sche
         return gaussian_flow_map(schedule, MEAN, STD, x_t, t, s)
 
     monkeypatch.setattr("stepdistill.methods.tscd.ddim", flow_map)
-    method = TSCD(TSCD.Config(segments=segments, guidance_scale=1.0))
+    method = worlds.method("tscd", segments=segments, guidance_scale=1.0)
     losses = method.loss(nets_of(schedule, SegmentOracle(schedule, method)), batch_of(256))
     assert float(losses["total"].max()) < 1e-15 * schedule.t_max**2
 
@@ -663,8 +666,8 @@ def test_tscd_of_one_segment_is_cd_with_an_euler_step():
     """But for the jump's end: the trajectory's last point, not the data, so sigma_min eps apart."""
     schedule, found = EDM(), []
     for method in (
-        CD(CD.Config(points=11, solver="euler", distance="l2", guidance_scale=1.0)),
-        TSCD(TSCD.Config(segments=1, ddim_steps=10, distance="l2", guidance_scale=1.0)),
+        worlds.method("cd", points=11, solver="euler", distance="l2", guidance_scale=1.0),
+        worlds.method("tscd", segments=1, ddim_steps=10, distance="l2", guidance_scale=1.0),
     ):
         nets = nets_of(schedule, Affine(), target=Denoiser(Affine(), "x0", schedule))
         loss = method.loss(nets, batch_of(512))["total"].mean()
@@ -675,7 +678,7 @@ def test_tscd_of_one_segment_is_cd_with_an_euler_step():
 @EVERY
 def test_the_segments_maps_composed_are_the_whole_trajectory(schedule):
     """And they are what a k-step student without noise walks through: its times are the edges."""
-    method = TSCD(TSCD.Config(segments=4, eta=0.0), (4,))
+    method = worlds.method("tscd", steps=(4,), segments=4, eta=0.0)
     x = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
     times = method.grid(schedule, 4)
     t = times_like(times[0], x)
@@ -691,7 +694,7 @@ def test_the_segments_maps_composed_are_the_whole_trajectory(schedule):
 @EVERY
 @pytest.mark.parametrize("segments", [8, 3, 1])
 def test_every_time_lies_in_exactly_one_segment(schedule, segments):
-    method = TSCD(TSCD.Config(segments=segments))
+    method = worlds.method("tscd", segments=segments)
     edges = (*few_step_grid(schedule, segments), schedule.t_min)
     between = torch.linspace(schedule.t_min, edges[0], 204, dtype=torch.float64)[1:-1]
     t = torch.cat((between, torch.tensor(edges[:-1], dtype=torch.float64)))
@@ -704,7 +707,7 @@ def test_every_time_lies_in_exactly_one_segment(schedule, segments):
 
 def test_tscd_never_looks_below_the_edge_and_takes_the_state_itself_there():
     """One DDIM step that ends in the edge has x_s for its target, whatever the target network says."""
-    method = TSCD(TSCD.Config(segments=8, ddim_steps=8, guidance_scale=1.0))
+    method = worlds.method("tscd", segments=8, ddim_steps=8, guidance_scale=1.0)
     nets, batch, twin = nets_of(VP.from_betas(), Affine()), batch_of(), batch_of()
 
     class Never(nn.Module):
@@ -730,7 +733,7 @@ def test_tscds_teacher_steps_to_the_edge_where_the_next_point_lies_below(schedul
             heard.append(t)
             return x_t
 
-    method = TSCD(TSCD.Config(segments=4, ddim_steps=7, guidance_scale=1.0))
+    method = worlds.method("tscd", segments=4, ddim_steps=7, guidance_scale=1.0)
     nets = nets_of(schedule, Affine(), target=Denoiser(Ear(), "x0", schedule))
     method.loss(nets, batch_of(256))
     grid = torch.tensor((*teacher_grid(schedule, 7), schedule.t_min), dtype=torch.float64)
@@ -747,7 +750,7 @@ def test_tscd_refuses_what_does_not_fit():
         ({"eta": 1.5}, r"method\.eta"),
     ):
         with pytest.raises(UserError, match=says):
-            TSCD(TSCD.Config(**settings))
+            worlds.method("tscd", **settings)
 
 
 # --------------------------------------------------------------------------------------------------- the rule "tcd"
@@ -856,7 +859,7 @@ def test_a_two_time_student_starts_as_the_teacher_and_hears_its_end():
 
 
 @pytest.mark.parametrize(
-    "method", [CD(CD.Config()), ECT(ECT.Config()), SCM(SCM.Config()), MeanFlow(MeanFlow.Config())]
+    "method", [worlds.method("cd"), worlds.method("ect"), worlds.method("scm"), worlds.method("meanflow")]
 )
 def test_the_gradient_through_distributed_data_parallel_is_the_networks_own(method, tmp_path):
     """Asked in another schedule and told an end, a wrapped student still answers through its wrapper."""

@@ -12,16 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import worlds
 
 from stepdistill import export, load
 from stepdistill.errors import UserError
 from stepdistill.families.pixel import Pixel
 from stepdistill.families.sd import SD
-from stepdistill.methods.dmd2 import DMD2
-from stepdistill.methods.lcm import LCM
-from stepdistill.methods.meanflow import MeanFlow
-from stepdistill.methods.sid import SiD
-from stepdistill.methods.tscd import TSCD
 from stepdistill.sampling import ImageSampler
 
 PROMPT = "a small red circle above a large blue square on a yellow background"
@@ -81,7 +77,7 @@ def exported(family, method, path: Path, recipe_family: dict):
 def test_the_exported_sd_student_equals_the_in_memory_sampler(tiny_sd, tmp_path, steps):
     family = SD(SD.Config(teacher=str(tiny_sd)))
     directory = tmp_path / "student"
-    sampler = exported(family, DMD2(DMD2.Config(), (1, 2, 4)), directory, {"teacher": str(tiny_sd)})
+    sampler = exported(family, worlds.method("dmd2", steps=(1, 2, 4)), directory, {"teacher": str(tiny_sd)})
     in_memory = sampler([PROMPT, PROMPT], [5, 6], steps=steps, chunk=2).permute(0, 2, 3, 1).numpy()
     reloaded = load(directory)([PROMPT, PROMPT], [5, 6], steps=steps, chunk=2).permute(0, 2, 3, 1).numpy()
     assert np.array_equal(in_memory, reloaded)
@@ -99,7 +95,7 @@ def test_a_student_that_starts_at_a_lower_noise_level_equals_the_stock_pipeline(
     """SiD from rho = 2.5: sigma noise in one step (Euler), unit noise where it renoises (LCM)."""
     family = SD(SD.Config(teacher=str(tiny_sd)))
     directory = tmp_path / "student"
-    sampler = exported(family, SiD(SiD.Config(), steps), directory, {"teacher": str(tiny_sd)})
+    sampler = exported(family, worlds.method("sid", steps=steps), directory, {"teacher": str(tiny_sd)})
     assert sampler.card["init_noise"] == noise and sampler.times(max(steps))[0] == first
     call = {"prompt": [PROMPT, PROMPT], "num_inference_steps": max(steps), "seeds": [5, 6]}
     ours = sampler([PROMPT, PROMPT], [5, 6], steps=max(steps), chunk=2).permute(0, 2, 3, 1).numpy()
@@ -114,7 +110,7 @@ def test_a_student_that_starts_at_a_lower_noise_level_equals_the_stock_pipeline(
 def test_a_pixel_student_that_starts_at_a_lower_noise_level_equals_the_stock_pipeline(tiny_pixel, tmp_path):
     family = Pixel(Pixel.Config(teacher=str(tiny_pixel)))
     directory = tmp_path / "student"
-    sampler = exported(family, SiD(SiD.Config(), (1,)), directory, {"teacher": str(tiny_pixel)})
+    sampler = exported(family, worlds.method("sid", steps=(1,)), directory, {"teacher": str(tiny_pixel)})
     assert sampler.times(1) == pytest.approx((2.5,))
     ours = sampler([2, 0], [5, 6], steps=1, chunk=2).permute(0, 2, 3, 1).numpy()
     assert np.array_equal(load(directory)([2, 0], [5, 6], chunk=2).permute(0, 2, 3, 1).numpy(), ours)
@@ -125,7 +121,7 @@ def test_a_pixel_student_that_starts_at_a_lower_noise_level_equals_the_stock_pip
 def test_a_guidance_embedded_student_equals_the_stock_pipeline(tiny_sd, tmp_path):
     family = SD(SD.Config(teacher=str(tiny_sd)))
     directory = tmp_path / "student"
-    sampler = exported(family, LCM(LCM.Config(), (1, 4)), directory, {"teacher": str(tiny_sd)})
+    sampler = exported(family, worlds.method("lcm", steps=(1, 4)), directory, {"teacher": str(tiny_sd)})
     for guidance in (4.0, 12.0):
         ours = sampler([PROMPT], [7], steps=4, guidance_scale=guidance, chunk=1)
         stock = stock_images(
@@ -140,7 +136,7 @@ def test_a_guidance_embedded_student_equals_the_stock_pipeline(tiny_sd, tmp_path
 def test_the_exported_pixel_student_equals_the_in_memory_sampler(tiny_pixel, tmp_path, steps):
     family = Pixel(Pixel.Config(teacher=str(tiny_pixel)))
     directory = tmp_path / "student"
-    sampler = exported(family, DMD2(DMD2.Config(), (1, 4)), directory, {"teacher": str(tiny_pixel)})
+    sampler = exported(family, worlds.method("dmd2", steps=(1, 4)), directory, {"teacher": str(tiny_pixel)})
     ours = sampler([2, 0], [5, 6], steps=steps, chunk=2).permute(0, 2, 3, 1).numpy()
     call = {"class_labels": [2, 0], "batch_size": 2, "num_inference_steps": steps, "seeds": [5, 6]}
     assert np.abs(stock_images(directory, tmp_path, **call) * 255 - ours).max() <= 1.0
@@ -149,7 +145,7 @@ def test_the_exported_pixel_student_equals_the_in_memory_sampler(tiny_pixel, tmp
 def test_an_unconditional_ddpm_student_equals_the_stock_pipeline(tiny_ddpm, tmp_path):
     family = Pixel(Pixel.Config(teacher=str(tiny_ddpm)))
     directory = tmp_path / "student"
-    sampler = exported(family, DMD2(DMD2.Config(), (1, 2)), directory, {"teacher": str(tiny_ddpm)})
+    sampler = exported(family, worlds.method("dmd2", steps=(1, 2)), directory, {"teacher": str(tiny_ddpm)})
     ours = sampler([0], [5], steps=2, chunk=1).permute(0, 2, 3, 1).numpy()
     stock = stock_images(directory, tmp_path, batch_size=1, num_inference_steps=2, seeds=[5])
     assert np.abs(stock * 255 - ours).max() <= 1.0
@@ -172,7 +168,7 @@ def test_the_pipelines_own_defaults_say_what_to_pass(tiny_sd, tmp_path):
     directory = tmp_path / "student"
     exported(
         SD(SD.Config(teacher=str(tiny_sd))),
-        DMD2(DMD2.Config(), (1, 2, 4)),
+        worlds.method("dmd2", steps=(1, 2, 4)),
         directory,
         {"teacher": str(tiny_sd)},
     )
@@ -195,7 +191,7 @@ def test_the_card_holds_code_that_runs(tiny_sd, tmp_path):
     directory = tmp_path / "student"
     exported(
         SD(SD.Config(teacher=str(tiny_sd))),
-        DMD2(DMD2.Config(), (1, 2, 4)),
+        worlds.method("dmd2", steps=(1, 2, 4)),
         directory,
         {"teacher": str(tiny_sd)},
     )
@@ -210,7 +206,7 @@ def test_the_card_holds_code_that_runs(tiny_sd, tmp_path):
 def test_what_a_student_cannot_serve_is_refused_in_one_sentence(tiny_sd, tmp_path):
     family = SD(SD.Config(teacher=str(tiny_sd)))
     sampler = exported(
-        family, DMD2(DMD2.Config(), (1, 2, 4)), tmp_path / "student", {"teacher": str(tiny_sd)}
+        family, worlds.method("dmd2", steps=(1, 2, 4)), tmp_path / "student", {"teacher": str(tiny_sd)}
     )
     for wrong, says in (
         ({"steps": 3}, "1, 2, 4"),
@@ -255,7 +251,7 @@ def test_a_damaged_directory_is_one_sentence(tiny_sd, tmp_path, damage, says):
 def test_a_tcd_student_equals_the_stock_pipeline_at_its_eta(tiny_sd, tmp_path, eta):
     family = SD(SD.Config(teacher=str(tiny_sd)))
     directory = tmp_path / "student"
-    method = TSCD(TSCD.Config(segments=1, eta=eta), (1, 2, 4))
+    method = worlds.method("tscd", steps=(1, 2, 4), segments=1, eta=eta)
     sampler = exported(family, method, directory, {"teacher": str(tiny_sd)})
     for steps in (1, 4):
         ours = sampler([PROMPT], [7], steps=steps, chunk=1)
@@ -275,7 +271,7 @@ def test_a_two_time_student_comes_back_as_it_left_and_says_what_stock_pipelines_
         (Pixel(Pixel.Config(teacher=str(tiny_pixel))), 2),
     ):
         directory = tmp_path / family.name
-        sampler = exported(family, MeanFlow(MeanFlow.Config(), (1, 2)), directory, {"teacher": ""})
+        sampler = exported(family, worlds.method("meanflow", steps=(1, 2)), directory, {"teacher": ""})
         for steps in (1, 2):
             ours = sampler([told], [7], steps=steps, chunk=1)
             assert torch.equal(load(directory)([told], [7], steps=steps, chunk=1), ours)
@@ -288,7 +284,7 @@ def test_a_two_time_student_comes_back_as_it_left_and_says_what_stock_pipelines_
 
 
 def test_where_no_stock_scheduler_fits_the_card_says_why(tiny_pixel, tiny_ddpm, tmp_path):
-    method = TSCD(TSCD.Config(segments=1, eta=0.5), (1, 2))
+    method = worlds.method("tscd", steps=(1, 2), segments=1, eta=0.5)
     for name, says in ((tiny_pixel, "DDPM table only"), (tiny_ddpm, "passes no eta")):
         family = Pixel(Pixel.Config(teacher=str(name)))
         exported(family, method, tmp_path / name.name, {"teacher": ""})

@@ -7,9 +7,10 @@ import sys
 
 import numpy as np
 import pytest
+import worlds
 from PIL import Image
-from test_methods import EVERY, make, world
 from test_trainer import toy
+from worlds import EVERY, world
 
 from stepdistill.methods import METHODS
 from stepdistill.methods.base import Method
@@ -67,7 +68,7 @@ REFERENCED = set(METHODS) - {"reward"}  # has one with an anchor only
 
 @EVERY
 def test_every_method_says_what_is_normal_and_logs_its_student_beside_a_reference(name, settings):
-    made = make(name, settings)
+    made = worlds.method(name, **settings)
     said = f"{sys.modules[type(made).__module__].__doc__} {type(made).__doc__}"
     assert "normal ranges" in said.lower()
     made = world(made)
@@ -87,7 +88,7 @@ def test_every_method_says_what_is_normal_and_logs_its_student_beside_a_referenc
 
 
 def test_a_composition_logs_its_parts_apart():
-    made = world(make("compose", {"parts": [{"name": "cd"}, {"name": "dmd2"}], "sampling": "first"}))
+    made = world("compose", parts=[{"name": "cd"}, {"name": "dmd2"}], sampling="first")
     (student, *_) = made.method.phases(0)
     logged = [loss(made.nets, made.batch()).keys() for _, loss in student.terms]
     wanted = [{"total", f"{part}/x0_std", f"{part}/teacher_x0_std"} for part in ("cd", "dmd2")]
@@ -106,7 +107,7 @@ def test_a_composition_is_judged_part_by_part():
 
 
 def test_a_fake_score_that_falls_behind_is_named():
-    health = Health(DMD2(DMD2.Config()))
+    health = Health(worlds.method("dmd2"))
     assert health.check({"critic/denoising": 0.4})[1] == []
     assert health.check({"critic/denoising": 0.8})[1] == []  # as a run at a high rate begins
     (said,) = health.check({"critic/denoising": 1.2})[1]
@@ -115,7 +116,7 @@ def test_a_fake_score_that_falls_behind_is_named():
 
 @EVERY
 def test_every_range_of_every_method_is_of_a_value_it_logs(name, settings):
-    made = world(make(name, settings))
+    made = world(name, **settings)
     logged = set()
     for step in range(12):
         for phase in made.method.phases(step):

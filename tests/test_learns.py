@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import worlds
 
 from stepdistill.families.toy import Toy
 from stepdistill.methods.base import Batch, Networks
-from stepdistill.methods.dmd2 import DMD2
 from stepdistill.noise import SampleNoise
 from stepdistill.sampling import first_input
 
@@ -41,7 +41,7 @@ def family() -> Toy:
 def distance_after(family: Toy, steps: int, pull: float) -> float:
     """Sliced W1 over its floor after a short one-step DMD2 run; `pull` multiplies the student's loss."""
     settings = {"normalise": False, "guidance_scale": 1.0, "time_density": "lognormal", "time_mean": -0.5}
-    method = DMD2(DMD2.Config(student_every=1, **settings), (1,))
+    method = worlds.method("dmd2", steps=(1,), student_every=1, **settings)
     student = family.student("teacher", ())
     nets = Networks(
         {"student": student, "teacher": family.teacher} | method.networks(family.teacher, student),

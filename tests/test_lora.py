@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import worlds
 
 from stepdistill.denoiser import Denoiser, parameter_count
 from stepdistill.errors import UserError
 from stepdistill.families.sd import SD
 from stepdistill.families.toy import MLP
 from stepdistill.lora import LoRA
-from stepdistill.methods.vsd import VSD
 from stepdistill.schedule import VP, Flow
 from stepdistill.timesteps import times_like
 
@@ -145,7 +145,7 @@ def test_vsd_holds_the_teachers_weights_once(tiny_sd):
     student = family.student("teacher", ())
 
     def fake(**settings) -> LoRA:
-        method = VSD(VSD.Config(lora_rank=2, **settings), (1,))
+        method = worlds.method("vsd", steps=(1,), lora_rank=2, **settings)
         return method.networks(family.teacher, student)["fake_score"]
 
     assert fake().network is family.teacher.network

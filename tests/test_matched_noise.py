@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_around import Doubles
-from test_methods import make
+import worlds
 from torch import Tensor, nn
+from worlds import STEPS, Doubles
 
 from stepdistill import timesteps
 from stepdistill.denoiser import Denoiser
@@ -85,7 +85,6 @@ CASES: dict[str, dict[str, Any]] = {
     "sim": LOGNORMAL,
     "sid": LOGNORMAL,
 }
-STEPS = {"boot": (1,), "progressive": (2,), "lightning": (2,)}
 SINGLE = ("ladd", "lightning", "dmd2", "f_distill")  # whose features are float32
 
 
@@ -111,7 +110,7 @@ def prepared(
     name: str, settings: dict[str, Any], schedule: Schedule, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Method, Networks]:
     """A method and its networks, float64, of fixed random weights."""
-    method = make(name, settings, STEPS.get(name, (1, 2)))
+    method = worlds.method(name, steps=STEPS.get(name, (1, 2)), **settings)
     at_levels(monkeypatch, method.parts[0][2] if name == "compose" else method)
     torch.manual_seed(0)
     student, teacher = (Denoiser(Matched(schedule), "x0", schedule) for _ in range(2))

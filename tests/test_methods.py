@@ -8,151 +8,33 @@ from typing import Any
 
 import pytest
 import torch
+import worlds
 from torch import nn
+from worlds import COUNT, EVERY, SETTINGS, STEPS, gradients, weights, world
 
-from stepdistill.config import build
-from stepdistill.denoiser import Cond, Denoiser, guided, unwrap
+from stepdistill.denoiser import Denoiser, guided, unwrap
 from stepdistill.errors import UserError
 from stepdistill.families.base import sinusoids
 from stepdistill.families.sd import SD
-from stepdistill.families.toy import Toy, gaussian_flow_map
+from stepdistill.families.toy import gaussian_flow_map
 from stepdistill.losses import distribution_matching
 from stepdistill.methods import METHODS
-from stepdistill.methods.base import Batch, Compose, Method, Networks, Pairs, Phase, simulate
+from stepdistill.methods.base import Batch, Method, Networks, Phase, simulate
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.methods.pretrain import Pretrain
 from stepdistill.noise import SampleNoise
 from stepdistill.prediction import Prediction
-from stepdistill.registry import allowing_code, resolve
 from stepdistill.sampling import RULES
 from stepdistill.schedule import EDM, VP, Flow, TrigFlow, expand
 from stepdistill.solvers import ddim
 from stepdistill.timesteps import draw, few_step_grid, times_like
-
-# Methods that need settings to exist, and variants worth a row; any other registered name runs on defaults.
-SETTINGS: dict[str, dict[str, Any]] = {
-    "compose": {"parts": [{"name": "dmd2"}, {"name": "dmd2", "weight": 0.5}]},
-    # Within its margin the hinge gives the last bias +1 and -1: no move, and rightly so.
-    "ladd": {"gan": "non_saturating", "warmup": 3},
-    # A longer path begins at what the fake score begins as, where there is no pull, and rightly so.
-    "disback": {"path": 1},
-    # On points: an eye and a reward of the tests' own.
-    "lightning": {"mse_weight": 1.0},
-    "add": {"eye": "fourier", "gan": "non_saturating"},
-    "reward": {"reward": "test_around:Towards", "margin": 10.0},
-}
-VARIANTS = [(name, SETTINGS.get(name, {})) for name in METHODS] + [
-    ("dmd2", {"gan_weight": 1e-2}),
-    ("progressive", {"predecessor": "teacher"}),
-    ("disback", {"stage": "degrade"}),
-    ("disback", {"path": 3, "interval": 1, "base": {"name": "dmd2", "student_every": 1}}),
-    ("lightning", {"predecessor": "teacher", "conditional": False}),
-    ("compose", {"parts": [{"name": "dmd2", "gan_weight": 1e-2}, {"name": "dmd2", "student_every": 2}]}),
-]
-EVERY = pytest.mark.parametrize(
-    ("name", "settings"), VARIANTS, ids=[f"{n}{i}" for i, (n, _) in enumerate(VARIANTS)]
-)
-COUNT = 16
-STEPS = {
-    "boot": (1,),
-    "progressive": (2,),
-    "lightning": (2,),
-}  # of methods whose student serves one number of steps
-
-
-def make(name: str, settings: dict[str, Any], steps: tuple[int, ...] | None = None) -> Method:
-    cls = resolve(name, METHODS, "method")
-    steps = STEPS.get(name, (1, 2)) if steps is None else steps
-    # Eyes and rewards are the tests' own.
-    with allowing_code():
-        return cls(build(cls.Config, settings, "method"), steps)
-
-
-@dataclass
-class World:
-    """A method on the toy, without a trainer."""
-
-    method: Method
-    family: Toy
-    nets: Networks
-
-    def batch(self, step: int = 0, phase: str = "student", images: bool | None = None) -> Batch:
-        family, index = self.family, torch.arange(COUNT)
-        images = self.method.needs_images if images is None else images
-        labels = family.told(None, range(COUNT))
-        x0 = family.examples(None, range(COUNT)) if images else None
-        noise = SampleNoise(index, step=step, phase=phase)
-        cond = family.encode(labels)
-        pairs = self.pairs(step, cond)
-        return Batch(cond, family.uncond(COUNT), family.shape, index, noise, x0, pairs, labels)
-
-    def pairs(self, step: int, cond: Cond) -> Pairs | None:
-        """Stand-ins for the teacher's trajectories."""
-        settings = self.method.pairs(self.family.schedule)
-        if settings is None:
-            return None
-        noise = SampleNoise(range(COUNT), step=step, phase="pairs")
-        points = noise.randn(2 + len(settings.times), *self.family.shape)
-        return Pairs(points[:, 0], points[:, 1], points[:, 2:], cond)
-
-    def backward(self, phase: Phase, step: int = 0) -> None:
-        """As the trainer does it: everything but `trains` frozen, the terms one after another."""
-        for module in self.nets.modules.values():
-            module.requires_grad_(False)
-            for parameter in module.parameters():
-                parameter.grad = None
-        for name in phase.trains:
-            self.nets.modules[name].requires_grad_(True)
-        batch = self.batch(step, phase.name)
-        for weight, loss in phase.terms:
-            (weight * loss(self.nets, batch)["total"].mean()).backward()
-
-    @property
-    def trained(self) -> set[str]:
-        return {name for step in range(100) for phase in self.method.phases(step) for name in phase.trains}
-
-
-def world(method: Method, classes: int = 2, schedule: str = "vp") -> World:
-    family = Toy(Toy.Config(modes=4, classes=classes, fit_steps=0, schedule=schedule))
-    family.teacher.width = 32
-    student = family.student("teacher", method.student_extras)
-    teacher = family.teacher if method.needs_teacher else None
-    modules = {"student": student} | method.networks(teacher, student)
-    if teacher is not None:
-        # The exact teacher has no weights: one that its answer hangs on shows whether anything reaches it.
-        mixture = teacher.network
-        mixture.weight, plain = nn.Parameter(torch.ones(1), requires_grad=False), mixture.forward
-        mixture.forward = lambda x_t, t, cond=None: mixture.weight * plain(x_t, t, cond)
-        modules["teacher"] = teacher
-    torch.manual_seed(0)
-    with torch.no_grad():  # so that student, fake score, teacher and what lies on the way to it differ
-        for name, module in modules.items():
-            for parameter in module.parameters() if name == "student" or name.startswith("path_") else ():
-                parameter += 0.05 * torch.randn(parameter.shape)
-    return World(method, family, Networks(modules, family.schedule, family.decode))
-
-
-def gradients(module: nn.Module) -> list[bool]:
-    return [parameter.grad is not None for parameter in module.parameters()]
-
-
-def weights(made: World) -> dict[str, dict[str, torch.Tensor]]:
-    """All networks' tensors now, with the teacher's backbone, which is nobody's parameter."""
-    modules = dict(made.nets.modules)
-    if "teacher" in modules:
-        modules["backbone"] = modules["teacher"].backbone()
-    return {
-        key: {name: value.clone() for name, value in module.state_dict().items()}
-        for key, module in modules.items()
-    }
-
 
 # ------------------------------------------------------------------------------- the contract of all methods
 
 
 @EVERY
 def test_each_phase_reaches_the_named_networks_and_no_other(name, settings):
-    made = world(make(name, settings))
+    made = world(name, **settings)
     seen = set()
     for phase, early in ((phase, step < 3) for step in range(10) for phase in made.method.phases(step)):
         if phase.trains in seen and not early:  # targets that take turns are looked at one by one
@@ -173,7 +55,7 @@ def test_what_only_gives_targets_is_a_constant(name, settings):
     """With nothing frozen: teacher, target, predecessor and path get no gradient, but for the teacher of SIM and
     SiD, which is differentiated through its input.
     """
-    made = world(make(name, settings))
+    made = world(name, **settings)
     held = [key for key in made.nets.modules if re.match("teacher|target|predecessor|path_", key)]
     for module in made.nets.modules.values():
         module.requires_grad_(True)
@@ -187,7 +69,7 @@ def test_what_only_gives_targets_is_a_constant(name, settings):
 
 @EVERY
 def test_all_trained_parameters_move_and_the_rest_stays_byte_for_byte(name, settings):
-    made = world(make(name, settings))
+    made = world(name, **settings)
     trained, before = made.trained, weights(made)
     optimizers = {key: torch.optim.Adam(made.nets.modules[key].parameters(), 1e-3) for key in trained}
     for step in range(6):
@@ -207,7 +89,7 @@ def test_all_trained_parameters_move_and_the_rest_stays_byte_for_byte(name, sett
 
 @EVERY
 def test_losses_are_per_sample_and_repeat_themselves(name, settings):
-    made = world(make(name, settings))
+    made = world(name, **settings)
     for phase in made.method.phases(0):
         for _, loss in phase.terms:
             values, again = (loss(made.nets, made.batch(3, phase.name)) for _ in range(2))
@@ -231,7 +113,7 @@ def test_losses_are_per_sample_and_repeat_themselves(name, settings):
 )  # fmt: skip
 def test_guidance_is_of_the_teacher_alone_and_of_one_convention(name, settings):
     """A teacher that is guided in itself, u + 3 (c - u), asked without guidance, teaches the same."""
-    made = world(make(name, settings))
+    made = world(name, **settings)
     mixture, config = made.nets.teacher.network, made.method.config
     plain, none = mixture.forward, made.family.config.classes
 
@@ -253,7 +135,7 @@ def test_guidance_is_of_the_teacher_alone_and_of_one_convention(name, settings):
 
 @EVERY
 def test_state_survives_a_round_trip(name, settings):
-    made, other = (world(make(name, settings)) for _ in range(2))
+    made, other = (world(name, **settings) for _ in range(2))
     for step in range(3):
         made.method.after_step(made.nets, step, ("student",))
     other.method.load_state_dict(made.method.state_dict())
@@ -264,7 +146,7 @@ def test_state_survives_a_round_trip(name, settings):
 
 @EVERY
 def test_grids_and_declarations(name, settings):
-    method = make(name, settings, STEPS.get(name, (1, 2, 4)))
+    method = worlds.method(name, steps=STEPS.get(name, (1, 2, 4)), **settings)
     for steps in method.steps:
         grid = method.grid(VP.from_betas(), steps)
         assert len(grid) == steps and grid == tuple(sorted(grid, reverse=True))
@@ -272,7 +154,7 @@ def test_grids_and_declarations(name, settings):
     assert method.rule in RULES and method.guidance_scale >= 1
     for wrong in ((), (0,)):
         with pytest.raises(UserError, match=r"student\.steps"):
-            make(name, settings, wrong)
+            worlds.method(name, steps=wrong, **settings)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +166,7 @@ def test_students_of_the_rule_ode_are_called_when_ddim_scheduler_calls_them(name
     scheduler = DDIMScheduler(beta_schedule="scaled_linear", timestep_spacing="trailing")
     for steps in (1, 2, 3, 4, 6, 7):
         scheduler.set_timesteps(steps)
-        method = make(name, SETTINGS.get(name, {}) | settings, (steps,))
+        method = worlds.method(name, steps=(steps,), **(SETTINGS.get(name, {}) | settings))
         assert list(method.grid(VP.from_betas(), steps)) == scheduler.timesteps.tolist()
 
 
@@ -322,7 +204,7 @@ UPDATES: dict[str, dict[str, int]] = {
 )  # fmt: skip
 def test_updates_in_20_iterations(name, settings, expected):
     """One optimiser step per network and iteration at most, the student's first, on all that a run will train."""
-    method, counts = make(name, settings), {}
+    method, counts = worlds.method(name, **settings), {}
     for step in range(20):
         phases = list(method.phases(step))
         trained = [key for phase in phases for key in phase.trains]
@@ -339,20 +221,20 @@ def test_updates_in_20_iterations(name, settings, expected):
 
 
 def test_dmd2_without_gan_never_touches_images():
-    made = world(make("dmd2", {}))
+    made = world("dmd2")
     assert not made.method.needs_images
     batch = made.batch()
     assert batch.x0 is None
     for phase in made.method.phases(0):
         for _, loss in phase.terms:
             loss(made.nets, batch)
-    assert make("dmd2", {"gan_weight": 0.1}).needs_images
+    assert worlds.method("dmd2", gan_weight=0.1).needs_images
 
 
 def test_the_students_gradient_is_fake_minus_guided_real():
     """Put together again from the phase's draws: simulate, t, eps; guided teacher, unguided fake score."""
     settings = {"guidance_scale": 3.0, "normalise": True}
-    made = world(make("dmd2", settings, (1,)))
+    made = world("dmd2", steps=(1,), **settings)
     nets, method = made.nets, made.method
     made.backward(next(iter(method.phases(0))))
     ours = [p.grad.clone() for p in nets.student.parameters()]
@@ -372,7 +254,7 @@ def test_the_students_gradient_is_fake_minus_guided_real():
 
 
 def test_no_pull_when_the_fake_score_is_the_teacher():
-    made = world(make("dmd2", {"guidance_scale": 1.0}))
+    made = world("dmd2", guidance_scale=1.0)
     made.nets.modules["fake_score"] = made.nets.teacher
     made.backward(next(iter(made.method.phases(0))))
     assert all(float(p.grad.abs().max()) == 0 for p in made.nets.student.parameters())
@@ -382,7 +264,7 @@ def test_the_gan_gradient_flows_through_the_frozen_fake_scores_input():
     """With the matching gradient at zero, what is left comes through the critic's input alone."""
 
     def student_gradient(gan_weight: float) -> float:
-        made = world(make("dmd2", {"guidance_scale": 1.0, "gan_weight": 1e-9}))
+        made = world("dmd2", guidance_scale=1.0, gan_weight=1e-9)
         made.method.config.gan_weight = gan_weight
         frozen = made.nets.fake_score
 
@@ -404,7 +286,7 @@ def test_the_gan_gradient_flows_through_the_frozen_fake_scores_input():
 @pytest.mark.parametrize("name", ["dmd2", "f_distill"])
 def test_beside_a_gan_the_scores_and_their_weight_are_constants_all_the_same(name):
     """The fake score's pass has a graph up to the tapped block and none behind it."""
-    made, said = world(make(name, {"gan_weight": 0.1, "student_every": 1})), []
+    made, said = world(name, gan_weight=0.1, student_every=1), []
     for network in (made.nets.teacher, made.nets.fake_score):
         network.register_forward_hook(lambda *call: said.append(call[-1].raw))
     weigh = made.method.weight
@@ -416,7 +298,7 @@ def test_beside_a_gan_the_scores_and_their_weight_are_constants_all_the_same(nam
 
 
 def test_the_critic_learns_both_from_denoising_and_from_the_gan():
-    made = world(make("dmd2", {"gan_weight": 1e-3}))
+    made = world("dmd2", gan_weight=1e-3)
     losses = made.method.critic_loss(made.nets, made.batch(phase="critic"))
     torch.testing.assert_close(losses["total"], losses["denoising"] + 1e-2 * losses["gan"])
     (through,) = torch.autograd.grad(
@@ -433,7 +315,7 @@ def test_the_critic_learns_both_from_denoising_and_from_the_gan():
 
 
 def test_the_critic_tells_real_from_generated_and_not_the_reverse():
-    made = world(make("dmd2", {"gan_weight": 1e-3}))
+    made = world("dmd2", gan_weight=1e-3)
     made.method.judge = lambda nets, seen, count: torch.full((count, 1), -50.0)  # what the student made
     made.method.logits = lambda nets, x0, batch: torch.full((len(x0), 1), 50.0)
     losses = made.method.critic_loss(made.nets, made.batch(phase="critic"))
@@ -442,9 +324,7 @@ def test_the_critic_tells_real_from_generated_and_not_the_reverse():
 
 def test_the_critics_optimum_is_the_students_own_posterior_mean():
     """Denoising on what G makes: the exact denoiser of G's distribution has a lower loss than the teacher."""
-    made = world(
-        make("dmd2", {"time_density": "lognormal", "time_mean": -0.5}, (1,)), classes=1, schedule="flow"
-    )
+    made = world("dmd2", steps=(1,), classes=1, schedule="flow", time_density="lognormal", time_mean=-0.5)
     nets, shift = made.nets, torch.tensor([0.5, -0.3])
 
     class Shifted(nn.Module):
@@ -473,7 +353,7 @@ def test_the_critics_optimum_is_the_students_own_posterior_mean():
 def test_backward_simulation_with_an_oracle_student_lands_on_the_marginal(schedule):
     """x at t_K ~ N(alpha mu, alpha^2 s^2 + sigma^2) for every K, and every K of every step count is met."""
     mean, std, n = 0.3, 0.4, 20_000
-    method = make("dmd2", {}, (1, 2, 4))
+    method = worlds.method("dmd2", steps=(1, 2, 4))
 
     def oracle(x_t, t, cond=None):
         end = torch.full_like(t, schedule.t_min)
@@ -508,7 +388,7 @@ def test_backward_simulation_with_an_oracle_student_lands_on_the_marginal(schedu
     ],
 )
 def test_backward_simulation_meets_every_state_or_every_count_alike(by, shares):
-    made = world(make("dmd2", {"simulated": by}, (1, 2, 4)))
+    made = world("dmd2", steps=(1, 2, 4), simulated=by)
     made.nets.modules["student"] = lambda x_t, t, cond: Prediction(x_t, "x0", x_t, t, made.nets.schedule)
     met: dict[float, int] = {}
     for step in range(840):
@@ -520,7 +400,7 @@ def test_backward_simulation_meets_every_state_or_every_count_alike(by, shares):
 
 @pytest.mark.parametrize("name", ["dmd2", "sid"])
 def test_shared_samples_are_those_of_the_students_update_with_their_conditions(name):
-    made = world(make(name, {"shared_samples": True}))
+    made = world(name, shared_samples=True)
     drawn, seen = [], []
     made.nets.student.register_forward_hook(lambda *call: drawn.append(call[-1].x0))
     made.nets.fake_score.register_forward_pre_hook(lambda _, args: seen.append(args))
@@ -543,7 +423,7 @@ def test_shared_samples_are_those_of_the_students_update_with_their_conditions(n
 
 
 def test_backward_simulation_uses_the_students_own_rule_and_pure_noise_first():
-    made = world(make("dmd2", {}, (2,)))
+    made = world("dmd2", steps=(2,))
     heard = []
     made.nets.modules["student"] = lambda x_t, t, cond: (
         heard.append((x_t, t)) or Prediction(torch.full_like(x_t, 0.5), "x0", x_t, t, made.nets.schedule)
@@ -578,7 +458,7 @@ def test_the_fake_score_learns_by_its_own_law_over_all_noise_levels(name, law):
             heard.append(t)
             return Prediction(x_t, "x0", x_t, t, made.nets.schedule)
 
-    heard, made = [], world(make(name, {}, (1,)))
+    heard, made = [], world(name, steps=(1,))
     made.nets.modules["fake_score"] = Ear()
     for step in range(4):
         batch, twin = made.batch(step), made.batch(step)
@@ -589,7 +469,7 @@ def test_the_fake_score_learns_by_its_own_law_over_all_noise_levels(name, law):
 
 @pytest.mark.parametrize("name", ["sid", "vsd"])
 def test_the_fake_score_is_guided_by_its_own_scale(name):
-    made = world(make(name, {"fake_guidance_scale": 2.0, "guidance_scale": 5.0}, (1,)))
+    made = world(name, steps=(1,), fake_guidance_scale=2.0, guidance_scale=5.0)
     batch, fake = made.batch(), made.nets.fake_score
     x_t, t = batch.randn(), times_like(500.0, batch.randn())
     with torch.no_grad():
@@ -606,7 +486,7 @@ def test_the_fake_score_is_guided_by_its_own_scale(name):
 
 def test_meanflow_weighs_the_square_summed_over_a_sample():
     settings = {"direction": "data", "equal_share": 1.0, "cond_dropout": 0.0, "weight_power": 0.5}
-    made = world(make("meanflow", settings | {"weight_c": 0.1}), schedule="flow")
+    made = world("meanflow", schedule="flow", **settings | {"weight_c": 0.1})
     losses, batch = made.method.loss(made.nets, made.batch()), made.batch()
     t, _ = made.method.times(made.nets, batch)
     eps = batch.randn()
@@ -620,7 +500,7 @@ def test_meanflow_weighs_the_square_summed_over_a_sample():
 
 @pytest.mark.parametrize("schedule", ["vp", "edm", "flow", "trig"])
 def test_the_boundary_is_the_identity_without_noise(schedule):
-    made = world(make("lcm", {}), schedule=schedule)
+    made = world("lcm", schedule=schedule)
     x = torch.randn(COUNT, 2, generator=torch.Generator().manual_seed(0))
     cond, g = made.batch().cond, torch.full((COUNT,), 5.0, dtype=torch.float64)
 
@@ -638,7 +518,7 @@ def test_the_boundary_is_the_identity_without_noise(schedule):
 def test_the_boundary_is_a_switch_on_every_grid(schedule, points):
     """At all of the teacher's times but the end f is x0: c_skip + c_out = 1, so that a chain of targets keeps its
     scale."""
-    made = world(make("lcm", {"ddim_steps": points}), schedule=schedule)
+    made = world("lcm", schedule=schedule, ddim_steps=points)
     times = made.method.ode_times(made.nets.schedule)[:-1]
     ones = torch.ones(len(times), 2, dtype=torch.float64)
     said = made.method.boundary(Prediction(ones, "x0", ones, times, made.nets.schedule))
@@ -648,7 +528,7 @@ def test_the_boundary_is_a_switch_on_every_grid(schedule, points):
 def test_the_boundary_equals_lcm_scheduler():
     from diffusers import LCMScheduler
 
-    scheduler, method, schedule = LCMScheduler(), make("lcm", {}), VP.from_betas()
+    scheduler, method, schedule = LCMScheduler(), worlds.method("lcm"), VP.from_betas()
     x_t, x0 = torch.randn(2, 3, 2, dtype=torch.float64)
     for t in (0, 1, 19, 999):
         skip, out = scheduler.get_scalings_for_boundary_condition_discrete(
@@ -659,13 +539,13 @@ def test_the_boundary_equals_lcm_scheduler():
 
 
 def test_the_teachers_grid_is_the_skipping_step_grid():
-    grid = make("lcm", {}).ode_times(VP.from_betas())
+    grid = worlds.method("lcm").ode_times(VP.from_betas())
     assert grid.tolist() == [float(t) for t in range(999, 0, -20)] + [0.0]
 
 
 def test_without_guidance_the_target_is_conditional_ddim():
     """g = 1 (w = 0): the whole loss put together again from the teacher's plain conditional DDIM step."""
-    made = world(make("lcm", {"guidance_low": 1.0, "guidance_high": 1.0}))
+    made = world("lcm", guidance_low=1.0, guidance_high=1.0)
     nets, method, batch = made.nets, made.method, made.batch()
     grid = method.ode_times(nets.schedule)
     i = batch.generator.randint(0, 50)
@@ -677,13 +557,13 @@ def test_without_guidance_the_target_is_conditional_ddim():
     target = method.boundary(nets.target(x_s, s, batch.cond, guidance=g))
     expected = (((online - target) ** 2 + 1e-3**2).sqrt() - 1e-3).mean(1)
     torch.testing.assert_close(method.loss(nets, made.batch())["total"], expected, rtol=1e-4, atol=1e-6)
-    scaled = world(make("lcm", {"guidance_low": 4.0, "guidance_high": 4.0}))
+    scaled = world("lcm", guidance_low=4.0, guidance_high=4.0)
     assert not torch.allclose(scaled.method.loss(scaled.nets, scaled.batch())["total"], expected, atol=1e-4)
 
 
 def test_guided_x0_and_eps_fit_the_state_they_start_from():
     """w is g - 1: c + w (c - u) = u + g (c - u), and alpha x0 + sigma eps is the state again."""
-    made = world(make("lcm", {}))
+    made = world("lcm")
     batch, teacher = made.batch(), made.nets.teacher
     t = times_like(399.0, batch.x0)
     x_t = made.nets.schedule.add_noise(batch.x0, batch.randn(), t)
@@ -696,7 +576,7 @@ def test_guided_x0_and_eps_fit_the_state_they_start_from():
 
 
 def test_the_guidance_scale_is_drawn_per_sample_from_its_range():
-    made = world(make("lcm", {"guidance_low": 3.0, "guidance_high": 15.0}))
+    made = world("lcm", guidance_low=3.0, guidance_high=15.0)
     heard = []
 
     class Ear(nn.Module):
@@ -733,7 +613,7 @@ def test_the_embedding_of_w_equals_the_stock_pipelines(tiny_sd):
 
 @pytest.mark.parametrize("name", ["lcm", "cd", "tscd", "ect"])
 def test_student_and_target_have_one_dropout_mask(name):
-    made, drawn = world(make(name, {})), []
+    made, drawn = world(name), []
     for network in {made.nets.student, made.nets.modules.get("target", made.nets.student)}:
 
         def forward(*args, plain=network.network.forward, **more):
@@ -747,7 +627,7 @@ def test_student_and_target_have_one_dropout_mask(name):
 
 @pytest.mark.parametrize("name", ["lcm", "cd", "tscd"])
 def test_the_target_is_an_exponential_average(name):
-    made = world(make(name, {"target_ema": 0.8}))
+    made = world(name, target_ema=0.8)
     student, target = made.nets.student, made.nets.target
     before = [p.detach().clone() for p in target.parameters()]
     made.method.after_step(made.nets, 0, ("student",))
@@ -761,7 +641,7 @@ def test_the_target_is_an_exponential_average(name):
 
 def test_lcm_refuses_more_steps_than_its_grid_has():
     with pytest.raises(UserError, match=r"student\.steps must be at most method\.ddim_steps = 4"):
-        make("lcm", {"ddim_steps": 4}, (8,))
+        worlds.method("lcm", steps=(8,), ddim_steps=4)
 
 
 # -------------------------------------------------------------------------------------------------- pretrain
@@ -769,7 +649,7 @@ def test_lcm_refuses_more_steps_than_its_grid_has():
 
 def test_pretrain_drops_the_asked_share_of_conditions():
     heard = []
-    made = world(make("pretrain", {"cond_dropout": 0.25}))
+    made = world("pretrain", cond_dropout=0.25)
 
     class Ear(Denoiser):
         def forward(self, x_t, t, cond=None):
@@ -789,7 +669,7 @@ def test_pretrain_drops_the_asked_share_of_conditions():
 @pytest.mark.parametrize("method", [Pretrain, DMD2])
 def test_edms_weight_takes_the_networks_own_sigma_data(method):
     """The pixel family is preconditioned with 0.5: c_out-sized errors then weigh 1 at every noise level."""
-    made = world(make({Pretrain: "pretrain", DMD2: "dmd2"}[method], {}, (1,)), classes=1, schedule="edm")
+    made = world({Pretrain: "pretrain", DMD2: "dmd2"}[method], steps=(1,), classes=1, schedule="edm")
     name = "student" if method is Pretrain else "fake_score"
     data = 0.5
 
@@ -874,7 +754,7 @@ def registered(monkeypatch):
 
 def test_a_composition_is_the_weighted_sum_of_its_parts(registered):
     parts = [{"name": "pull", "to": 1.0}, {"name": "pull", "to": -2.0, "weight": 0.3}]
-    made = world(Compose(Compose.Config(parts), (1,)))
+    made = world("compose", steps=(1,), parts=parts)
     assert set(made.nets.modules) == {"student", "pull/scale", "pull1/scale"}
     with torch.no_grad():
         made.nets.modules["pull/scale"].weight.fill_(1.5)
@@ -901,11 +781,11 @@ def test_a_composition_is_the_weighted_sum_of_its_parts(registered):
 def test_a_composition_of_dmd2_with_itself_is_the_sum_of_its_parts():
     """The parts' losses, each with its own fake score, drawn one after another from one batch."""
     whole = world(
-        make("compose", {"parts": [{"name": "dmd2", "weight": 0.5}, {"name": "dmd2", "weight": 0.5}]}, (1,))
+        "compose", steps=(1,), parts=[{"name": "dmd2", "weight": 0.5}, {"name": "dmd2", "weight": 0.5}]
     )
     whole.backward(next(iter(whole.method.phases(0))))
     ours = [p.grad.clone() for p in whole.nets.student.parameters()]
-    alone = [make("dmd2", {}, (1,)) for _ in range(2)]
+    alone = [worlds.method("dmd2", steps=(1,)) for _ in range(2)]
     batch = whole.batch()
     for number, method in enumerate(alone):
         scope = whole.nets.scoped(("dmd2", "dmd21")[number])
@@ -916,8 +796,10 @@ def test_a_composition_of_dmd2_with_itself_is_the_sum_of_its_parts():
 
 
 def test_parts_keep_their_networks_and_states_apart(registered, own_code):
-    method = Compose(
-        Compose.Config([{"name": "pull"}, {"name": f"{__name__}:Pull"}, {"name": f"{__name__}:Pull"}]), (1,)
+    method = worlds.method(
+        "compose",
+        steps=(1,),
+        parts=[{"name": "pull"}, {"name": f"{__name__}:Pull"}, {"name": f"{__name__}:Pull"}],
     )
     scopes = [scope for scope, *_ in method.parts]
     assert len(set(scopes)) == 3 and scopes[:2] == ["pull", "Pull"]
@@ -926,8 +808,10 @@ def test_parts_keep_their_networks_and_states_apart(registered, own_code):
     method.after_step(made.nets, 0, ("student", f"{scopes[1]}/scale"))
     method.after_step(made.nets, 1, tuple(phase.name for phase in method.phases(1)))
     state = method.state_dict()
-    other = Compose(
-        Compose.Config([{"name": "pull"}, {"name": f"{__name__}:Pull"}, {"name": f"{__name__}:Pull"}]), (1,)
+    other = worlds.method(
+        "compose",
+        steps=(1,),
+        parts=[{"name": "pull"}, {"name": f"{__name__}:Pull"}, {"name": f"{__name__}:Pull"}],
     )
     other.load_state_dict(state)
     assert set(state) == {f"{scope}/count" for scope in scopes}
@@ -936,7 +820,7 @@ def test_parts_keep_their_networks_and_states_apart(registered, own_code):
 
 def test_in_a_composition_the_student_comes_before_every_critic():
     parts = [{"name": "dmd2", "student_every": 2}, {"name": "vsd", "student_every": 1}]
-    method = make("compose", {"parts": parts})
+    method = worlds.method("compose", parts=parts)
     for step in range(2):
         names = [phase.name for phase in method.phases(step)]
         assert names == ["student", "dmd2/critic", "vsd/critic"]
@@ -944,7 +828,7 @@ def test_in_a_composition_the_student_comes_before_every_critic():
 
 def test_a_composition_carries_what_its_parts_carry():
     parts = [{"name": "dmd2", "carry_fake_score": True}, {"name": "dmd2"}]
-    made = world(make("compose", {"parts": parts}))
+    made = world("compose", parts=parts)
     assert made.method.carried == ("dmd2/fake_score",) and set(made.method.carried) < set(made.nets.modules)
 
 
@@ -958,7 +842,7 @@ def test_what_does_not_fit_together_is_refused(registered):
         ([{"name": "dmd2"}, {"name": "dmd2", "gan": 1}], r"method\.parts\.1"),
     ):
         with pytest.raises(UserError, match=says):
-            Compose(Compose.Config(parts), (1,))
+            worlds.method("compose", steps=(1,), parts=parts)
 
 
 def test_scoped_networks_name_what_is_missing():
@@ -971,7 +855,7 @@ def test_scoped_networks_name_what_is_missing():
 
 @pytest.mark.parametrize("which", ["middle", "half", "all"])
 def test_dmd2_judges_by_every_block_it_is_told_to_look_at(which):
-    made = world(make("dmd2", {"gan_weight": 1.0, "gan_blocks": which}, (1,)))
+    made = world("dmd2", steps=(1,), gan_weight=1.0, gan_blocks=which)
     blocks = made.nets.teacher.blocks
     upto = list(blocks).index(made.nets.teacher.middle)
     count = {"middle": 1, "half": upto + 1, "all": len(blocks)}[which]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import worlds
 
 from stepdistill.errors import UserError
 from stepdistill.families.sd import SD
 from stepdistill.families.toy import Toy, gaussian_flow_map
-from stepdistill.methods.base import Batch, Compose, Networks, PairSettings
-from stepdistill.methods.dmd import DMD
-from stepdistill.methods.kd import KD
+from stepdistill.methods.base import Batch, Networks, PairSettings
 from stepdistill.noise import SampleNoise
 from stepdistill.prediction import Prediction
 from stepdistill.schedule import Flow
@@ -136,7 +135,7 @@ def carried(family: Toy, method, source, tmp_path, count: int = 32) -> tuple[Net
 
 
 def test_kd_is_zero_for_the_teachers_own_map_at_every_time_of_its_grids(one_mode, source, tmp_path):
-    method = KD(KD.Config(pair_count=32, pair_steps=400), (1, 2, 4))
+    method = worlds.method("kd", steps=(1, 2, 4), pair_count=32, pair_steps=400)
     schedule = one_mode.schedule
     assert method.pairs(schedule).times == (0.75, 0.5, 0.25)
     nets, batch = carried(one_mode, method, source, tmp_path)
@@ -156,7 +155,7 @@ def test_kd_is_zero_for_the_teachers_own_map_at_every_time_of_its_grids(one_mode
 
 
 def test_dmd_regresses_at_the_first_time_of_its_sampling_and_only_if_asked(one_mode, source, tmp_path):
-    method = DMD(DMD.Config(pair_count=32, pair_steps=2), (1,))
+    method = worlds.method("dmd", steps=(1,), pair_count=32, pair_steps=2)
     nets, batch = carried(one_mode, method, source, tmp_path)
     heard, batch.pairs.cond = [], torch.arange(32)
     nets.modules["student"] = lambda x_t, t, cond: (
@@ -167,13 +166,13 @@ def test_dmd_regresses_at_the_first_time_of_its_sampling_and_only_if_asked(one_m
     assert heard[0][2] is batch.pairs.cond  # its own, not the batch's
     (student, critic) = method.phases(0)
     assert [weight for weight, _ in student.terms] == [1.0, 0.25] and len(critic.terms) == 1
-    without = DMD(DMD.Config(regression_weight=0.0), (1,))
+    without = worlds.method("dmd", steps=(1,), regression_weight=0.0)
     assert without.pairs(Flow()) is None and len(next(iter(without.phases(0))).terms) == 1
 
 
 def test_parts_of_a_composition_share_one_set_of_pairs():
     def compose(*parts):
-        return Compose(Compose.Config(list(parts)), (1,))
+        return worlds.method("compose", steps=(1,), parts=list(parts))
 
     kd, dmd = {"name": "kd", "pair_count": 10}, {"name": "dmd", "pair_count": 10}
     assert compose(kd, dmd).pairs(Flow()) == PairSettings(10, 50)
@@ -184,4 +183,4 @@ def test_parts_of_a_composition_share_one_set_of_pairs():
 
 def test_counts_must_be_positive():
     with pytest.raises(UserError, match=r"method\.pair_count must be at least 1, got 0"):
-        KD(KD.Config(pair_count=0), (1,)).pairs(Flow())
+        worlds.method("kd", steps=(1,), pair_count=0).pairs(Flow())

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_methods import SETTINGS, STEPS
+from worlds import SETTINGS, STEPS
 
 from stepdistill import load
 from stepdistill.errors import UserError

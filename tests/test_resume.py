@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_methods import SETTINGS, STEPS
+from worlds import SETTINGS, STEPS
 
 from stepdistill.families.toy import Toy
 from stepdistill.methods import METHODS

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_around import Doubles
+import worlds
 from torch import Tensor, nn
+from worlds import Doubles
 
-from stepdistill.config import build
 from stepdistill.denoiser import Denoiser
 from stepdistill.errors import UserError
 from stepdistill.families.toy import SCHEDULES, Mixture
@@ -81,9 +81,8 @@ class Line:
         nodes: int = 161,
         **settings: Any,
     ):
-        cls = resolve(name, METHODS, "method")
         common = {"time_density": "lognormal", "time_mean": math.log(RHO), "time_std": 0.0}
-        self.method: Method = cls(build(cls.Config, common | settings, "method"), (1,))
+        self.method = worlds.method(name, steps=(1,), **(common | settings))
         self.schedule = schedule
         self.t = schedule.t_of_rho(torch.tensor([RHO], dtype=torch.float64))
         alpha, sigma = float(schedule.alpha(self.t)), float(schedule.sigma(self.t))
