@@ -61,6 +61,7 @@ def prompts(tmp_path_factory) -> Prompts:
     return Prompts(Prompts.Config(path=path))
 
 
+@pytest.mark.usefixtures("own_code")
 @pytest.mark.parametrize(("name", "settings", "needs_images"), CASES)
 def test_prompts_alone_are_refused_by_the_methods_that_need_images_and_by_no_other(
     name, settings, needs_images, sd, prompts

@@ -18,7 +18,8 @@ from training.checkpoint import Checkpoint, RunDirectory
 from training.recipe import Recipe, recipe_from
 from training.run import run
 
-pytestmark = pytest.mark.usefixtures("accelerator_state")
+# The rewards and eyes of the tests are code of their own.
+pytestmark = pytest.mark.usefixtures("accelerator_state", "own_code")
 
 PAIRS = {"pair_count": 16, "pair_steps": 2}
 SMALL: dict[
