@@ -62,6 +62,16 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         help="a further name this server is reached by",
     )
+    door = p.add_mutually_exclusive_group()
+    door.add_argument(
+        "--auth",
+        metavar="USER:PASSWORD",
+        help="ask for this user name and password; other users of this machine can see a command line",
+    )
+    door.add_argument("--auth-file", metavar="FILE", help="the same, from the first line of a file")
+    door.add_argument(
+        "--no-auth", action="store_true", help="serve whoever reaches a --host that is not this machine alone"
+    )
     p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     p.add_argument(
         "--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"),
@@ -94,6 +104,12 @@ def main(argv: list[str] | None = None) -> int:
         path = getattr(args, name)
         if path is not None and not Path(path).is_dir():
             raise UserError(f"--{name} {path} is not a directory; give a diffusers pipeline directory.")
+    account = _account(args.auth, args.auth_file)
+    if account is None and not (args.check or args.no_auth or _is_loopback(args.host)):
+        raise UserError(
+            f"--host {args.host} can be reached from other machines; "
+            "ask for a password with --auth-file FILE, or serve everybody with --no-auth."
+        )
     listener = None if args.check else _listen(args.host, args.port)
 
     from app.engine import Engine
@@ -109,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
         attention=args.attention,
         threads=args.threads,
     )
-    return check(engine) if listener is None else serve(engine, listener, args.host, args.allow_host)
+    return check(engine) if listener is None else serve(engine, listener, args.host, args.allow_host, account)
 
 
 def check(engine: Engine) -> int:
@@ -133,23 +149,24 @@ def check(engine: Engine) -> int:
     return 0
 
 
-def serve(engine: Engine, listener: socket.socket, host: str, names: list[str]) -> int:
+def serve(
+    engine: Engine, listener: socket.socket, host: str, names: list[str], account: str | None = None
+) -> int:
     """Serve until interrupted. Returns 0 after Ctrl-C, 2 when the models could not be loaded."""
     from app.http import LOOPBACK, create_app, offline
 
     offline()
     with tempfile.TemporaryDirectory(prefix="stepdistill-app-") as cache:
         # Gradio keeps served images in files; in a directory of our own they go when the server goes.
-        os.environ["GRADIO_TEMP_DIR"] = cache
+        os.environ["GRADIO_TEMP_DIR"] = os.path.realpath(cache)
         engine.start()
 
-        import uvicorn
-
         from app import ui
+        from app.connections import server as server_of
 
         port = listener.getsockname()[1]
         everywhere = host in ("0.0.0.0", "::", "")
-        if not _is_loopback(host):
+        if account is None and not _is_loopback(host):
             print(
                 f"warning: listening on {host}: whoever reaches this address can use it; there is no login.",
                 file=sys.stderr,
@@ -159,13 +176,10 @@ def serve(engine: Engine, listener: socket.socket, host: str, names: list[str]) 
             ui.build(engine),
             hosts=[*LOOPBACK, host, socket.gethostname(), *names],
             any_address=everywhere,
+            account=account,
         )
         url = f"http://{_in_url('127.0.0.1' if everywhere else host)}:{port}"
-        config = uvicorn.Config(
-            app, log_level="warning", access_log=False, timeout_graceful_shutdown=3, timeout_keep_alive=30,
-            limit_concurrency=256, server_header=False,
-        )  # fmt: skip
-        server = uvicorn.Server(config)
+        server = server_of(app)
         threading.Thread(target=_announce, args=(engine, server, url), daemon=True).start()
         # uvicorn passes the signal on once it has stopped; SIGTERM too must come back here to tidy up.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -208,7 +222,7 @@ def _listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(address)
-        listener.listen(128)
+        listener.listen(1024)
     except OverflowError:
         raise UserError(f"--port must be 0 to 65535, got {port}.") from None
     except PermissionError:
@@ -223,6 +237,23 @@ def _listen(host: str, port: int) -> socket.socket:
             ) from None
         raise UserError(f"cannot listen on --host {host} ({error.strerror}).") from None
     return listener
+
+
+def _account(given: str | None, file: str | None) -> str | None:
+    """The user name and the password as "USER:PASSWORD"; None where neither flag was given."""
+    if file is not None:
+        try:
+            given = (Path(file).read_text().splitlines() or [""])[0].strip()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not text"
+            raise UserError(f"--auth-file {file} cannot be read ({reason}).") from None
+    if given is None:
+        return None
+    user, _, password = given.partition(":")
+    if not user or not password:
+        name = "--auth" if file is None else f"the first line of --auth-file {file}"
+        raise UserError(f"{name} must be USER:PASSWORD, with neither of them empty.")
+    return given
 
 
 def _is_loopback(host: str) -> bool:

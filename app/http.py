@@ -1,18 +1,15 @@
-"""The web server around the engine: guards, health, an OpenAI-shaped image route, and the page mounted at /.
+"""The web server around the engine: health, an OpenAI-shaped image route, and the page mounted at /.
 
-What Gradio leaves open is closed here, before a request reaches it: the Host header (DNS rebinding), the
-Origin of a POST (cross-site upload forms), the size of a body, and the headers against framing and sniffing.
+`app.guard` stands before all of it, `app.gate` before the page.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
-import ipaddress
-import json
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +18,12 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse
 
 from app.engine import Engine, Job
+from app.gate import Gate
+from app.guard import LOOPBACK, Guard, parse
 from app.schema import MAX_FILE, MAX_SEED, Busy, Cancelled, Invalid, Request, Result
 from stepdistill.errors import UserError, nearest
 
-MAX_JSON = 64 * 1024
 MAX_IMAGES = 8
-UPLOAD = "/gradio_api/upload"
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
-HEADERS = (
-    (b"content-security-policy", b"frame-ancestors 'none'"),
-    (b"x-frame-options", b"DENY"),
-    (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
-)
 FIELDS = (
     "prompt",
     "negative_prompt",
@@ -46,13 +36,14 @@ FIELDS = (
     "guidance_scale",
 )
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-
 
 def create_app(
-    engine: Engine, demo: Any = None, *, hosts: Iterable[str] = LOOPBACK, any_address: bool = False
+    engine: Engine,
+    demo: Any = None,
+    *,
+    hosts: Iterable[str] = LOOPBACK,
+    any_address: bool = False,
+    account: str | None = None,
 ) -> FastAPI:
     """The whole server. `demo` is the page (gr.Blocks) or None for the routes alone.
 
@@ -60,9 +51,10 @@ def create_app(
         hosts: names a request may use for this server, without port.
         any_address: also accept a Host that is an IP address: needed when listening on all addresses, and
             safe, as DNS rebinding always comes with a name.
+        account: "USER:PASSWORD" that every request but those for /healthz has to give (HTTP Basic).
     """
     app = FastAPI(title="stepdistill", docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(Guard, hosts=tuple(hosts), any_address=any_address)
+    app.add_middleware(Guard, hosts=tuple(hosts), any_address=any_address, account=account)
 
     @app.get("/healthz")
     def health() -> JSONResponse:
@@ -95,7 +87,9 @@ def create_app(
     @app.post("/v1/images/generations")
     async def generations(http: HttpRequest) -> JSONResponse:
         try:
-            body = _parse(await http.body(), http.headers.get("content-type", ""))
+            if http.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
+                raise Invalid("content-type", "send the request as content-type application/json.")
+            body = parse(await http.body())
             count, request = _wanted(body, engine)
             images = [await _one(engine, http, request, at) for at in range(count)]
         except UserError as error:
@@ -109,6 +103,7 @@ def create_app(
 
 def _mount(app: FastAPI, demo: Any, engine: Engine) -> None:
     import gradio as gr
+    from gradio.utils import get_upload_folder
 
     from app import ui
 
@@ -130,6 +125,8 @@ def _mount(app: FastAPI, demo: Any, engine: Engine) -> None:
         mcp_server=False,
         **ui.look(),
     )
+    mounted = next(route for route in app.routes if getattr(route, "path", None) in ("", "/"))
+    mounted.app = Gate(mounted.app, demo, get_upload_folder())
 
 
 def offline() -> None:
@@ -143,22 +140,6 @@ def offline() -> None:
 
 
 # The OpenAI-shaped route ------------------------------------------------------------------------------------
-
-
-def _parse(raw: bytes, content_type: str) -> dict[str, Any]:
-    if content_type.split(";")[0].strip().lower() != "application/json":
-        raise Invalid("content-type", "send the request as content-type application/json.")
-    try:
-        body = json.loads(raw, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError):
-        raise Invalid("body", "the body is not valid JSON.") from None
-    if not isinstance(body, dict):
-        raise Invalid("body", "the body must be a JSON object.")
-    return body
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(name)
 
 
 def _wanted(body: dict[str, Any], engine: Engine) -> tuple[int, Request]:
@@ -237,108 +218,3 @@ def _error(error: UserError) -> JSONResponse:
     headers = {"retry-after": "1"} if status == 503 else None
     body = {"message": str(error), "type": kind, "param": getattr(error, "field", None), "code": None}
     return JSONResponse({"error": body}, status_code=status, headers=headers)
-
-
-# Guards -----------------------------------------------------------------------------------------------------
-
-
-class Guard:
-    """ASGI middleware: Host, Origin of a POST, body size, security headers.
-
-    Streams pass through untouched.
-    """
-
-    def __init__(self, app: Any, hosts: tuple[str, ...] = LOOPBACK, any_address: bool = False) -> None:
-        self.app = app
-        self.hosts = {host.lower() for host in hosts}
-        self.any_address = any_address
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] not in ("http", "websocket"):
-            await self.app(scope, receive, send)
-            return
-        headers = {
-            name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]
-        }
-        if scope["type"] == "websocket":  # nothing here speaks it
-            await send({"type": "websocket.close", "code": 1008})
-            return
-        refusal = self._refusal(scope, headers)
-        if refusal is not None:
-            await _reply(send, *refusal)
-            return
-
-        cap = MAX_FILE + MAX_JSON if scope["path"].rstrip("/").endswith(UPLOAD) else MAX_JSON
-        length = headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > cap:
-            await _reply(send, 413, f"the body is larger than the {cap} bytes allowed")
-            return
-        received, started = 0, False
-
-        async def counted() -> MutableMapping[str, Any]:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > cap:  # a chunked body does not say its length
-                raise _TooLarge
-            return message
-
-        async def with_headers(message: MutableMapping[str, Any]) -> None:
-            nonlocal started
-            if message["type"] == "http.response.start":
-                started = True
-                present = {name.lower() for name, _ in message.get("headers", [])}
-                extra = [pair for pair in HEADERS if pair[0] not in present]
-                message = {**message, "headers": [*message.get("headers", []), *extra]}
-            await send(message)
-
-        try:
-            await self.app(scope, counted, with_headers)
-        except _TooLarge:
-            if not started:
-                await _reply(send, 413, f"the body is larger than the {cap} bytes allowed")
-
-    def _refusal(self, scope: Scope, headers: dict[str, str]) -> tuple[int, str] | None:
-        host = headers.get("host", "")
-        if not self._is_ours(_name(host)):
-            return 400, "this Host name is not served here"
-        if scope.get("method") in ("GET", "HEAD", "OPTIONS"):
-            return None
-        origin = headers.get("origin")
-        if origin is not None and origin.split("://", 1)[-1].lower() != host.lower():
-            return 403, "requests from other sites are refused"
-        if headers.get("sec-fetch-site") == "cross-site":
-            return 403, "requests from other sites are refused"
-        return None
-
-    def _is_ours(self, name: str) -> bool:
-        if name in self.hosts:
-            return True
-        if not self.any_address:
-            return False
-        try:
-            ipaddress.ip_address(name)
-        except ValueError:
-            return False
-        return True
-
-
-class _TooLarge(Exception):
-    pass
-
-
-def _name(host: str) -> str:
-    """The name in a Host header, lower case, without port and brackets."""
-    host = host.strip().lower()
-    if host.startswith("["):
-        return host[1:].split("]")[0]
-    return host.rsplit(":", 1)[0] if host.count(":") == 1 else host
-
-
-async def _reply(send: Send, status: int, message: str) -> None:
-    body = json.dumps(
-        {"error": {"message": message + ".", "type": "refused", "param": None, "code": None}}
-    ).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *HEADERS]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})

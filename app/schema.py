@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import re
 import secrets
 import struct
@@ -279,8 +278,9 @@ def _guidance(asked: Request, limits: Limits) -> float | None:
     value = asked.guidance_scale
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
         raise Invalid("guidance_scale", f"guidance_scale must be a finite number, got {_shown(value)}.")
+    # Compared and not asked `isfinite`, which fails for a whole number too large for a float.
     if not 1 <= value <= limits.max_guidance:
         raise Invalid(
             "guidance_scale", f"guidance_scale must be 1 to {limits.max_guidance:g}, got {_shown(value)}."

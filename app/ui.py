@@ -22,6 +22,7 @@ from PIL import Image
 
 from app import schema
 from app.engine import REPLACED, Engine, Job
+from app.page import Page
 from stepdistill import scenes
 from stepdistill.errors import UserError
 
@@ -51,7 +52,7 @@ _HEAD = '<meta name="color-scheme" content="light dark">'
 
 def build(engine: Engine) -> gr.Blocks:
     """The page of `engine`, which may still be loading."""
-    with gr.Blocks(
+    with Page(
         title="stepdistill", analytics_enabled=False, delete_cache=(3600, 86400), fill_width=True
     ) as page:
         with gr.Row(elem_classes="top"):

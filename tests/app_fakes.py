@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 import zlib
@@ -13,6 +17,8 @@ import torch
 from torch import nn
 
 from stepdistill.errors import UserError
+
+CANARY = "canary-4711"  # what no answer may hold
 
 
 class Network(nn.Module):
@@ -174,3 +180,35 @@ def tiny_pair(root):
     (root / "student" / "stepdistill.json").write_text(
         json.dumps(card | {"rule": "renoise", "init_noise": "unit"})
     )
+
+
+@contextlib.contextmanager
+def served(folder, *, receipt=None):
+    """A server of fake models in a process of its own, as `python -m app` runs it: its URL, and its log file.
+
+    Its temporary files, and so the cache of uploads, lie in `folder`. `receipt` is the seconds that a request
+    may take to arrive, where not the server's own.
+    """
+    command = [sys.executable, __file__, *([] if receipt is None else [str(receipt)])]
+    env = {**os.environ, "TMPDIR": str(folder), "PYTHONPATH": str(Path(__file__).parent.parent)}
+    with open(folder / "log", "w") as log:
+        process = subprocess.Popen(
+            command, env={**env, "SECRET": CANARY}, stdout=subprocess.PIPE, stderr=log, text=True
+        )
+    try:
+        first = process.stdout.readline()
+        assert first.startswith("page: "), (folder / "log").read_text()
+        yield first.split()[1], folder / "log"
+        assert process.poll() is None, (folder / "log").read_text()
+    finally:
+        process.terminate()
+        process.wait(20)
+        process.stdout.close()
+
+
+if __name__ == "__main__":
+    from app import __main__, connections
+
+    if sys.argv[1:]:
+        connections.RECEIPT_SECONDS = float(sys.argv[1])
+    __main__.serve(engine_of(), __main__._listen("127.0.0.1", 0), "127.0.0.1", [])

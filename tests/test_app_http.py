@@ -15,7 +15,8 @@ from starlette.testclient import TestClient
 
 from app import schema
 from app.engine import Engine
-from app.http import MAX_JSON, create_app
+from app.guard import MAX_JSON
+from app.http import create_app
 
 ROOT = Path(__file__).resolve().parent.parent
 ROUTE = "/v1/images/generations"
