@@ -23,6 +23,7 @@ from evaluation.stats import Source
 from stepdistill import assets
 from stepdistill.errors import UserError, nearest
 from stepdistill.provenance import sha256_of_files
+from stepdistill.untrusted import LOADING, check_configurations
 
 
 @dataclass(frozen=True)
@@ -241,6 +242,8 @@ def transformer(kind: str, path: Path) -> torch.nn.Module:
     import transformers
     from transformers.utils import logging
 
+    if Path(path).is_dir():
+        check_configurations(Path(path))
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -248,7 +251,7 @@ def transformer(kind: str, path: Path) -> torch.nn.Module:
         network, info = getattr(transformers, kind).from_pretrained(
             path, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except LOADING as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"the model in {path} cannot be loaded ({reason}); copy it again.") from None
     finally:

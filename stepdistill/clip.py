@@ -15,7 +15,8 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from stepdistill import assets
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, first_line
+from stepdistill.untrusted import LOADING, check_directory
 
 
 class Clip(nn.Module):
@@ -30,17 +31,19 @@ class Clip(nn.Module):
 
         super().__init__()
         path = Path(directory) if directory else assets.path("clip")
+        if path.is_dir():
+            check_directory(path)
         try:
             processor = json.loads((path / "preprocessor_config.json").read_text())
             mean, std = (torch.tensor(processor[key]).view(3, 1, 1) for key in ("image_mean", "image_std"))
             self.model = CLIPModel.from_pretrained(
                 path, use_safetensors=True, dtype=torch.float32, local_files_only=True
             )
-            self.tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(
-                f"the CLIP model in {path} cannot be loaded ({str(error).strip().splitlines()[0]})."
-            ) from None
+            self.tokenizer = AutoTokenizer.from_pretrained(
+                path, local_files_only=True, trust_remote_code=False
+            )
+        except LOADING as error:
+            raise UserError(f"the CLIP model in {path} cannot be loaded ({first_line(error)}).") from None
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
         self.eval().requires_grad_(False)

@@ -29,6 +29,12 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     return f" Did you mean {match[0]!r}?" if match else ""
 
 
+def first_line(error: BaseException) -> str:
+    """What a library's exception says, for the end of a sentence: its type and the first line of its text."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no details'}"
+
+
 @contextlib.contextmanager
 def cli_errors() -> Iterator[None]:
     """Turn the failures a person can act on into one line on stderr and an exit code.

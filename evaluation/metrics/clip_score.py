@@ -24,6 +24,7 @@ from evaluation.metrics.base import Inputs, Metric
 from evaluation.weights import find
 from stepdistill import assets
 from stepdistill.errors import UserError
+from stepdistill.untrusted import LOADING
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, PreTrainedTokenizerBase
@@ -118,8 +119,8 @@ class ClipScore(Metric):
         mean, std = normalisation(path)
         model = transformer("CLIPModel", path)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        except LOADING as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"the tokenizer in {path} cannot be loaded ({reason}); copy it again.") from None
         return _Clip(model, tokenizer, mean, std)

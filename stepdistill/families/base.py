@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.denoiser import Cond, Denoiser, parameter_count
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, first_line
 from stepdistill.schedule import VP, Flow, Schedule
+from stepdistill.untrusted import LOADING, check_components, check_directory, read_json
 
 # Pipeline classes (the `_class_name` of model_index.json) and the family that serves them.
 PIPELINES = {
@@ -38,6 +38,8 @@ class Family:
     """
 
     name: ClassVar[str] = ""
+    # What a model_index.json may name: component -> patterns of "library.Class".
+    components: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     default_guidance: float = 1.0
     teacher: Denoiser | None
     shape: tuple[int, ...]
@@ -202,49 +204,48 @@ def read_index(path: Path) -> dict[str, Any]:
     index = path / "model_index.json"
     if not index.is_file():
         raise UserError(f"{path} is not a diffusers pipeline directory: it has no model_index.json.")
-    try:
-        content = json.loads(index.read_text())
-        content["_class_name"]
-    except (ValueError, KeyError, TypeError):
+    content = read_json(index)
+    # A list here would name a file of code.
+    if not isinstance(content, dict) or not isinstance(content.get("_class_name"), str):
         raise UserError(
             f"{index} is damaged: not a JSON object naming a pipeline class; fetch or export it again."
-        ) from None
+        )
     return content
 
 
-def refuse_pickles(path: Path) -> None:
-    """Weights are safetensors. A pickle runs code when it is opened, so none is, and the way out is named."""
-    for folder in (path, *(p for p in path.iterdir() if p.is_dir())):
-        pickles = [p for suffix in ("bin", "ckpt", "pt", "pth", "pkl") for p in folder.glob(f"*.{suffix}")]
-        if pickles and not any(folder.glob("*.safetensors")):
-            raise UserError(
-                f"{pickles[0]} holds pickled weights, which are never loaded; convert them to safetensors "
-                "(pipeline.save_pretrained(..., safe_serialization=True)) and point at the result."
-            )
+def read_pipeline(path: Path, family: type[Family], **components: Any) -> Any:
+    """The stock pipeline in a directory or behind a hub id, float32, from safetensors only.
 
+    components: those that are not to be loaded, as the pipeline's constructor takes them.
 
-def read_pipeline(path: Path, **components: Any) -> Any:
-    """`DiffusionPipeline.from_pretrained` on a directory or hub id, float32, safetensors only, failing in one
-    sentence.
+    Raises:
+        UserError: there is none, it cannot be loaded, or it names code or classes that `family` does not know.
     """
     from diffusers import DiffusionPipeline
 
     text = str(path)
-    local = path.exists() or text.startswith((".", "/", "~")) or text.count("/") != 1
-    if local:
-        read_index(path)
-        refuse_pickles(path)
     try:
+        if not path.exists() and not text.startswith((".", "/", "~")) and text.count("/") == 1:
+            _check_index(path, DiffusionPipeline.load_config(text), family, components)
+            path = Path(DiffusionPipeline.download(text, use_safetensors=True, **components))
+        _check_index(path / "model_index.json", read_index(path), family, components)
+        check_directory(path)
         return DiffusionPipeline.from_pretrained(
-            text, dtype=torch.float32, use_safetensors=True, **components
+            str(path), dtype=torch.float32, use_safetensors=True, trust_remote_code=False, **components
         )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except LOADING as error:
         raise UserError(f"the pipeline at {text} cannot be loaded: {first_line(error)}") from None
 
 
-def first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no details'}"
+def _check_index(where: Path, index: Any, family: type[Family], left_out: Iterable[str]) -> None:
+    name = index.get("_class_name")
+    served = sorted(pipeline for pipeline, serving in PIPELINES.items() if serving == family.name)
+    if name not in served:
+        raise UserError(
+            f"{where}: a {name} is none of the pipelines that the family {family.name!r} serves,"
+            f" {', '.join(served) or 'which are none'}; choose another directory or family."
+        )
+    check_components(where, index, family.components, tuple(left_out))
 
 
 def schedule_of(scheduler: Any) -> tuple[Schedule, str]:

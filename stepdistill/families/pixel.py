@@ -12,18 +12,17 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stepdistill.denoiser import Cond, Denoiser
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, first_line
 from stepdistill.families.base import (
     BEHIND_MIDDLE,
     Family,
-    first_line,
     read_pipeline,
     schedule_of,
     sinusoids,
@@ -31,6 +30,7 @@ from stepdistill.families.base import (
     zero_linear,
 )
 from stepdistill.schedule import EDM, expand
+from stepdistill.untrusted import LOADING
 
 END = "end.safetensors"  # beside the pipeline, the layer that tells a two-time student its end
 
@@ -91,6 +91,7 @@ class Pixel(Family):
     """x0 is the image itself in [-1, 1]."""
 
     name = "pixel"
+    components: ClassVar = {"unet": ("diffusers.UNet2DModel",), "scheduler": ("diffusers.*Scheduler",)}
 
     @dataclass
     class Config:
@@ -109,7 +110,7 @@ class Pixel(Family):
             self.teacher, self.schedule, self.kind, self.pipeline = None, EDM(), "x0", None
             self._describe(config.unet.get("sample_size", 32), config.unet.get("num_class_embeds"))
         elif config.teacher:
-            self._set_pipeline(read_pipeline(Path(config.teacher)))
+            self._set_pipeline(read_pipeline(Path(config.teacher), type(self)))
         else:
             raise UserError(
                 "family.teacher is missing; give a pipeline directory, or family.unet to train a fresh network."
@@ -121,7 +122,10 @@ class Pixel(Family):
         family = cls(cls.Config(teacher=str(path)))
         if (path / END).is_file():
             family.teacher.network.add_end()
-            family.teacher.network.end.load_state_dict(load_file(path / END))
+            try:
+                family.teacher.network.end.load_state_dict(load_file(path / END))
+            except LOADING as error:
+                raise UserError(f"{path / END} cannot be loaded: {first_line(error)}") from None
             family.teacher.requires_grad_(False)
         return family
 

@@ -9,27 +9,28 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from stepdistill import assets
 from stepdistill.denoiser import Cond, Denoiser
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, first_line
 from stepdistill.families.base import (
     BEHIND_MIDDLE,
     Family,
     cast,
-    first_line,
     read_pipeline,
-    refuse_pickles,
     schedule_of,
     sinusoids,
     unet_blocks,
 )
 from stepdistill.timesteps import cut_table
+from stepdistill.untrusted import LOADING, check_directory
 
+# Of the files a component without a pipeline is read from.
+SUFFIXES = (".json", ".txt", ".safetensors")
 TOLD_DIM = 256  # of the embedded guidance scale or end time, LCM's time_cond_proj_dim
 
 
@@ -101,6 +102,17 @@ class SD(Family):
     default_guidance = 3.0
     init_noises = ("unit", "sigma")
     latent = True
+    components: ClassVar = {
+        "vae": ("diffusers.AutoencoderKL",),
+        "text_encoder": ("transformers.CLIPTextModel",),
+        "tokenizer": (
+            "transformers.CLIPTokenizer*",
+            "transformers.PreTrainedTokenizerFast",
+            "transformers.TokenizersBackend",
+        ),
+        "unet": ("diffusers.UNet2DConditionModel",),
+        "scheduler": ("diffusers.*Scheduler",),
+    }
 
     @dataclass
     class Config:
@@ -128,7 +140,9 @@ class SD(Family):
             self.schedule, self.kind = schedule_of(self.scheduler)
             self.shape = (config.unet.get("in_channels", 4), *self._latent_size())
         else:
-            self._set_pipeline(read_pipeline(path, safety_checker=None, requires_safety_checker=False))
+            # Neither judges nor describes images here, so neither is loaded.
+            unused = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
+            self._set_pipeline(read_pipeline(path, type(self), **unused, requires_safety_checker=False))
 
     @classmethod
     def from_directory(cls, path: Path) -> SD:
@@ -290,19 +304,24 @@ def _teacher_scheduler(prediction_type: str) -> Any:
 def _components(path: Path) -> dict[str, Any]:
     """vae, text_encoder and tokenizer of a directory that has no UNet yet."""
     from diffusers import AutoencoderKL
+    from huggingface_hub import snapshot_download
     from transformers import AutoTokenizer, CLIPTextModel
 
-    if path.is_dir():
-        refuse_pickles(path)
+    text, weights = str(path), {"dtype": torch.float32, "use_safetensors": True}
     try:
+        if not path.is_dir() and text.count("/") == 1:
+            wanted = [
+                f"{part}/*{suffix}" for part in ("vae", "text_encoder", "tokenizer") for suffix in SUFFIXES
+            ]
+            path = Path(snapshot_download(text, allow_patterns=wanted))
+        if path.is_dir():
+            check_directory(path)
         return {
-            "vae": AutoencoderKL.from_pretrained(path, subfolder="vae", dtype=torch.float32),
-            "text_encoder": CLIPTextModel.from_pretrained(
-                path, subfolder="text_encoder", dtype=torch.float32
-            ),
-            "tokenizer": AutoTokenizer.from_pretrained(path, subfolder="tokenizer"),
+            "vae": AutoencoderKL.from_pretrained(path, subfolder="vae", **weights),
+            "text_encoder": CLIPTextModel.from_pretrained(path, subfolder="text_encoder", **weights),
+            "tokenizer": AutoTokenizer.from_pretrained(path, subfolder="tokenizer", trust_remote_code=False),
         }
-    except (OSError, ValueError, RuntimeError) as error:
+    except LOADING as error:
         raise UserError(
-            f"family.teacher={path}: cannot load vae, text_encoder and tokenizer: {first_line(error)}"
+            f"family.teacher={text}: cannot load vae, text_encoder and tokenizer: {first_line(error)}"
         ) from None

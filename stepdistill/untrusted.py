@@ -1,0 +1,142 @@
+"""What a directory of weights may hold and name, looked at before any library opens it.
+
+diffusers and transformers import what a configuration names: a component's library and class, code beside the
+weights (`auto_map`), kernels from a hub, quantisers, adapters of other models. A directory may come from anybody,
+so only what a family knows is let through, and weights are safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from stepdistill.errors import UserError
+
+# What the libraries raise for a directory they cannot load.
+LOADING = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    SafetensorError,
+)
+PICKLES = ("bin", "ckpt", "pt", "pth", "pkl")
+# Keys by which a configuration names code or a loader that brings its own.
+CODE = ("auto_map", "custom_pipelines", "quantization_config", "kernel_config")
+# Attention of torch's own; any other name is a package or a kernel that transformers would fetch.
+ATTENTION = (None, "eager", "sdpa")
+CONFIG_BYTES = 16 << 20
+
+
+def check_directory(path: Path) -> None:
+    """UserError for a directory, or a folder in it, whose files would make a library run or unpickle something."""
+    check_configurations(path)
+    for folder in _folders(path):
+        refuse_pickles(folder)
+
+
+def check_configurations(path: Path) -> None:
+    """The same of its configurations alone, for what is opened by a loader of tensors and nothing else."""
+    for folder in _folders(path):
+        if (folder / "adapter_config.json").exists():
+            raise UserError(
+                f"{folder / 'adapter_config.json'} puts an adapter onto weights from elsewhere, which are not"
+                " looked for; merge it into the model and save that."
+            )
+        for file in sorted(folder.glob("*.json")):
+            if file.name.endswith(".safetensors.index.json"):
+                _check_shards(file)
+            elif "config" in file.name:
+                _check_config(file)
+
+
+def _folders(path: Path) -> list[Path]:
+    return [path, *(part for part in sorted(path.iterdir()) if part.is_dir())]
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Weights are safetensors. A pickle runs code when it is opened, so none is, and the way out is named."""
+    pickles = [found for suffix in PICKLES for found in sorted(folder.glob(f"*.{suffix}"))]
+    if pickles and not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{pickles[0]} holds pickled weights, which are never loaded; convert them to safetensors "
+            "(pipeline.save_pretrained(..., safe_serialization=True)) and point at the result."
+        )
+
+
+def check_components(
+    where: Path, index: Mapping[str, Any], known: Mapping[str, Sequence[str]], left_out: Sequence[str] = ()
+) -> None:
+    """UserError unless every class that a model_index.json names is one the family knows.
+
+    known: component -> patterns of "library.Class". left_out: components that are not loaded, whatever they name.
+    """
+    for name, value in index.items():
+        unused = name in left_out or value in ([None, None], None)
+        if (
+            name.startswith("_")
+            or unused
+            or (name not in known and isinstance(value, (bool, int, float, str)))
+        ):
+            continue
+        pair = isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
+        named = ".".join(value) if pair else repr(value)
+        patterns = known.get(name, ())
+        if not pair or not any(fnmatchcase(named, pattern) for pattern in patterns):
+            expected = f"expected is {' or '.join(patterns)}" if patterns else "it has no such part"
+            raise UserError(
+                f"{where}: {name} would be made by {named[:100]}, which a pipeline may not name here; {expected}."
+            )
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file of a few megabytes at most. Raises UserError."""
+    try:
+        if not path.is_file() or path.stat().st_size > CONFIG_BYTES:
+            raise UserError(
+                f"{path} is no configuration: not a file, or of more than {CONFIG_BYTES >> 20} MiB."
+            )
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise UserError(
+            f"{path} is damaged: not JSON ({type(error).__name__}); fetch or export it again."
+        ) from None
+
+
+def _check_config(file: Path) -> None:
+    for key, value in _entries(read_json(file)):
+        attention = key.endswith(("_implementation", "_implementation_internal"))
+        if (key in CODE and value) or (attention and value not in ATTENTION):
+            raise UserError(
+                f"{file}: {key}={str(value)[:100]} names code that comes with the model, which is never run;"
+                " save the model again without it."
+            )
+
+
+def _entries(content: Any) -> Iterator[tuple[str, Any]]:
+    """Every key of a JSON value with what it holds, at any depth."""
+    pending = [content]
+    while pending:
+        part = pending.pop()
+        if isinstance(part, dict):
+            yield from part.items()
+        pending += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+
+
+def _check_shards(file: Path) -> None:
+    content = read_json(file)
+    shards = content.get("weight_map") if isinstance(content, dict) else None
+    for name in shards.values() if isinstance(shards, dict) else [shards]:
+        plain = isinstance(name, str) and Path(name).name == name and "\\" not in name
+        if not plain or not name.endswith(".safetensors"):
+            raise UserError(
+                f"{file}: weight_map names {str(name)[:100]!r}, which is no safetensors file beside it; fetch it again."
+            )
