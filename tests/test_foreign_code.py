@@ -415,7 +415,7 @@ def test_a_clip_names_no_code(tmp_path: Path) -> None:
     "tag", ["python/object/apply:os.system", "python/name:os.system", "python/module:canary"]
 )
 def test_a_yaml_tag_makes_nothing(canary: Path, tmp_path: Path, tag: str) -> None:
-    from evaluation.protocols import load_protocol
+    from evaluation.protocol import load_protocol
     from stepdistill.config import apply_overrides, read_yaml
 
     path = tmp_path / "x.yaml"
