@@ -1,76 +1,23 @@
-"""What leaves: stock directories that draw the in-memory sampler's image where stepdistill cannot be
-imported.
-"""
+"""What leaves: stock directories that draw the in-memory sampler's image where stepdistill cannot be imported."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import worlds
+from stock import (
+    PROMPT,
+    exported,
+    stock_images,
+)
 
-from stepdistill import export, load
+from stepdistill import load
 from stepdistill.errors import UserError
 from stepdistill.families.pixel import Pixel
 from stepdistill.families.sd import SD
-from stepdistill.sampling import ImageSampler
-
-PROMPT = "a small red circle above a large blue square on a yellow background"
-
-STOCK = """
-import sys, json
-import numpy as np, torch
-class Forbid:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("stepdistill", "training", "evaluation", "app"):
-            raise ImportError(name)
-sys.meta_path.insert(0, Forbid())
-from diffusers import DiffusionPipeline
-call = json.loads(sys.argv[2])
-pipeline = DiffusionPipeline.from_pretrained(sys.argv[1])
-pipeline.set_progress_bar_config(disable=True)
-generators = [torch.Generator().manual_seed(seed) for seed in call.pop("seeds")]
-images = pipeline(generator=generators, output_type="np", **call).images
-np.save(sys.argv[3], images)
-"""
-
-
-def stock_images(directory: Path, tmp_path: Path, **call) -> np.ndarray:
-    """float images (N, H, W, 3) of a stock pipeline in a process that cannot import this project."""
-    out = tmp_path / "stock.npy"
-    subprocess.run(
-        [sys.executable, "-c", STOCK, str(directory), json.dumps(call), str(out)],
-        check=True,
-        cwd=tmp_path,
-        timeout=240,
-    )
-    return np.load(out)
-
-
-def student_of(family, method, recipe_family: dict):
-    """The family's student with its weights moved a little, so that it is not the teacher by accident."""
-    student = family.student("teacher", method.student_extras).eval()
-    with torch.no_grad():
-        generator = torch.Generator().manual_seed(3)
-        for parameter in student.parameters():
-            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
-    recipe = {
-        "family": recipe_family,
-        "method": {"name": type(method).__name__.lower()},
-        "run": {"out": "runs/x"},
-    }
-    return student, export.card_of(family, method, recipe)
-
-
-def exported(family, method, path: Path, recipe_family: dict):
-    student, card = student_of(family, method, recipe_family)
-    export.write(family, student, path, card)
-    return ImageSampler(family, student, path, card)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
@@ -289,3 +236,27 @@ def test_where_no_stock_scheduler_fits_the_card_says_why(tiny_pixel, tiny_ddpm, 
         family = Pixel(Pixel.Config(teacher=str(name)))
         exported(family, method, tmp_path / name.name, {"teacher": ""})
         assert says in (tmp_path / name.name / "README.md").read_text()
+
+
+def test_a_smaller_student_leaves_as_a_stock_pipeline(tiny_sd, tmp_path):
+    """Its UNet is made from a partial configuration, beside a teacher of another width."""
+    from stepdistill import export, load
+    from stepdistill.families.sd import SD
+
+    small = {
+        "sample_size": 4, "in_channels": 4, "out_channels": 4, "layers_per_block": 1, "block_out_channels": [8, 8],
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+        "attention_head_dim": 4, "norm_num_groups": 4,
+    }  # fmt: skip
+    family = SD(SD.Config(teacher=str(tiny_sd), student_unet=small))
+    student = family.student("random", ()).eval()
+    recipe = {"family": {"teacher": str(tiny_sd)}, "method": {"name": "dmd2"}, "run": {"out": "runs/x"}}
+    export.write(family, student, tmp_path / "student", export.card_of(family, worlds.method("dmd2"), recipe))
+    loaded = load(tmp_path / "student")
+    assert loaded.parameters["denoiser"] < 0.6 * sum(p.numel() for p in family.teacher.parameters())
+    x, t, cond = (
+        torch.randn(2, 4, 4, 4),
+        torch.tensor([10.0, 700.0], dtype=torch.float64),
+        torch.randn(2, 7, 16),
+    )
+    torch.testing.assert_close(loaded.denoiser(x, t, cond).raw, student(x, t, cond).raw)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as nnf
-from test_matched_noise import FOURIER, HERE, batch, prepared
+from levels import FOURIER, HERE, batch, prepared
 from torch import Tensor
 
 from stepdistill.denoiser import Denoiser

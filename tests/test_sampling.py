@@ -6,6 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from gaussians import EVERY_SCHEDULE, MADE, MEAN, STD, Oracle
+from stock import (
+    EVERY_KIND,
+    close,
+    drawn,
+    seeded,
+    states,
+    stock_states,
+)
 
 from stepdistill import load
 from stepdistill.denoiser import Denoiser
@@ -13,65 +22,13 @@ from stepdistill.families.toy import Toy, gaussian, gaussian_flow_map
 from stepdistill.noise import SampleNoise
 from stepdistill.prediction import Prediction
 from stepdistill.sampling import ImageSampler, first_input, sample, walk
-from stepdistill.schedule import EDM, VP, Flow, TrigFlow
+from stepdistill.schedule import VP, Flow, Schedule
 from stepdistill.timesteps import few_step_grid, teacher_grid, times_like
 
-MEAN, STD = 0.3, 0.4
-SCHEDULES = {"vp": VP.from_betas(), "edm": EDM(), "flow": Flow(), "trig": TrigFlow()}
-EVERY = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
-EVERY_KIND = pytest.mark.parametrize(
-    ("theirs", "kind"), [("epsilon", "eps"), ("v_prediction", "v"), ("sample", "x0")]
-)
 
-
-def oracle(schedule):
-    """The exact consistency function of N(MEAN, STD^2): the end of the trajectory, not the posterior mean."""
-
-    def predict(x_t, t, cond=None):
-        end = torch.full_like(t, schedule.t_min)
-        return Prediction(gaussian_flow_map(schedule, MEAN, STD, x_t, t, end), "x0", x_t, t, schedule)
-
-    return predict
-
-
-def states(outputs, kind, schedule, start, times, noise=None, **how):
-    """What `sample` passes through with these network outputs: every state it asks about, and the end."""
-    heard, calls = [], iter(outputs)
-
-    def predict(x_t, t, cond):
-        heard.append(x_t)
-        return Prediction(next(calls), kind, x_t, t, schedule)
-
-    end = sample(predict, start, times, noise, **how)
-    return torch.stack((*heard, end))
-
-
-def stock_states(scheduler, outputs, start):
-    """The same of a stock scheduler; its noise before state i + 1 is that of `seeded(i)`."""
-    passed = [start]
-    for i, (output, t) in enumerate(zip(outputs, scheduler.timesteps[: len(outputs)], strict=True)):
-        generator = torch.Generator().manual_seed(i)
-        passed.append(scheduler.step(output, t, passed[-1], generator=generator, return_dict=False)[0])
-    return torch.stack(passed)
-
-
-def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> None:
-    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
-
-
-def seeded(like: torch.Tensor, dtype: torch.dtype):
-    def noise(i: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(i)
-        return torch.randn(like.shape, generator=generator, dtype=dtype).to(like)
-
-    return noise
-
-
-def drawn(steps: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """A first state and network outputs, float64."""
-    generator = torch.Generator().manual_seed(steps)
-    start, *outputs = torch.randn(steps + 1, 3, 4, 5, 5, generator=generator, dtype=torch.float64)
-    return start, outputs
+def oracle(schedule: Schedule) -> Denoiser:
+    """The exact consistency function: the end of the trajectory, not the posterior mean."""
+    return Denoiser(Oracle(schedule), "x0", schedule)
 
 
 @EVERY_KIND
@@ -136,7 +93,7 @@ def test_under_flow_the_rules_are_the_stock_schedulers(
 @pytest.mark.parametrize("name", ["edm", "flow", "trig"])
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_renoising_with_the_oracle_keeps_the_distribution(steps, name):
-    schedule, n = SCHEDULES[name], 60_000
+    schedule, n = MADE[name], 60_000
     noise = SampleNoise(range(n), step=steps, phase=name)
     grid = few_step_grid(schedule, steps)
     x = first_input(schedule, noise.randn(1, dtype=torch.float64), grid[0], "unit")
@@ -150,7 +107,7 @@ def test_renoising_with_the_oracle_keeps_the_distribution(steps, name):
         assert float(sample(mean, x, grid, lambda _: noise.randn(1, dtype=torch.float64)).std()) < 0.97 * STD
 
 
-@EVERY
+@EVERY_SCHEDULE
 def test_ode_with_the_exact_teacher_converges_to_the_flow_map(schedule):
     teacher = Denoiser(gaussian(schedule, [MEAN], STD), "x0", schedule)
     first = times_like(schedule.t_max, torch.zeros(7, 1))
@@ -179,13 +136,13 @@ def test_ode_with_the_exact_teacher_converges_to_the_flow_map(schedule):
 
 def test_first_input():
     z = torch.randn(4, 2, dtype=torch.float64)
-    assert first_input(SCHEDULES["vp"], z, 999, "unit") is z
-    assert torch.equal(first_input(SCHEDULES["edm"], z, 80.0, "unit"), 80 * z)
-    assert torch.equal(first_input(SCHEDULES["flow"], z, 1.0, "unit"), z)
+    assert first_input(MADE["vp"], z, 999, "unit") is z
+    assert torch.equal(first_input(MADE["edm"], z, 80.0, "unit"), 80 * z)
+    assert torch.equal(first_input(MADE["flow"], z, 1.0, "unit"), z)
     sigma = (1 - 0.0046600) ** 0.5
-    torch.testing.assert_close(first_input(SCHEDULES["vp"], z, 999, "sigma"), sigma * z, rtol=1e-5, atol=0)
+    torch.testing.assert_close(first_input(MADE["vp"], z, 999, "sigma"), sigma * z, rtol=1e-5, atol=0)
     with pytest.raises(ValueError, match="init_noise"):
-        first_input(SCHEDULES["vp"], z, 999, "zero")
+        first_input(MADE["vp"], z, 999, "zero")
 
 
 def test_walk_stops_at_the_last_time_and_counts_steps():
@@ -215,9 +172,6 @@ def test_extras_reach_every_call():
 
     sample(predict, torch.zeros(1, 1), (1.0, 0.5), lambda _: torch.zeros(1, 1), "cond", guidance="g")
     assert heard == [("cond", "g")] * 2
-
-
-# ---------------------------------------------------------------------------------------------- ImageSampler
 
 
 @pytest.fixture(scope="module")
@@ -265,21 +219,25 @@ def test_images_are_bitwise_independent_of_their_batch(tiny_sd):
     assert not torch.equal(negative[0], whole[0])
 
 
-def test_on_step_counts_per_chunk_and_may_raise(toy):
-    counted: list[tuple[int, int]] = []
-    list(toy._chunks([0] * 3, [1, 2, 3], 4, None, None, 2, {}, lambda i, n: counted.append((i, n))))
+def test_on_step_counts_per_chunk_and_may_raise(tiny_sd):
+    sampler, counted = load(tiny_sd), []
+    prompts, seeds, how = ["a star"] * 3, [1, 2, 3], {"steps": 4, "guidance_scale": 1.0, "chunk": 2}
+    images = sampler(prompts, seeds, **how, on_step=lambda i, n: counted.append((i, n)))
     assert counted == [(1, 4), (2, 4), (3, 4), (4, 4)] * 2
 
     class Stop(Exception):
         pass
 
     def stop(i: int, n: int) -> None:
+        counted.append((i, n))
         if i == 2:
             raise Stop
 
+    counted.clear()
     with pytest.raises(Stop):
-        list(toy._chunks([0], [1], 4, None, None, 2, {}, stop))
-    assert toy.x0([0], [1], steps=4, chunk=2).shape == (1, 2)  # and it goes on working
+        sampler(prompts, seeds, **how, on_step=stop)
+    assert counted == [(1, 4), (2, 4)]
+    assert torch.equal(sampler(prompts, seeds, **how), images)  # and it goes on working
 
 
 def test_a_student_is_called_at_its_own_times_and_a_teacher_at_trailing_ones(toy):

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from stepdistill.config import build
-from stepdistill.denoiser import Cond
+from stepdistill.denoiser import Denoiser
 from stepdistill.families.toy import Toy
 from stepdistill.methods import METHODS
+from stepdistill.methods.assemble import assemble
 from stepdistill.methods.base import Batch, Method, Networks, Pairs, Phase
 from stepdistill.noise import SampleNoise
 from stepdistill.registry import allowing_code, resolve
@@ -39,6 +40,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 VARIANTS = [(name, SETTINGS.get(name, {})) for name in METHODS] + [
     ("dmd2", {"gan_weight": 1e-2}),
     ("progressive", {"predecessor": "teacher"}),
+    ("reward", SETTINGS["reward"] | {"anchor_weight": 0.5}),
     ("disback", {"stage": "degrade"}),
     ("disback", {"path": 3, "interval": 1, "base": {"name": "dmd2", "student_every": 1}}),
     ("lightning", {"predecessor": "teacher", "conditional": False}),
@@ -62,11 +64,12 @@ def method(name: str, steps: Sequence[int] | None = None, **settings: Any) -> Me
 
 @dataclass
 class World:
-    """A method on the toy, without a trainer."""
+    """A method on the toy, without a trainer. before: the student as it was when the networks were made."""
 
     method: Method
     family: Toy
     nets: Networks
+    before: Denoiser
 
     def batch(self, step: int = 0, phase: str = "student", images: bool | None = None) -> Batch:
         family, index = self.family, torch.arange(COUNT)
@@ -78,14 +81,14 @@ class World:
         pairs = self.pairs(step, cond)
         return Batch(cond, family.uncond(COUNT), family.shape, index, noise, x0, pairs, labels)
 
-    def pairs(self, step: int, cond: Cond) -> Pairs | None:
-        """Stand-ins for the teacher's trajectories."""
+    def pairs(self, step: int, cond: torch.Tensor) -> Pairs | None:
+        """Stand-ins for the teacher's trajectories, under other conditions than the batch's."""
         settings = self.method.pairs(self.family.schedule)
         if settings is None:
             return None
         noise = SampleNoise(range(COUNT), step=step, phase="pairs")
         points = noise.randn(2 + len(settings.times), *self.family.shape)
-        return Pairs(points[:, 0], points[:, 1], points[:, 2:], cond)
+        return Pairs(points[:, 0], points[:, 1], points[:, 2:], cond.flip(0))
 
     def backward(self, phase: Phase, step: int = 0) -> None:
         """As the trainer does it: everything but `trains` frozen, the terms one after another."""
@@ -116,21 +119,28 @@ def world(
         made = method(made, steps, **settings)
     family = Toy(Toy.Config(modes=4, classes=classes, fit_steps=0, schedule=schedule))
     family.teacher.width = 32
-    student = family.student("teacher", made.student_extras)
-    teacher = family.teacher if made.needs_teacher else None
-    modules = {"student": student} | made.networks(teacher, student)
-    if teacher is not None:
+    torch.manual_seed(0)
+    # As at any time but a run's first: the student is no copy of the teacher when others are made from either one,
+    before = stir(family.student("teacher", ()))
+    nets = assemble(made, family, before=before)
+    # and it has moved on from those that were made from it.
+    for name, module in nets.modules.items():
+        if name == "student" or name.startswith("path_"):
+            stir(module)
+    if made.needs_teacher:
         # The exact teacher has no weights: one that its answer hangs on shows whether anything reaches it.
-        mixture = teacher.network
+        mixture = family.teacher.network
         mixture.weight, plain = nn.Parameter(torch.ones(1), requires_grad=False), mixture.forward
         mixture.forward = lambda x_t, t, cond=None: mixture.weight * plain(x_t, t, cond)
-        modules["teacher"] = teacher
-    torch.manual_seed(0)
-    with torch.no_grad():  # so that student, fake score, teacher and what lies on the way to it differ
-        for name, module in modules.items():
-            for parameter in module.parameters() if name == "student" or name.startswith("path_") else ():
-                parameter += 0.05 * torch.randn(parameter.shape)
-    return World(made, family, Networks(modules, family.schedule, family.decode))
+    return World(made, family, nets, before)
+
+
+def stir(module: nn.Module) -> nn.Module:
+    """The module, its parameters moved a little."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape)
+    return module
 
 
 def gradients(module: nn.Module) -> list[bool]:

@@ -1,0 +1,83 @@
+"""f-distill (arXiv 2502.15681): each divergence's gradient, its weights, their limits."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from quadrature import Line, close
+from torch import Tensor
+
+from stepdistill.errors import UserError
+from stepdistill.families.toy import SCHEDULES
+from stepdistill.methods.f_distill import WEIGHTS
+from stepdistill.prediction import Prediction
+
+F = {  # f(r), r = p / q, of D_f(p || q) = E_q f(r)
+    "reverse_kl": lambda r: -r.log(),
+    "softened_kl": lambda r: (r + 1) * ((r + 1) / (2 * r)).log(),
+    "jensen_shannon": lambda r: r * r.log() - (r + 1) * ((r + 1) / 2).log(),
+    "hellinger": lambda r: 1 - r.sqrt(),
+    "forward_kl": lambda r: r * r.log(),
+    "jeffreys": lambda r: (r - 1) * r.log(),
+    "neyman": lambda r: (r - 1) ** 2 / r,
+}
+
+
+@pytest.mark.parametrize("divergence", WEIGHTS)
+def test_f_distill_has_the_gradient_of_its_divergence(divergence, monkeypatch):
+    """With the exact density ratio in the discriminator's place."""
+    settings = {
+        "divergence": divergence,
+        "normalise": False,
+        "normalise_weight": False,
+        "guidance_scale": 1.0,
+    }
+    limits = {"ratio_low": 1e-12, "ratio_high": 1e12}
+    line = Line("f_distill", SCHEDULES["vp"](), **settings, **limits)
+    line.method.config.gan_weight = 0.0
+    own, data = line.nets.fake_score.network, line.data
+
+    def log_ratio(real: Prediction, logits: None) -> Tensor:
+        return data.log_prob(real.x_t, real.t) - own.log_prob(real.x_t, real.t)
+
+    monkeypatch.setattr(line.method, "log_ratio", log_ratio)
+    f = F[divergence]
+    direct = line.density_gradient(lambda log_q, log_p: log_q.exp() * f((log_p - log_q).exp()))
+    close(line.gradient(), (line.sigma / line.alpha) ** 2 * direct, 1e-7)
+
+
+@pytest.mark.parametrize("divergence", WEIGHTS)
+def test_f_distill_weights_are_f_second_times_r_squared(divergence):
+    r = torch.linspace(0.1, 20, 200, dtype=torch.float64, requires_grad=True)
+    (first,) = torch.autograd.grad(F[divergence](r).sum(), r, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), r)
+    torch.testing.assert_close(WEIGHTS[divergence](r), second * r**2, rtol=1e-9, atol=1e-9)
+    assert float(F[divergence](torch.ones(1))) == 0
+
+
+def test_reverse_kl_is_dmd2_and_ratios_are_clipped_and_normalised():
+    common = {"guidance_scale": 1.0, "gan_weight": 1e-3}
+    method = Line("f_distill", SCHEDULES["vp"](), divergence="reverse_kl", **common).method
+    logits = torch.tensor([[-50.0], [0.0], [1.0], [50.0]])
+    real = Prediction(logits, "x0", logits, torch.ones(4), SCHEDULES["vp"]())
+    assert method.weight(real, logits).tolist() == [1, 1, 1, 1]
+    method.config.divergence = "forward_kl"
+    clipped = torch.tensor([0.1, 1.0, math.e, 20.0])
+    torch.testing.assert_close(method.weight(real, logits), clipped / clipped.mean())
+    method.config.divergence = "jensen_shannon"  # of ratios whose mean is 1
+    expected = clipped / (clipped + clipped.mean())
+    torch.testing.assert_close(method.weight(real, logits), expected / expected.mean())
+    for settings, says in (({"gan_weight": 0.0}, "gan_weight"), ({"ratio_low": 30.0}, "ratio_low")):
+        with pytest.raises(UserError, match=says):
+            Line("f_distill", SCHEDULES["vp"](), **settings)
+
+
+def test_no_gradient_of_f_distill_either_whatever_the_ratio(monkeypatch):
+    line = Line("f_distill", SCHEDULES["vp"](), guidance_scale=1.0)
+    line.method.config.gan_weight = 0.0  # of the discriminator's own pull
+    monkeypatch.setattr(line.method, "log_ratio", lambda real, logits: real.x_t[:, 0])
+    assert float(line.gradient().abs().max()) > 0.01
+    line.nets.modules["fake_score"] = line.nets.teacher
+    assert float(line.gradient().abs().max()) == 0

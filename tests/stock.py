@@ -1,0 +1,153 @@
+"""Set-ups that tests share: diffusers' schedulers beside ours, and exported students beside stock pipelines."""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from stepdistill import export
+from stepdistill.denoiser import Denoiser
+from stepdistill.families.base import Family
+from stepdistill.methods.base import Method
+from stepdistill.prediction import Prediction
+from stepdistill.sampling import ImageSampler, sample
+from stepdistill.schedule import Schedule
+
+# What stock schedulers call the kinds of a network's output.
+EVERY_KIND = pytest.mark.parametrize(
+    ("theirs", "kind"), [("epsilon", "eps"), ("v_prediction", "v"), ("sample", "x0")]
+)
+
+
+def close(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+# --------------------------------------------------------------------------------------------------- schedulers
+
+
+def drawn(steps: int) -> tuple[Tensor, list[Tensor]]:
+    """A first state and network outputs, float64."""
+    generator = torch.Generator().manual_seed(steps)
+    start, *outputs = torch.randn(steps + 1, 3, 4, 5, 5, generator=generator, dtype=torch.float64)
+    return start, outputs
+
+
+def seeded(like: Tensor, dtype: torch.dtype | None) -> Callable[[int], Tensor]:
+    """The noise before state i + 1 of `stock_states`, drawn in `dtype`."""
+
+    def noise(i: int) -> Tensor:
+        generator = torch.Generator().manual_seed(i)
+        return torch.randn(like.shape, generator=generator, dtype=dtype).to(like)
+
+    return noise
+
+
+def states(
+    outputs: Iterable[Tensor],
+    kind: str,
+    schedule: Schedule,
+    start: Tensor,
+    times: Sequence[float],
+    noise: Callable[[int], Tensor] | None = None,
+    **how: Any,
+) -> Tensor:
+    """What `sample` passes through with these network outputs: every state it asks about, and the end."""
+    heard, calls = [], iter(outputs)
+
+    def predict(x_t: Tensor, t: Tensor, cond: Any) -> Prediction:
+        heard.append(x_t)
+        return Prediction(next(calls), kind, x_t, t, schedule)
+
+    end = sample(predict, start, times, noise, **how)
+    return torch.stack((*heard, end))
+
+
+def stock_states(scheduler: Any, outputs: Sequence[Tensor], start: Tensor) -> Tensor:
+    """The same of a stock scheduler; its noise before state i + 1 is that of `seeded(i)`."""
+    passed = [start]
+    for i, (output, t) in enumerate(zip(outputs, scheduler.timesteps[: len(outputs)], strict=True)):
+        generator = torch.Generator().manual_seed(i)
+        passed.append(scheduler.step(output, t, passed[-1], generator=generator, return_dict=False)[0])
+    return torch.stack(passed)
+
+
+# ---------------------------------------------------------------------------------------------------- pipelines
+
+PROMPT = "a small red circle above a large blue square on a yellow background"
+
+# A process that cannot import this project and draws with stock pipelines: each line it reads is directory, call and
+# output path, each line it writes "" or a traceback.
+STOCK = """
+import json, sys, traceback
+class Forbid:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("stepdistill", "training", "evaluation", "app"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Forbid())
+replies, sys.stdout = sys.stdout, sys.stderr
+import numpy as np, torch
+from diffusers import DiffusionPipeline
+for line in sys.stdin:
+    try:
+        directory, call, out = json.loads(line)
+        pipeline = DiffusionPipeline.from_pretrained(directory)
+        pipeline.set_progress_bar_config(disable=True)
+        generators = [torch.Generator().manual_seed(seed) for seed in call.pop("seeds")]
+        np.save(out, pipeline(generator=generators, output_type="np", **call).images)
+        failed = ""
+    except Exception:
+        failed = traceback.format_exc()
+    print(json.dumps(failed), file=replies, flush=True)
+"""
+
+
+@functools.cache
+def stock_process() -> subprocess.Popen:
+    """One for all tests of this process, away from the project's directory; it ends when its input closes."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", STOCK], cwd=tempfile.gettempdir(), **pipes)
+
+
+def stock_images(directory: Path, tmp_path: Path, **call: Any) -> np.ndarray:
+    """float images (N, H, W, 3) of a stock pipeline in a process that cannot import this project."""
+    out, process = tmp_path / "stock.npy", stock_process()
+    print(json.dumps([str(directory), call, str(out)]), file=process.stdin, flush=True)
+    failed = json.loads(process.stdout.readline())
+    assert not failed, failed
+    return np.load(out)
+
+
+def student_of(
+    family: Family, method: Method, recipe_family: dict[str, Any]
+) -> tuple[Denoiser, dict[str, Any]]:
+    """The family's student with its weights moved a little, so that it is not the teacher by accident, and its card."""
+    student = family.student("teacher", method.student_extras).eval()
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(3)
+        for parameter in student.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    recipe = {
+        "family": recipe_family,
+        "method": {"name": type(method).__name__.lower()},
+        "run": {"out": "runs/x"},
+    }
+    return student, export.card_of(family, method, recipe)
+
+
+def exported(family: Family, method: Method, path: Path, recipe_family: dict[str, Any]) -> ImageSampler:
+    """Such a student written to `path`, and the sampler of the one in memory."""
+    student, card = student_of(family, method, recipe_family)
+    export.write(family, student, path, card)
+    return ImageSampler(family, student, path, card)
