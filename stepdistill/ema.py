@@ -14,7 +14,14 @@ class EMA:
 
     Args:
         module: the network followed; its trainable parameters and nothing else.
-        decay: the final d; 0 keeps no memory (the average is the network itself).
+        decay: the final d, in [0, 1); 0 keeps no memory (the average is the network itself).
+
+    Attributes:
+        shadow: the average by parameter name, float32, of the parameters' shapes.
+        updates: n, how often it was updated.
+
+    Raises:
+        ValueError: the decay is out of its range.
 
     The decay in force is min(decay, (1 + n) / (10 + n)) after n updates, so that a short run is not an
     average of its initialisation.
@@ -30,6 +37,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
+        """Move the average towards the parameters as they are now."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         parameters = dict(module.named_parameters())
@@ -58,11 +66,14 @@ class EMA:
             parameters[name].copy_(value)
 
     def state_dict(self) -> dict[str, Tensor]:
+        """The average by parameter name, and "updates", a scalar of integers."""
         return dict(self.shadow) | {"updates": torch.tensor(self.updates)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from `state_dict`; ValueError if it is of other parameters."""
         if missing := set(self.shadow) ^ (set(state) - {"updates"}):
             raise ValueError(f"the saved average does not fit this network: {sorted(missing)[:3]} differ")
         self.updates = int(state["updates"])
         for name in self.shadow:
-            self.shadow[name].copy_(state[name])  # in place: the average stays on the network's device
+            # In place: the average stays on the network's device.
+            self.shadow[name].copy_(state[name])

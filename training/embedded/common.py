@@ -1,9 +1,8 @@
-"""What the small loops behind the embedded assets share: scenes, questions, learning rate, EMA, reports."""
+"""What the small loops behind the embedded assets share: scenes, questions, learning rate, reports."""
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import math
 import os
@@ -15,7 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from stepdistill import scenes
 from stepdistill.errors import UserError, atomic_write
@@ -38,8 +38,7 @@ def canonical(scene: scenes.Scene) -> scenes.Scene:
     return scene
 
 
-# What one can read off a picture, and the answers: the first object is the upper or left one, or the only
-# one.
+# What one can read off a picture, and the answers: the first object is the upper or left one, or the only one.
 NOTHING = "none"
 QUESTIONS: dict[str, tuple[str, ...]] = {
     "first shape": scenes.SHAPES,
@@ -73,30 +72,19 @@ def to_uint8(images: Tensor) -> Tensor:
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def cosine(step: int, steps: int, warmup: int) -> float:
-    """Factor of the learning rate: linear warm-up, then half a cosine down to 0 at `steps`."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+def warmup_and_cosine(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> LambdaLR:
+    """A linear warm-up that ends at the optimiser's rate after `warmup` steps, then half a cosine down to 0 at
+    `steps`.
 
+    (diffusers' own starts at rate 0, so its first step is none.)
+    """
 
-class Average:
-    """Exponential moving average of a module's parameters, with the usual short-memory start."""
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
-    def __init__(self, module: nn.Module, decay: float):
-        self.module = copy.deepcopy(module).requires_grad_(False).eval()
-        self.decay = decay
-        self.updates = 0
-
-    @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
-        """Move towards the module's present parameters; buffers are copied."""
-        self.updates += 1
-        decay = min(self.decay, self.updates / (self.updates + 9))
-        mine, theirs = list(self.module.parameters()), [p.detach() for p in module.parameters()]
-        torch._foreach_lerp_(mine, theirs, 1 - decay)
-        for kept, buffer in zip(self.module.buffers(), module.buffers(), strict=True):
-            kept.copy_(buffer)
+    return LambdaLR(optimizer, factor)
 
 
 def psnr(images: Tensor, others: Tensor) -> float:
@@ -128,9 +116,7 @@ def checker_accuracy(images: Tensor, drawn: Sequence[scenes.Scene]) -> dict[str,
 
 
 def write_report(path: str | os.PathLike[str], started: float, **values: Any) -> None:
-    """Write what a training run measured as JSON, with its duration and the machine it ran on, and print
-    it.
-    """
+    """Write what a training run measured as JSON, with its duration and the machine it ran on, and print it."""
     report = values | {
         "seconds": round(time.monotonic() - started, 1),
         "threads": torch.get_num_threads(),

@@ -1,19 +1,16 @@
 """Train a feature net: on scenes for the embedded metrics, or on any labelled Parquet file.
 
     python -m training.embedded.features --data scenes --out assets/scenes-v1
-    python -m training.embedded.features --data parquet --path train.parquet --name cifar10-v1 --out
-    assets/cifar10-v1
+    python -m training.embedded.features --data parquet --path train.parquet --name cifar10-v1 --out runs/cifar10-v1
 
 Scenes ask eight questions at once (shape, colour and size of each object, relation, background); a Parquet
-file in the layout of Hugging Face data sets (`image.bytes`, `label`) asks one. The length is given in steps,
-so a seed gives the same weights on the same machine.
+file asks for its labels, and is read as the data source `parquet` reads it. The length is given in steps, so a
+seed gives the same weights on the same machine.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,17 +30,24 @@ if TYPE_CHECKING:
     from evaluation.feature_net import FeatureNet
 
 DIM = 128
-HELD_OUT = 0.1  # share of a Parquet file's images that only measure
+# Share of a Parquet file's images that only measure.
+HELD_OUT = 0.1
 STEPS = {"scenes": 2500, "parquet": 4500}
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """What to learn: images, uint8 (N, 3, H, W), and the right answers (N, questions), drawn and held out."""
+    """What to learn: images, uint8 (N, 3, H, W), and the right answers (N, questions), drawn and held out.
+
+    Attributes:
+        resolution: side of the images in pixels.
+        labels: the possible answers by question.
+        draw: batch size -> a training batch.
+    """
 
     resolution: int
     labels: dict[str, list[str]]
-    draw: Callable[[int], tuple[Tensor, Tensor]]  # batch size -> a training batch
+    draw: Callable[[int], tuple[Tensor, Tensor]]
     held_out: tuple[Tensor, Tensor]
 
 
@@ -53,9 +57,8 @@ def scene_lesson(seed: int) -> Lesson:
 
     def draw(count: int) -> tuple[Tensor, Tensor]:
         drawn = [scenes.sample_scene(rng) for _ in range(count)]
-        images = torch.from_numpy(np.stack([scenes.render(scene, rng) for scene in drawn])).permute(
-            0, 3, 1, 2
-        )
+        pixels = np.stack([scenes.render(scene, rng) for scene in drawn])
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
         return weathered(images, rng), torch.tensor([common.answers(scene) for scene in drawn])
 
     held, images = common.scene_pool(1024, seed=scenes.HELD_OUT_SEED)
@@ -67,10 +70,8 @@ def scene_lesson(seed: int) -> Lesson:
 def weathered(images: Tensor, rng: np.random.Generator) -> Tensor:
     """uint8 images, half of them a little noisy or blurred.
 
-    A net that has only seen clean renders leaves its range at the faintest noise, and a distance on its
-    features then
-    measures nothing else: without this, noise of 10 grey levels cost 4,000 times what the renders' own spread
-        does.
+    A net that has only seen clean renders leaves its range at the faintest noise, and a distance on its features then
+    measures nothing else: without this, noise of 10 grey levels cost 4,000 times what the renders' own spread does.
     """
     pixels = images.float()
     count = len(images)
@@ -85,8 +86,10 @@ def parquet_lesson(path: str, resolution: int, seed: int) -> Lesson:
     """Images and labels of a Parquet file; training batches are mirrored and shifted at random.
 
     Raises:
-        UserError: the file is missing or has no `image.bytes` and `label`, or an image cannot be read.
+        UserError: the file is missing, or has no images or no `label`, or fewer than 20 images.
     """
+    from torchvision.transforms.v2 import functional as transform
+
     images, labels, names = read_parquet(path, resolution)
     draw_from = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(images), generator=draw_from)
@@ -95,66 +98,36 @@ def parquet_lesson(path: str, resolution: int, seed: int) -> Lesson:
 
     def draw(count: int) -> tuple[Tensor, Tensor]:
         chosen = kept[torch.randint(len(kept), (count,), generator=draw_from)]
-        padded = F.pad(images[chosen].float(), (shift,) * 4, mode="reflect").to(torch.uint8)
+        padded = transform.pad(images[chosen], [shift] * 4, padding_mode="reflect")
         offsets = torch.randint(2 * shift + 1, (count, 2), generator=draw_from).tolist()
         mirrored = (torch.rand(count, generator=draw_from) < 0.5).tolist()
-        batch = [
-            image[:, top : top + resolution, left : left + resolution].flip(2)
-            if flip
-            else image[:, top : top + resolution, left : left + resolution]
-            for image, (top, left), flip in zip(padded, offsets, mirrored, strict=True)
-        ]
+        batch = []
+        for image, (top, left), flip in zip(padded, offsets, mirrored, strict=True):
+            image = transform.crop(image, top, left, resolution, resolution)
+            batch.append(transform.horizontal_flip(image) if flip else image)
         return torch.stack(batch), labels[chosen, None]
 
     return Lesson(resolution, {"label": names}, draw, (images[held], labels[held, None]))
 
 
 def read_parquet(path: str, resolution: int) -> tuple[Tensor, Tensor, list[str]]:
-    """Images uint8 (N, 3, resolution, resolution), labels (N,) and their names, from a file in the layout of
-    HF.
+    """Images uint8 (N, 3, resolution, resolution), labels (N,) and their names; what cannot be used is left out.
 
     Raises:
         UserError: see `parquet_lesson`.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    from PIL import Image
+    from training.data.parquet import Parquet
 
     try:
-        table = pq.read_table(path, columns=["image", "label"])
-        encoded = table["image"].combine_chunks().field("bytes").to_pylist()
-        labels = torch.tensor(table["label"].to_pylist())
-    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"--path {path} cannot be read as Parquet with the columns image.bytes and label "
-            f"({type(error).__name__})."
-        ) from error
-    images = np.empty((len(encoded), resolution, resolution, 3), np.uint8)
-    for row, data in enumerate(encoded):
-        try:
-            image = Image.open(io.BytesIO(data)).convert("RGB")
-        except (OSError, TypeError) as error:
-            raise UserError(
-                f"--path {path}: the image in row {row} cannot be read; remove the row."
-            ) from error
-        if image.size != (resolution, resolution):
-            image = image.resize((resolution, resolution), Image.Resampling.LANCZOS)
-        images[row] = np.asarray(image)
-    if len(images) < 20:
-        raise UserError(f"--path {path} holds {len(images)} images; a feature net needs at least 20.")
-    if labels.dtype != torch.int64 or labels.min() < 0:
-        raise UserError(f"--path {path}: the column label must hold whole numbers from 0 on.")
-    names = _class_names(table.schema.metadata, int(labels.max()) + 1)
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels, names
-
-
-def _class_names(metadata: dict[bytes, bytes] | None, count: int) -> list[str]:
-    """The names a Hugging Face data set keeps in the file's schema, or the numbers where it has none."""
-    try:
-        names = json.loads(metadata[b"huggingface"])["info"]["features"]["label"]["names"]
-    except (TypeError, KeyError, ValueError):
-        names = []
-    return names if len(names) >= count else [str(number) for number in range(count)]
+        source = Parquet(Parquet.Config(path=Path(path), resolution=resolution, memory_gb=1024))
+    except UserError as error:
+        raise UserError(f"--path {path} cannot be used: {error}") from None
+    if source.labels is None:
+        raise UserError(f"--path {path} has no column label; a feature net learns to tell labels.")
+    if source.size < 20:
+        raise UserError(f"--path {path} holds {source.size} images; a feature net needs at least 20.")
+    images = torch.from_numpy(source.images(range(source.size))).permute(0, 3, 1, 2).contiguous()
+    return images, torch.tensor(source.labels), list(source.class_names)
 
 
 def loss_of(net: FeatureNet, images: Tensor, truth: Tensor) -> Tensor:
@@ -181,32 +154,30 @@ def train(args: argparse.Namespace) -> None:
     """Train, save, measure; see the module's docstring."""
     from evaluation.feature_net import FeatureNet
 
-    started = time.monotonic()
+    started = logged = time.monotonic()
     common.prepare(args.threads, args.seed)
     parquet = args.data == "parquet"
     lesson = parquet_lesson(args.path, args.resolution, args.seed) if parquet else scene_lesson(args.seed)
     steps = args.steps or STEPS[args.data]
     net = FeatureNet(args.name, lesson.resolution, DIM, lesson.labels)
-    optimiser = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=0.05)
-    logged = time.monotonic()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=0.05)
+    schedule = common.warmup_and_cosine(optimizer, steps, args.warmup)
     for step in range(steps):
         images, truth = lesson.draw(args.batch)
-        for group in optimiser.param_groups:
-            group["lr"] = args.lr * common.cosine(step, steps, args.warmup)
         with torch.autocast("cpu", torch.bfloat16, enabled=not args.fp32):
             loss = loss_of(net, images, truth)
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        optimiser.step()
+        optimizer.step()
+        schedule.step()
         if time.monotonic() - logged > 60:
             logged = time.monotonic()
             scores = accuracy(net, lesson.held_out[0][:512], lesson.held_out[1][:512])
-            print(
-                f"{logged - started:6.0f} s  step {step + 1}/{steps}  loss {loss.item():.4f}  {scores}",
-                flush=True,
-            )
+            place = f"{logged - started:6.0f} s  step {step + 1}/{steps}"
+            print(f"{place}  loss {loss.item():.4f}  {scores}", flush=True)
     net.save(args.out)
-    reread = FeatureNet.load(args.out)  # measured is what was written, in half precision
+    # Measured is what was written, in half precision.
+    reread = FeatureNet.load(args.out)
     common.write_report(
         Path(args.out) / "training.json",
         started,

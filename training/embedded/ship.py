@@ -14,8 +14,12 @@ from stepdistill.families.base import read_index
 
 
 def ship(source: Path, target: Path) -> None:
-    """Copy `source` to `target` with float16 weights; parts of `target` that are no part of the pipeline are
-    kept.
+    """Copy the pipeline directory `source` to `target` with float16 weights.
+
+    What of `target` is no part of the pipeline, the reports of the parts' trainings, is kept.
+
+    Raises:
+        UserError: `source` is no pipeline directory.
     """
     import torch
     from safetensors.torch import load_file, save_file

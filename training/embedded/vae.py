@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,12 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepdistill import scenes
+from stepdistill.ema import EMA
 from stepdistill.errors import atomic_write, cli_errors
 from training.embedded import common
 
-CROPS = 0.7  # share of the steps on crops
-CROP = 32  # pixels
-KL = 1e-6  # weight of the KL divergence, summed over a latent and averaged over the images
+# Share of the steps on crops.
+CROPS = 0.7
+# Their side in pixels.
+CROP = 32
+# Weight of the KL divergence, summed over a latent and averaged over the images.
+KL = 1e-6
 
 
 def build() -> nn.Module:
@@ -55,12 +60,8 @@ def crops(images: Tensor, where: torch.Generator) -> Tensor:
     """One random CROP x CROP window of every image (B, C, H, W)."""
     tops = torch.randint(images.shape[2] - CROP + 1, (len(images),), generator=where).tolist()
     lefts = torch.randint(images.shape[3] - CROP + 1, (len(images),), generator=where).tolist()
-    return torch.stack(
-        [
-            image[:, top : top + CROP, left : left + CROP]
-            for image, top, left in zip(images, tops, lefts, strict=True)
-        ]
-    )
+    places = zip(images, tops, lefts, strict=True)
+    return torch.stack([image[:, top : top + CROP, left : left + CROP] for image, top, left in places])
 
 
 @torch.no_grad()
@@ -76,53 +77,61 @@ def reconstruct(vae: nn.Module, images: Tensor) -> Tensor:
 
 
 def save(vae: nn.Module, out: Path) -> None:
-    """Write the weights in half precision, as `from_pretrained` reads them; the module itself stays as it
-    is.
-    """
+    """Write the weights in half precision, as `from_pretrained` reads them; the module itself stays as it is."""
     with atomic_write(out) as temporary:
         copy.deepcopy(vae).half().save_pretrained(temporary)
 
 
 def train(args: argparse.Namespace) -> None:
     """Train, save, measure; see the module's docstring."""
-    started = time.monotonic()
+    started = logged = saved = time.monotonic()
     common.prepare(args.threads, args.seed)
     _, pool = common.scene_pool(args.pool, seed=args.seed)
     held_out, held_images = common.scene_pool(256, seed=scenes.HELD_OUT_SEED)
     vae = type(build()).from_pretrained(args.init, dtype=torch.float32) if args.init else build()
-    average = common.Average(vae, 0.998)
-    optimiser = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-4)
+    average = EMA(vae, 0.998)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-4)
+    schedule = common.warmup_and_cosine(optimizer, args.steps, args.warmup)
     draw = torch.Generator().manual_seed(args.seed)
-    logged = saved = time.monotonic()
     for step in range(args.stop or args.steps):
         small = step < CROPS * args.steps
         indices = torch.randint(len(pool), (args.batch if small else args.full_batch,), generator=draw)
         images = common.to_unit(crops(pool[indices], draw) if small else pool[indices])
-        for group in optimiser.param_groups:
-            group["lr"] = args.lr * common.cosine(step, args.steps, args.warmup)
         with torch.autocast("cpu", torch.bfloat16, enabled=not args.fp32):
             loss = loss_of(vae, images)
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimiser.step()
+        optimizer.step()
+        schedule.step()
         average.update(vae)
         if time.monotonic() - logged > 60:
             logged = time.monotonic()
-            score = common.psnr(reconstruct(average.module, held_images[:48]), held_images[:48])
-            print(
-                f"{logged - started:6.0f} s  step {step + 1}/{args.steps}  loss {loss.item():.4f}  "
-                f"psnr {score:.2f}",
-                flush=True,
-            )
+            with average.applied(vae):
+                score = common.psnr(reconstruct(vae, held_images[:48]), held_images[:48])
+            place = f"{logged - started:6.0f} s  step {step + 1}/{args.steps}"
+            print(f"{place}  loss {loss.item():.4f}  psnr {score:.2f}", flush=True)
         if args.partial and time.monotonic() - saved > 300:
             saved = time.monotonic()
-            _scale(average.module, pool[:256])
-            save(average.module, Path(args.partial))
-    finished = average.module
-    deviation = _scale(finished, pool)
-    save(finished, Path(args.out))
-    reread = type(finished).from_pretrained(args.out)  # measured is what was written, in half precision
+            with average.applied(vae):
+                _scale(vae, pool[:256])
+                save(vae, Path(args.partial))
+    average.put(vae)
+    _finish(vae, pool, held_out, held_images, args, started)
+
+
+def _finish(
+    vae: nn.Module,
+    pool: Tensor,
+    held_out: Sequence[scenes.Scene],
+    held_images: Tensor,
+    args: argparse.Namespace,
+    started: float,
+) -> None:
+    """Save the autoencoder and report on what was written, which is in half precision."""
+    deviation = _scale(vae, pool)
+    save(vae, Path(args.out))
+    reread = type(vae).from_pretrained(args.out)
     reconstructed = reconstruct(reread, held_images)
     common.write_report(
         Path(args.out) / "training.json",
@@ -132,7 +141,7 @@ def train(args: argparse.Namespace) -> None:
         psnr=round(common.psnr(reconstructed, held_images), 2),
         checker=common.checker_accuracy(reconstructed, held_out),
         latent_std=round(deviation, 4),
-        parameters=sum(p.numel() for p in finished.parameters()),
+        parameters=sum(p.numel() for p in vae.parameters()),
     )
 
 
