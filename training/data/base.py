@@ -20,9 +20,12 @@ from stepdistill.errors import UserError, nearest
 class Source:
     """Examples by index, 0 .. size - 1.
 
+    Args:
+        config: of the class's own `Config`, the recipe's `data` section.
+
     Attributes:
         size: examples kept.
-        resolution: side of the square images, 0 without images.
+        resolution: side of the square images in pixels, 0 without images.
         has_images: whether `images` works; a source of prompts has none.
         captions: one text per example, or None.
         labels: one class number per example, or None; `class_names[label]` is its name.
@@ -43,13 +46,19 @@ class Source:
         self.routing: dict[str, Any] | None = None
 
     def images(self, indices: Sequence[int]) -> np.ndarray:
-        """uint8 (n, resolution, resolution, 3), RGB."""
+        """uint8 (n, resolution, resolution, 3), RGB.
+
+        Raises:
+            UserError: the source has no images.
+        """
         raise UserError(
             f"the data source {type(self).__name__.lower()} has no images; this method or family needs them."
         )
 
     def fingerprint(self) -> str:
-        """Changes with the content and with what is done to it, not with where it lies; names caches."""
+        """Hexadecimal text that changes with the content and with what is done to it, not with where it lies;
+        names caches.
+        """
         raise NotImplementedError
 
     def describe(self) -> str:
@@ -71,11 +80,14 @@ def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
 
 
 def order(seed: int, size: int, batch_index: int, batch_size: int) -> list[int]:
-    """Dataset indices of global batch number `batch_index` (0-based).
+    """Dataset indices, 0 .. size - 1, of global batch number `batch_index` (0-based).
 
     The batches cut up one endless sequence, a permutation of 0 .. size - 1 per epoch, each from (seed, epoch)
     alone. Nothing is remembered between calls and no process count enters, so a resumed run sees what an
     uninterrupted one sees.
+
+    Raises:
+        ValueError: `size` or `batch_size` is below 1.
     """
     if size < 1 or batch_size < 1:
         raise ValueError(f"size and batch_size must be at least 1, got {size} and {batch_size}.")
@@ -91,16 +103,23 @@ def order(seed: int, size: int, batch_index: int, batch_size: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Partition:
-    """What every source's Config begins with: which part of the examples to take."""
+    """What every source's Config begins with: which part of the examples to take.
 
-    # "k/K": part k (from 1) of K: a block of the classes, a cluster of the captions (stepdistill/routing.py) or,
-    # where there are neither, a block of the examples; "" = all
+    Attributes:
+        partition: "k/K", part k (from 1) of K: a block of the classes, a cluster of the captions
+            (stepdistill/routing.py) or, where there are neither, a block of the examples. "" = all.
+
+    Raises:
+        ValueError: it is of another form.
+    """
+
     partition: str = ""
 
     def __post_init__(self) -> None:
         self.parts()
 
     def parts(self) -> tuple[int, int]:
+        """(k, K); (1, 1) without a partition."""
         k, slash, of = self.partition.partition("/")
         if not self.partition:
             return 1, 1
@@ -109,7 +128,7 @@ class Partition:
         return int(k), int(of)
 
     def block(self, count: int) -> range:
-        """The contiguous share of `count` things that is ours."""
+        """The contiguous share of `count` things that is ours; UserError if there are fewer than parts."""
         k, of = self.parts()
         if count < of:
             raise UserError(
@@ -138,12 +157,14 @@ class Partition:
 
 
 def at_least(least: float, **values: float) -> None:
+    """ValueError, naming it, for a value that is below `least` or not finite."""
     for name, value in values.items():
         if not least <= value < math.inf:
             raise ValueError(f"{name} must be at least {least}, got {value}.")
 
 
 def existing(path: Path, directory: bool | None = None) -> Path:
+    """`path`, if there is a file or, as asked, a directory; else UserError with what has a similar name."""
     path = Path(path).expanduser()
     if not path.exists():
         beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -154,6 +175,7 @@ def existing(path: Path, directory: bool | None = None) -> Path:
 
 
 def lines(path: Path) -> list[str]:
+    """The lines of a text file; UserError if it is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
@@ -161,6 +183,7 @@ def lines(path: Path) -> list[str]:
 
 
 def json_object(text: str) -> dict[str, Any]:
+    """The object that a line of JSON holds, {} for anything else."""
     try:
         entry = json.loads(text)
     except ValueError:
@@ -169,15 +192,18 @@ def json_object(text: str) -> dict[str, Any]:
 
 
 def caption_of(entry: dict[str, Any]) -> str:
+    """Its "text", "prompt" or "caption", with single spaces; "" without one."""
     texts = (entry.get(key) for key in ("text", "prompt", "caption"))
     return next((" ".join(text.split()) for text in texts if isinstance(text, str) and text.strip()), "")
 
 
 def counts(kept: int, dropped: dict[str, int]) -> dict[str, int]:
+    """`Source.counts`: the reasons that occurred, after "kept"."""
     return {"kept": kept, **{why: n for why, n in dropped.items() if n}}
 
 
 def because(dropped: dict[str, int]) -> str:
+    """The reasons that occurred, for a message: " (3 too small, 1 unreadable image)", or ""."""
     listed = ", ".join(f"{n:,} {why}" for why, n in dropped.items() if n)
     return f" ({listed})" if listed else ""
 
@@ -189,8 +215,9 @@ def facts(config: Any) -> str:
 
 
 def digest(parts: Iterable[str | bytes]) -> str:
-    digest = hashlib.sha256()
+    """20 hexadecimal digits of the SHA-256 of the parts and their lengths."""
+    hashed = hashlib.sha256()
     for part in parts:
         part = part.encode() if isinstance(part, str) else part
-        digest.update(len(part).to_bytes(8, "little") + part)
-    return digest.hexdigest()[:20]
+        hashed.update(len(part).to_bytes(8, "little") + part)
+    return hashed.hexdigest()[:20]

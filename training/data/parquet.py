@@ -24,10 +24,19 @@ class Parquet(Stored):
 
     @dataclass(frozen=True)
     class Config(Files):
-        image_column: str | None = None  # None = image, or img
-        caption_column: str | None = None  # None = text or caption, if there is one
-        label_column: str | None = None  # None = label, if there is one
-        class_names: tuple[str, ...] = ()  # () = those in the file's Hugging Face metadata, else the numbers
+        """Which columns hold what.
+
+        Attributes:
+            image_column: None = image, or img.
+            caption_column: None = text or caption, if there is one.
+            label_column: None = label, if there is one.
+            class_names: () = those in the file's Hugging Face metadata, else the numbers.
+        """
+
+        image_column: str | None = None
+        caption_column: str | None = None
+        label_column: str | None = None
+        class_names: tuple[str, ...] = ()
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -35,7 +44,8 @@ class Parquet(Stored):
         self._files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
         if not self._files:
             raise UserError(f"data.path={path} holds no .parquet file.")
-        self._groups: list[tuple[Path, int, int]] = []  # file, row group, number of its first row
+        # File, row group, number of its first row.
+        self._groups: list[tuple[Path, int, int]] = []
         self._cached: collections.OrderedDict[int, list[bytes | None]] = collections.OrderedDict()
         captions, labels, total = [], [], 0
         for file in self._files:
@@ -136,7 +146,8 @@ def _classes(values: list, names: tuple[str, ...], column: str) -> tuple[list[in
         return [number.get(value) for value in values], names
     if not all(isinstance(value, int) and not isinstance(value, bool) for value in present):
         raise UserError(f"data.label_column={column} must hold whole numbers or text.")
-    labels = [value if value is not None and value >= 0 else None for value in values]  # -1 means unlabelled
+    # -1 means unlabelled.
+    labels = [value if value is not None and value >= 0 else None for value in values]
     count = max((value for value in labels if value is not None), default=-1) + 1
     if names and len(names) < count:
         raise UserError(

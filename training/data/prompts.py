@@ -28,6 +28,8 @@ class Prompts(Source):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Partition):
+        """path: the .txt or .jsonl file."""
+
         path: Path
 
     def __init__(self, config: Config) -> None:

@@ -17,6 +17,14 @@ class Scenes(Source):
 
     @dataclass(frozen=True)
     class Config(Partition):
+        """Which scenes.
+
+        Attributes:
+            size: how many there are, of all parts.
+            seed: of the set; scene i is drawn from (seed, i).
+            resolution: side of the images in pixels.
+        """
+
         size: int = 20_000
         seed: int = 0
         resolution: int = 64
@@ -43,9 +51,8 @@ class Scenes(Source):
     def images(self, indices: Sequence[int]) -> np.ndarray:
         out = np.empty((len(indices), self.resolution, self.resolution, 3), np.uint8)
         for row, index in enumerate(indices):
-            rng = np.random.default_rng(
-                (self.config.seed, self._block[index])
-            )  # as scenes.image_at, at any size
+            # As scenes.image_at, at any size.
+            rng = np.random.default_rng((self.config.seed, self._block[index]))
             out[row] = scenes.render(scenes.sample_scene(rng), rng, self.resolution)
         return out
 

@@ -23,19 +23,28 @@ from training.data.base import Partition, Source, at_least, because, counts, dig
 if TYPE_CHECKING:
     from PIL import Image
 
-MAX_PIXELS = 89_478_485  # Pillow's own limit (a quarter GiB of RGB): beyond it, it takes a file for a bomb
-CHUNK = 256  # images decoded, encoded bytes held, at a time
+# Pillow's own limit (a quarter GiB of RGB): beyond it, it takes a file for a bomb.
+MAX_PIXELS = 89_478_485
+# Images decoded, encoded bytes held, at a time.
+CHUNK = 256
 
 
 @dataclass(frozen=True, kw_only=True)
 class Files(Partition):
-    """What the sources of stored images have in common."""
+    """What the sources of stored images have in common.
+
+    Attributes:
+        path: where they lie.
+        resolution: images are cut to their central square and resized to this side in pixels, at least 8.
+        min_size: images whose shorter side is below this are dropped; 0 = keep and enlarge.
+        memory_gb: up to this (GiB), decoded images stay in memory. Beyond it a batch is read and decoded when it is
+            asked for; a shuffled batch of a Parquet file then reads whole row groups, so encode such data to
+            latents first.
+    """
 
     path: Path
-    resolution: int = 64  # images are cut to their central square and resized to this side
-    min_size: int = 0  # images whose shorter side is below this are dropped; 0 = keep and enlarge
-    # Up to this, decoded images stay in memory. Beyond it a batch is read and decoded when it is asked for; a
-    # shuffled batch of a Parquet file then reads whole row groups, so encode such data to latents first.
+    resolution: int = 64
+    min_size: int = 0
     memory_gb: float = 2.0
 
     def __post_init__(self) -> None:
@@ -59,40 +68,58 @@ class Stored(Source):
         dropped: collections.Counter[str],
     ) -> None:
         """Drop what cannot be used of `total` listed examples and take stock of the rest."""
-        config = self.config
-        if labels is not None:
-            block, self.routing = config.of_classes(len(class_names or ()))
-            ours = set(block)
-            mine = [i for i in range(total) if labels[i] is None or labels[i] in ours]
-        elif captions is not None:
-            mine, self.routing = config.of_captions([caption or "" for caption in captions])
-        else:
-            mine = list(config.block(total))
-        dropped["in other partitions"] += total - len(mine)
         candidates = []
-        for i in mine:
+        for i in self._ours(captions, labels, class_names, total, dropped):
             missing = "no caption" if captions is not None and not captions[i] else ""
             missing = "no label" if labels is not None and labels[i] is None else missing
             if missing:
                 dropped[missing] += 1
             else:
                 candidates.append(i)
+        kept = self._kept = self._decode(candidates, dropped)
+        self.size = len(kept)
+        self.captions = [captions[i] for i in kept] if captions is not None else None
+        self.labels = [labels[i] for i in kept] if labels is not None else None
+        self.class_names = class_names if labels is not None else None
+        self.counts = counts(self.size, dropped)
 
-        side = self.resolution
+    def _ours(
+        self,
+        captions: list[str | None] | None,
+        labels: list[int | None] | None,
+        class_names: tuple[str, ...] | None,
+        total: int,
+        dropped: collections.Counter[str],
+    ) -> list[int]:
+        """The listed examples of our part of the partition."""
+        config = self.config
+        if labels is not None:
+            block, self.routing = config.of_classes(len(class_names or ()))
+            classes = set(block)
+            ours = [i for i in range(total) if labels[i] is None or labels[i] in classes]
+        elif captions is not None:
+            ours, self.routing = config.of_captions([caption or "" for caption in captions])
+        else:
+            ours = list(config.block(total))
+        dropped["in other partitions"] += total - len(ours)
+        return ours
+
+    def _decode(self, candidates: list[int], dropped: collections.Counter[str]) -> list[int]:
+        """The candidates that decode; their pixels stay in memory where they fit, and their bytes are hashed."""
+        config, side = self.config, self.resolution
         fits = len(candidates) * side * side * 3 <= config.memory_gb * 2**30
         pixels = np.empty((len(candidates), side, side, 3), np.uint8) if fits else None
-        kept, digest = [], hashlib.sha256()
+        kept, hashed = [], hashlib.sha256()
         decode = functools.partial(decoded, resolution=side, min_size=config.min_size)
         main = os.environ.get("LOCAL_RANK", "0") == "0"
-        bar = tqdm(
-            total=len(candidates),
-            desc="reading images",
-            unit="image",
-            disable=None if main else True,
-            delay=1,
-        )
-        with warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, bar:
-            warnings.simplefilter("ignore")  # Pillow warns of what is counted here
+        shown = {"desc": "reading images", "unit": "image", "disable": None if main else True, "delay": 1}
+        with (
+            warnings.catch_warnings(),
+            ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+            tqdm(total=len(candidates), **shown) as bar,
+        ):
+            # Pillow warns of what is counted here.
+            warnings.simplefilter("ignore")
             raws = self._raw(candidates)
             for first in range(0, len(candidates), CHUNK):
                 chunk = candidates[first : first + CHUNK]
@@ -104,17 +131,13 @@ class Stored(Source):
                     if pixels is not None:
                         pixels[len(kept)] = result
                     kept.append(i)
-                    digest.update(hashlib.sha256(raw).digest())
+                    hashed.update(hashlib.sha256(raw).digest())
                 bar.update(len(chunk))
         if not kept:
             raise UserError(f"data.path={config.path} holds no usable image{because(dropped)}.")
-        self._kept, self._digest = kept, digest.hexdigest()
+        self._digest = hashed.hexdigest()
         self._pixels = pixels[: len(kept)] if pixels is not None else None
-        self.size = len(kept)
-        self.captions = [captions[i] for i in kept] if captions is not None else None
-        self.labels = [labels[i] for i in kept] if labels is not None else None
-        self.class_names = class_names if labels is not None else None
-        self.counts = counts(self.size, dropped)
+        return kept
 
     def _raw(self, listed: Sequence[int]) -> Iterator[bytes | None]:
         """Encoded bytes of the listed examples (numbers before dropping), in order; None where missing."""
@@ -125,7 +148,8 @@ class Stored(Source):
             return self._pixels[np.asarray(indices, dtype=np.int64)]
         out = np.empty((len(indices), self.resolution, self.resolution, 3), np.uint8)
         listed = np.array([self._kept[index] for index in indices], np.int64)
-        rows = np.argsort(listed, kind="stable")  # in the order of the files, so that each is read once
+        # In the order of the files, so that each is read once.
+        rows = np.argsort(listed, kind="stable")
         for row, raw in zip(rows, self._raw(listed[rows].tolist()), strict=True):
             result = decoded(raw, self.resolution, self.config.min_size)
             if isinstance(result, str):
@@ -144,7 +168,8 @@ class Stored(Source):
 def decoded(raw: bytes | None, resolution: int, min_size: int = 0) -> np.ndarray | str:
     """The central square of an encoded image as uint8 (resolution, resolution, 3), or why it cannot be used.
 
-    RGB, turned upright by its EXIF tag, transparency laid on white, resized with a Lanczos filter.
+    RGB, turned upright by its EXIF tag, transparency laid on white, resized with a Lanczos filter. Pillow's, as the
+    evaluation's protocols are: torchvision has no Lanczos filter for tensors and no 16-bit grey.
     """
     from PIL import Image, ImageOps
 
@@ -168,14 +193,16 @@ def decoded(raw: bytes | None, resolution: int, min_size: int = 0) -> np.ndarray
         return "too large"
     except MemoryError:
         raise
-    except Exception:  # a damaged file makes the decoders raise nearly anything
+    except Exception:
+        # A damaged file makes the decoders raise nearly anything.
         return "unreadable image"
 
 
 def _rgb(image: Image.Image) -> Image.Image:
     from PIL import Image
 
-    if image.mode.startswith("I"):  # 16-bit grey: convert() would clip it to white
+    if image.mode.startswith("I"):
+        # 16-bit grey, which convert() would clip to white.
         return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")

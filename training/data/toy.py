@@ -14,6 +14,8 @@ class Toy(Source):
 
     @dataclass(frozen=True)
     class Config(Partition):
+        """size: how many points the family is asked for, of all parts."""
+
         size: int = 100_000
 
         def __post_init__(self) -> None:
