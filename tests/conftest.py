@@ -105,3 +105,15 @@ def accelerator_state():
     yield
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
+
+
+@pytest.fixture
+def short_runs(accelerator_state: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of a few steps: caches stay out of the checkout, and the toy's own metrics, which cost more than such a
+    run, look at few points.
+    """
+    from stepdistill.families.toy import Toy
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Toy, "sliced_w1", lambda self, draw: float(draw(8).std()))
+    monkeypatch.setattr(Toy, "modes_covered", lambda self, draw: float(len(draw(8))))

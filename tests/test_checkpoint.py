@@ -18,8 +18,7 @@ import training.checkpoint as checkpoint
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
 from stepdistill.methods.base import Method
-from training.checkpoint import RunDirectory, pack_state, unpack_state
-from training.loggers import JsonlLogger, Loggers
+from training.checkpoint import RunDirectory
 from training.recipe import Recipe, recipe_from
 
 pytestmark = pytest.mark.usefixtures("own_code")
@@ -49,7 +48,8 @@ def same(a: Any, b: Any) -> bool:
 
 
 def save(run: RunDirectory, step: int, value: float = 0.0) -> None:
-    run.save(step, {"student": {"w": torch.full((3,), value)}}, {}, {"step": step})
+    weights = {"w": torch.full((3,), value)}
+    run.save(step, {"student": weights, "student_ema": weights}, {}, {"step": step})
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.RAdam])
@@ -85,25 +85,6 @@ def test_training_goes_on_bit_for_bit(optimizer: type, dtype: torch.dtype, tmp_p
     assert same(optim.state_dict(), whole_optim.state_dict())
 
 
-def test_pack_state_keeps_structure_types_and_bits() -> None:
-    state = {
-        "step": torch.tensor(3.0),
-        "bf16": torch.randn(2, 3).bfloat16(),
-        "empty": torch.zeros(0, 2, dtype=torch.int64),
-        "state": {0: {"exp_avg": torch.ones(2)}, 1: {}},
-        "a": {"b": torch.zeros(1)},
-        "a.b": torch.ones(1),
-        "__tensor__": "a name of ours",
-        "tuple": (1, 2.5, [None, True, (math.inf, math.nan)]),
-        "tiny": 1e-300,
-    }
-    tensors, tree = pack_state(state)
-    assert same(unpack_state(tensors, json.loads(json.dumps(tree))), state)
-    assert same(unpack_state(*pack_state(torch.ones(2))), torch.ones(2))
-    with pytest.raises(TypeError, match="cannot save x: set is neither"):
-        pack_state({"x": {1}})
-
-
 def test_checkpoint_round_trip(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     shared = torch.arange(6.0)
@@ -111,8 +92,9 @@ def test_checkpoint_round_trip(tmp_path: Path) -> None:
         "student": {"a": shared, "tied": shared, "t": torch.arange(6.0).view(2, 3).T, "half": shared[3:]},
         "ladd/discriminator": {"x": torch.ones(2).bfloat16()},
     }
-    extra = {"stage": 1, "updates": {"student": 7}, "method": {"state": {"mean": torch.tensor(2.5)}}}
-    optimizers = {"ladd/discriminator": {"state": {}, "param_groups": [{"lr": 1e-5, "params": [0]}]}}
+    extra = {"stage": 1, "updates": {"student": 7}, "first": {"loss": 0.1, "not finite": math.nan}}
+    groups = [{"lr": 1e-5, "betas": (0.0, 0.9), "params": [0], "fused": None, "amsgrad": False}]
+    optimizers = {"ladd/discriminator": {"state": {}, "param_groups": groups}}
     run.save(10, tensors, optimizers, extra)
     loaded = run.load(10)
     assert loaded.step == 10 and same(loaded.extra, extra) and same(loaded.optimizers, optimizers)
@@ -120,8 +102,31 @@ def test_checkpoint_round_trip(tmp_path: Path) -> None:
         loaded.tensors, {name: {k: t.contiguous() for k, t in s.items()} for name, s in tensors.items()}
     )
     assert {path.suffix for path in (run.checkpoints / "10").iterdir()} == {".safetensors", ".json"}
-    with pytest.raises(ValueError, match="can be called 'extra'"):
-        run.save(11, {"extra": {}}, {}, {})
+
+
+def test_a_checkpoint_of_the_first_format_is_still_read(tmp_path: Path) -> None:
+    """It marked what JSON has no word for, and kept the tensors of an optimiser under the names of today."""
+    run = RunDirectory(tmp_path)
+    state = {0: {"step": torch.tensor(3.0), "exp_avg": torch.ones(2)}, 1: {"step": torch.tensor(2.0)}}
+    groups = [{"lr": 0.1, "betas": (0.5, 0.9), "params": [0, 1]}]
+    run.save(
+        7,
+        {"student": {"w": torch.ones(3)}},
+        {"student": {"state": state, "param_groups": groups}},
+        {"stage": 0},
+    )
+    now = run.load(7)
+    folder = run.checkpoints / "7"
+    items = [[i, {key: {"__tensor__": f"state.{i}.{key}"} for key in part}] for i, part in state.items()]
+    tree = {
+        "state": {"__items__": items},
+        "param_groups": [{"lr": 0.1, "betas": {"__tuple__": [0.5, 0.9]}, "params": [0, 1]}],
+    }
+    (folder / "student.optimizer.json").write_text(json.dumps(tree))
+    listed = json.loads((folder / "state.json").read_text())
+    listed["files"]["student.optimizer.json"] = (folder / "student.optimizer.json").stat().st_size
+    (folder / "state.json").write_text(json.dumps(listed | {"format": 1}))
+    assert same(run.load(7).optimizers, now.optimizers) and same(run.load(7).extra, now.extra)
 
 
 def test_incomplete_checkpoints_are_ignored(tmp_path: Path) -> None:
@@ -249,40 +254,3 @@ def test_fresh_removes_the_run_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file; name a directory"):
         RunDirectory(tmp_path / "file").begin(recipe(tmp_path / "file"))
-
-
-def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def test_metrics_have_every_step_once(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    log = JsonlLogger(path)
-    for step in (0, 10, 20, 30):
-        log.log(step, {"student/loss": step / 10, "bad": math.nan})
-    log.close()
-    with open(path, "a") as file:
-        file.write('{"step": 40, "stu')  # killed while writing
-    log = JsonlLogger(path, start_step=20)
-    log.log(30, {"student/loss": torch.tensor(9.0)})
-    assert [line["step"] for line in read(path)] == [0, 10, 20, 30]  # flushed before closing
-    assert read(path)[-1] == {"step": 30, "student/loss": 9.0} and read(path)[0]["bad"] is None
-    log.close()
-    JsonlLogger(path).close()  # a new run
-    assert read(path) == []
-
-
-def test_loggers_write_tensorboard_if_it_is_there(tmp_path: Path) -> None:
-    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    from PIL import Image
-
-    Image.new("RGB", (8, 8), "red").save(tmp_path / "p.png")
-    loggers = Loggers(tmp_path, 0)
-    loggers.log(1, {"student/loss": 0.5})
-    loggers.image(1, "preview", tmp_path / "p.png")
-    loggers.close()
-    assert read(tmp_path / "metrics.jsonl") == [{"step": 1, "student/loss": 0.5}]
-    written = events.EventAccumulator(str(tmp_path / "tensorboard"))
-    written.Reload()
-    assert [(e.step, e.value) for e in written.Scalars("student/loss")] == [(1, 0.5)]
-    assert written.Images("preview")[0].width == 8

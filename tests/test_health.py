@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import worlds
 from PIL import Image
-from test_trainer import toy
+from runs import toy
 from worlds import EVERY, world
 
 from stepdistill.methods import METHODS
@@ -18,7 +18,7 @@ from stepdistill.methods.dmd2 import DMD2
 from training import run as running
 from training.health import COMMON, Health
 
-pytestmark = pytest.mark.usefixtures("accelerator_state")
+pytestmark = pytest.mark.usefixtures("short_runs")
 
 
 class Watched(Method):

@@ -12,7 +12,6 @@ import pytest
 import torch
 from worlds import SETTINGS, STEPS
 
-from stepdistill.families.toy import Toy
 from stepdistill.methods import METHODS
 from training.checkpoint import Checkpoint, RunDirectory
 from training.recipe import Recipe, recipe_from
@@ -22,12 +21,12 @@ from training.run import run
 pytestmark = pytest.mark.usefixtures("accelerator_state", "own_code")
 
 PAIRS = {"pair_count": 16, "pair_steps": 2}
-SMALL: dict[
-    str, dict[str, Any]
-] = {  # what keeps two runs of four iterations short, and resuming worth a test
+# What keeps two runs of four iterations short, and resuming worth a test.
+SMALL: dict[str, dict[str, Any]] = {
     "dmd": PAIRS,
     "dmd2": {"student_every": 2, "gan_weight": 0.1},
-    "ect": {"double_every": 1, "stages": 4},  # the curriculum moves in every iteration
+    # The curriculum moves in every iteration.
+    "ect": {"double_every": 1, "stages": 4},
     "kd": PAIRS,
     "scm": {"warmup": 4},
     "ladd": {"warmup": 3},
@@ -56,7 +55,7 @@ def recipe(name: str, out: Path) -> Recipe:
                 "save_every": 2,
                 "keep": 9,
                 "log_every": 1,
-                "preview_every": 0,
+                "trackers": [],
             },
         }
     )
@@ -72,17 +71,6 @@ def flat(value: Any, name: str = "") -> dict[str, Any]:
 
 def state(found: Checkpoint) -> dict[str, Any]:
     return flat([found.tensors, found.optimizers, found.extra["counters"]])
-
-
-def _none(*args: Any) -> None:
-    raise ImportError
-
-
-@pytest.fixture
-def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)  # trajectories are cached beside the run
-    monkeypatch.setattr("training.loggers.TensorBoardLogger", _none)
-    monkeypatch.setattr(Toy, "sliced_w1", lambda self, draw: float(draw(8).std()))  # the real one is slow
 
 
 def assert_goes_on_alike(recipe: Recipe, before: int, end: int) -> None:
@@ -105,13 +93,11 @@ def assert_goes_on_alike(recipe: Recipe, before: int, end: int) -> None:
     assert moved  # the second half did train
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("name", METHODS)
 def test_a_resumed_run_equals_an_uninterrupted_one(name, tmp_path):
     assert_goes_on_alike(recipe(name, tmp_path / "run"), 2, 4)
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     ("name", "first", "second"),
     [
@@ -131,7 +117,6 @@ def test_a_run_resumed_in_its_second_stage_equals_an_uninterrupted_one(name, fir
     assert_goes_on_alike(recipe_from(mapping | {"stages": stages}), 6, 8)
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("name", ["dmd2", "lcm"])
 def test_the_student_of_a_partition_of_one_is_the_single_student(name, tmp_path):
     found = []

@@ -24,7 +24,7 @@ from training.recipe import load_recipe
 from training.train import main
 from training.trainer import Trainer
 
-pytestmark = pytest.mark.usefixtures("accelerator_state")
+pytestmark = pytest.mark.usefixtures("short_runs")
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY = {
@@ -188,15 +188,15 @@ def test_an_unreadable_image_is_counted_and_the_dry_run_says_so(capsys, tiny_sd)
 
 
 def test_ctrl_c_keeps_a_checkpoint_and_the_same_command_goes_on(capsys, monkeypatch):
-    original = Trainer._one_step
+    original = Trainer.train_step
 
-    def one_step(self: Trainer) -> None:
-        if self.step == 1:
+    def train_step(self: Trainer) -> None:
+        if self.state.step == 1:
             os.kill(os.getpid(), signal.SIGINT)
         original(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_one_step", one_step)
+        patch.setattr(Trainer, "train_step", train_step)
         with pytest.raises(SystemExit) as end:
             main(["toy.yaml"])
     assert end.value.code == 130 and RunDirectory("out").latest() == 2

@@ -85,7 +85,8 @@ class RunDirectory:
             raise UserError(
                 f"run.out={self.path} cannot be written to ({why}); choose another directory."
             ) from None
-        for left_over in self.checkpoints.glob(".*"):  # of a save that was killed
+        # Left over from a save that was killed.
+        for left_over in self.checkpoints.glob(".*"):
             shutil.rmtree(left_over, ignore_errors=True)
         with atomic_write(self.recipe) as temporary:
             temporary.write_text(dump(recipe), encoding="utf-8")
@@ -97,10 +98,11 @@ class RunDirectory:
             return
         old, new = _identity(read_yaml(self.recipe)), _identity(yaml.safe_load(dump(recipe)))
         if any(name.startswith("stages.") for name in old):
-            new = {name: part for name, part in new.items() if name in old}  # stages may be added at the end
-        found = differences(old, new)
-        if found:
-            name, before, now = found[0]
+            # Stages may be added at the end.
+            new = {name: part for name, part in new.items() if name in old}
+        changed = differences(old, new)
+        if changed:
+            name, before, now = changed[0]
             raise UserError(
                 f"{self.path} holds a run with {name}={_shown(before)}, and this recipe has {_shown(now)};"
                 " choose another directory with run.out=..., or start over with --fresh."
@@ -109,7 +111,8 @@ class RunDirectory:
     def clear(self) -> None:
         """Remove what a run left here; anything else in the directory stays."""
         if not self.recipe.exists():
-            return  # not the directory of a run: nothing here is ours
+            # Not the directory of a run: nothing here is ours.
+            return
         for name in _OWN:
             path = self.path / name
             if path.is_dir() and not path.is_symlink():
@@ -127,24 +130,20 @@ class RunDirectory:
         """Write checkpoints/<step>/, then remove the ones that are no longer kept.
 
         tensors: a state dict per network ("student", "student_ema", "ladd/discriminator", ...).
-        optimizers: their `state_dict()` by name. extra: anything `pack_state` knows.
+        optimizers: torch's `state_dict()` of each, by name. extra: plain values, as JSON holds them.
         If writing fails, the older checkpoints are as they were; a full disk raises OSError(ENOSPC).
         """
-        if "extra" in tensors:
-            raise ValueError("no network can be called 'extra': its file would be that of the counters.")
         target = self.checkpoints / str(step)
         with atomic_write(target) as folder:
             folder.mkdir()
             for name, state in tensors.items():
                 _write_tensors(folder / f"{_stem(name)}.safetensors", state)
-            plain = {f"{_stem(name)}.optimizer": state for name, state in optimizers.items()}
-            for stem, state in {**plain, "extra": extra}.items():
-                packed, tree = pack_state(state)
-                _write_tensors(folder / f"{stem}.safetensors", packed)
-                _write_json(folder / f"{stem}.json", tree)
+            for name, state in optimizers.items():
+                _write_optimizer(folder / f"{_stem(name)}.optimizer", state)
+            _write_json(folder / "extra.json", extra)
             files = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
             names = {"networks": list(tensors), "optimizers": list(optimizers)}
-            _write_json(folder / "state.json", {"format": 1, "step": step, **names, "files": files})
+            _write_json(folder / "state.json", {"format": 2, "step": step, **names, "files": files})
         self._prune()
         return target
 
@@ -174,9 +173,10 @@ class RunDirectory:
             state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
             tensors = {name: load_file(folder / f"{_stem(name)}.safetensors") for name in state["networks"]}
             optimizers = {
-                name: _read_packed(folder, f"{_stem(name)}.optimizer") for name in state["optimizers"]
+                name: _read_optimizer(folder / f"{_stem(name)}.optimizer") for name in state["optimizers"]
             }
-            return Checkpoint(state["step"], tensors, optimizers, _read_packed(folder, "extra"))
+            extra = json.loads((folder / "extra.json").read_text(encoding="utf-8"))
+            return Checkpoint(state["step"], tensors, optimizers, extra)
         except (SafetensorError, ValueError, KeyError) as error:
             raise UserError(
                 f"the checkpoint {folder} is damaged ({error}); remove it to go on from the one before."
@@ -191,7 +191,8 @@ class RunDirectory:
             return False
         with atomic_write(self.checkpoints / "best.json") as temporary:
             _write_json(temporary, {"step": step, "metric": metric})
-        self._prune()  # the one that was best before
+        # The one that was best before may go now.
+        self._prune()
         return True
 
     def best(self) -> tuple[int, float] | None:
@@ -209,60 +210,13 @@ class RunDirectory:
                 shutil.rmtree(self.checkpoints / str(step))
 
 
-def pack_state(state: Any) -> tuple[dict[str, Tensor], Any]:
-    """A nested state as (tensors by name, a tree for JSON that refers to them); `unpack_state` undoes it.
-
-    A state is made of dicts (with numbers as keys, too), lists, tuples, tensors, numbers, text, bools, None.
-    """
-    tensors: dict[str, Tensor] = {}
-
-    def pack(value: Any, name: str) -> Any:
-        if isinstance(value, Tensor):
-            while not name or name in tensors:  # "a.b" may be a key beside a: {b}
-                name += "_"
-            tensors[name] = value
-            return {"__tensor__": name}
-        if isinstance(value, Mapping):
-            packed = [(key, pack(item, f"{name}.{key}" if name else str(key))) for key, item in value.items()]
-            if all(isinstance(key, str) and not key.startswith("__") for key in value):
-                return dict(packed)
-            return {
-                "__items__": packed
-            }  # an optimiser's state is keyed by whole numbers, which JSON would not keep
-        if isinstance(value, (list, tuple)):
-            items = [pack(item, f"{name}.{i}" if name else str(i)) for i, item in enumerate(value)]
-            return {"__tuple__": items} if isinstance(value, tuple) else items
-        if value is None or isinstance(value, (bool, int, float, str)):
-            return value
-        raise TypeError(
-            f"cannot save {name or 'the state'}: {type(value).__name__} is neither a tensor nor plain data"
-        )
-
-    return tensors, pack(state, "")
-
-
-def unpack_state(tensors: Mapping[str, Tensor], tree: Any) -> Any:
-    """The state that `pack_state` took apart."""
-    if isinstance(tree, list):
-        return [unpack_state(tensors, item) for item in tree]
-    if not isinstance(tree, dict):
-        return tree
-    if "__tensor__" in tree:
-        return tensors[tree["__tensor__"]]
-    if "__tuple__" in tree:
-        return tuple(unpack_state(tensors, item) for item in tree["__tuple__"])
-    pairs = tree["__items__"] if "__items__" in tree else tree.items()
-    return {key: unpack_state(tensors, item) for key, item in pairs}
-
-
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     ready, seen = {}, set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().to("cpu").contiguous()
         storage = tensor.untyped_storage().data_ptr()
-        ready[name] = (
-            tensor.clone() if storage in seen else tensor
-        )  # safetensors refuses tensors that share memory
+        # safetensors refuses tensors that share memory.
+        ready[name] = tensor.clone() if storage in seen else tensor
         seen.add(storage)
     try:
         save_file(ready, str(path))
@@ -289,9 +243,28 @@ def _stem(network: str) -> str:
     return network.replace("/", "+")
 
 
-def _read_packed(folder: Path, name: str) -> Any:
-    tree = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-    return unpack_state(load_file(folder / f"{name}.safetensors"), tree)
+def _write_optimizer(path: Path, state: Mapping[str, Any]) -> None:
+    """PATH.safetensors with the tensors of every parameter's state, PATH.json with the groups' settings."""
+    tensors = {
+        f"state.{number}.{key}": value
+        for number, part in state["state"].items()
+        for key, value in part.items()
+    }
+    _write_tensors(path.with_name(f"{path.name}.safetensors"), tensors)
+    _write_json(path.with_name(f"{path.name}.json"), {"param_groups": state["param_groups"]})
+
+
+def _read_optimizer(path: Path) -> dict[str, Any]:
+    """What `_write_optimizer` wrote, and what format 1 did, whose JSON marks a tuple as {"__tuple__": [...]}."""
+    states: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in load_file(path.with_name(f"{path.name}.safetensors")).items():
+        _, number, key = name.split(".")
+        states.setdefault(int(number), {})[key] = tensor
+    groups = json.loads(path.with_name(f"{path.name}.json").read_text(encoding="utf-8"))["param_groups"]
+    for group in groups:
+        betas = group["betas"]
+        group["betas"] = tuple(betas["__tuple__"] if isinstance(betas, dict) else betas)
+    return {"state": dict(sorted(states.items())), "param_groups": groups}
 
 
 def _complete(folder: Path) -> bool:

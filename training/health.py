@@ -35,7 +35,8 @@ COMMON: Ranges = {
         "divergence: lower optim.student.lr or set optim.max_grad_norm",
     ),
 }
-GROWING = ("grad_norm_student", "denoising")  # judged by their growth over the first value logged
+# Judged by their growth over the first value logged.
+GROWING = ("grad_norm_student", "denoising")
 
 
 class Health:
@@ -57,16 +58,19 @@ class Health:
 
     def derived(self, values: Mapping[str, float]) -> dict[str, float]:
         """What is judged but not logged by a method: student against teacher, and growth since the start."""
-        found = {}
+        derived = {}
         for name, value in values.items():
             where, _, what = name.rpartition("/")
             if what == "x0_std" and f"{where}/teacher_x0_std" in values:
                 spread = max(values[f"{where}/teacher_x0_std"], 1e-12)
                 shift = values[f"{where}/x0_mean"] - values[f"{where}/teacher_x0_mean"]
-                found[f"{where}/x0_std_ratio"], found[f"{where}/x0_shift"] = value / spread, shift / spread
+                derived[f"{where}/x0_std_ratio"], derived[f"{where}/x0_shift"] = (
+                    value / spread,
+                    shift / spread,
+                )
             if what in GROWING and (first := self.first.setdefault(name, value)):
-                found[f"{where}/{what.removesuffix('_student')}_growth"] = value / first
-        return found
+                derived[f"{where}/{what.removesuffix('_student')}_growth"] = value / first
+        return derived
 
     def check(self, values: Mapping[str, float]) -> tuple[dict[str, float], list[str]]:
         """The derived values, and one warning for each range that has just been left."""
@@ -87,6 +91,7 @@ class Health:
         return {"first": self.first, "left": sorted(self.left)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`."""
         self.first, self.left = dict(state.get("first", {})), set(state["left"])
 
     def lines(self) -> list[str]:

@@ -9,9 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-IMPATIENT = (
-    2.0  # seconds after which a second signal is a person's, not the launcher's repetition of the first
-)
+# Seconds after which a second signal is a person's, not the launcher's repetition of the first.
+IMPATIENT = 2.0
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; what is wrong with it is one sentence and exit code 2."""
     parser = argparse.ArgumentParser(
         prog="training.merge",
         description="Put the students of K runs with data.partition=1/K .. K/K side by side, with a routing file.",

@@ -21,7 +21,8 @@ from stepdistill.sampling import first_input
 from stepdistill.timesteps import teacher_grid, times_like
 from training.data import Source
 
-PART = 1024  # trajectories per file: what an interruption can cost
+# Trajectories per file: what an interruption can cost.
+PART = 1024
 
 
 def latents(
@@ -59,15 +60,20 @@ def latents(
             if out is None:
                 out = torch.empty((source.size, *part.shape[1:]), dtype=part.dtype)
             out[first : first + len(part)] = part
-    assert out is not None  # a source has at least one example
+    # A source has at least one example.
+    assert out is not None
     with atomic_write(path) as temporary:
         save_file({"latents": out}, str(temporary), metadata={"key": key})
     return out
 
 
 class Trajectories:
-    """All pairs of a run: `rows(indices)` is what a batch carries. z, x0: (count, *shape); states: (count, K,
-    *shape), on the CPU; the condition of number i is that of example i modulo the source's size.
+    """All pairs of a run; `rows` is what a batch carries.
+
+    Args:
+        tensors: on the CPU, z and x0 (count, *shape), and states (count, K, *shape) at the K times asked for.
+
+    The condition of number i is that of example i modulo the source's size.
     """
 
     def __init__(self, family: Family, source: Source, tensors: dict[str, Tensor]):
@@ -75,6 +81,7 @@ class Trajectories:
         self.size = len(tensors["z"])
 
     def rows(self, indices: Sequence[int], device: torch.device | str = "cpu") -> Pairs:
+        """The trajectories of these numbers, with their conditions."""
         rows = {name: tensor[list(indices)].to(device) for name, tensor in self.tensors.items()}
         return Pairs(cond=_cond(self.family, self.source, indices, device), **rows)
 
@@ -98,6 +105,9 @@ def trajectories(
     They lie in `cache_dir`/pairs-KEY, `PART` to a file; an interrupted computation goes on at the first file
     that is missing or damaged. Number i depends on i, the teacher, `settings` and the source, not on `batch`
     (beyond the last bits) or on how many there are.
+
+    Raises:
+        UserError: one of them is not finite.
     """
     directory = Path(cache_dir) / f"pairs-{_pairs_key(family, source, settings)}"
     directory.mkdir(parents=True, exist_ok=True)
@@ -171,7 +181,7 @@ def _read(path: Path, size: int) -> Tensor | None:
         return None
     try:
         with safe_open(str(path), framework="pt") as file:
-            found = file.get_tensor("latents")
+            cached = file.get_tensor("latents")
     except (SafetensorError, OSError):
         return None
-    return found if len(found) == size else None
+    return cached if len(cached) == size else None

@@ -2,82 +2,98 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from torch import nn
 
-from stepdistill.denoiser import Denoiser
+from stepdistill.denoiser import Denoiser, map_cond
 from stepdistill.errors import atomic_write
+from stepdistill.families.base import Family
+from stepdistill.methods.base import Method
 from stepdistill.noise import SampleNoise
 from stepdistill.sampling import ImageSampler
-
-if TYPE_CHECKING:
-    from training.trainer import Trainer
+from training.data import Source
 
 TEACHER_STEPS = 50
+# Images the networks draw at once.
+CHUNK = 16
+
+Rows = list[tuple[str, np.ndarray]]
 
 
-def draw_preview(trainer: Trainer) -> Path:
-    """One PNG: a row per student step count, then the teacher, then the fake score's x0 of noised images, and
-    the health panel as it was at the last line of the log.
+class Preview:
+    """The pictures of one stage, with the first prompts of the data and seeds 0, 1, 2, ...
 
-    Prompts are the first of the data, seeds 0, 1, 2, ... The teacher's row is drawn once per run.
+    Args:
+        count: pictures in a row, unless the family says how many of its own it takes.
+        seed: of the noise that the critic's row is given.
     """
-    family, sampler = trainer.family, trainer.sampler()
-    points = len(family.shape) == 1
-    count, chunk = (1024, 1024) if points else (trainer.run.preview_count, 16)
-    told, seeds = preview_conditions(trainer, count), range(count)
-    counts = sorted(sampler.steps or (TEACHER_STEPS,))
-    drawn = [sampler.x0(told, seeds, steps=steps, chunk=chunk) for steps in counts]
-    rows = [
-        (f"{sampler.kind}, {steps} step{'s' * (steps > 1)}", family.picture(x0))
-        for steps, x0 in zip(counts, drawn, strict=True)
-    ]
-    if trainer.method.needs_teacher:
-        if trainer.preview_teacher is None:
-            card = _teacher_card(trainer)
-            teacher = ImageSampler(family, family.teacher, Path("teacher"), card, trainer.device)
-            x0 = teacher.x0(told, seeds, steps=TEACHER_STEPS, chunk=chunk)
-            trainer.preview_teacher = family.picture(x0)
-        rows.append((f"teacher, {TEACHER_STEPS} steps", trainer.preview_teacher))
-    for name, module in trainer.raw.items():
-        if name.split("/")[-1] == "fake_score":
-            believed = family.picture(_believed(trainer, module, drawn[0], told))
-            rows.append((f"{name}: x0 of the student's images at half the noise", believed))
-    path = trainer.directory.previews / f"{trainer.offset + trainer.step:07d}.png"
-    with atomic_write(path) as temporary:
-        grid(rows, trainer.health.lines()).save(temporary, format="PNG")
-    return path
+
+    def __init__(self, method: Method, family: Family, source: Source, count: int, seed: int) -> None:
+        self.method, self.family, self.seed = method, family, seed
+        self.count = family.preview_count or count
+        self.chunk = family.preview_count or CHUNK
+        self.prompts = preview_prompts(family, source, self.count)
+        # Drawn once per stage.
+        self._teacher: np.ndarray | None = None
+
+    def draw(
+        self, sampler: ImageSampler, networks: Mapping[str, nn.Module], path: Path, notes: Sequence[str] = ()
+    ) -> Path:
+        """Write one PNG: a row per student step count, then the teacher, then what each fake score makes of noised
+        images, and `notes` below.
+        """
+        family, seeds = self.family, range(self.count)
+        counts = sorted(sampler.steps or (TEACHER_STEPS,))
+        drawn = [sampler.x0(self.prompts, seeds, steps=steps, chunk=self.chunk) for steps in counts]
+        rows: Rows = [
+            (f"{sampler.kind}, {steps} step{'s' * (steps > 1)}", family.picture(x0))
+            for steps, x0 in zip(counts, drawn, strict=True)
+        ]
+        if self.method.needs_teacher:
+            rows.append((f"teacher, {TEACHER_STEPS} steps", self._teachers(sampler.device)))
+        for name, module in networks.items():
+            if name.split("/")[-1] == "fake_score":
+                believed = family.picture(self._believed(module, drawn[0]))
+                rows.append((f"{name}: x0 of the student's images at half the noise", believed))
+        with atomic_write(path) as temporary:
+            grid(rows, notes).save(temporary, format="PNG")
+        return path
+
+    def _teachers(self, device: torch.device) -> np.ndarray:
+        if self._teacher is None:
+            scale = getattr(self.method.config, "guidance_scale", 1.0)
+            card: dict[str, Any] = {"kind": "teacher", "guidance_scale": scale}
+            teacher = ImageSampler(self.family, self.family.teacher, Path("teacher"), card, device)
+            x0 = teacher.x0(self.prompts, range(self.count), steps=TEACHER_STEPS, chunk=self.chunk)
+            self._teacher = self.family.picture(x0)
+        return self._teacher
+
+    @torch.no_grad()
+    def _believed(self, fake_score: Denoiser, x0: torch.Tensor) -> torch.Tensor:
+        """The fake score's x0 of x0 (N, *shape), noised to rho = 1."""
+        schedule, family, device = self.family.schedule, self.family, x0.device
+        noise = SampleNoise(range(len(x0)), self.seed, phase="preview")
+        t = schedule.t_of_rho(torch.ones(len(x0), dtype=torch.float64)).to(device)
+        x_t = schedule.add_noise(x0, noise.randn(*family.shape).to(device), t)
+        cond = map_cond(lambda c: c.to(device), family.encode(self.prompts))
+        return fake_score(x_t, t, cond).x0
 
 
-def preview_conditions(trainer: Trainer, count: int) -> list[Any]:
-    """The same captions or labels in every preview of a run."""
-    family, source = trainer.family, trainer.source
+def preview_prompts(family: Family, source: Source, count: int) -> list[str] | list[int]:
+    """The same captions or class indices in every preview of a run."""
     if family.conditions == "prompt":
         return [source.captions[i % source.size] for i in range(count)]
     return [i % len(family.class_names) if family.class_names else 0 for i in range(count)]
 
 
-def _teacher_card(trainer: Trainer) -> dict[str, Any]:
-    return {"kind": "teacher", "guidance_scale": getattr(trainer.method.config, "guidance_scale", 1.0)}
-
-
-@torch.no_grad()
-def _believed(trainer: Trainer, fake_score: Denoiser, x0: torch.Tensor, told: list[Any]) -> torch.Tensor:
-    schedule, family = trainer.family.schedule, trainer.family
-    noise = SampleNoise(range(len(x0)), trainer.run.seed, phase="preview")
-    t = schedule.t_of_rho(torch.ones(len(x0), dtype=torch.float64)).to(x0.device)
-    x_t = schedule.add_noise(x0, noise.randn(*family.shape).to(x0.device), t)
-    cond = family.encode(told)
-    return fake_score(x_t, t, cond.to(x0.device) if cond is not None else None).x0
-
-
-def grid(rows: list[tuple[str, np.ndarray]], notes: Sequence[str] = ()) -> Image.Image:
-    """Rows of pictures with a line of text above each, and lines of text below them all."""
+def grid(rows: Rows, notes: Sequence[str] = ()) -> Image.Image:
+    """Rows of pictures, each uint8 (H, W, 3), with a line of text above each, and lines of text below them all."""
     width, line = max(picture.shape[1] for _, picture in rows), 14
     height = sum(line + picture.shape[0] for _, picture in rows) + line * len(notes)
     canvas = Image.new("RGB", (width, height), "white")

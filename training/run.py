@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import AutocastKwargs, broadcast_object_list
-from torch import Tensor
 
-from stepdistill import export
 from stepdistill.config import dump
-from stepdistill.denoiser import parameter_count
+from stepdistill.denoiser import Denoiser, parameter_count
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
 from stepdistill.methods.assemble import assemble, trained_by
+from training.batches import prepare
 from training.checkpoint import Checkpoint, RunDirectory
 from training.data import Source
-from training.loggers import Loggers
 from training.measure import check_metric, measure
-from training.precompute import Trajectories, latents, trajectories
 from training.recipe import Recipe
+from training.trackers import check_trackers, trackers
 from training.trainer import Trainer
-
-CACHE = Path("cache")
 
 
 def run(recipe: Recipe, fresh: bool = False) -> None:
@@ -41,7 +36,7 @@ def run(recipe: Recipe, fresh: bool = False) -> None:
     family.to(accelerator.device)
     done = _begin(accelerator, directory, recipe, fresh)
     checkpoint = directory.load(done) if done else None
-    if done >= recipe.total_steps and (directory.student.exists() or not _exports(family)):
+    if done >= recipe.total_steps and (directory.student.exists() or not family.exportable):
         say(main, f"{directory.path} is finished at step {done}; nothing to do (--fresh starts over).")
         accelerator.end_training()
         return
@@ -49,14 +44,13 @@ def run(recipe: Recipe, fresh: bool = False) -> None:
     say(
         main, f"{count} process{'es' * (count > 1)} on {accelerator.device}, precision {recipe.run.precision}"
     )
-    loggers = Loggers(directory.path, done) if main else None
+    accelerator.log_with = trackers(directory.path, recipe.run.trackers, done) if main else []
+    accelerator.init_trackers("stepdistill")
     try:
-        trainer = _stages(recipe, accelerator, family, sources, directory, loggers, checkpoint)
+        trainer = _stages(recipe, accelerator, family, sources, directory, checkpoint)
         if main:
-            _finish(trainer, family, directory)
+            _finish(trainer, accelerator)
     finally:
-        if loggers:
-            loggers.close()
         accelerator.end_training()
 
 
@@ -84,9 +78,8 @@ def _accelerator(recipe: Recipe) -> Accelerator:
     # accelerate takes several processes without a GPU for one each unless it is told that the CPU is meant.
     cpu = not torch.accelerator.is_available()
     accelerator = Accelerator(mixed_precision=precision, cpu=cpu, kwargs_handlers=[autocast])
-    if (
-        precision == "fp16" and accelerator.device.type == "cpu"
-    ):  # accelerate would train in float32 and not say so
+    # accelerate would train in float32 and not say so.
+    if precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError(
             "run.precision=fp16 needs a GPU, and this run is on the CPU; use run.precision=no or bf16."
         )
@@ -108,44 +101,41 @@ def _stages(
     family: Family,
     sources: list[Source],
     directory: RunDirectory,
-    loggers: Loggers | None,
     checkpoint: Checkpoint | None,
 ) -> Trainer:
     """Every stage that is not over yet, one after another; the last one's trainer."""
-    student, extras, offset = None, None, 0
+    student: Denoiser | None = None
+    extras, offset = None, 0
     for number, (stage, source) in enumerate(zip(recipe.stages(), sources, strict=True)):
         over = checkpoint is not None and checkpoint.extra["stage"] > number
         if not over:
-            needs = stage.method.make(stage.student.steps).needs_images
-            x0 = _latents(family, source, accelerator) if needs else None
-            pairs = _pairs(stage, family, source, accelerator)
-            accelerator.free_memory()  # of the stage before
-            place = {"stage": number, "offset": offset, "student": student, "pairs": pairs, "extras": extras}
-            trainer = Trainer(stage, recipe, accelerator, family, source, x0, directory, loggers, **place)
+            method = stage.method.make(stage.student.steps)
+            batches = prepare(stage, method, family, source, accelerator)
+            # Of the stage before.
+            accelerator.free_memory()
+            place = {"stage": number, "offset": offset, "student": student, "extras": extras}
+            trainer = Trainer(stage, recipe, accelerator, method, family, batches, directory, **place)
             if checkpoint is not None and checkpoint.extra["stage"] == number:
                 trainer.restore(checkpoint)
                 say(accelerator.is_main_process, f"resuming {directory.path} at step {checkpoint.step}")
-            student, extras = trainer.fit(), trainer.raw
+            student, extras = trainer.fit(), trainer.modules
         offset += stage.run.steps
     return trainer
 
 
-def _finish(trainer: Trainer, family: Family, directory: RunDirectory) -> None:
-    sampler = trainer.sampler()
+def _finish(trainer: Trainer, accelerator: Accelerator) -> None:
+    """Measure the family's own metrics, at every number of steps, and write the student directory."""
+    family, student, step = trainer.family, trainer.student, trainer.state.global_step
+    sampler = student.sampler(step)
     for name in family.metrics:
         for steps in sorted(sampler.steps or (sampler.default_steps,)):
             value = measure(trainer.run, family, sampler, name, steps)
             label = name if steps == sampler.default_steps else f"{name}@{steps}"
-            trainer.loggers.log(trainer.offset + trainer.step, {f"metric/{label}": value})
+            accelerator.log({f"metric/{label}": value}, step)
             say(True, f"{name} = {value:.3f} at {steps} step{'s' * (steps > 1)}")
-    if _exports(family):
-        export.write(family, trainer.raw["student"], directory.student, trainer.card())
-        say(True, f"exported to {directory.student}")
-
-
-def _exports(family: Family) -> bool:
-    """The toy alone has no pipeline to export to."""
-    return family.pipeline is not None or not family.metrics
+    if family.exportable:
+        student.write(step)
+        say(True, f"exported to {student.directory}")
 
 
 def build(recipe: Recipe) -> tuple[Family, list[Source]]:
@@ -169,7 +159,7 @@ def check(recipe: Recipe, family: Family, source: Source) -> None:
     """One sentence for a method, family, data source and metric that do not fit each other."""
     method = recipe.method.make(recipe.student.steps)
     needs, data = f"the method {recipe.method.name!r} needs", f"data.name={recipe.data.name}"
-    if method.needs_images and not (source.has_images or hasattr(family, "data")):
+    if method.needs_images and not (source.has_images or family.own_data):
         raise UserError(
             f"{needs} real images as configured, and {data} has none; set data.name to a source with images."
         )
@@ -191,10 +181,11 @@ def check(recipe: Recipe, family: Family, source: Source) -> None:
         )
     recipe.optim.check_networks(trained_by(method, recipe.run.steps))
     check_metric(recipe.run, family)
+    check_trackers(recipe.run.trackers)
 
 
 def _check_classes(family: Family, source: Source, data: str) -> None:
-    if source.labels is None and not hasattr(family, "data"):
+    if source.labels is None and not family.own_data:
         raise UserError(f"the family {family.name!r} is told classes here, and {data} has no labels.")
     if source.class_names:
         if len(source.class_names) != len(family.class_names):
@@ -203,52 +194,6 @@ def _check_classes(family: Family, source: Source, data: str) -> None:
                 " make them equal."
             )
         family.class_names = tuple(source.class_names)
-
-
-def _latents(family: Family, source: Source, accelerator: Accelerator) -> Tensor | None:
-    """Latents of all images, encoded once per data set and VAE; None where x0 is cheap to make per batch."""
-    if not family.latent:
-        return None
-
-    def encode(images: Tensor) -> Tensor:
-        return family.encode_images(images.to(accelerator.device))
-
-    with accelerator.main_process_first():
-        return latents(source, encode, CACHE, family.latent_key(), progress=accelerator.is_main_process)
-
-
-def _pairs(stage: Recipe, family: Family, source: Source, accelerator: Accelerator) -> Trajectories | None:
-    """The teacher's trajectories, sampled once per teacher, source and settings; None where none are wanted."""
-    settings = stage.method.make(stage.student.steps).pairs(family.schedule)
-    if settings is None:
-        return None
-    batch, main = stage.optim.split(accelerator.num_processes)[0], accelerator.is_main_process
-    with accelerator.main_process_first():
-        return trajectories(family, source, settings, CACHE, accelerator.device, batch, progress=main)
-
-
-def export_checkpoint(recipe: Recipe, which: str) -> str:
-    """Export the weights (run.export: ema or raw) of one checkpoint to run.out/student-STEP-WEIGHTS."""
-    directory = RunDirectory(recipe.run.out, recipe.run.keep)
-    directory.check(recipe)
-    chosen = {"latest": directory.latest(), "best": (directory.best() or (None,))[0]}.get(which, which)
-    if chosen is None or not str(chosen).isdecimal():
-        raise UserError(
-            f"--export {which}: give a step, 'best' or 'latest';"
-            f" there are checkpoints of steps {directory.steps()}."
-        )
-    checkpoint: Checkpoint = directory.load(int(chosen))
-    family, sources = build(recipe)
-    number, stages = checkpoint.extra["stage"], recipe.stages()
-    place = {"stage": number, "offset": sum(stage.run.steps for stage in stages[:number])}
-    accelerator = Accelerator(cpu=True)
-    stage, source = stages[number], sources[number]
-    trainer = Trainer(stage, recipe, accelerator, family, source, None, directory, None, **place)
-    trainer.restore(checkpoint)
-    target = directory.path / f"student-{chosen}-{recipe.run.export}"
-    with trainer.exported():
-        export.write(family, trainer.raw["student"], target, trainer.card())
-    return f"exported to {target}"
 
 
 def dry_run(recipe: Recipe) -> str:
@@ -284,5 +229,6 @@ def _forecast(number: int, stage: Recipe, family: Family, source: Source) -> lis
 
 
 def say(main: bool, text: str) -> None:
+    """A line for the person at the terminal, from the main process alone."""
     if main:
         print(text, file=sys.stderr, flush=True)

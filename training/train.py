@@ -19,6 +19,7 @@ checkpoints/ and, at the end, student/: an ordinary diffusers pipeline directory
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; what is wrong with it is one sentence and exit code 2."""
     parser = argparse.ArgumentParser(
         prog="training.train",
         description="Distil a few-step student, or pretrain a teacher, as a recipe says.",
@@ -53,12 +54,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with cli_errors():
         given = parser.parse_intermixed_args(arguments)
         _quieten()
+        from training.exporting import export_checkpoint
         from training.recipe import load_recipe
-        from training.run import dry_run, export_checkpoint, run
+        from training.run import dry_run, run
 
         with allowing_code(given.allow_code):
             recipe = load_recipe(given.recipe, given.overrides)
-            if recipe.family.name != "toy":
+            if recipe.family.cls.exportable:
                 quieten_libraries()
             if given.dry_run:
                 print(dry_run(recipe))
@@ -70,9 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _quieten() -> None:
     """Before the libraries load: their notices and progress bars would bury the run's own."""
-    os.environ.setdefault(
-        "TF_CPP_MIN_LOG_LEVEL", "3"
-    )  # TensorBoard takes TensorFlow along where it is installed
+    # TensorBoard takes TensorFlow along where it is installed.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.simplefilter("ignore", FutureWarning)

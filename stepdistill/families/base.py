@@ -35,6 +35,9 @@ class Family:
         conditions: "prompt", "class" or "none"; class_names when known.
         pipeline: the diffusers pipeline behind it, None for the toy.
         init_noises: the first states its pipeline can start from, of `sampling.INIT_NOISE`.
+        exportable: whether a student can become a pipeline directory (`export`).
+        own_data: it draws x0 and classes itself (`examples`, `told`); a data source gives indices only.
+        preview_count: x0 that make one picture of a preview, drawn at once; None = one picture for each.
     """
 
     name: ClassVar[str] = ""
@@ -50,6 +53,9 @@ class Family:
     init_noises: tuple[str, ...] = ("unit",)
     latent: bool = False  # x0 is the output of an encoder, worth computing once per data set
     metrics: dict[str, Callable[[Callable[[int], Tensor]], float]]  # the family's own, {} for most
+    exportable: bool = True
+    own_data: bool = False
+    preview_count: int | None = None
 
     @classmethod
     def from_directory(cls, path: Path) -> Family:

@@ -245,6 +245,7 @@ class Toy(Family):
 
     name = "toy"
     init_noises = ("unit", "sigma")
+    exportable, own_data, preview_count = False, True, 1024
 
     @dataclass
     class Config:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 
 from stepdistill.denoiser import Denoiser, unwrap
@@ -40,6 +42,38 @@ def assemble(
     if teacher is not None:
         modules["teacher"] = teacher
     return Networks(modules, family.schedule, family.decode)
+
+
+def take_over(
+    method: Method, modules: Mapping[str, nn.Module], before: Mapping[str, nn.Module], where: str
+) -> None:
+    """Load the weights of `Method.carried` from the networks of the stage before; every key must match.
+
+    A composition's network is called part/name; where no name is the same, the part's is left out, if that means
+    one network alone.
+
+    Args:
+        where: the stage in messages, "stages.1".
+
+    Raises:
+        UserError: there is no such network, or it is of another make.
+    """
+    for name in method.carried:
+        alike = [key for key in before if key.split("/")[-1] == name.split("/")[-1]]
+        source = name if name in before else alike[0] if len(alike) == 1 else None
+        if source is None:
+            raise UserError(
+                f"{where}.method takes the network {name!r} over from the stage before, which has"
+                f" {', '.join(sorted(before)) or 'none'}; write both as `stages:` with the same settings."
+            )
+        try:
+            modules[name].load_state_dict(before[source].state_dict())
+        except RuntimeError:
+            # Other keys or shapes: a LoRA cannot go on as a whole network.
+            raise UserError(
+                f"{where}.method takes the network {name!r} over from the stage before, whose"
+                f" {source!r} is of another make; carry between methods that build it alike."
+            ) from None
 
 
 def trained_by(method: Method, steps: int) -> list[str]:

@@ -1,0 +1,113 @@
+"""Two processes train what one trains, stop together, and end together."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import checkpoint, metrics, same, sd, toy
+from safetensors.torch import load_file, save_file
+
+from training import run as running
+from training.checkpoint import RunDirectory
+from training.recipe import Recipe
+from training.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("short_runs")
+
+
+def _process(rank: int, port: int, recipe: Recipe, folder: Path) -> None:
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in place.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", ACCELERATE_USE_CPU="true")
+    original = Trainer.fit
+
+    def fit(self: Trainer) -> Any:
+        assert self.accelerator.num_processes == 2
+        try:
+            return original(self)
+        finally:
+            for name, module in self.modules.items():
+                save_file(module.state_dict(), folder / f"{name}-{rank}.safetensors")
+
+    Trainer.fit = fit
+    running.run(recipe)
+
+
+def two_processes(recipe: Recipe, folder: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder.mkdir()
+    # Forked, so that each need not import everything again.
+    torch.multiprocessing.start_processes(_process, (port, recipe, folder), nprocs=2, start_method="fork")
+
+
+@pytest.mark.parametrize("kind", ["toy", "sd-gan"])
+def test_two_processes_train_what_one_trains(kind, tmp_path, tiny_sd):
+    """Where a gradient is almost nothing, Adam makes rounding count in full: hence the large eps."""
+    settings = ("run.steps=4", "run.log_every=1", "optim.eps=1e-3", "optim.max_grad_norm=1")
+
+    def make(name: str, *more: str) -> Recipe:
+        if kind == "toy":
+            return toy(tmp_path / name, *settings, *more)
+        return sd(tmp_path / name, tiny_sd, *settings, *more)
+
+    two_processes(make("two", "optim.micro_batch_size=2", "run.preview_every=2"), tmp_path / "ranks")
+    running.run(make("one"))
+    one, two = checkpoint(tmp_path / "one"), checkpoint(tmp_path / "two")
+    names = {"toy": {"student", "fake_score"}, "sd-gan": {"student", "fake_score", "discriminator"}}[kind]
+    assert set(one.tensors) == names | {"student_ema"}
+    for name, state in one.tensors.items():
+        for key, value in state.items():
+            assert torch.allclose(value.float(), two.tensors[name][key].float(), rtol=0, atol=1e-5), (
+                name,
+                key,
+            )
+    for name in names:
+        first, second = (load_file(tmp_path / "ranks" / f"{name}-{rank}.safetensors") for rank in (0, 1))
+        assert same(first, second), name
+    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        losses = {key for key in a if key.endswith(("/total", "/denoising", "/gan", "_student"))}
+        assert losses or any(name.startswith("metric/") for name in a)
+        assert all(a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6) for key in losses), (a, b)
+
+
+def test_what_the_first_process_refuses_ends_all(tmp_path):
+    """The main process alone looks at the directory; the other must neither wait for it nor train."""
+    (tmp_path / "file").touch()
+    # Whichever ends first is reported: one says the sentence, the other leaves with 2.
+    says = "is a file; name a directory|exit code 2"
+    spawned = torch.multiprocessing
+    with pytest.raises((spawned.ProcessRaisedException, spawned.ProcessExitedException), match=says):
+        two_processes(toy(tmp_path / "file"), tmp_path / "ranks")
+
+
+def test_two_processes_stop_after_the_same_step_and_measure(tmp_path, monkeypatch):
+    """One process alone gets the signal, and one alone measures; neither may leave the other waiting."""
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    measuring = ("run.metric=sw1", "run.metric_every=2", "run.save_every=3")
+    two_processes(toy(whole, *measuring), tmp_path / "ranks")
+    with monkeypatch.context() as patch:
+        original = Trainer.train_step
+
+        def train_step(self: Trainer) -> None:
+            if self.state.step == 2 and self.accelerator.process_index == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            original(self)
+
+        patch.setattr(Trainer, "train_step", train_step)
+        two_processes(
+            toy(halves, *measuring), tmp_path / "ranks2"
+        )  # torch takes KeyboardInterrupt for an end
+    assert RunDirectory(halves).latest() == 3
+    two_processes(toy(halves, *measuring), tmp_path / "ranks3")
+    assert same(checkpoint(whole).tensors, checkpoint(halves).tensors)

@@ -1,0 +1,102 @@
+"""What one sees of a run: lines of its log, warnings, previews, and the metric that picks the best checkpoint."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+from tqdm import tqdm
+
+from stepdistill.families.base import Family
+from stepdistill.methods.base import Method
+from training.checkpoint import RunDirectory
+from training.data import Source
+from training.exporting import ExportedStudent
+from training.health import Health
+from training.measure import lower_is_better, measure
+from training.meters import Meters
+from training.preview import Preview
+from training.recipe import Recipe
+from training.state import TrainState
+from training.trackers import log_picture
+
+
+class Monitor:
+    """Watches one stage.
+
+    Args:
+        student: what is drawn and measured.
+        state: the stage's, which is only read.
+
+    Attributes:
+        meters: what is observed until the next line of the log.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        accelerator: Accelerator,
+        method: Method,
+        family: Family,
+        source: Source,
+        directory: RunDirectory,
+        state: TrainState,
+        student: ExportedStudent,
+    ) -> None:
+        self.run, self.optim, self.accelerator = recipe.run, recipe.optim, accelerator
+        self.family, self.directory, self.state, self.student = family, directory, state, student
+        self.meters, self.health = Meters(), Health(method)
+        self._preview = Preview(method, family, source, self.run.preview_count, self.run.seed)
+        self._samples_logged = 0
+
+    def log(self, bar: tqdm) -> None:
+        """One line of the log: means since the last one, speed, rate, and what the health panel derives."""
+        step, samples = self.state.global_step, self.state.samples
+        self.meters.share(self.accelerator)
+        values, seconds = self.meters.means(), self.meters.total("/seconds")
+        self.meters.reset()
+        # Phases of unequal pace draw unequal numbers of batches: images are counted, not guessed.
+        speed = (samples - self._samples_logged) / seconds
+        self._samples_logged = samples
+        rate = self.optim.lr * self.optim.lr_factor(self.state.step - 1, self.run.steps)
+        values |= {"images_per_second": speed, "samples": samples, "lr": rate}
+        derived, warnings = self.health.check(values)
+        values |= derived
+        self.accelerator.log(values, step)
+        if self.accelerator.is_main_process:
+            for warning in warnings:
+                tqdm.write(f"step {step}: {warning}", file=sys.stderr)
+        shown = {name: f"{value:.3g}" for name, value in values.items() if name.endswith("/total")}
+        bar.set_postfix(shown | {"images/s": f"{speed:.0f}"}, refresh=False)
+
+    def preview(self, networks: Mapping[str, nn.Module]) -> None:
+        """Draw previews/STEP.png, with the health panel as it was at the last line of the log."""
+        if self.accelerator.is_main_process:
+            step = self.state.global_step
+            path = self.directory.previews / f"{step:07d}.png"
+            with self.student.weights():
+                self._preview.draw(self.student.sampler(step), networks, path, self.health.lines())
+            log_picture(self.accelerator.trackers, "preview", path, step)
+
+    def measure(self) -> None:
+        """The recipe's metric of the exported weights, whose checkpoint is there already; the best one is kept."""
+        metric, step = self.run.metric, self.state.global_step
+        if self.accelerator.is_main_process:
+            with self.student.weights():
+                value = measure(self.run, self.family, self.student.sampler(step))
+            best = self.directory.record_best(step, value, lower_is_better(metric))
+            self.accelerator.log({f"metric/{metric}": value}, step)
+            tqdm.write(f"step {step}: {metric} = {value:.4g}{' (best)' if best else ''}")
+        self.accelerator.wait_for_everyone()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next line of the log needs of before, as plain values; the health panel has its own."""
+        return {"sums": self.meters.sums, "samples_logged": self._samples_logged}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        self.meters.sums = state.get("sums", {})
+        self._samples_logged = state.get("samples_logged", self.state.samples)
