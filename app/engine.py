@@ -69,7 +69,7 @@ class Engine:
         device: "auto" is CUDA where there is one. dtype: "auto" is float16 on CUDA and float32 elsewhere.
         attention: a name of `stepdistill.attention.BACKENDS`; one that cannot run fails the start.
         threads: of torch on the CPU; None leaves torch's own choice.
-        load: (path, device=, dtype=) -> ImageSampler; tests hand in their own.
+        load: (path, device=, dtype=) -> Sampler; tests hand in their own.
     """
 
     def __init__(

@@ -98,7 +98,7 @@ class Setup:
         cls = resolve(name, METHODS, "method")
         known = set(cls.Config.__dataclass_fields__)
         kept = {key: value for key, value in (COMMON | settings).items() if key in known}
-        self.method: Method = cls(build(cls.Config, kept, "method"), (1,))
+        self.method: Method = cls(build(cls.Config, kept, "method"))
         self.family = Pixel(Pixel.Config(unet=UNET))
         self.family.teacher = self.family.fresh().eval().requires_grad_(False)
         with torch.no_grad():
@@ -139,7 +139,7 @@ class Setup:
         student, teacher, batch = self.nets.student, self.family.teacher, self.batch("passes")
         x_t, t = batch.x0, torch.full((BATCH,), 1.0, dtype=torch.float64)
         half = [teacher.middle]
-        end = {"end": t} if "end" in self.method.student_extras else {}
+        end = {"end": t} if "end" in self.method.sampling.inputs else {}
 
         def forward() -> None:
             with torch.no_grad():

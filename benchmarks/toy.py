@@ -44,10 +44,8 @@ from stepdistill.methods.base import Method
 from stepdistill.noise import SampleNoise
 from stepdistill.prediction import Prediction
 from stepdistill.provenance import git_commit
-from stepdistill.sampling import first_input
-from stepdistill.schedule import as_edm
+from stepdistill.schedule import as_edm, times_like
 from stepdistill.solvers import heun
-from stepdistill.timesteps import ode_grid, times_like
 from training.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -76,13 +74,13 @@ class MeasuredToy(Toy):
     def guided_ends(self, noise: SampleNoise, cond: Tensor, steps: int = 50) -> Tensor:
         """By Heun's method in EDM's terms."""
         frame, uncond = as_edm(self.schedule), self.uncond(len(cond))
-        grid = ode_grid(frame, steps, "karras").tolist()
+        grid = frame.ode_grid(steps, "karras").tolist()
         asked = partial(self.teacher, in_schedule=frame)
 
         def predict(x: Tensor, t: Tensor) -> Prediction:
             return guided(asked, x, t, cond, uncond, self.config.guidance_scale)
 
-        x = first_input(frame, noise.randn(2, dtype=torch.float64), grid[0], "sigma")
+        x = frame.pure_noise(noise.randn(2, dtype=torch.float64), grid[0])
         for t, s in itertools.pairwise(grid):
             x = heun(predict, x, times_like(t, x), times_like(s, x))
         return predict(x, times_like(grid[-1], x)).x0
@@ -165,7 +163,7 @@ def fingerprint(path: Path, overrides: list[str], recipe: Recipe) -> str:
     for silent in ("out", "log_every", "preview_every", "threads"):
         said["run"].pop(silent, None)
     digest = hashlib.sha256(json.dumps([said, overrides], sort_keys=True).encode())
-    files = {file for stage in recipe.stages() for file in sources(stage.method.make(stage.student.steps))}
+    files = {file for stage in recipe.stages() for file in sources(stage.new_method())}
     for file in sorted(files):
         digest.update(bare(file).encode())
     return digest.hexdigest()[:16]

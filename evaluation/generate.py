@@ -25,7 +25,7 @@ from stepdistill.errors import UserError, atomic_write
 from stepdistill.provenance import sha256_of_files
 
 if TYPE_CHECKING:
-    from stepdistill.sampling import ImageSampler
+    from stepdistill.drawing import Sampler
 
 SHARD = 128  # images per file: what a killed run loses at most, for each process
 IN_MEMORY = 1 << 28  # bytes of samples that are kept without a file
@@ -160,7 +160,7 @@ def drawn(sample: SamplerFn, prompts: Sequence[str] | Sequence[int], seeds: Sequ
 
 
 def draw_with(
-    sampler: ImageSampler, steps: int, guidance: float, chunk: int, quantise: str = "round"
+    sampler: Sampler, steps: int, guidance: float, chunk: int, quantise: str = "round"
 ) -> SamplerFn:
     """`sampler` at fixed settings."""
     rounding = {} if quantise == "round" else {"quantise": quantise}

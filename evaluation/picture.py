@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from stepdistill.errors import UserError, atomic_write
 
 if TYPE_CHECKING:
-    from stepdistill.sampling import ImageSampler
+    from stepdistill.drawing import Sampler
 
 _INK, _FAINT, _PAPER = (24, 24, 27), (113, 113, 122), (255, 255, 255)
 _GAP, _CAPTION, _LABEL, _HEADING, _MARGIN = 12, 210, 24, 52, 20  # pixels
@@ -28,14 +28,14 @@ class Column:
     """One sampler at one setting."""
 
     heading: str
-    sampler: ImageSampler
+    sampler: Sampler
     steps: int
     guidance: float
 
 
 def columns_of(
-    teacher: ImageSampler,
-    student: ImageSampler,
+    teacher: Sampler,
+    student: Sampler,
     *,
     teacher_steps: int | None = None,
     teacher_guidance: float | None = None,
@@ -57,7 +57,7 @@ def columns_of(
     scale = teacher.default_guidance if teacher_guidance is None else teacher_guidance
     full = teacher_steps or teacher.default_steps
 
-    def column(who: str, sampler: ImageSampler, steps: int, guidance: float) -> Column:
+    def column(who: str, sampler: Sampler, steps: int, guidance: float) -> Column:
         return Column(f"{who}, {steps} step{'s' if steps > 1 else ''}", sampler, steps, guidance)
 
     found = [column("teacher", teacher, full, scale)]

@@ -27,8 +27,8 @@ from evaluation.decoding import Resize
 from evaluation.metrics import METRICS
 from evaluation.references import UNHASHED, FileReference, NamedReference, SceneReference
 from stepdistill import scenes
+from stepdistill.drawing import QUANTISE
 from stepdistill.errors import UserError, nearest
-from stepdistill.sampling import QUANTISE
 from stepdistill.scenes import HELD_OUT_SEED
 
 FOLDER = Path(__file__).resolve().parent / "protocols"

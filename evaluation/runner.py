@@ -42,7 +42,7 @@ from stepdistill.errors import UserError
 from stepdistill.provenance import git_commit
 
 if TYPE_CHECKING:
-    from stepdistill.sampling import ImageSampler
+    from stepdistill.drawing import Sampler
 
 SWEEP_N = 500  # samples a sweep over many scales chooses by
 SWEEP_SCALES = 4  # from this many scales on
@@ -54,7 +54,7 @@ class Row:
     """One line of the report: a sampler at one setting."""
 
     role: str  # "teacher", "teacher at the student's steps", "student"
-    sampler: ImageSampler
+    sampler: Sampler
     sha256: str
     steps: int
     guidance: float
@@ -237,9 +237,7 @@ class _Session:
         """The Fréchet distance among the metrics that are computed: "fid", "fd" or None."""
         return next((name for name in ("fid", "fd") if name in self.computed), None)
 
-    def check_disk(
-        self, rows: Sequence[Row], teacher: ImageSampler | None, scales: int, teacher_n: int
-    ) -> None:
+    def check_disk(self, rows: Sequence[Row], teacher: Sampler | None, scales: int, teacher_n: int) -> None:
         """Raises UserError when the samples that may have to be drawn don't fit on the disk of `out`."""
         needed = sum(row.n * 3 * math.prod(row.sampler.resolution) for row in rows)
         if teacher is not None:
@@ -253,7 +251,7 @@ class _Session:
                 "are free there; choose another disk or a smaller --n."
             )
 
-    def check(self, samplers: Sequence[ImageSampler], n: int, teacher_n: int) -> None:
+    def check(self, samplers: Sequence[Sampler], n: int, teacher_n: int) -> None:
         """Note what a reader of the numbers has to know."""
         name, full = self.protocol.name, self.protocol.n
         if n != full:
@@ -356,7 +354,7 @@ class _Session:
         return row
 
     def swept(
-        self, role: str, sampler: ImageSampler, steps: int, scales: Sequence[float], n: int,
+        self, role: str, sampler: Sampler, steps: int, scales: Sequence[float], n: int,
         teacher: Row | None = None,
     ) -> Row:  # fmt: skip
         """The row with the least distance over `scales`, measured on n samples; the sweep is kept in it.
@@ -425,7 +423,7 @@ class _Session:
                     "name": names[row.sampler.path],
                     "path": str(row.sampler.path),
                     "sha256": row.sha256,
-                    "method": row.sampler.card.get("method"),
+                    "method": row.sampler.card.method or None,
                     "steps": row.steps,
                     "guidance": row.guidance,
                     "nfe": Timed(row.sampler, row.steps, row.guidance).nfe,
@@ -510,13 +508,13 @@ def _bar_label(row: Row) -> str:
     return f"{pipeline_name(Path(row.sampler.path))}, {steps}, guidance {row.guidance:g}"
 
 
-def load_pipeline(path: str | os.PathLike[str], device: str) -> ImageSampler:
+def load_pipeline(path: str | os.PathLike[str], device: str) -> Sampler:
     from stepdistill import load
 
     return load(find_pipeline(path), device=device)
 
 
-def _protocol(protocol, reference, captions, extractor, samplers: Sequence[ImageSampler]) -> Protocol:
+def _protocol(protocol, reference, captions, extractor, samplers: Sequence[Sampler]) -> Protocol:
     """The named protocol, its files found, or that of a set of real images; every sampler has to fit it."""
     kinds = {sampler.conditions for sampler in samplers}
     if len(kinds) > 1:
@@ -559,7 +557,7 @@ def _protocol(protocol, reference, captions, extractor, samplers: Sequence[Image
 
 
 def _settings(
-    sampler: ImageSampler, steps: Sequence[int] | None, guidance: float | None
+    sampler: Sampler, steps: Sequence[int] | None, guidance: float | None
 ) -> list[tuple[int, float]]:
     """(steps, guidance) a pipeline is measured at. Raises UserError for what it cannot do."""
     counts = tuple(steps) if steps else sampler.steps or (sampler.default_steps,)

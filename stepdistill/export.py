@@ -8,66 +8,59 @@ is in `stepdistill.json` and in the README.md beside them.
 
 from __future__ import annotations
 
-import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from stepdistill import __version__
+from stepdistill import card as cards
+from stepdistill.card import Card
 from stepdistill.denoiser import Denoiser, unwrap
+from stepdistill.drawing import DEFAULT_TEACHER_STEPS
 from stepdistill.errors import atomic_write
 from stepdistill.families.base import Family
 from stepdistill.methods.base import Method
 from stepdistill.provenance import git_commit
-from stepdistill.sampling import CARD
-from stepdistill.schedule import VP
 
 
-def card_of(family: Family, method: Method, recipe: dict[str, Any], **facts: Any) -> dict[str, Any]:
-    """What a student directory says of itself; `ImageSampler` samples by it.
+def card_of(family: Family, method: Method, recipe: dict[str, Any], **facts: Any) -> Card:
+    """What a student directory says of itself; `Sampler` samples by it.
 
-    recipe: the resolved recipe as plain values. facts: further entries, such as `step` and `weights`.
+    recipe: the resolved recipe as plain values. facts: further fields of the card, such as `step` and `weights`.
     """
-    kind = "student" if method.needs_teacher else "teacher"
-    card: dict[str, Any] = {
-        "format": 1,
-        "stepdistill": __version__,
-        "kind": kind,
-        "name": Path(recipe["run"]["out"]).name,
-        "family": family.name,
-        "method": recipe["method"]["name"],
-        "rule": method.rule,
-        "eta": method.eta,
-        "init_noise": method.init_noise,
-        "first_rho": method.first_rho,
-        "extras": list(method.student_extras),
-        "guidance_free": method.guidance_free,
-        "guidance_scale": method.guidance_scale,
-        "teacher": recipe["family"].get("teacher", ""),
-        "recipe": recipe,
-        "commit": git_commit(short=True) or "unknown",
-    }
-    if kind == "student":
-        times = {str(n): method.grid(family.schedule, n) for n in method.steps}
-        card |= {"steps": list(method.steps), "finest": method.finest, "timesteps": times}
-    return card | facts
+    sampling, student = method.sampling, method.needs_teacher
+    times = {str(n): sampling.grid(family.schedule, n) for n in sampling.steps} if student else {}
+    return Card(
+        kind="student" if student else "teacher",
+        name=Path(recipe["run"]["out"]).name,
+        family=family.name,
+        method=recipe["method"]["name"],
+        sampling=sampling if student else replace(sampling, steps=(), finest=0),
+        timesteps=times,
+        teacher=recipe["family"].get("teacher", ""),
+        recipe=recipe,
+        commit=git_commit(short=True) or "unknown",
+        stepdistill=__version__,
+        **facts,
+    )
 
 
-def write(family: Family, student: Denoiser, directory: Path, card: dict[str, Any]) -> None:
+def write(family: Family, student: Denoiser, directory: Path, card: Card) -> None:
     """Write the pipeline, stepdistill.json and the model card; `directory` appears whole or not at all."""
     with atomic_write(directory) as temporary:
         family.export(unwrap(student), temporary, card)
-        temporary.joinpath(CARD).write_text(json.dumps(card, indent=2) + "\n")
+        cards.write(card, temporary)
         temporary.joinpath("README.md").write_text(readme(family, card))
 
 
-def readme(family: Family, card: dict[str, Any]) -> str:
+def readme(family: Family, card: Card) -> str:
     """The model card, with code that runs where this package is not installed."""
-    student, missing = card["kind"] == "student", beyond_stock(family, card)
+    sampling, student, missing = card.sampling, card.kind == "student", beyond_stock(family, card)
     lines = [
         "---", "library_name: diffusers", "tags: [stepdistill]", "---",
-        f"# {card['name']}",
+        f"# {card.name}",
         "",
-        f"A {card['method']} student in {' / '.join(map(str, card['steps']))} steps, distilled from `{card['teacher']}`."
+        f"A {card.method} student in {' / '.join(map(str, sampling.steps))} steps, distilled from `{card.teacher}`."
         if student
         else "A multi-step teacher.",
         "",
@@ -79,52 +72,57 @@ def readme(family: Family, card: dict[str, Any]) -> str:
         "| | |",
         "|---|---|",
     ]  # fmt: skip
-    rows = {"method": card["method"], "teacher": card["teacher"] or "none (trained from data)"}
-    if student:
+    lines += [f"| {key} | {value} |" for key, value in _facts(card).items()]
+    for name, value in card.metrics.items():
+        lines.append(f"| {name} | {value} |")
+    return "\n".join([*lines, "", "The resolved recipe is in `stepdistill.json`.", ""])
+
+
+def _facts(card: Card) -> dict[str, Any]:
+    """The rows of the model card's table."""
+    sampling = card.sampling
+    rows = {"method": card.method, "teacher": card.teacher or "none (trained from data)"}
+    if card.kind == "student":
         rows["steps"] = "; ".join(
-            f"{n}: t = {', '.join(f'{t:g}' for t in ts)}" for n, ts in card["timesteps"].items()
+            f"{n}: t = {', '.join(f'{t:g}' for t in ts)}" for n, ts in card.timesteps.items()
         )
-        eta = f", eta {card['eta']:g}" if card["rule"] == "tcd" else ""
-        rows["sampling rule"] = f"{card['rule']}{eta}, first input {card['init_noise']} noise"
-    if card["guidance_free"]:
+        eta = f", eta {sampling.eta:g}" if sampling.rule == "tcd" else ""
+        rows["sampling rule"] = f"{sampling.rule}{eta}, first input {sampling.init_noise} noise"
+    if sampling.guidance == "none":
         rows["guidance"] = (
             "none at sampling: it is distilled into the weights, and a negative prompt has no effect"
         )
     else:
         rows["guidance"] = (
-            f"guidance_scale g in uncond + g (cond - uncond), 1 = off; default {card['guidance_scale']:g}"
+            f"guidance_scale g in uncond + g (cond - uncond), 1 = off; default {sampling.scale:g}"
         )
-    rows |= {
-        "weights": card.get("weights", "raw"),
-        "optimiser steps": card.get("step", "unknown"),
-        "made at commit": card["commit"],
+    return rows | {
+        "weights": card.weights,
+        "optimiser steps": "unknown" if card.step is None else card.step,
+        "made at commit": card.commit,
         "licence": "that of the teacher and its data",
     }
-    lines += [f"| {key} | {value} |" for key, value in rows.items()]
-    for name, value in card.get("metrics", {}).items():
-        lines.append(f"| {name} | {value} |")
-    return "\n".join([*lines, "", "The resolved recipe is in `stepdistill.json`.", ""])
 
 
-def beyond_stock(family: Family, card: dict[str, Any]) -> str:
+def beyond_stock(family: Family, card: Card) -> str:
     """One sentence on why no stock pipeline samples this student, "" where one does."""
-    if card["rule"] == "flowmap":
+    if card.sampling.rule == "flowmap":
         return "No diffusers scheduler tells the network the time its jump ends at, as this student must be told."
-    if card["rule"] != "tcd":
+    if card.sampling.rule != "tcd":
         return ""
-    if not isinstance(family.schedule, VP):
+    if not family.schedule.discrete:
         return "TCDScheduler steps along a DDPM table only, and this student's noise levels are not from one."
-    if family.conditions != "prompt" and max(card["steps"]) > 1 and card["eta"] != 0.3:
-        return f"The stock pipeline passes no eta, so TCDScheduler takes 0.3, not this student's {card['eta']:g}."
+    if family.conditions != "prompt" and max(card.sampling.steps) > 1 and card.sampling.eta != 0.3:
+        return f"The stock pipeline passes no eta, so TCDScheduler takes 0.3, not this student's {card.sampling.eta:g}."
     return ""
 
 
-def _stock_call(family: Family, card: dict[str, Any]) -> list[str]:
+def _stock_call(family: Family, card: Card) -> list[str]:
     """The lines of the card that draw an image where this package is not installed."""
-    steps = min(card.get("steps", [50]))
+    steps = min(card.sampling.steps, default=DEFAULT_TEACHER_STEPS)
     if family.conditions == "prompt":
-        guidance = "" if card["guidance_free"] else f", guidance_scale={card['guidance_scale']:g}"
-        eta = f", eta={card['eta']:g}" if card["rule"] == "tcd" else ""
+        guidance = "" if card.sampling.guidance == "none" else f", guidance_scale={card.sampling.scale:g}"
+        eta = f", eta={card.sampling.eta:g}" if card.sampling.rule == "tcd" else ""
         call = f'pipeline("PROMPT", num_inference_steps={steps}{guidance}{eta})'
     else:
         label = ", class_labels=0" if family.conditions == "class" else ""
@@ -138,11 +136,11 @@ def _stock_call(family: Family, card: dict[str, Any]) -> list[str]:
     ]
 
 
-def _own_call(family: Family, card: dict[str, Any]) -> list[str]:
+def _own_call(family: Family, card: Card) -> list[str]:
     prompt = '"PROMPT"' if family.conditions == "prompt" else "0"
     return [
         "import stepdistill",
         "",
         'sampler = stepdistill.load("PATH_TO_THIS_DIRECTORY")',
-        f"image = sampler([{prompt}], seeds=[0], steps={min(card['steps'])})[0]  # uint8 (3, H, W)",
+        f"image = sampler([{prompt}], seeds=[0], steps={min(card.sampling.steps)})[0]  # uint8 (3, H, W)",
     ]

@@ -20,7 +20,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from stepdistill.schedule import Schedule, TrigFlow, expand
+from stepdistill.schedule import Schedule, expand
 
 KINDS = ("x0", "eps", "v", "flow", "F", "score")
 
@@ -118,7 +118,7 @@ class Prediction:
 
 
 def _sigma_data(schedule: Schedule) -> float:
-    if not isinstance(schedule, TrigFlow):
+    if not schedule.angular:
         raise ValueError(
             f"F is defined under the TrigFlow schedule only, not under {type(schedule).__name__}"
         )

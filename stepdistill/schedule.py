@@ -11,11 +11,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-_RHO_LIMIT = 1e4  # keeps zero-terminal-SNR schedules finite: alpha is never below 1e-4
+from stepdistill.errors import UserError
+
+# Keeps zero-terminal-SNR schedules finite: alpha is never below 1e-4.
+_RHO_LIMIT = 1e4
 
 
 def expand(coefficient: Tensor, like: Tensor) -> Tensor:
@@ -30,11 +34,18 @@ def expand(coefficient: Tensor, like: Tensor) -> Tensor:
 class Schedule:
     """alpha(t), sigma(t) and their derivatives on [t_min, t_max]; t grows with the noise.
 
-    All functions map float64 (B,) -> float64 (B,).
+    All functions map float64 (B,) -> float64 (B,). A grid is a falling tuple of times, at which a sampler calls
+    its network.
+
+    Attributes:
+        discrete: networks of this kind were trained at whole times only.
+        angular: t is TrigFlow's angle, in [0, pi / 2].
     """
 
     t_min: float
     t_max: float
+    discrete: ClassVar[bool] = False
+    angular: ClassVar[bool] = False
 
     def alpha(self, t: Tensor) -> Tensor:
         raise NotImplementedError
@@ -62,6 +73,53 @@ class Schedule:
         """x_t = alpha(t) x0 + sigma(t) eps. x0, eps: (B, ...), t: (B,)."""
         return expand(self.alpha(t), x0) * x0 + expand(self.sigma(t), x0) * eps
 
+    def first_state(self, z: Tensor, t: float) -> Tensor:
+        """What a sampler starts from at time t, from unit noise z (B, ...): sigma_t z, unless pipelines of this
+        kind start from z itself.
+        """
+        return self.pure_noise(z, t)
+
+    def pure_noise(self, z: Tensor, t: float) -> Tensor:
+        """sigma_t z: a state at time t without signal, z (B, ...)."""
+        return z * expand(self.sigma(times_like(t, z)), z)
+
+    def few_step_grid(self, steps: int, finest: int = 0, first_rho: float = 0.0) -> tuple[float, ...]:
+        """The times a student of `steps` steps is called at, falling from t_max: even in t.
+
+        Args:
+            finest: points of the grid all step counts are taken from, every (finest / steps)-th; 0 = steps.
+            first_rho: the noise-to-signal ratio where the schedule counts as ending; 0 = at its end.
+
+        Raises:
+            ValueError: steps is not at least 1 or exceeds `finest`.
+            UserError: the schedule has fewer times than that (VP).
+        """
+        finest = _at_least(steps, finest)
+        first = float(self.t_of_rho(torch.tensor(first_rho))) if first_rho else self.t_max
+        span = first - self.t_min
+        return tuple(first - span * (i * finest // steps) / finest for i in range(steps))
+
+    def teacher_grid(self, steps: int) -> tuple[float, ...]:
+        """The times a many-step model is called at in `steps` steps of DDIM, falling from t_max: even in t."""
+        return tuple(self.ode_grid(steps)[:-1].tolist())
+
+    def ode_grid(
+        self, steps: int, spacing: Literal["trailing", "karras"] = "trailing", power: float = 7.0
+    ) -> Tensor:
+        """`steps` + 1 falling times for an ODE solver, from t_max to t_min, float64.
+
+        spacing: "trailing" (even in t, starting at t_max) or "karras" (even in rho^(1/power)).
+        """
+        if spacing == "trailing":
+            return torch.linspace(self.t_max, self.t_min, steps + 1, dtype=torch.float64)
+        ends = self.rho(torch.tensor([self.t_max, self.t_min], dtype=torch.float64)).clamp(1e-3, 1e3)
+        ends = ends ** (1 / power)
+        ramp = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+        grid = self.t_of_rho((ends[0] + ramp * (ends[1] - ends[0])) ** power)
+        # To the last bit: a boundary condition asks for it.
+        grid[0], grid[-1] = self.t_max, self.t_min
+        return grid
+
 
 class EDM(Schedule):
     """Variance exploding: alpha = 1, sigma = t (Karras et al. 2022)."""
@@ -84,11 +142,29 @@ class EDM(Schedule):
     def t_of_rho(self, rho: Tensor) -> Tensor:
         return _time(rho).clamp(self.t_min, self.t_max)
 
+    def few_step_grid(self, steps: int, finest: int = 0, first_rho: float = 0.0) -> tuple[float, ...]:
+        """Of the 40 Karras times `CMStochasticIterativeScheduler` has, which strides by floor(40 / steps)."""
+        points = max(40, _at_least(steps, finest))
+        cut = EDM(self.t_min, min(first_rho or self.t_max, self.t_max))
+        times = cut.ode_grid(points - 1, "karras").tolist()
+        return tuple(times[i * (points // steps)] for i in range(steps))
+
+    def teacher_grid(self, steps: int) -> tuple[float, ...]:
+        """Even in rho^(1/7) (Karras et al. 2022, Eq. 5)."""
+        return tuple(self.ode_grid(steps, "karras")[:-1].tolist())
+
 
 class Flow(Schedule):
-    """Rectified flow: alpha = 1 - t, sigma = t; flow time 0 is data, 1 is noise."""
+    """Rectified flow: alpha = 1 - t, sigma = t; flow time 0 is data, 1 is noise.
+
+    shift: of the samplers' grids alone, t -> shift t / (1 + (shift - 1) t) (Esser et al. 2024, Eq. 23); above 1
+        they stay longer where noise is high. 1 = off.
+    """
 
     t_min, t_max = 0.0, 1.0
+
+    def __init__(self, shift: float = 1.0):
+        self.shift = shift
 
     def alpha(self, t: Tensor) -> Tensor:
         return (1 - _time(t)).clamp(min=1 / _RHO_LIMIT)
@@ -106,6 +182,18 @@ class Flow(Schedule):
         rho = _time(rho)
         return (rho / (1 + rho)).clamp(self.t_min, self.t_max)
 
+    def few_step_grid(self, steps: int, finest: int = 0, first_rho: float = 0.0) -> tuple[float, ...]:
+        """Even in the time before the shift, which is a factor of rho = t / (1 - t)."""
+        grid = super().few_step_grid(steps, finest, first_rho / self.shift)
+        return tuple(map(self._shifted, grid))
+
+    def teacher_grid(self, steps: int) -> tuple[float, ...]:
+        """Even in the time before the shift, as `FlowMatchEulerDiscreteScheduler` has it."""
+        return tuple(map(self._shifted, super().teacher_grid(steps)))
+
+    def _shifted(self, t: float) -> float:
+        return t if self.shift == 1 else self.shift * t / (1 + (self.shift - 1) * t)
+
 
 class TrigFlow(Schedule):
     """alpha = cos(t), sigma = sigma_data sin(t) on [0, pi/2] (Lu & Song 2024, arXiv 2410.11081).
@@ -115,6 +203,7 @@ class TrigFlow(Schedule):
     """
 
     t_min, t_max = 0.0, math.pi / 2
+    angular = True
 
     def __init__(self, sigma_data: float = 1.0):
         self.sigma_data = sigma_data
@@ -141,6 +230,8 @@ class VP(Schedule):
     At whole t alpha = sqrt(alphas_cumprod[t]) and sigma = sqrt(1 - alphas_cumprod[t]) exactly; between, log
     rho is interpolated linearly, which gives every formula of this package a continuous, monotone time.
     """
+
+    discrete = True
 
     def __init__(self, alphas_cumprod: Tensor | Sequence[float]):
         table = torch.as_tensor(alphas_cumprod, dtype=torch.float64).flatten().cpu()
@@ -199,6 +290,37 @@ class VP(Schedule):
         low, high = table[above - 1], table[above]
         return (above - 1).double() + (log_rho - low) / (high - low)
 
+    def first_state(self, z: Tensor, t: float) -> Tensor:
+        """z itself, as if t were pure noise, which a table's last entry is not quite (DMD2, LCM)."""
+        return z
+
+    def entries(self, first_rho: float = 0.0) -> int:
+        """Of the table up to the whole time whose rho is nearest `first_rho` (in log rho); 0 = all."""
+        last = round(float(self.t_of_rho(torch.tensor(first_rho)))) if first_rho else self.t_max
+        return int(last) + 1
+
+    def few_step_grid(self, steps: int, finest: int = 0, first_rho: float = 0.0) -> tuple[float, ...]:
+        """i T / steps - 1 for i = steps .. 1, which is 999, 749, 499, 249 at 4 and is what `LCMScheduler` lists,
+        so that the student leaves with a stock scheduler. `finest` is its `original_inference_steps`. With
+        `first_rho` the table is cut short: one step of Stable Diffusion from rho = 2.5 is called at 625.
+        """
+        finest, entries = _at_least(steps, finest), self.entries(first_rho)
+        if finest > entries:
+            raise UserError(
+                f"{finest} steps are more than the {entries} timesteps of the schedule; ask for fewer."
+            )
+        stride = entries // finest
+        grid = [i * stride - 1 for i in range(finest, 0, -1)]
+        # LCMScheduler picks floor(i * finest / steps), i = 0 .. steps - 1.
+        return tuple(float(grid[i * finest // steps]) for i in range(steps))
+
+    def teacher_grid(self, steps: int) -> tuple[float, ...]:
+        """`DDIMScheduler`'s "trailing" spacing, round(i T / steps) - 1."""
+        count = int(self.t_max) + 1
+        if not 1 <= steps <= count:
+            raise ValueError(f"steps must be between 1 and {count}, got {steps}")
+        return tuple(float(round(count - i * count / steps) - 1) for i in range(steps))
+
 
 def as_edm(schedule: Schedule, least: float = 0.002, most: float = 80.0) -> EDM:
     """The variance-exploding schedule over the noise levels `schedule` has, within EDM's range: where methods
@@ -206,6 +328,20 @@ def as_edm(schedule: Schedule, least: float = 0.002, most: float = 80.0) -> EDM:
     """
     low, high = schedule.rho(torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64)).tolist()
     return EDM(max(low, least), min(high, most))
+
+
+def times_like(values: Sequence[float] | float, x: Tensor) -> Tensor:
+    """(B,) float64 on x's device, for one number or one per sample."""
+    t = torch.as_tensor(values, dtype=torch.float64, device=x.device)
+    return t.expand(x.shape[0]) if t.ndim == 0 else t
+
+
+def _at_least(steps: int, finest: int) -> int:
+    """Points of the grid `steps` are taken from. Raises ValueError where they are too many or none."""
+    finest = finest or steps
+    if not 1 <= steps <= finest:
+        raise ValueError(f"steps must be between 1 and {finest}, got {steps}")
+    return finest
 
 
 def _time(t: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from stepdistill import timesteps
 from stepdistill.denoiser import Denoiser
 from stepdistill.methods.base import Batch, Method, Networks, Pairs
 from stepdistill.rewards import RewardModel
-from stepdistill.schedule import Schedule, expand
+from stepdistill.schedule import EDM, VP, Flow, Schedule, TrigFlow, expand
 
 RHOS = (9.0, 3.0, 1.0, 0.3)  # of a student of four steps; of fewer, evenly from these
 
@@ -60,14 +61,16 @@ FOURIER = {"eye": "fourier", "arguments": {"dims": 1}}
 def at_levels(monkeypatch: pytest.MonkeyPatch, method: Method) -> None:
     """Its times at noise levels instead of places on a schedule's own scale."""
 
-    def grid(schedule: Schedule, steps: int) -> tuple[float, ...]:
+    def grid(schedule: Schedule, steps: int, *_: float) -> tuple[float, ...]:
         levels = torch.tensor(RHOS[:: 4 // steps], dtype=torch.float64)
         return tuple(schedule.t_of_rho(levels).tolist())
 
-    monkeypatch.setattr(method, "grid", grid)
-    for name in ("teacher_grid", "few_step_grid"):
-        monkeypatch.setattr(f"stepdistill.methods.tscd.{name}", grid)
-    monkeypatch.setattr(type(method), "init_noise", "sigma")
+    for kind in (EDM, VP, Flow, TrigFlow):
+        for name in ("teacher_grid", "few_step_grid"):
+            monkeypatch.setattr(kind, name, grid)
+    sampling = replace(method.sampling, init_noise="sigma", middle_time=0.0)
+    for part in [method, *(part.method for part in getattr(method, "parts", ()))]:
+        monkeypatch.setattr(part, "sampling", sampling)
 
     def uniform(schedule: Schedule, noise: Doubles, *_: float) -> Tensor:
         return timesteps.lognormal(schedule, noise, 0.0, 0.7)
@@ -80,7 +83,7 @@ def prepared(
 ) -> tuple[Method, Networks]:
     """A method and its networks, float64, of fixed random weights."""
     method = worlds.method(name, steps=STEPS.get(name, (1, 2)), **settings)
-    at_levels(monkeypatch, method.parts[0][2] if name == "compose" else method)
+    at_levels(monkeypatch, method)
     torch.manual_seed(0)
     student, teacher = (Denoiser(Matched(schedule), "x0", schedule) for _ in range(2))
     extras = method.networks(teacher, student)

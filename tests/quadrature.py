@@ -148,10 +148,8 @@ class Line:
 
 def first_sigma(method: Method, schedule: Schedule) -> float:
     """What the first input divides into the unit noise it was made from."""
-    from stepdistill.sampling import first_input
-
-    t = method.grid(schedule, 1)[0]
-    return float(first_input(schedule, torch.ones(1, 1, dtype=torch.float64), t, method.init_noise))
+    t = method.sampling.grid(schedule, 1)[0]
+    return float(method.sampling.first_input(schedule, torch.ones(1, 1, dtype=torch.float64), t))
 
 
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-9) -> None:

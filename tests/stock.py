@@ -18,10 +18,11 @@ from torch import Tensor
 
 from stepdistill import export
 from stepdistill.denoiser import Denoiser
+from stepdistill.drawing import Sampler
 from stepdistill.families.base import Family
 from stepdistill.methods.base import Method
 from stepdistill.prediction import Prediction
-from stepdistill.sampling import ImageSampler, sample
+from stepdistill.sampling import Sampling
 from stepdistill.schedule import Schedule
 
 # What stock schedulers call the kinds of a network's output.
@@ -70,7 +71,8 @@ def states(
         heard.append(x_t)
         return Prediction(next(calls), kind, x_t, t, schedule)
 
-    end = sample(predict, start, times, noise, **how)
+    sampling = Sampling(**{key: how.pop(key) for key in ("rule", "eta") if key in how})
+    end = sampling.sample(predict, start, times, noise, **how)
     return torch.stack((*heard, end))
 
 
@@ -133,7 +135,7 @@ def student_of(
     family: Family, method: Method, recipe_family: dict[str, Any]
 ) -> tuple[Denoiser, dict[str, Any]]:
     """The family's student with its weights moved a little, so that it is not the teacher by accident, and its card."""
-    student = family.student("teacher", method.student_extras).eval()
+    student = family.student("teacher", method.sampling.inputs).eval()
     with torch.no_grad():
         generator = torch.Generator().manual_seed(3)
         for parameter in student.parameters():
@@ -146,8 +148,8 @@ def student_of(
     return student, export.card_of(family, method, recipe)
 
 
-def exported(family: Family, method: Method, path: Path, recipe_family: dict[str, Any]) -> ImageSampler:
+def exported(family: Family, method: Method, path: Path, recipe_family: dict[str, Any]) -> Sampler:
     """Such a student written to `path`, and the sampler of the one in memory."""
     student, card = student_of(family, method, recipe_family)
     export.write(family, student, path, card)
-    return ImageSampler(family, student, path, card)
+    return Sampler(family, student, path, card)

@@ -43,7 +43,7 @@ def test_a_student_that_starts_at_a_lower_noise_level_equals_the_stock_pipeline(
     family = SD(SD.Config(teacher=str(tiny_sd)))
     directory = tmp_path / "student"
     sampler = exported(family, worlds.method("sid", steps=steps), directory, {"teacher": str(tiny_sd)})
-    assert sampler.card["init_noise"] == noise and sampler.times(max(steps))[0] == first
+    assert sampler.sampling.init_noise == noise and sampler.times(max(steps))[0] == first
     call = {"prompt": [PROMPT, PROMPT], "num_inference_steps": max(steps), "seeds": [5, 6]}
     ours = sampler([PROMPT, PROMPT], [5, 6], steps=max(steps), chunk=2).permute(0, 2, 3, 1).numpy()
     reloaded = load(directory)
@@ -147,7 +147,7 @@ def test_the_card_holds_code_that_runs(tiny_sd, tmp_path):
     exec(code.replace("PATH_TO_THIS_DIRECTORY", str(directory)).replace("PROMPT", PROMPT), scope)
     assert scope["image"].size == (16, 16)
     card = json.loads((directory / "stepdistill.json").read_text())
-    assert card["steps"] == [1, 2, 4] and card["timesteps"]["4"] == [999, 749, 499, 249]
+    assert card["sampling"]["steps"] == [1, 2, 4] and card["timesteps"]["4"] == [999, 749, 499, 249]
 
 
 def test_what_a_student_cannot_serve_is_refused_in_one_sentence(tiny_sd, tmp_path):

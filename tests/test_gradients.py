@@ -17,8 +17,8 @@ from torch import Tensor
 from stepdistill.denoiser import Denoiser
 from stepdistill.families.toy import SCHEDULES
 from stepdistill.methods.base import Batch, Method, Networks
-from stepdistill.schedule import expand
-from stepdistill.timesteps import lognormal, times_like
+from stepdistill.schedule import expand, times_like
+from stepdistill.timesteps import lognormal
 
 EVERY_SCHEDULE = pytest.mark.parametrize("schedule", [make() for make in SCHEDULES.values()], ids=SCHEDULES)
 
@@ -42,7 +42,7 @@ def constant(function, *arguments) -> Tensor:
 
 def kd(method: Method, nets: Networks, twin: Batch) -> Tensor:
     """|G(x_t, t) - x0|^2 at one of the trajectory's states."""
-    times = method.sampled_as.times(nets.schedule)
+    times = method.times(nets.schedule)
     place = twin.generator.randint(0, len(times))
     states = torch.cat((at_first(nets, twin.pairs.z, times[0])[:, None], twin.pairs.states), 1)
     x_t, t = states[range(len(place)), place], torch.tensor(times, dtype=torch.float64)[place]
@@ -51,7 +51,7 @@ def kd(method: Method, nets: Networks, twin: Batch) -> Tensor:
 
 def reward(method: Method, nets: Networks, twin: Batch) -> Tensor:
     """10 + |x0 - 2|^2 of one step, or of the second of two, the first of which has no gradient."""
-    first, second = method.sampled_as.grid(nets.schedule, 2)
+    first, second = method.sampling.grid(nets.schedule, 2)
     two = twin.generator.shared_randint(0, 2) == 1  # of the places (1, 0) and (2, 1)
     x_t = at_first(nets, twin.randn(), first)
     t = times_like(first, x_t)
@@ -68,7 +68,9 @@ def reward(method: Method, nets: Networks, twin: Batch) -> Tensor:
 
 def add_x0(method: Method, nets: Networks, twin: Batch) -> Tensor:
     schedule = nets.schedule
-    grid = torch.tensor(sorted({*method.grid(schedule, 1), *method.grid(schedule, 2)}), dtype=torch.float64)
+    grid = torch.tensor(
+        sorted({*method.sampling.grid(schedule, 1), *method.sampling.grid(schedule, 2)}), dtype=torch.float64
+    )
     t, eps = grid[twin.generator.randint(0, len(grid))], twin.randn()
     start = (t == grid[-1])[:, None]
     x_t = torch.where(start, at_first(nets, eps, float(grid[-1])), schedule.add_noise(twin.x0, eps, t))
@@ -98,7 +100,7 @@ def add_critic(method: Method, nets: Networks, twin: Batch) -> Tensor:
 
 def ladd_x0(method: Method, nets: Networks, twin: Batch) -> Tensor:
     schedule, noise = nets.schedule, twin.generator
-    first, time = noise.rand() < 0.3, method.grid(schedule, 1)[0]
+    first, time = noise.rand() < 0.3, method.sampling.grid(schedule, 1)[0]
     t = torch.where(first, time, lognormal(schedule, noise, 0.2, 0.7))
     eps = twin.randn()
     x_t = torch.where(first[:, None], at_first(nets, eps, time), schedule.add_noise(twin.x0, eps, t))
@@ -128,7 +130,7 @@ def lightning_ends(
 ) -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor]:
     """D(x_s, x_t) as a function of x_s, the student's x_s and the predecessor's; s the end of one step of two."""
     schedule = nets.schedule
-    finer = torch.tensor((*method.grid(schedule, 4), schedule.t_min), dtype=torch.float64)
+    finer = torch.tensor((*method.sampling.grid(schedule, 4), schedule.t_min), dtype=torch.float64)
     i = twin.generator.randint(0, 2)
     t, middle, s = (finer[2 * i + k] for k in range(3))
     last = (i == 1)[:, None]

@@ -10,8 +10,7 @@ from stepdistill.denoiser import Denoiser
 from stepdistill.families.pixel import Pixel
 from stepdistill.families.sd import SD
 from stepdistill.jvp import difference, directional, jvp, same_draws, upwind
-from stepdistill.schedule import Flow, TrigFlow
-from stepdistill.timesteps import times_like
+from stepdistill.schedule import Flow, TrigFlow, times_like
 
 
 def test_both_agree_with_a_closed_form():

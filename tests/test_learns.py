@@ -12,7 +12,6 @@ import worlds
 from stepdistill.families.toy import Toy
 from stepdistill.methods.base import Batch, Networks
 from stepdistill.noise import SampleNoise
-from stepdistill.sampling import first_input
 
 RECIPES = Path(__file__).parents[1] / "training" / "recipes"
 
@@ -67,7 +66,7 @@ def distance_after(family: Toy, steps: int, pull: float) -> float:
     @torch.no_grad()
     def draw(count: int) -> torch.Tensor:
         z = SampleNoise(range(count), phase="draw").randn(2)
-        x = first_input(family.schedule, z, family.schedule.t_max, "unit")
+        x = family.schedule.first_state(z, family.schedule.t_max)
         return student(x, torch.full((count,), family.schedule.t_max, dtype=torch.float64)).x0
 
     return family.sliced_w1(draw, 1024)

@@ -11,8 +11,7 @@ from stepdistill.errors import UserError
 from stepdistill.families.sd import SD
 from stepdistill.families.toy import MLP
 from stepdistill.lora import LoRA
-from stepdistill.schedule import VP, Flow
-from stepdistill.timesteps import times_like
+from stepdistill.schedule import VP, Flow, times_like
 
 
 def base(width: int = 32) -> Denoiser:

@@ -51,7 +51,9 @@ def said(case: str, schedule: Schedule, monkeypatch: pytest.MonkeyPatch) -> tupl
     phase = next(iter(method.phases(7)))
     losses = torch.stack([loss(nets, batch(method, schedule))["total"].double() for _, loss in phase.terms])
     if name == "tscd":  # which measures states at the segment's edge, not what they show
-        edges = method.lower_edge(schedule, torch.tensor(method.grid(schedule, 4), dtype=torch.float64))
+        edges = method.lower_edge(
+            schedule, torch.tensor(method.sampling.grid(schedule, 4), dtype=torch.float64)
+        )
         losses = losses / schedule.alpha(edges[Doubles(range(COUNT), phase="student").randint(0, 4)]) ** 2
     slopes = torch.autograd.grad(losses.sum(), list(nets.student.parameters()))
     return losses.detach(), torch.cat([slope.flatten() for slope in slopes])

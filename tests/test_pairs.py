@@ -12,8 +12,7 @@ from stepdistill.families.toy import Toy, gaussian_flow_map
 from stepdistill.methods.base import Batch, Networks, PairSettings
 from stepdistill.noise import SampleNoise
 from stepdistill.prediction import Prediction
-from stepdistill.schedule import Flow
-from stepdistill.timesteps import times_like
+from stepdistill.schedule import Flow, times_like
 from training import precompute
 from training.data.prompts import Prompts
 from training.data.toy import Toy as Indices

@@ -34,7 +34,7 @@ def test_a_shipped_recipe_is_valid(path, monkeypatch):
     assert recipe_from(recipe.mapping()) == recipe
     assert Path(recipe.run.out).parts[0] == "runs"  # which git ignores
     for stage in recipe.stages():
-        method = stage.method.make(stage.student.steps)
+        method = stage.new_method()
         for part in [part for *_, part in getattr(method, "parts", ())] or [method]:
             # A warm-up as long as its stage would leave out what comes after it: LADD's pure noise, sCM's tangent.
             assert getattr(part.config, "warmup", 0) < stage.run.steps / 2

@@ -12,8 +12,8 @@ from worlds import SETTINGS, STEPS
 
 from stepdistill import load
 from stepdistill.errors import UserError
-from stepdistill.families.base import schedule_of
 from stepdistill.families.pixel import Pixel
+from stepdistill.families.schedulers import schedule_of
 from stepdistill.families.sd import SD
 from stepdistill.methods import METHODS
 from training.data.prompts import Prompts
@@ -91,11 +91,12 @@ def test_a_method_whose_student_is_told_more_than_its_family_can_tell_is_refused
 
 @pytest.mark.parametrize("name", ["sim", "sid", "diff_instruct"])
 def test_a_first_state_the_students_pipeline_cannot_start_from_is_refused(name, tiny_ddpm, prompts):
-    def recipe(**settings):
+    def recipe(**student):
         return recipe_from(
             {
                 "family": {"name": "pixel", "teacher": str(tiny_ddpm)},
-                "method": {"name": name, **settings},
+                "student": student,
+                "method": {"name": name},
                 "data": {"name": "toy"},
                 "optim": {"batch_size": 2},
                 "run": {"steps": 1, "out": "runs/x"},
@@ -104,7 +105,7 @@ def test_a_first_state_the_students_pipeline_cannot_start_from_is_refused(name, 
 
     family = Pixel(Pixel.Config(teacher=str(tiny_ddpm)))
     said = refusal(check, recipe(), family, prompts)
-    assert said.startswith("method.init_noise=sigma: ") and "starts from unit noise; set it to that" in said
+    assert said.startswith("student.init_noise=sigma: ") and "starts from unit noise; set it to that" in said
     check(recipe(init_noise="unit"), family, prompts)
 
 

@@ -33,7 +33,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "lcm": {"ddim_steps": 4},
     "compose": {
         "parts": [
-            {"name": "scm", "warmup": 4, "first_rho": 0.0},
+            {"name": "scm", "warmup": 4},
             {"name": "ladd", "warmup": 3, "misaligned": True},
         ]
     },

@@ -129,7 +129,7 @@ def test_what_cannot_be_merged_is_refused_with_one_sentence(halves, tmp_path, ca
     shutil.copytree(halves[1], other)
     card = json.loads((other / "stepdistill.json").read_text())
     for change, says in (
-        ({"steps": [1]}, r"differ in steps: [1, 2] and [1]"),
+        ({"sampling": card["sampling"] | {"rule": "ode"}}, "differ in rule: renoise and ode"),
         ({"routing": None}, "was not trained on a part"),
         ({"routing": card["routing"] | {"centroids": [[0.0] * 64] * 2}}, "parts of different data"),
     ):

@@ -17,13 +17,15 @@ from stock import (
 )
 
 from stepdistill import load
+from stepdistill.card import Card
 from stepdistill.denoiser import Denoiser
+from stepdistill.drawing import Sampler
+from stepdistill.errors import UserError
 from stepdistill.families.toy import Toy, gaussian, gaussian_flow_map
 from stepdistill.noise import SampleNoise
 from stepdistill.prediction import Prediction
-from stepdistill.sampling import ImageSampler, first_input, sample, walk
-from stepdistill.schedule import VP, Flow, Schedule
-from stepdistill.timesteps import few_step_grid, teacher_grid, times_like
+from stepdistill.sampling import Sampling
+from stepdistill.schedule import VP, Flow, Schedule, times_like
 
 
 def oracle(schedule: Schedule) -> Denoiser:
@@ -40,7 +42,7 @@ def test_renoise_equals_lcm_scheduler_step_by_step(steps, theirs, kind):
         beta_schedule="scaled_linear", original_inference_steps=4, prediction_type=theirs
     )
     scheduler.set_timesteps(steps)
-    schedule, times = VP(scheduler.alphas_cumprod), few_step_grid(VP(scheduler.alphas_cumprod), steps, 4)
+    schedule, times = VP(scheduler.alphas_cumprod), VP(scheduler.alphas_cumprod).few_step_grid(steps, 4)
     assert list(times) == scheduler.timesteps.tolist()
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
     start, outputs = drawn(steps)
@@ -62,7 +64,7 @@ def test_ode_equals_ddim_scheduler_step_by_step(steps, theirs, kind):
     for table in ("alphas_cumprod", "final_alpha_cumprod"):
         setattr(scheduler, table, getattr(scheduler, table).double())
     start, outputs = drawn(steps)
-    ours = states(outputs, kind, schedule, start, teacher_grid(schedule, steps), rule="ode")
+    ours = states(outputs, kind, schedule, start, schedule.teacher_grid(steps), rule="ode")
     close(ours, stock_states(scheduler, outputs, start), 1e-10)
 
 
@@ -76,14 +78,14 @@ def test_ode_equals_ddim_scheduler_step_by_step(steps, theirs, kind):
 )
 @pytest.mark.parametrize("steps", [1, 2, 4])
 # At pure noise our alpha is 1e-4, not 0; below it both are exact, theirs in float32.
-@pytest.mark.parametrize(("first_rho", "tolerance"), [(None, 5e-4), (9.0, 2e-6)])
+@pytest.mark.parametrize(("first_rho", "tolerance"), [(0.0, 5e-4), (9.0, 2e-6)])
 def test_under_flow_the_rules_are_the_stock_schedulers(
     name, settings, rule, dtype, steps, first_rho, tolerance
 ):
     import diffusers
 
     scheduler, schedule = getattr(diffusers, name)(**settings), Flow()
-    times = few_step_grid(schedule, steps, None, first_rho)
+    times = schedule.few_step_grid(steps, 0, first_rho)
     scheduler.set_timesteps(sigmas=list(times))
     start, outputs = drawn(steps)
     ours = states(outputs, "flow", schedule, start, times, seeded(start, dtype), rule=rule)
@@ -95,16 +97,19 @@ def test_under_flow_the_rules_are_the_stock_schedulers(
 def test_renoising_with_the_oracle_keeps_the_distribution(steps, name):
     schedule, n = MADE[name], 60_000
     noise = SampleNoise(range(n), step=steps, phase=name)
-    grid = few_step_grid(schedule, steps)
-    x = first_input(schedule, noise.randn(1, dtype=torch.float64), grid[0], "unit")
-    x0 = sample(oracle(schedule), x, grid, lambda _: noise.randn(1, dtype=torch.float64))
+    grid = schedule.few_step_grid(steps)
+    x = schedule.first_state(noise.randn(1, dtype=torch.float64), grid[0])
+    x0 = Sampling().sample(oracle(schedule), x, grid, lambda _: noise.randn(1, dtype=torch.float64))
     # EDM starts from mean 0 where its own marginal has mean MEAN, a bias of STD / 80 standard deviations.
     bias = 0.002 if name == "edm" else 0.0
     assert abs(float(x0.mean()) - MEAN) < 5 * STD / n**0.5 + bias
     assert abs(float(x0.std()) - STD) < 5 * STD / (2 * n) ** 0.5
     if steps > 1:  # the posterior mean in its place does not keep it
         mean = Denoiser(gaussian(schedule, [MEAN], STD), "x0", schedule)
-        assert float(sample(mean, x, grid, lambda _: noise.randn(1, dtype=torch.float64)).std()) < 0.97 * STD
+        assert (
+            float(Sampling().sample(mean, x, grid, lambda _: noise.randn(1, dtype=torch.float64)).std())
+            < 0.97 * STD
+        )
 
 
 @EVERY_SCHEDULE
@@ -126,7 +131,7 @@ def test_ode_with_the_exact_teacher_converges_to_the_flow_map(schedule):
         def no_noise(_: int) -> torch.Tensor:
             raise AssertionError("the ode rule draws no noise")
 
-        drawn = sample(teacher, x, teacher_grid(schedule, steps), no_noise, rule="ode")
+        drawn = Sampling(rule="ode").sample(teacher, x, schedule.teacher_grid(steps), no_noise)
         return float((drawn - clean).abs().max())
 
     coarse, fine, finest = error(50), error(200), error(800) if schedule.t_max < 900 else error(500)
@@ -136,13 +141,13 @@ def test_ode_with_the_exact_teacher_converges_to_the_flow_map(schedule):
 
 def test_first_input():
     z = torch.randn(4, 2, dtype=torch.float64)
-    assert first_input(MADE["vp"], z, 999, "unit") is z
-    assert torch.equal(first_input(MADE["edm"], z, 80.0, "unit"), 80 * z)
-    assert torch.equal(first_input(MADE["flow"], z, 1.0, "unit"), z)
+    unit, sigma_noise = Sampling(), Sampling(init_noise="sigma")
+    assert unit.first_input(MADE["vp"], z, 999) is z
+    assert torch.equal(unit.first_input(MADE["edm"], z, 80.0), 80 * z)
+    assert torch.equal(unit.first_input(MADE["flow"], z, 1.0), z)
     sigma = (1 - 0.0046600) ** 0.5
-    torch.testing.assert_close(first_input(MADE["vp"], z, 999, "sigma"), sigma * z, rtol=1e-5, atol=0)
-    with pytest.raises(ValueError, match="init_noise"):
-        first_input(MADE["vp"], z, 999, "zero")
+    first = sigma_noise.first_input(MADE["vp"], z, 999)
+    torch.testing.assert_close(first, sigma * z, rtol=1e-5, atol=0)
 
 
 def test_walk_stops_at_the_last_time_and_counts_steps():
@@ -153,14 +158,12 @@ def test_walk_stops_at_the_last_time_and_counts_steps():
     def draw(i: int) -> torch.Tensor:
         return torch.full_like(x, float(i))
 
-    x_t = walk(oracle(schedule), x, grid, draw, on_step=lambda i, n: counted.append((i, n)))
+    x_t = Sampling().walk(oracle(schedule), x, grid, draw, on_step=lambda i, n: counted.append((i, n)))
     assert counted == [(1, 3), (2, 3)]
     half = 0.5 * oracle(schedule)(x, times_like(1.0, x)).x0 + 0.5 * 0.0
     quarter = 0.75 * oracle(schedule)(half, times_like(0.5, x)).x0 + 0.25 * 1.0
     torch.testing.assert_close(x_t, quarter, rtol=1e-12, atol=1e-12)
-    assert walk(oracle(schedule), x, grid[:1], draw) is x
-    with pytest.raises(ValueError, match="rule must be"):
-        walk(oracle(schedule), x, grid, draw, rule="euler")
+    assert Sampling().walk(oracle(schedule), x, grid[:1], draw) is x
 
 
 def test_extras_reach_every_call():
@@ -170,37 +173,32 @@ def test_extras_reach_every_call():
         heard.append((cond, guidance))
         return Prediction(x_t, "x0", x_t, t, Flow())
 
-    sample(predict, torch.zeros(1, 1), (1.0, 0.5), lambda _: torch.zeros(1, 1), "cond", guidance="g")
+    Sampling().sample(
+        predict, torch.zeros(1, 1), (1.0, 0.5), lambda _: torch.zeros(1, 1), "cond", guidance="g"
+    )
     assert heard == [("cond", "g")] * 2
 
 
 @pytest.fixture(scope="module")
-def toy() -> ImageSampler:
+def toy() -> Sampler:
     family = Toy(Toy.Config(classes=4, fit_steps=0))
     student = family.student("teacher", ())
-    card = {
-        "kind": "student",
-        "steps": [1, 2, 4],
-        "finest": 4,
-        "rule": "renoise",
-        "guidance_free": True,
-        "name": "toy",
-    }
-    return ImageSampler(family, student, Path("toy"), card)
+    card = Card("student", "toy", sampling=Sampling((1, 2, 4)))
+    return Sampler(family, student, Path("toy"), card)
 
 
 @pytest.mark.parametrize("steps", [1, 4])
 def test_a_sample_is_bitwise_independent_of_its_batch_and_of_padding(toy, steps):
     labels, seeds = [0, 1, 2, 3, 0, 1, 2], [10, 11, 12, 13, 14, 15, 16]
-    whole = toy.x0(labels, seeds, steps=steps, chunk=4)
+    whole = toy.at(steps, chunk=4).x0(labels, seeds)
     assert whole.shape == (7, 2)
     for i in (0, 3, 6):
-        assert torch.equal(toy.x0([labels[i]], [seeds[i]], steps=steps, chunk=4)[0], whole[i])
+        assert torch.equal(toy.at(steps, chunk=4).x0([labels[i]], [seeds[i]])[0], whole[i])
     order = [6, 2, 4, 0, 1, 5, 3]
-    shuffled = toy.x0([labels[i] for i in order], [seeds[i] for i in order], steps=steps, chunk=4)
+    shuffled = toy.at(steps, chunk=4).x0([labels[i] for i in order], [seeds[i] for i in order])
     assert torch.equal(shuffled, whole[order])
-    assert not torch.equal(toy.x0([0], [10], steps=steps, chunk=4), toy.x0([0], [11], steps=steps, chunk=4))
-    assert not torch.equal(toy.x0([0], [10], steps=steps, chunk=4), toy.x0([1], [10], steps=steps, chunk=4))
+    assert not torch.equal(toy.at(steps, chunk=4).x0([0], [10]), toy.at(steps, chunk=4).x0([0], [11]))
+    assert not torch.equal(toy.at(steps, chunk=4).x0([0], [10]), toy.at(steps, chunk=4).x0([1], [10]))
 
 
 def test_images_are_bitwise_independent_of_their_batch(tiny_sd):
@@ -242,7 +240,7 @@ def test_on_step_counts_per_chunk_and_may_raise(tiny_sd):
 
 def test_a_student_is_called_at_its_own_times_and_a_teacher_at_trailing_ones(toy):
     assert toy.times(4) == (999, 749, 499, 249) and toy.times(2) == (999, 499)
-    teacher = ImageSampler(toy.family_, toy.denoiser, toy.path, {})
+    teacher = Sampler(toy.family_, toy.denoiser, toy.path)
     assert teacher.kind == "teacher" and teacher.default_steps == 50
     assert teacher.times(30)[:2] == (999, 966) and teacher.times(50)[-1] == 19
 
@@ -257,11 +255,50 @@ def test_the_samplers_noise_is_a_stock_pipelines(toy):
             return torch.zeros_like(x_t)
 
     schedule = toy.denoiser.schedule
-    ear = ImageSampler(toy.family_, Denoiser(Ear(), "x0", schedule), toy.path, toy.card)
-    ear.x0([0, 0], [7, 8], steps=2, chunk=2)
+    ear = Sampler(toy.family_, Denoiser(Ear(), "x0", schedule), toy.path, toy.card)
+    ear.at(2, chunk=2).x0([0, 0], [7, 8])
     first, second = heard
     for row, seed in enumerate((7, 8)):
         generator = torch.Generator().manual_seed(seed)
         assert torch.equal(first[row], torch.randn(2, generator=generator))
         expected = schedule.sigma(torch.tensor([499.0])).float() * torch.randn(2, generator=generator)
         torch.testing.assert_close(second[row], expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"steps": (0,)}, "student.steps must list whole numbers of at least 1, got \\[0\\]"),
+        ({"rule": "euler"}, "student.rule must be one of renoise, ode, tcd, flowmap, got 'euler'"),
+        ({"init_noise": "zero"}, "student.init_noise must be one of unit, sigma, got 'zero'"),
+        ({"first_rho": -1.0}, "student.first_rho must be 0 .* got -1"),
+        ({"first_rho": float("nan")}, "student.first_rho must be 0 .* got nan"),
+        ({"eta": 1.5}, "student.eta must be between 0 and 1, got 1.5"),
+        ({"steps": (8,), "finest": 4}, "student.steps must be at most .* 4.* got 8"),
+    ],
+)
+def test_a_sampling_refuses_what_cannot_be(values, said):
+    with pytest.raises(UserError, match=said):
+        Sampling(**values)
+
+
+def test_of_several_layers_the_last_that_names_a_value_wins():
+    layers = ({"rule": "tcd", "eta": 0.3, "first_rho": 2.0}, {"eta": None}, {"first_rho": 0.0, "eta": 1.0})
+    assert Sampling.of((1, 2), *layers) == Sampling((1, 2), "tcd", 0.0, eta=1.0)
+    assert Sampling.of((1,), {"init_noise": "sigma"}).init_noise == "sigma"
+    # Several steps renoise, and stock schedulers that do start from unit noise.
+    assert Sampling.of((1, 2), {"init_noise": "sigma"}).init_noise == "unit"
+
+
+def test_equal_settings_are_one_drawer(toy):
+    draw = toy.at(2, chunk=4)
+    assert draw == toy.at(2, chunk=4) != toy.at(4, chunk=4) and draw.key != toy.at(2, chunk=8).key
+    assert draw.nfe == 2 and draw.label == "student, 2 steps" and toy.at().steps == 1
+    with pytest.raises(UserError, match="steps=3 is not what 'toy' was trained for; use one of 1, 2, 4"):
+        toy.at(3)
+
+
+def test_a_guided_step_costs_two_evaluations(tiny_sd):
+    sampler = load(tiny_sd)
+    assert sampler.at(5, 3.0).nfe == 10 and sampler.at(5, 1.0).nfe == 5
+    assert sampler.at(5, 3.0).label == "teacher, 5 steps, guidance 3"

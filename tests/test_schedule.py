@@ -143,3 +143,18 @@ def test_half_precision_images_get_float32_coefficients():
     shaped = expand(f64(0.123456789, 1), images)
     assert shaped.shape == (2, 1, 1, 1) and shaped.dtype == torch.float32
     assert expand(f64(1), images[:1].double()).dtype == torch.float64
+
+
+def test_a_shift_moves_the_grids_and_not_the_process():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    plain, shifted = Flow(), Flow(3.0)
+    t = torch.linspace(0, 1, 11, dtype=torch.float64)
+    assert torch.equal(plain.sigma(t), shifted.sigma(t)) and torch.equal(plain.alpha(t), shifted.alpha(t))
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
+    assert scheduler.sigmas[:-1].tolist() == pytest.approx(shifted.teacher_grid(4), abs=1e-6)
+    assert shifted.few_step_grid(2, 4) == pytest.approx(shifted.few_step_grid(4)[::2])
+    # It starts at the noise level asked for, whatever the shift.
+    first = torch.tensor(shifted.few_step_grid(4, 4, 2.5)[:1], dtype=torch.float64)
+    assert float(shifted.rho(first)) == pytest.approx(2.5)

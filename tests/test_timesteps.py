@@ -11,8 +11,7 @@ import torch
 from stepdistill import timesteps
 from stepdistill.errors import UserError
 from stepdistill.noise import SampleNoise
-from stepdistill.schedule import EDM, VP, Flow, TrigFlow
-from stepdistill.timesteps import few_step_grid, ode_grid, teacher_grid, times_like
+from stepdistill.schedule import EDM, VP, Flow, TrigFlow, times_like
 
 VP_TABLE = VP.from_betas()
 SCHEDULES = {"vp": VP_TABLE, "edm": EDM(), "flow": Flow(), "trig": TrigFlow()}
@@ -25,23 +24,23 @@ def test_the_vp_grid_is_what_lcm_scheduler_lists(finest):
     scheduler = LCMScheduler(original_inference_steps=finest)
     for steps in range(1, finest + 1):
         scheduler.set_timesteps(steps)
-        assert scheduler.timesteps.tolist() == list(few_step_grid(VP_TABLE, steps, finest)), steps
+        assert scheduler.timesteps.tolist() == list(VP_TABLE.few_step_grid(steps, finest)), steps
 
 
 def test_known_grids():
-    assert few_step_grid(VP_TABLE, 4) == (999, 749, 499, 249)
-    assert few_step_grid(VP_TABLE, 1) == (999,)
-    assert few_step_grid(VP_TABLE, 2, 4) == (999, 499)
-    assert few_step_grid(Flow(), 4) == (1.0, 0.75, 0.5, 0.25)
-    assert few_step_grid(Flow(), 2, 4) == (1.0, 0.5)
-    assert few_step_grid(TrigFlow(), 2) == pytest.approx((math.pi / 2, math.pi / 4))
+    assert VP_TABLE.few_step_grid(4) == (999, 749, 499, 249)
+    assert VP_TABLE.few_step_grid(1) == (999,)
+    assert VP_TABLE.few_step_grid(2, 4) == (999, 499)
+    assert Flow().few_step_grid(4) == (1.0, 0.75, 0.5, 0.25)
+    assert Flow().few_step_grid(2, 4) == (1.0, 0.5)
+    assert TrigFlow().few_step_grid(2) == pytest.approx((math.pi / 2, math.pi / 4))
 
 
 def test_more_steps_than_a_table_has_are_refused():
     with pytest.raises(UserError, match="2000 steps are more than the 1000 timesteps of the schedule"):
-        few_step_grid(VP_TABLE, 2000)
+        VP_TABLE.few_step_grid(2000)
     with pytest.raises(UserError, match="700 steps are more than the 626 timesteps"):
-        few_step_grid(VP_TABLE, 700, first_rho=2.5)
+        VP_TABLE.few_step_grid(700, first_rho=2.5)
 
 
 def test_a_fraction_of_the_karras_range_is_the_same_noise_under_schedules_that_reach_as_far():
@@ -57,7 +56,7 @@ def test_the_edm_grid_is_what_the_consistency_scheduler_lists():
     scheduler = CMStochasticIterativeScheduler(num_train_timesteps=40)
     for steps in range(1, 41):
         scheduler.set_timesteps(steps)
-        ours = np.array(few_step_grid(EDM(), steps))
+        ours = np.array(EDM().few_step_grid(steps))
         np.testing.assert_allclose(ours, scheduler.sigmas[:steps].numpy(), rtol=1e-5, err_msg=str(steps))
 
 
@@ -67,12 +66,12 @@ def test_the_teachers_grid_is_trailing_ddim(steps):
 
     scheduler = DDIMScheduler(timestep_spacing="trailing")
     scheduler.set_timesteps(steps)
-    assert scheduler.timesteps.tolist() == list(teacher_grid(VP_TABLE, steps))
+    assert scheduler.timesteps.tolist() == list(VP_TABLE.teacher_grid(steps))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 def test_grids_fall_from_the_noisy_end(schedule):
-    for grid in (few_step_grid(schedule, 4), few_step_grid(schedule, 4, 20), teacher_grid(schedule, 30)):
+    for grid in (schedule.few_step_grid(4), schedule.few_step_grid(4, 20), schedule.teacher_grid(30)):
         assert grid[0] == pytest.approx(schedule.t_max)
         assert all(a > b for a, b in zip(grid, (*grid[1:], schedule.t_min), strict=True))
 
@@ -80,16 +79,16 @@ def test_grids_fall_from_the_noisy_end(schedule):
 def test_grids_refuse_what_they_cannot_serve():
     for steps, finest in ((0, None), (5, 4), (-1, 4)):
         with pytest.raises(ValueError, match="steps must be between 1 and"):
-            few_step_grid(VP_TABLE, steps, finest)
+            VP_TABLE.few_step_grid(steps, finest)
     with pytest.raises(ValueError, match="steps must be between 1 and 1000"):
-        teacher_grid(VP_TABLE, 1001)
+        VP_TABLE.teacher_grid(1001)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 def test_ode_grids_reach_both_ends(schedule):
-    grid = ode_grid(schedule, 10)
+    grid = schedule.ode_grid(10)
     assert len(grid) == 11 and float(grid[0]) == schedule.t_max and float(grid[-1]) == schedule.t_min
-    curved = ode_grid(schedule, 10, "karras")
+    curved = schedule.ode_grid(10, "karras")
     assert bool((curved[1:] < curved[:-1]).all())
     assert float(curved[0]) == schedule.t_max and float(curved[-1]) == schedule.t_min
 
@@ -97,7 +96,7 @@ def test_ode_grids_reach_both_ends(schedule):
 def test_karras_spacing_is_the_published_formula():
     low, high, n = 0.002 ** (1 / 7), 80 ** (1 / 7), 18
     expected = [(high + i / (n - 1) * (low - high)) ** 7 for i in range(n)]
-    np.testing.assert_allclose(ode_grid(EDM(), n - 1, "karras").numpy(), expected, rtol=1e-9)
+    np.testing.assert_allclose(EDM().ode_grid(n - 1, "karras").numpy(), expected, rtol=1e-9)
 
 
 def test_times_like():

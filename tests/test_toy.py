@@ -17,8 +17,7 @@ from stepdistill.families.toy import (
 )
 from stepdistill.noise import SampleNoise
 from stepdistill.prediction import Prediction
-from stepdistill.schedule import EDM, Flow
-from stepdistill.timesteps import times_like
+from stepdistill.schedule import EDM, Flow, times_like
 
 MADE = {name: make() for name, make in SCHEDULES.items()}
 EVERY = pytest.mark.parametrize("schedule", MADE.values(), ids=MADE)

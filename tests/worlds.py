@@ -6,7 +6,7 @@ All tests make their methods by `method` and their worlds by `world`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import pytest
@@ -22,6 +22,7 @@ from stepdistill.methods.base import Batch, Method, Networks, Pairs, Phase
 from stepdistill.noise import SampleNoise
 from stepdistill.registry import allowing_code, resolve
 from stepdistill.rewards import RewardModel
+from stepdistill.sampling import Sampling
 
 COUNT = 16  # samples of a world's batch
 
@@ -49,17 +50,21 @@ VARIANTS = [(name, SETTINGS.get(name, {})) for name in METHODS] + [
 EVERY = pytest.mark.parametrize(
     ("name", "settings"), VARIANTS, ids=[f"{n}{i}" for i, (n, _) in enumerate(VARIANTS)]
 )
+# A recipe's `student:` section; all else is the method's own.
+SAMPLED = {each.name for each in fields(Sampling)} - {"steps"}
 # Of methods whose student serves one number of steps; all others are made for one and two.
 STEPS = {"boot": (1,), "progressive": (2,), "lightning": (2,)}
 
 
 def method(name: str, steps: Sequence[int] | None = None, **settings: Any) -> Method:
-    """A registered method, or "module:Class", with these settings."""
+    """A registered method, or "module:Class", with these settings: its own and those of `Sampling`."""
     steps = STEPS.get(name, (1, 2)) if steps is None else steps
+    sampled = {key: settings.pop(key) for key in SAMPLED & settings.keys()}
     # Eyes and rewards are the tests' own.
     with allowing_code():
         cls = resolve(name, METHODS, "method")
-        return cls(build(cls.Config, settings, "method"), steps)
+        config = build(cls.Config, settings, "method")
+        return cls(config, Sampling.of(steps, cls.sampled(config), sampled))
 
 
 @dataclass

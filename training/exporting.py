@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from stepdistill import export
+from stepdistill.card import Card
 from stepdistill.denoiser import Denoiser
+from stepdistill.drawing import Sampler
 from stepdistill.ema import EMA
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
 from stepdistill.methods.base import Method
-from stepdistill.sampling import ImageSampler
 from training.checkpoint import Checkpoint, RunDirectory
 from training.recipe import Recipe
 
@@ -41,15 +42,15 @@ class StudentCard:
         """Whether the average of the weights is exported, not the weights themselves."""
         return self.stage.run.export == "ema" and self.stage.student.ema > 0
 
-    def at(self, step: int) -> dict[str, Any]:
+    def at(self, step: int) -> Card:
         """The card of the student of the global `step`."""
         recipe = self.stage.mapping()
         # With stages, `whole` may have no method of its own.
         if self.whole.partials:
             recipe["stages"] = self.whole.mapping()["stages"]
         weights = "ema" if self.average else "raw"
-        card = export.card_of(self.family, self.method, recipe, step=step, weights=weights)
-        return card | ({"routing": self.routing} if self.routing else {})
+        facts = {"step": step, "weights": weights, "routing": self.routing or None}
+        return export.card_of(self.family, self.method, recipe, **facts)
 
 
 class ExportedStudent:
@@ -84,9 +85,9 @@ class ExportedStudent:
             self.ema.put(self.student)
         return self.student
 
-    def sampler(self, step: int) -> ImageSampler:
+    def sampler(self, step: int) -> Sampler:
         """Draws with the network as it is now; use it inside `weights` or after `put`."""
-        return ImageSampler(self.card.family, self.student, self.directory, self.card.at(step), self.device)
+        return Sampler(self.card.family, self.student, self.directory, self.card.at(step), self.device)
 
     def write(self, step: int) -> None:
         """Write the pipeline directory; after `put`."""
@@ -113,8 +114,8 @@ def export_checkpoint(recipe: Recipe, which: str) -> str:
     checkpoint = directory.load(int(chosen))
     stage = recipe.stages()[checkpoint.extra["stage"]]
     family: Family = stage.family.make()
-    method = stage.method.make(stage.student.steps)
-    student = family.student(stage.student.init, method.student_extras)
+    method = stage.new_method()
+    student = family.student(stage.student.init, method.sampling.inputs)
     card = StudentCard(stage, recipe, method, family, _routing(checkpoint, stage))
     student.load_state_dict(checkpoint.tensors["student"])
     if card.average:

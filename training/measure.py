@@ -8,16 +8,16 @@ from torch import Tensor
 
 from stepdistill import scenes
 from stepdistill.config import closest
+from stepdistill.drawing import Sampler
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
-from stepdistill.sampling import ImageSampler
 from training.recipe import RunConfig
 
 SEED = 10_000_019  # of the points a family's own metric draws
 
 
 def measure(
-    run: RunConfig, family: Family, sampler: ImageSampler, metric: str | None = None, steps: int | None = None
+    run: RunConfig, family: Family, sampler: Sampler, metric: str | None = None, steps: int | None = None
 ) -> float:
     """`metric`, by default the run's, of `sampler` at `steps`, by default its least number of them."""
     metric = metric or run.metric
@@ -26,7 +26,7 @@ def measure(
 
         def points(n: int) -> Tensor:
             told = [i % max(classes, 1) for i in range(n)]
-            return sampler.x0(told, range(SEED, SEED + n), steps=steps, chunk=n)
+            return sampler.at(steps, chunk=n).x0(told, range(SEED, SEED + n))
 
         return float(family.metrics[metric](points))
     from evaluation import evaluate

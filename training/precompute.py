@@ -17,8 +17,7 @@ from stepdistill.errors import UserError, atomic_write
 from stepdistill.families.base import Family
 from stepdistill.methods.base import Pairs, PairSettings
 from stepdistill.noise import SampleNoise
-from stepdistill.sampling import first_input
-from stepdistill.timesteps import teacher_grid, times_like
+from stepdistill.schedule import times_like
 from training.data import Source
 
 # Trajectories per file: what an interruption can cost.
@@ -136,9 +135,9 @@ def _trajectory(
     schedule, cond = family.schedule, _cond(family, source, indices, device)
     uncond = map_cond(lambda c: c.to(device), family.uncond(len(indices)))
     z = SampleNoise(indices, phase="pairs", device=device).randn(*family.shape)
-    grid = teacher_grid(schedule, settings.steps)
+    grid = schedule.teacher_grid(settings.steps)
     times = sorted({*grid, *settings.times}, reverse=True)
-    x_t, states = first_input(schedule, z, times[0], "unit"), {}
+    x_t, states = schedule.first_state(z, times[0]), {}
     for number, t in enumerate(times):
         states[t] = x_t
         now = times_like(t, x_t)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,11 +11,11 @@ from PIL import Image, ImageDraw
 from torch import nn
 
 from stepdistill.denoiser import Denoiser, map_cond
+from stepdistill.drawing import Sampler, teacher_card
 from stepdistill.errors import atomic_write
 from stepdistill.families.base import Family
 from stepdistill.methods.base import Method
 from stepdistill.noise import SampleNoise
-from stepdistill.sampling import ImageSampler
 from training.data import Source
 
 TEACHER_STEPS = 50
@@ -43,14 +42,14 @@ class Preview:
         self._teacher: np.ndarray | None = None
 
     def draw(
-        self, sampler: ImageSampler, networks: Mapping[str, nn.Module], path: Path, notes: Sequence[str] = ()
+        self, sampler: Sampler, networks: Mapping[str, nn.Module], path: Path, notes: Sequence[str] = ()
     ) -> Path:
         """Write one PNG: a row per student step count, then the teacher, then what each fake score makes of noised
         images, and `notes` below.
         """
         family, seeds = self.family, range(self.count)
         counts = sorted(sampler.steps or (TEACHER_STEPS,))
-        drawn = [sampler.x0(self.prompts, seeds, steps=steps, chunk=self.chunk) for steps in counts]
+        drawn = [sampler.at(steps, chunk=self.chunk).x0(self.prompts, seeds) for steps in counts]
         rows: Rows = [
             (f"{sampler.kind}, {steps} step{'s' * (steps > 1)}", family.picture(x0))
             for steps, x0 in zip(counts, drawn, strict=True)
@@ -67,10 +66,9 @@ class Preview:
 
     def _teachers(self, device: torch.device) -> np.ndarray:
         if self._teacher is None:
-            scale = getattr(self.method.config, "guidance_scale", 1.0)
-            card: dict[str, Any] = {"kind": "teacher", "guidance_scale": scale}
-            teacher = ImageSampler(self.family, self.family.teacher, Path("teacher"), card, device)
-            x0 = teacher.x0(self.prompts, range(self.count), steps=TEACHER_STEPS, chunk=self.chunk)
+            card = teacher_card(self.family, getattr(self.method.config, "guidance_scale", 1.0))
+            teacher = Sampler(self.family, self.family.teacher, Path("teacher"), card, device)
+            x0 = teacher.at(TEACHER_STEPS, chunk=self.chunk).x0(self.prompts, range(self.count))
             self._teacher = self.family.picture(x0)
         return self._teacher
 

@@ -21,7 +21,9 @@ from stepdistill.config import UnknownKey, apply_overrides, build, plain, read_y
 from stepdistill.errors import UserError
 from stepdistill.families import FAMILIES
 from stepdistill.methods import METHODS
+from stepdistill.methods.base import Method
 from stepdistill.registry import resolve
+from stepdistill.sampling import Sampling
 from training.data import DATA
 from training.sections import OptimConfig, RunConfig, StudentConfig, as_section, field_names
 
@@ -57,6 +59,7 @@ class Recipe:
         method, data: None only where every stage names its own; never None in what `stages()` returns.
         run: with stages that all give run.steps and none in common, run.steps is their sum.
         partials: the `stages:` list as written.
+        sampling: how the student of a stage is sampled; None only where `method` is.
     """
 
     family: Choice
@@ -66,6 +69,7 @@ class Recipe:
     optim: OptimConfig
     run: RunConfig
     partials: tuple[dict[str, Any], ...] = ()
+    sampling: Sampling | None = None
 
     def stages(self) -> list[Recipe]:
         """The recipe of each stage, in order; [self] without stages."""
@@ -73,7 +77,11 @@ class Recipe:
             return [self]
         base = self.mapping()
         base.pop("stages")
-        return [_from_mapping(_merged(base, partial)) for partial in self.partials]
+        return _staged(base, self.partials)
+
+    def new_method(self) -> Method:
+        """The stage's method, for a student sampled as `sampling` says."""
+        return self.method.make(self.sampling)
 
     @property
     def total_steps(self) -> int:
@@ -108,16 +116,26 @@ def recipe_from(mapping: Mapping[str, Any]) -> Recipe:
         raise UserError("stages: expected a list of sections, one entry per stage, or leave it out.")
     for i, partial in enumerate(partials):
         _check_stage(partial, f"stages.{i}")
-    built = []
-    for i, partial in enumerate(partials):
-        try:
-            built.append(_from_mapping(_merged(base, partial)))
-        except UserError as error:
-            raise UserError(f"stages.{i}: {error}") from None
+    built = _staged(base, partials)
     run = as_section(base.get("run"), "run")
     if run.get("steps") is None:
         base["run"] = {**run, "steps": sum(stage.run.steps for stage in built)}
     return _from_mapping(base, partials=tuple(plain(partials)))
+
+
+def _staged(base: Mapping[str, Any], partials: Sequence[Mapping[str, Any]]) -> list[Recipe]:
+    """The recipe of each stage. A student's sampling goes on from stage to stage; that of a many-step model, which
+    students are yet to be made of, does not.
+    """
+    built: list[Recipe] = []
+    inherited: dict[str, Any] = {}
+    for i, partial in enumerate(partials):
+        try:
+            built.append(_from_mapping(_merged(base, partial), inherited=inherited))
+        except UserError as error:
+            raise UserError(f"stages.{i}: {error}") from None
+        inherited = {} if built[-1].method.cls.many_steps else built[-1].sampling.inherited()
+    return built
 
 
 Difference = tuple[str, Any, Any]
@@ -164,7 +182,11 @@ def _overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, A
     return both
 
 
-def _from_mapping(mapping: Mapping[str, Any], partials: tuple[dict[str, Any], ...] = ()) -> Recipe:
+def _from_mapping(
+    mapping: Mapping[str, Any],
+    partials: tuple[dict[str, Any], ...] = (),
+    inherited: Mapping[str, Any] | None = None,
+) -> Recipe:
     tables = {"family": FAMILIES, "method": METHODS, "data": DATA}
     try:
         chosen = {}
@@ -181,7 +203,12 @@ def _from_mapping(mapping: Mapping[str, Any], partials: tuple[dict[str, Any], ..
                 given = f"{error.section}.{error.key}"
                 raise UserError(f"unknown key {given}; did you mean {name}.{error.key}?") from None
         raise
-    return Recipe(student=student, optim=optim, run=run, partials=partials, **chosen)
+    method: Choice | None = chosen["method"]
+    sampling = None
+    if method is not None:
+        layers = (inherited or {}, method.cls.sampled(method.config), student.sampled())
+        sampling = Sampling.of(student.steps, *layers)
+    return Recipe(student=student, optim=optim, run=run, partials=partials, sampling=sampling, **chosen)
 
 
 def _choice(section: Any, table: Mapping[str, str], what: str) -> Choice:

@@ -109,7 +109,7 @@ def _stages(
     for number, (stage, source) in enumerate(zip(recipe.stages(), sources, strict=True)):
         over = checkpoint is not None and checkpoint.extra["stage"] > number
         if not over:
-            method = stage.method.make(stage.student.steps)
+            method = stage.new_method()
             batches = prepare(stage, method, family, source, accelerator)
             # Of the stage before.
             accelerator.free_memory()
@@ -157,7 +157,7 @@ def build(recipe: Recipe) -> tuple[Family, list[Source]]:
 
 def check(recipe: Recipe, family: Family, source: Source) -> None:
     """One sentence for a method, family, data source and metric that do not fit each other."""
-    method = recipe.method.make(recipe.student.steps)
+    method = recipe.new_method()
     needs, data = f"the method {recipe.method.name!r} needs", f"data.name={recipe.data.name}"
     if method.needs_images and not (source.has_images or family.own_data):
         raise UserError(
@@ -174,9 +174,9 @@ def check(recipe: Recipe, family: Family, source: Source) -> None:
         raise UserError(
             f"data.resolution={source.resolution} differs from the family's {height}x{width}; set it to that."
         )
-    if method.init_noise not in family.init_noises:
+    if method.sampling.init_noise not in family.init_noises:
         raise UserError(
-            f"method.init_noise={method.init_noise}: the pipeline of this {family.name!r} teacher starts from"
+            f"student.init_noise={method.sampling.init_noise}: the pipeline of this {family.name!r} teacher starts from"
             f" {family.init_noises[0]} noise; set it to that."
         )
     recipe.optim.check_networks(trained_by(method, recipe.run.steps))
@@ -208,7 +208,7 @@ def dry_run(recipe: Recipe) -> str:
 
 def _forecast(number: int, stage: Recipe, family: Family, source: Source) -> list[str]:
     """What a stage would train, on what, and in how much memory."""
-    method = stage.method.make(stage.student.steps)
+    method = stage.new_method()
     modules = assemble(method, family, stage.student.init).modules
     counts = {name: parameter_count(module) for name, module in modules.items() if name != "teacher"}
     trained = trained_by(method, stage.run.steps)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from stepdistill.config import UnknownKey, build, closest
 from stepdistill.errors import UserError
+from stepdistill.sampling import InitNoise, Rule, Sampling
 
 
 def _require(condition: bool, name: str, value: Any, must: str) -> None:
@@ -19,10 +20,12 @@ def _require(condition: bool, name: str, value: Any, must: str) -> None:
 
 @dataclass(frozen=True)
 class StudentConfig:
-    """The network that is trained.
+    """The network that is trained, and how it is sampled.
 
     Attributes:
         steps: the numbers of sampling steps the student is made for.
+        rule, first_rho, init_noise, eta, finest, middle_time: as `Sampling` has them; what is left out is as the
+            method's paper has it, or in a later stage as the stage before left it.
         init: "teacher", "random", or a directory with a student.
         ema: decay of the average of its weights per update of the student, in [0, 1); 0 = off.
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
@@ -32,6 +35,12 @@ class StudentConfig:
     init: str = "teacher"
     ema: float = 0.999
     gradient_checkpointing: bool = False
+    rule: Rule | None = None
+    first_rho: float | None = None
+    init_noise: InitNoise | None = None
+    eta: float | None = None
+    finest: int | None = None
+    middle_time: float | None = None
 
     def __post_init__(self) -> None:
         steps = self.steps
@@ -39,6 +48,11 @@ class StudentConfig:
         _require(good, "steps", list(steps), "be different whole numbers of at least 1")
         _require(bool(self.init), "init", "nothing", "be teacher, random or a directory")
         _require(0 <= self.ema < 1, "ema", self.ema, "be at least 0 and below 1")
+
+    def sampled(self) -> dict[str, Any]:
+        """What is said of its sampling beside `steps`, by name; None where nothing is."""
+        own = {each.name for each in fields(Sampling)} - {"steps"}
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name in own}
 
 
 @dataclass(frozen=True)

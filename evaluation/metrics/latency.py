@@ -18,7 +18,7 @@ from evaluation.metrics.base import Inputs, Metric
 from stepdistill.errors import UserError
 
 if TYPE_CHECKING:
-    from stepdistill.sampling import ImageSampler
+    from stepdistill.drawing import Sampler
 
 IMAGES = 10
 BATCH = 16  # images drawn at a time for the throughput
@@ -30,7 +30,7 @@ STAGES = ("text", "denoise", "decode")
 class Timed:
     """A sampler and the settings it is measured at."""
 
-    sampler: ImageSampler
+    sampler: Sampler
     steps: int
     guidance: float
 

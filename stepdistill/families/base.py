@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stepdistill.card import Card
 from stepdistill.denoiser import Cond, Denoiser, parameter_count
 from stepdistill.errors import UserError, first_line
-from stepdistill.schedule import VP, Flow, Schedule
 from stepdistill.untrusted import LOADING, check_components, check_directory, read_json
 
 # Pipeline classes (the `_class_name` of model_index.json) and the family that serves them.
@@ -34,7 +34,7 @@ class Family:
         shape: of one x0, such as (4, 64, 64). resolution: (H, W) of images.
         conditions: "prompt", "class" or "none"; class_names when known.
         pipeline: the diffusers pipeline behind it, None for the toy.
-        init_noises: the first states its pipeline can start from, of `sampling.INIT_NOISE`.
+        init_noises: the first states its pipeline can start from, of `sampling.InitNoise`.
         exportable: whether a student can become a pipeline directory (`export`).
         own_data: it draws x0 and classes itself (`examples`, `told`); a data source gives indices only.
         preview_count: x0 that make one picture of a preview, drawn at once; None = one picture for each.
@@ -147,11 +147,11 @@ class Family:
         """Parameter counts of the helpers a generated image costs, by stage."""
         return {name: parameter_count(module) for name, module in self.modules().items()}
 
-    def export(self, student: Denoiser, directory: Path, card: dict[str, Any]) -> None:
-        """Write a stock diffusers pipeline directory with the student's few-step scheduler.
+    def export(self, student: Denoiser, directory: Path, card: Card) -> None:
+        """Write a stock diffusers pipeline directory with the scheduler that samples as `card.sampling` says.
 
-        card: what `export.write` knows of the run; steps, finest, init_noise, rule, guidance_free, extras,
-            kind.
+        Raises:
+            UserError: there is no pipeline to export to.
         """
         raise UserError(f"the family {self.name!r} has no pipeline to export to.")
 
@@ -252,26 +252,3 @@ def _check_index(where: Path, index: Any, family: type[Family], left_out: Iterab
             f" {', '.join(served) or 'which are none'}; choose another directory or family."
         )
     check_components(where, index, family.components, tuple(left_out))
-
-
-def schedule_of(scheduler: Any) -> tuple[Schedule, str]:
-    """A diffusers scheduler's noise process and the kind its network predicts.
-
-    Raises:
-        UserError: a scheduler whose process is none of ours.
-    """
-    kinds = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-    if hasattr(scheduler, "alphas_cumprod"):
-        kind = getattr(scheduler.config, "prediction_type", "epsilon")
-        if kind not in kinds:
-            raise UserError(
-                f"prediction_type {kind!r} in the teacher's scheduler_config.json is none of {', '.join(kinds)};"
-                " set it to what the network predicts."
-            )
-        return VP(scheduler.alphas_cumprod), kinds[kind]
-    if type(scheduler).__name__.startswith("FlowMatch"):
-        return Flow(), "flow"
-    raise UserError(
-        f"the teacher's scheduler {type(scheduler).__name__} has no noise process this library knows; put one with"
-        " alphas_cumprod (such as DDIMScheduler) or a FlowMatch one into its directory."
-    )

@@ -18,17 +18,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from stepdistill.card import Card
 from stepdistill.denoiser import Cond, Denoiser
 from stepdistill.errors import UserError, first_line
 from stepdistill.families.base import (
     BEHIND_MIDDLE,
     Family,
     read_pipeline,
-    schedule_of,
     sinusoids,
     unet_blocks,
     zero_linear,
 )
+from stepdistill.families.schedulers import few_step_scheduler, schedule_of
 from stepdistill.schedule import EDM, expand
 from stepdistill.untrusted import LOADING
 
@@ -189,7 +190,7 @@ class Pixel(Family):
     def decode(self, x0: Tensor) -> Tensor:
         return x0 / 2 + 0.5
 
-    def export(self, student: Denoiser, directory: Path, card: dict[str, Any]) -> None:
+    def export(self, student: Denoiser, directory: Path, card: Card) -> None:
         from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, DDPMPipeline
 
         network = student.network
@@ -197,15 +198,13 @@ class Pixel(Family):
             scheduler = CMStochasticIterativeScheduler(
                 num_train_timesteps=40,
                 sigma_min=self.schedule.t_min,
-                sigma_max=min(card.get("first_rho") or self.schedule.t_max, self.schedule.t_max),
+                sigma_max=min(card.sampling.first_rho or self.schedule.t_max, self.schedule.t_max),
                 sigma_data=network.sigma_data,
             )
             pipeline = ConsistencyModelPipeline(network.unet, scheduler)
         else:
-            from stepdistill.families.sd import few_step_scheduler
-
             stock = self.pipeline.scheduler
-            scheduler = stock if card["kind"] == "teacher" else few_step_scheduler(stock, card)
+            scheduler = stock if card.kind == "teacher" else few_step_scheduler(stock, card.sampling)
             pipeline = DDPMPipeline(network.unet, scheduler)
         pipeline.save_pretrained(directory, safe_serialization=True)
         if network.end is not None:  # stock UNets have no place for it

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill import assets
+from stepdistill.card import Card
 from stepdistill.denoiser import Cond, Denoiser
 from stepdistill.errors import UserError, first_line
 from stepdistill.families.base import (
@@ -22,11 +23,10 @@ from stepdistill.families.base import (
     Family,
     cast,
     read_pipeline,
-    schedule_of,
     sinusoids,
     unet_blocks,
 )
-from stepdistill.timesteps import cut_table
+from stepdistill.families.schedulers import few_step_scheduler, schedule_of
 from stepdistill.untrusted import LOADING, check_directory
 
 # Of the files a component without a pipeline is read from.
@@ -238,58 +238,20 @@ class SD(Family):
     def decode(self, x0: Tensor) -> Tensor:
         return self.vae.decode(x0.to(self.vae.dtype) / self.vae.config.scaling_factor).sample / 2 + 0.5
 
-    def export(self, student: Denoiser, directory: Path, card: dict[str, Any]) -> None:
+    def export(self, student: Denoiser, directory: Path, card: Card) -> None:
         from diffusers import StableDiffusionPipeline
 
         unet = student.network.unet
-        if card["kind"] == "teacher":
+        if card.kind == "teacher":
             scheduler = self.scheduler
         else:
             unet = unet if unet.config.time_cond_proj_dim else with_time_cond(unet)
-            scheduler = few_step_scheduler(self.scheduler, card)
+            scheduler = few_step_scheduler(self.scheduler, card.sampling)
         pipeline = StableDiffusionPipeline(
             vae=self.vae, text_encoder=self.text_encoder, tokenizer=self.tokenizer, unet=unet, scheduler=scheduler,
             safety_checker=None, feature_extractor=None, requires_safety_checker=False,
         )  # fmt: skip
         pipeline.save_pretrained(directory, safe_serialization=True)
-
-
-def few_step_scheduler(scheduler: Any, card: dict[str, Any]) -> Any:
-    """The stock scheduler whose rule and timesteps are the student's.
-
-    `LCMScheduler`, like `TCDScheduler`, keeps no `timesteps` in its config; a uniform grid of `finest` points lives in
-    `original_inference_steps`, which also makes a call with the pipeline's default 50 steps a clear error.
-    A student of the rule "ode" leaves with `DDIMScheduler`, whose last step is x0 as in our sampler, a one-step
-    student of sigma noise with `EulerDiscreteScheduler`. Both take any number of steps: the card says which.
-    """
-    from diffusers import DDIMScheduler, EulerDiscreteScheduler, LCMScheduler, TCDScheduler
-
-    names = (
-        "num_train_timesteps",
-        "beta_start",
-        "beta_end",
-        "beta_schedule",
-        "trained_betas",
-        "prediction_type",
-    )
-    kept = {name: scheduler.config[name] for name in names if name in scheduler.config}
-    if card.get("first_rho"):  # a table that ends where the student starts
-        entries = cut_table(schedule_of(scheduler)[0], card["first_rho"])
-        kept |= {"num_train_timesteps": entries, "trained_betas": scheduler.betas[:entries].tolist()}
-    if card["init_noise"] == "sigma":
-        # One Euler step is x0, and its first input, rho z / sqrt(1 + rho^2), is sigma z.
-        return EulerDiscreteScheduler(**kept, timestep_spacing="trailing")
-    if card["rule"] == "ode":
-        return DDIMScheduler(**kept, clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing")
-    stepping = TCDScheduler if card["rule"] == "tcd" else LCMScheduler
-    return stepping(
-        **kept,
-        original_inference_steps=card["finest"],
-        steps_offset=1,  # used by neither; the stock pipeline warns of any other
-        clip_sample=False,
-        set_alpha_to_one=True,
-        rescale_betas_zero_snr=False,
-    )
 
 
 def _teacher_scheduler(prediction_type: str) -> Any:

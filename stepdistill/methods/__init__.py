@@ -30,6 +30,6 @@ METHODS = Table(
         "reward": "stepdistill.methods.reward:Reward",
         "add": "stepdistill.methods.add:ADD",
         "tsm": "stepdistill.methods.tsm:TSM",
-        "compose": "stepdistill.methods.base:Compose",
+        "compose": "stepdistill.methods.compose:Compose",
     },
 )

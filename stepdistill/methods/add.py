@@ -21,7 +21,7 @@ teacher_x0_std, what the teacher makes of the re-noised samples.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -35,7 +35,7 @@ from stepdistill.eyes import EYES, Eye
 from stepdistill.losses import GAN_LOSSES, moments, mse
 from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase
 from stepdistill.registry import resolve
-from stepdistill.sampling import first_input
+from stepdistill.sampling import Sampling
 from stepdistill.schedule import expand
 
 
@@ -52,11 +52,9 @@ class ADD(Method):
         distillation_weight: float = 2.5  # lambda
         guidance_scale: float = 1.0  # of the teacher in L_dist
         time_density: Literal["uniform", "karras", "lognormal"] = "uniform"  # of its noise levels
-        first_rho: float = 0.0  # noise-to-signal ratio the student starts from; 0 = the schedule's end
-        init_noise: Literal["unit", "sigma"] = "unit"  # of a one-step student under VP; as the stage before
 
-    def __init__(self, config: Any, steps: Sequence[int] = (1,)):
-        super().__init__(config, steps)
+    def __init__(self, config: Any, sampling: Sampling | None = None):
+        super().__init__(config, sampling)
         self.cls = resolve(config.eye, EYES, "eye", where="method.eye")
         self._eye: Eye | None = None
 
@@ -77,11 +75,11 @@ class ADD(Method):
     def generate(self, nets: Networks, batch: Batch) -> Tensor:
         """x_hat from noised real data at a time of the grid, drawn evenly; from pure noise at its first."""
         schedule = nets.schedule
-        grid = sorted({t for count in self.steps for t in self.sampled_as.grid(schedule, count)})
+        grid = sorted({t for count in self.sampling.steps for t in self.sampling.grid(schedule, count)})
         grid = torch.tensor(grid, dtype=torch.float64, device=batch.index.device)
         t, eps = grid[batch.generator.randint(0, len(grid))], batch.randn()
         first = expand((t == grid[-1]).double(), eps) > 0
-        start = first_input(schedule, eps, float(grid[-1]), self.sampled_as.init_noise)
+        start = self.sampling.first_input(schedule, eps, float(grid[-1]))
         x_t = torch.where(first, start, schedule.add_noise(batch.x0, eps, t))
         return nets.student(x_t, t, batch.cond).x0
 

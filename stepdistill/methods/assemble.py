@@ -32,7 +32,7 @@ def assemble(
     Raises:
         UserError: the family has no such student, or cannot checkpoint its gradients.
     """
-    student = family.student(init, method.student_extras)
+    student = family.student(init, method.sampling.inputs)
     if before is not None:
         _start_from(before, student)
     if gradient_checkpointing:

@@ -7,24 +7,22 @@ a feature.
 
 from __future__ import annotations
 
-import math
+import contextlib
+import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from stepdistill import config as configuration
 from stepdistill.denoiser import Cond, Denoiser, guided, map_cond
 from stepdistill.errors import UserError
 from stepdistill.noise import SampleNoise
 from stepdistill.prediction import Prediction
-from stepdistill.registry import resolve
-from stepdistill.sampling import first_input, walk
+from stepdistill.sampling import Sampling
 from stepdistill.schedule import Schedule, expand
-from stepdistill.timesteps import few_step_grid, teacher_grid
 
 # Named values, each a scalar or one number per sample (B,). "total" is back-propagated, the rest is logged.
 Losses = dict[str, Tensor]
@@ -149,7 +147,7 @@ class Method:
 
     Args:
         config: this class's `Config`.
-        steps: the numbers of sampling steps the student is to serve, such as (1, 2, 4).
+        sampling: how the student is sampled, and so what it is trained for; None = the paper's, one step.
     """
 
     @dataclass
@@ -157,13 +155,10 @@ class Method:
         pass
 
     needs_teacher: ClassVar[bool] = True
-    # What the student alone is told besides x_t, t and cond: "guidance" (LCM's embedded scale), "end" (the
-    # time a two-time student jumps to).
-    student_extras: ClassVar[tuple[str, ...]] = ()
-    rule: ClassVar[str] = "renoise"  # how its student is sampled, one of sampling.RULES
-    # Its student was taught one guidance scale and takes none; otherwise the scale is an argument at
-    # sampling.
-    guidance_free: ClassVar[bool] = True
+    # What it leaves takes any number of steps by DDIM, and no later stage inherits its sampling.
+    many_steps: ClassVar[bool] = False
+    # The rules (`sampling.RULES`) its student may be sampled by.
+    rules: ClassVar[tuple[str, ...]] = ("renoise", "ode", "tcd")
     # Networks whose weights a stage takes over from networks of the same names of the stage before, key by key
     # (the student always is). Any other network is made anew.
     carried: tuple[str, ...] = ()
@@ -171,15 +166,24 @@ class Method:
     # shows them in previews and warns; what is common to all methods is in training/health.py.
     health: ClassVar[dict[str, tuple[float, float, str]]] = {}
 
-    def __init__(self, config: Any, steps: Sequence[int] = (1,)):
-        self.config, self.steps = config, tuple(steps)
-        self.sampled_as: Method = (
-            self  # whose rule and times roll the student out; a composition's first part
-        )
-        if not self.steps or min(self.steps) < 1:
-            raise UserError(f"student.steps must list whole numbers of at least 1, got {list(self.steps)}.")
-        if (rho := getattr(config, "first_rho", 0.0)) < 0:
-            raise UserError(f"method.first_rho must be 0 (the schedule's end) or more, got {rho:g}.")
+    def __init__(self, config: Any, sampling: Sampling | None = None):
+        self.config = config
+        self.sampling = sampling or Sampling.of((1,), self.sampled(config))
+        if not self.sampling.steps:
+            raise UserError("student.steps must list whole numbers of at least 1, got [].")
+        if self.sampling.rule not in self.rules:
+            raise UserError(
+                f"student.rule must be {' or '.join(self.rules)} for {type(self).__name__}, got {self.sampling.rule}."
+            )
+
+    @classmethod
+    def sampled(cls, config: Any) -> dict[str, Any]:
+        """What the paper says of how its student is sampled: fields of `Sampling` by name. A recipe's `student:`
+        section overrides them; what is not named is as the stage before left it.
+
+        inputs, guidance and scale are never inherited: a student is told what this method tells it.
+        """
+        return {}
 
     @property
     def needs_images(self) -> bool:
@@ -189,40 +193,6 @@ class Method:
     def pairs(self, schedule: Schedule) -> PairSettings | None:
         """The teacher's trajectories batches must carry, if any; they are computed once and cached."""
         return None
-
-    @property
-    def guidance_scale(self) -> float:
-        """The scale previews and the exported card use by default."""
-        return 1.0
-
-    @property
-    def finest(self) -> int:
-        """Points of the grid all step counts are taken from (a scheduler's `original_inference_steps`)."""
-        return max(self.steps)
-
-    @property
-    def eta(self) -> float:
-        """Of the rule "tcd": 0 draws no noise between steps, 1 forgets the state before."""
-        return 0.0
-
-    @property
-    def init_noise(self) -> str:
-        """What the student's first state is made of, one of `sampling.INIT_NOISE`.
-
-        LCMScheduler, the stock scheduler that renoises between steps, starts from unit noise.
-        """
-        return getattr(self.config, "init_noise", "unit") if self.steps == (1,) else "unit"
-
-    @property
-    def first_rho(self) -> float | None:
-        """The noise-to-signal ratio of the student's first time; None = the schedule's end."""
-        return getattr(self.config, "first_rho", 0.0) or None
-
-    def grid(self, schedule: Schedule, steps: int) -> tuple[float, ...]:
-        """The times a student of `steps` steps is called at: those its stock scheduler lists."""
-        if self.rule == "ode":
-            return teacher_grid(schedule, steps)
-        return few_step_grid(schedule, steps, self.finest, self.first_rho)
 
     def networks(self, teacher: Denoiser | None, student: Denoiser) -> dict[str, nn.Module]:
         """Extra networks by name, made from the teacher or the student at the start of the run."""
@@ -241,6 +211,15 @@ class Method:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         pass
+
+
+@contextlib.contextmanager
+def addressed(where: str) -> Iterator[None]:
+    """What a method inside another refuses is named by its place in the recipe: `where` instead of "method"."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(re.sub(r"\bmethod\.", f"{where}.", str(error))) from None
 
 
 def guided_teacher(
@@ -269,198 +248,6 @@ def track_average(average: nn.Module, module: nn.Module, decay: float) -> None:
     with torch.no_grad():
         for mean, parameter in zip(average.parameters(), module.parameters(), strict=True):
             mean.lerp_(parameter, 1 - decay)
-
-
-Simulated = Literal["states", "counts", "passes", "longest"]
-
-
-def simulate(
-    method: Method,
-    nets: Networks,
-    batch: Batch,
-    late: float = 0.0,
-    by: Simulated = "states",
-    **extras: Tensor,
-) -> tuple[Tensor, Tensor, float]:
-    """Backward simulation (DMD2, arXiv 2405.14867, Sec. 4.5): the state the student meets at one of its own
-    sampling steps.
-
-    Draws a step count of `method.steps` and a position K in its grid, one for the whole global batch, and
-    rolls the student out to there without gradient, by the very rule that samples it later. K = 0 is the
-    method's first state, pure noise.
-
-    by: "states" meets every (count, K) alike, so that the last ones of a long grid hold; "counts" every count,
-    which favours pure noise; "passes" a count the rarer the longer it is (probability over 1 / count), which
-    spends as much on one step as on many; "longest" the states of the longest count alike and no others.
-    late: positions before that fraction of the grid are left out.
-
-    Returns:
-        x_t (B, ...), t (B,) and t as a number.
-    """
-    schedule, method = nets.schedule, method.sampled_as
-    states = [(count, place) for count in method.steps for place in range(int(late * count), count)]
-    if by != "states":
-        counts = list(method.steps)
-        if by == "longest":
-            counts = [max(counts)]
-        elif by == "passes":
-            counts = [count for count in counts for _ in range(math.lcm(*counts) // count)]
-        only = counts[batch.generator.shared_randint(0, len(counts))]
-        states = [(count, place) for count, place in states if count == only]
-    count, place = states[batch.generator.shared_randint(0, len(states))]
-    grid = method.grid(schedule, count)[: place + 1]
-    with torch.no_grad():
-        x = first_input(schedule, batch.randn(), grid[0], method.init_noise)
-        rule = {"rule": method.rule, "eta": method.eta}
-        x_t = walk(nets.student, x, grid, lambda _: batch.randn(), batch.cond, **rule, **extras)
-    return x_t, torch.full((x_t.shape[0],), grid[-1], dtype=torch.float64, device=x_t.device), grid[-1]
-
-
-class Compose(Method):
-    """Several methods at once: phases that train the same networks become one optimiser step on the sum of
-    their losses.
-
-    Extras are named "part/name", so two parts may both have a discriminator. SANA-Sprint is
-    `parts: [{name: scm}, {name: ladd, weight: 0.5}]`. The parts' student phases become one, whatever else each
-    trains beside the student; what they log there is named "part/value", and normal ranges are each part's own.
-    """
-
-    @dataclass
-    class Config:
-        parts: list[dict] = field(
-            default_factory=list
-        )  # each a method section: name, its keys, and weight (default 1)
-        # "agreed": all parts sample the student by one rule at the same times, or it is an error. "first": the
-        # first part says how it is sampled, and the others roll it out so.
-        sampling: Literal["agreed", "first"] = "agreed"
-
-    def __init__(self, config: Any, steps: Sequence[int] = (1,)):
-        super().__init__(config, steps)
-        from stepdistill.methods import METHODS
-
-        if len(config.parts) < 2:
-            raise UserError(
-                f"method.parts must list at least two methods to compose, got {len(config.parts)}."
-            )
-        self.parts: list[tuple[str, float, Method]] = []
-        for number, part in enumerate(config.parts):
-            section = dict(part)
-            name, weight = section.pop("name", ""), float(section.pop("weight", 1.0))
-            where = f"method.parts.{number}"
-            cls = resolve(name, METHODS, "method", where=f"{where}.name")
-            scope = name.split(":")[-1]  # one's own class by its name alone
-            if scope in (taken for taken, *_ in self.parts):
-                scope = f"{scope}{number}"
-            self.parts.append((scope, weight, cls(configuration.build(cls.Config, section, where), steps)))
-        extras = {part.student_extras for _, _, part in self.parts}
-        rules = {part.rule for _, _, part in self.parts}
-        times = {(part.finest, part.first_rho, part.init_noise) for _, _, part in self.parts}
-        if len(extras) > 1 or (config.sampling == "agreed" and (len(rules) > 1 or len(times) > 1)):
-            raise UserError(
-                "method.parts cannot be composed: their students take different inputs, times or sampling rules"
-                " (for rules and times, method.sampling=first makes the first part's hold)."
-            )
-        first = self.parts[0][2]
-        for _, _, part in self.parts:
-            part.sampled_as = first
-        self.student_extras, self.rule = extras.pop(), first.rule
-        self.guidance_free = all(part.guidance_free for _, _, part in self.parts)
-        self.needs_teacher = any(part.needs_teacher for _, _, part in self.parts)
-        self.health = {  # the student's phase is merged, the others have their part's name in front
-            f"student/{scope}/{name[8:]}" if name.startswith("student/") else f"{scope}/{name}": limits
-            for scope, _, part in self.parts
-            for name, limits in part.health.items()
-        }
-
-    @property
-    def needs_images(self) -> bool:
-        return any(part.needs_images for _, _, part in self.parts)
-
-    @property
-    def carried(self) -> tuple[str, ...]:
-        return tuple(f"{scope}/{name}" for scope, _, part in self.parts for name in part.carried)
-
-    def pairs(self, schedule: Schedule) -> PairSettings | None:
-        wanted = {settings for _, _, part in self.parts if (settings := part.pairs(schedule))}
-        if len(wanted) > 1:
-            raise UserError("method.parts cannot be composed: two of them want different trajectory pairs.")
-        return wanted.pop() if wanted else None
-
-    @property
-    def guidance_scale(self) -> float:
-        return self.parts[0][2].guidance_scale
-
-    @property
-    def finest(self) -> int:
-        return self.parts[0][2].finest
-
-    @property
-    def eta(self) -> float:
-        return self.parts[0][2].eta
-
-    @property
-    def init_noise(self) -> str:
-        return self.parts[0][2].init_noise
-
-    @property
-    def first_rho(self) -> float | None:
-        return self.parts[0][2].first_rho
-
-    def grid(self, schedule: Schedule, steps: int) -> tuple[float, ...]:
-        return self.parts[0][2].grid(schedule, steps)
-
-    def networks(self, teacher: Denoiser | None, student: Denoiser) -> dict[str, nn.Module]:
-        return {
-            f"{scope}/{name}": network
-            for scope, _, part in self.parts
-            for name, network in part.networks(teacher, student).items()
-        }
-
-    def phases(self, step: int) -> Iterator[Phase]:
-        merged: dict[tuple[str, ...], Phase] = {}
-        for scope, weight, part in self.parts:
-            for phase in part.phases(step):
-                trains = tuple(name if name == "student" else f"{scope}/{name}" for name in phase.trains)
-                told = f"{scope}/" if phase.name == "student" else ""
-                terms = tuple((weight * w, _scope_loss(loss, scope, told)) for w, loss in phase.terms)
-                name = phase.name if phase.name == "student" else f"{scope}/{phase.name}"
-                key = ("student",) if "student" in trains else trains
-                if key in merged:
-                    before = merged[key]
-                    name, trains = before.name, tuple(dict.fromkeys(before.trains + trains))
-                    # Processes synchronise in the last backward pass, which must reach all that is trained.
-                    wider = len(before.trains) > len(phase.trains)
-                    terms = terms + before.terms if wider else before.terms + terms
-                merged[key] = Phase(name, trains, terms)
-        # A part that leaves the student out this time may have been the first to name a critic.
-        yield from sorted(merged.values(), key=lambda phase: "student" not in phase.trains)
-
-    def after_step(self, nets: Networks, step: int, ran: tuple[str, ...]) -> None:
-        for scope, _, part in self.parts:
-            part.after_step(nets.scoped(scope), step, tuple(name.removeprefix(f"{scope}/") for name in ran))
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            f"{scope}/{key}": value
-            for scope, _, part in self.parts
-            for key, value in part.state_dict().items()
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for scope, _, part in self.parts:
-            own = {key.split("/", 1)[1]: value for key, value in state.items() if key.startswith(f"{scope}/")}
-            part.load_state_dict(own)
-
-
-def _scope_loss(loss: LossFn, scope: str, told: str) -> LossFn:
-    """`loss` with its part's networks; what it logs beside the total gets `told` in front."""
-
-    def scoped(nets: Networks, batch: Batch) -> Losses:
-        losses = loss(nets.scoped(scope), batch)
-        return {name if name == "total" else told + name: value for name, value in losses.items()}
-
-    scoped.__name__ = f"{scope}.{term_name(loss)}"
-    return scoped
 
 
 def term_name(loss: LossFn) -> str:

@@ -23,7 +23,7 @@ data's as knowledge arrives at t = 0; "bootstrap" is divided by delta^2 and says
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,14 +34,12 @@ from stepdistill.denoiser import guided
 from stepdistill.errors import UserError
 from stepdistill.losses import moments, mse
 from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase
-from stepdistill.sampling import first_input
-from stepdistill.schedule import VP, Schedule, expand
-from stepdistill.timesteps import times_like
+from stepdistill.sampling import Sampling
+from stepdistill.schedule import Schedule, expand, times_like
 
 
 class BOOT(Method):
-    student_extras = ("end",)
-    rule = "flowmap"
+    rules = ("flowmap",)
 
     @dataclass
     class Config:
@@ -49,14 +47,19 @@ class BOOT(Method):
         delta: float = 0.04  # distance of t and s in arctan(rho); pi / 2 is the whole trajectory
         boundary_weight: float = 1.0  # beta
 
-    def __init__(self, config: Any, steps: Sequence[int] = (1,)):
-        super().__init__(config, steps)
-        if self.steps != (1,):
+    def __init__(self, config: Any, sampling: Sampling | None = None):
+        super().__init__(config, sampling)
+        if self.sampling.steps != (1,):
             raise UserError(
-                f"student.steps must be [1] for boot, whose student has one step, got {list(steps)}."
+                "student.steps must be [1] for boot, whose student has one step,"
+                f" got {list(self.sampling.steps)}."
             )
         if not 0 < config.delta < 1:
             raise UserError(f"method.delta must be above 0 and below 1, got {config.delta:g}.")
+
+    @classmethod
+    def sampled(cls, config: Any) -> dict[str, Any]:
+        return {"rule": "flowmap", "first_rho": 0.0, "inputs": ("end",)}
 
     def phases(self, step: int) -> Iterator[Phase]:
         terms = ((1.0, self.bootstrap), (self.config.boundary_weight, self.boundary))
@@ -69,7 +72,7 @@ class BOOT(Method):
         delta = self.config.delta
         angle = low + delta + (high - low - delta) * batch.generator.rand()
         t, s = schedule.t_of_rho(angle.tan()), schedule.t_of_rho((angle - delta).tan())
-        if isinstance(schedule, VP):
+        if schedule.discrete:
             t = t.round().clamp(min=schedule.t_min + 1)
             s = torch.minimum(s.round(), t - 1)
         return t, s
@@ -86,7 +89,7 @@ class BOOT(Method):
 
     def bootstrap(self, nets: Networks, batch: Batch) -> Losses:
         schedule, config, eps = nets.schedule, self.config, batch.randn()
-        x_first = first_input(schedule, eps, schedule.t_max, self.init_noise)
+        x_first = self.sampling.first_input(schedule, eps, schedule.t_max)
         t, s = self.times(schedule, batch)
         with torch.no_grad():  # the target is a constant, Eq. 9
             y_t = self.signal(nets, batch, x_first, t)
@@ -99,7 +102,7 @@ class BOOT(Method):
 
     def boundary(self, nets: Networks, batch: Batch) -> Losses:
         schedule = nets.schedule
-        x_first = first_input(schedule, batch.randn(), schedule.t_max, self.init_noise)
+        x_first = self.sampling.first_input(schedule, batch.randn(), schedule.t_max)
         first = times_like(schedule.t_max, x_first)
         with torch.no_grad():
             scale = self.config.guidance_scale

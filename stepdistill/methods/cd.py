@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -41,12 +41,10 @@ from stepdistill.methods.base import (
 )
 from stepdistill.schedule import as_edm
 from stepdistill.solvers import SOLVERS
-from stepdistill.timesteps import ode_grid
 
 
 class CD(Method):
     needs_images = True
-    first_rho = 80.0
 
     @dataclass
     class Config:
@@ -61,6 +59,10 @@ class CD(Method):
             if self.points < 2:
                 raise ValueError(f"points must be at least 2, got {self.points}.")
 
+    @classmethod
+    def sampled(cls, config: Any) -> dict[str, Any]:
+        return {"rule": "renoise", "first_rho": 80.0}
+
     def networks(self, teacher: Denoiser, student: Denoiser) -> dict[str, nn.Module]:
         return {"target": unwrap(student).clone()}
 
@@ -72,7 +74,7 @@ class CD(Method):
 
     def loss(self, nets: Networks, batch: Batch) -> Losses:
         config, frame = self.config, as_edm(nets.schedule)
-        grid = ode_grid(frame, config.points - 1, "karras").to(batch.index.device)
+        grid = frame.ode_grid(config.points - 1, "karras").to(batch.index.device)
         n = batch.generator.randint(0, config.points - 1)
         t, s = grid[n], grid[n + 1]
         x_t = frame.add_noise(batch.x0, batch.randn(), t)

@@ -20,7 +20,7 @@ Normal ranges: those of score.py: "gap" falls, x0_std stays near teacher_x0_std.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import torch
 
@@ -33,8 +33,10 @@ class DiffInstruct(ScoreDistillation):
     @dataclass
     class Config(ScoreDistillation.Config):
         time_density: Density = "lognormal"
-        first_rho: float = 1.0
-        init_noise: Literal["unit", "sigma"] = "sigma"
+
+    @classmethod
+    def sampled(cls, config: Any) -> dict[str, Any]:
+        return super().sampled(config) | {"first_rho": 1.0, "init_noise": "sigma"}
 
     def student_loss(self, nets: Networks, batch: Batch) -> Losses:
         x0 = self.generate(nets, batch)

@@ -20,7 +20,7 @@ shows that the walk has arrived; the second's are the base's.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -30,9 +30,10 @@ from torch import nn
 from stepdistill import config as configuration
 from stepdistill.denoiser import Denoiser, unwrap
 from stepdistill.errors import UserError
-from stepdistill.methods.base import Batch, Losses, LossFn, Method, Networks, PairSettings, Phase
+from stepdistill.methods.base import Batch, Losses, LossFn, Method, Networks, PairSettings, Phase, addressed
 from stepdistill.methods.score import ScoreDistillation
 from stepdistill.registry import resolve
+from stepdistill.sampling import RULES, Sampling
 from stepdistill.schedule import Schedule
 
 
@@ -44,26 +45,25 @@ class DisBack(Method):
         interval: int = 1000  # iterations between two records, and with each target
         base: dict[str, Any] = field(default_factory=lambda: {"name": "dmd2"})  # a method with a fake score
 
-    def __init__(self, config: Any, steps: Sequence[int] = (1,)):
-        super().__init__(config, steps)
-        from stepdistill.methods import METHODS
+    rules = RULES
 
+    def __init__(self, config: Any, sampling: Sampling | None = None):
+        super().__init__(config, sampling)
         for name in ("path", "interval"):
             if getattr(config, name) < 1:
                 raise UserError(f"method.{name} must be at least 1, got {getattr(config, name)}.")
-        section = dict(config.base)
-        cls = resolve(section.pop("name", ""), METHODS, "method", where="method.base.name")
-        if not issubclass(cls, ScoreDistillation):
-            raise UserError(
-                f"method.base must be a method with a fake score, such as dmd2 or sid, not {cls.__name__}."
-            )
-        own = configuration.build(cls.Config, section, "method.base")
-        self.base: ScoreDistillation = cls(own, steps)
-        self.on_the_way = cls(replace(own, guidance_scale=1.0, fake_guidance_scale=1.0), steps)
-        for name in ("student_extras", "rule", "guidance_free"):
-            setattr(self, name, getattr(self.base, name))
+        cls, own = _base(config)
+        with addressed("method.base"):
+            self.base: ScoreDistillation = cls(own, self.sampling)
+        self.on_the_way = cls(replace(own, guidance_scale=1.0, fake_guidance_scale=1.0), self.sampling)
         if config.stage == "backtrack":  # in the other stage no student learns
             self.health = self.base.health
+
+    @classmethod
+    def sampled(cls, config: Any) -> dict[str, Any]:
+        """As the base method says."""
+        base, own = _base(config)
+        return base.sampled(own)
 
     @property
     def _records(self) -> tuple[str, ...]:
@@ -80,26 +80,6 @@ class DisBack(Method):
 
     def pairs(self, schedule: Schedule) -> PairSettings | None:
         return self.base.pairs(schedule) if self.config.stage == "backtrack" else None
-
-    @property
-    def guidance_scale(self) -> float:
-        return self.base.guidance_scale
-
-    @property
-    def finest(self) -> int:
-        return self.base.finest
-
-    @property
-    def eta(self) -> float:
-        return self.base.eta
-
-    @property
-    def init_noise(self) -> str:
-        return self.base.init_noise
-
-    @property
-    def first_rho(self) -> float | None:
-        return self.base.first_rho
 
     def networks(self, teacher: Denoiser, student: Denoiser) -> dict[str, nn.Module]:
         made = {"fake_score": teacher.clone()}
@@ -152,6 +132,19 @@ class DisBack(Method):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.base.load_state_dict(state)
+
+
+def _base(config: Any) -> tuple[type[ScoreDistillation], Any]:
+    """The base method's class and configuration."""
+    from stepdistill.methods import METHODS
+
+    section = dict(config.base)
+    cls = resolve(section.pop("name", ""), METHODS, "method", where="method.base.name")
+    if not issubclass(cls, ScoreDistillation):
+        raise UserError(
+            f"method.base must be a method with a fake score, such as dmd2 or sid, not {cls.__name__}."
+        )
+    return cls, configuration.build(cls.Config, section, "method.base")
 
 
 def _towards(loss: LossFn, target: int) -> LossFn:

@@ -28,9 +28,7 @@ import torch
 from stepdistill.losses import distribution_matching, mse
 from stepdistill.methods.base import Batch, Losses, Networks, PairSettings, Phase
 from stepdistill.methods.score import ScoreDistillation, compared
-from stepdistill.sampling import first_input
-from stepdistill.schedule import Schedule
-from stepdistill.timesteps import times_like
+from stepdistill.schedule import Schedule, times_like
 
 
 class DMD(ScoreDistillation):
@@ -65,9 +63,9 @@ class DMD(ScoreDistillation):
 
     def regression_loss(self, nets: Networks, batch: Batch) -> Losses:
         """Eq. 9, at the first time of the student's sampling."""
-        pairs, sampled = batch.pairs, self.sampled_as
-        first = sampled.grid(nets.schedule, max(self.steps))[0]
-        x_t = first_input(nets.schedule, pairs.z, first, sampled.init_noise)
+        pairs, sampling = batch.pairs, self.sampling
+        first = sampling.grid(nets.schedule, max(sampling.steps))[0]
+        x_t = sampling.first_input(nets.schedule, pairs.z, first)
         x0 = nets.student(x_t, times_like(first, x_t), pairs.cond).x0
         loss = mse(x0, pairs.x0)
         return {"total": loss, "regression": loss}

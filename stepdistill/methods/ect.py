@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,6 @@ from stepdistill.solvers import euler
 
 class ECT(Method):
     needs_images = True
-    first_rho = 80.0
 
     @dataclass
     class Config:
@@ -57,6 +57,10 @@ class ECT(Method):
             for name in ("double_every", "stages"):
                 if getattr(self, name) < 1:
                     raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+
+    @classmethod
+    def sampled(cls, config: Any) -> dict[str, Any]:
+        return {"rule": "renoise", "first_rho": 80.0}
 
     def phases(self, step: int) -> Iterator[Phase]:
         stage = min(step // self.config.double_every, self.config.stages - 1)

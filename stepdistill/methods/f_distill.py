@@ -34,6 +34,7 @@ from torch import Tensor
 from stepdistill.errors import UserError
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.prediction import Prediction
+from stepdistill.sampling import Sampling
 
 WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
     "reverse_kl": lambda r: r**0,
@@ -57,8 +58,8 @@ class FDistill(DMD2):
         normalise_weight: bool = True  # ratios and weights by their batch means
         gan_weight: float = 1e-3
 
-    def __init__(self, config: Any, steps: tuple[int, ...] = (1,)):
-        super().__init__(config, steps)
+    def __init__(self, config: Any, sampling: Sampling | None = None):
+        super().__init__(config, sampling)
         if config.gan_weight <= 0:
             raise UserError(
                 f"method.gan_weight={config.gan_weight:g}: f_distill takes its density ratio from the"

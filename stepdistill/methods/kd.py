@@ -22,7 +22,6 @@ import torch
 
 from stepdistill.losses import moments, mse
 from stepdistill.methods.base import Batch, Losses, Method, Networks, PairSettings, Phase
-from stepdistill.sampling import first_input
 from stepdistill.schedule import Schedule
 
 
@@ -41,14 +40,16 @@ class KD(Method):
 
     def times(self, schedule: Schedule) -> tuple[float, ...]:
         """All times the student is ever called at, falling."""
-        return tuple(sorted({t for n in self.steps for t in self.sampled_as.grid(schedule, n)}, reverse=True))
+        return tuple(
+            sorted({t for n in self.sampling.steps for t in self.sampling.grid(schedule, n)}, reverse=True)
+        )
 
     def phases(self, step: int) -> Iterator[Phase]:
         yield Phase("student", ("student",), ((1.0, self.loss),))
 
     def loss(self, nets: Networks, batch: Batch) -> Losses:
         pairs, times = batch.pairs, self.times(nets.schedule)
-        start = first_input(nets.schedule, pairs.z, times[0], self.sampled_as.init_noise)
+        start = self.sampling.first_input(nets.schedule, pairs.z, times[0])
         states = torch.cat((start[:, None], pairs.states), 1)  # (B, K, ...) beside `times`
         chosen = batch.generator.randint(0, len(times)).to(start.device)
         x_t = states[torch.arange(len(chosen), device=start.device), chosen]

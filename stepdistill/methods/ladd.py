@@ -47,7 +47,6 @@ from stepdistill.errors import UserError
 from stepdistill.features import block_features
 from stepdistill.losses import GAN_LOSSES, moments
 from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase
-from stepdistill.sampling import first_input
 from stepdistill.schedule import Schedule, expand
 
 
@@ -67,8 +66,6 @@ class LADD(Method):
         student_mean: float = 0.2  # of log rho(t), for density
         student_std: float = 1.6
         misaligned: bool = False  # real data under another sample's condition count as fake
-        first_rho: float = 0.0  # noise-to-signal ratio the student starts from; 0 = the schedule's end
-        init_noise: Literal["unit", "sigma"] = "unit"  # of a one-step student under VP; as the stage before
 
     def networks(self, teacher: Denoiser, student: Denoiser) -> dict[str, nn.Module]:
         channels = [*chosen_blocks(teacher, self.config.blocks).values()]
@@ -98,7 +95,7 @@ class LADD(Method):
 
     def times_sampled(self, schedule: Schedule) -> list[float]:
         """All times the student is sampled at, falling."""
-        grids = (self.sampled_as.grid(schedule, count) for count in self.steps)
+        grids = (self.sampling.grid(schedule, count) for count in self.sampling.steps)
         return sorted({t for grid in grids for t in grid}, reverse=True)
 
     def generate(self, nets: Networks, batch: Batch, warm: bool) -> Tensor:
@@ -107,7 +104,7 @@ class LADD(Method):
         x_t = schedule.add_noise(batch.x0, eps, t)
         time = self.times_sampled(schedule)[0]
         first = expand((t == time).double(), x_t) > 0
-        x_t = torch.where(first, first_input(schedule, eps, time, self.sampled_as.init_noise), x_t)
+        x_t = torch.where(first, self.sampling.first_input(schedule, eps, time), x_t)
         return nets.student(x_t, t, batch.cond).x0
 
     def seen(self, nets: Networks, batch: Batch, x0: Tensor, cond: Cond) -> tuple:

@@ -26,19 +26,15 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.denoiser import Denoiser, guided, unwrap
-from stepdistill.errors import UserError
 from stepdistill.jvp import same_draws
 from stepdistill.losses import moments, pseudo_huber
 from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase, track_average
 from stepdistill.prediction import Prediction
-from stepdistill.schedule import VP, Schedule, expand
-from stepdistill.timesteps import few_step_grid
+from stepdistill.schedule import Schedule, expand
 
 
 class LCM(Method):
-    student_extras = ("guidance",)
     needs_images = True
-    guidance_free = False
 
     @dataclass
     class Config:
@@ -50,20 +46,11 @@ class LCM(Method):
         sigma_data: float = 0.5
         timestep_scaling: float = 10.0  # in c_skip and c_out; LCMScheduler's default
 
-    def __init__(self, config: Any, steps: tuple[int, ...] = (1,)):
-        super().__init__(config, steps)
-        if max(self.steps) > config.ddim_steps:
-            raise UserError(
-                f"student.steps must be at most method.ddim_steps = {config.ddim_steps}, got {max(self.steps)}."
-            )
-
-    @property
-    def guidance_scale(self) -> float:
-        return (self.config.guidance_low + self.config.guidance_high) / 2
-
-    @property
-    def finest(self) -> int:
-        return self.config.ddim_steps
+    @classmethod
+    def sampled(cls, config: Any) -> dict[str, Any]:
+        scale = (config.guidance_low + config.guidance_high) / 2
+        embedded = {"inputs": ("guidance",), "guidance": "input", "scale": scale}
+        return {"rule": "renoise", "finest": config.ddim_steps, **embedded}
 
     def networks(self, teacher: Denoiser, student: Denoiser) -> dict[str, nn.Module]:
         return {"target": unwrap(student).clone()}
@@ -91,7 +78,7 @@ class LCM(Method):
         """
         t = torch.as_tensor(t, dtype=torch.float64)
         rho = schedule.rho(t)
-        return t if isinstance(schedule, VP) else 999 * rho / (1 + rho)
+        return t if schedule.discrete else 999 * rho / (1 + rho)
 
     def loss(self, nets: Networks, batch: Batch) -> Losses:
         config, noise = self.config, batch.generator
@@ -110,5 +97,5 @@ class LCM(Method):
 
     def ode_times(self, schedule: Schedule) -> Tensor:
         """The teacher's grid, falling, with the data end appended: (ddim_steps + 1,)."""
-        grid = few_step_grid(schedule, self.config.ddim_steps)
+        grid = schedule.few_step_grid(self.config.ddim_steps)
         return torch.tensor((*grid, schedule.t_min), dtype=torch.float64)

@@ -22,7 +22,7 @@ teacher_x0_std, here that of the data, and below it at times of much noise.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -36,13 +36,13 @@ from stepdistill.features import block_features
 from stepdistill.losses import GAN_LOSSES, moments, mse
 from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase
 from stepdistill.prediction import Prediction
+from stepdistill.sampling import Sampling
 from stepdistill.schedule import Schedule, expand
-from stepdistill.timesteps import teacher_grid
 
 
 class Lightning(Method):
     needs_images = True
-    rule = "ode"
+    rules = ("ode",)
     health: ClassVar[dict[str, tuple[float, float, str]]] = ACCURACY
 
     @dataclass
@@ -57,9 +57,10 @@ class Lightning(Method):
         gan_weight: float = 1.0
         mse_weight: float = 0.0  # of the squared error in x_s
 
-    def __init__(self, config: Any, steps: Sequence[int] = (1,)):
-        super().__init__(config, steps)
-        if len(self.steps) > 1:
+    def __init__(self, config: Any, sampling: Sampling | None = None):
+        super().__init__(config, sampling)
+        steps = self.sampling.steps
+        if len(steps) > 1:
             raise UserError(
                 f"student.steps must be one number per stage for lightning, got {list(steps)};"
                 " write one of `stages:` for each."
@@ -68,6 +69,10 @@ class Lightning(Method):
             raise UserError(f"method.ratio must be at least 1, got {config.ratio}.")
         if config.gan_weight <= 0 and config.mse_weight <= 0:
             raise UserError("method.gan_weight and method.mse_weight are both 0, so nothing would be learnt.")
+
+    @classmethod
+    def sampled(cls, config: Any) -> dict[str, Any]:
+        return {"rule": "ode"}
 
     @property
     def carried(self) -> tuple[str, ...]:
@@ -83,9 +88,6 @@ class Lightning(Method):
             made["discriminator"] = Discriminator([channels], kernel=config.head_kernel)
         return made
 
-    def grid(self, schedule: Schedule, steps: int) -> tuple[float, ...]:
-        return teacher_grid(schedule, steps)  # part of the grid of `ratio` times as many
-
     def phases(self, step: int) -> Iterator[Phase]:
         yield Phase("student", ("student",), ((1.0, self.student_loss),))
         if self.config.gan_weight > 0:
@@ -93,14 +95,14 @@ class Lightning(Method):
 
     def start(self, nets: Networks, batch: Batch) -> tuple[Tensor, Tensor]:
         """Position i on the student's grid (B,), and x_t there from noised data."""
-        (count,), schedule = self.steps, nets.schedule
+        (count,), schedule = self.sampling.steps, nets.schedule
         i = batch.generator.randint(0, count)
-        t = torch.tensor(self.grid(schedule, count), dtype=torch.float64, device=i.device)[i]
+        t = torch.tensor(self.sampling.grid(schedule, count), dtype=torch.float64, device=i.device)[i]
         return i, schedule.add_noise(batch.x0, batch.randn(), t)
 
     def at(self, schedule: Schedule, i: Tensor, parts: int) -> Tensor:
         """Time number i (B,) of the grid of `parts` times the student's steps, ending at t_min."""
-        grid = (*self.grid(schedule, parts * self.steps[0]), schedule.t_min)
+        grid = (*self.sampling.grid(schedule, parts * self.sampling.steps[0]), schedule.t_min)
         return torch.tensor(grid, dtype=torch.float64, device=i.device)[i]
 
     def move(self, prediction: Prediction, s: Tensor) -> Tensor:

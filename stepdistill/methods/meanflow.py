@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,8 +35,7 @@ from stepdistill.schedule import Flow, as_edm, expand
 
 class MeanFlow(Method):
     needs_images = True
-    student_extras = ("end",)
-    rule = "flowmap"
+    rules = ("flowmap",)
 
     @dataclass
     class Config:
@@ -51,9 +50,12 @@ class MeanFlow(Method):
         end_std: float = 1.0
         weight_power: float = 1.0  # p; 0 is the plain square, 0.5 resembles a Huber loss
         weight_c: float = 1e-3
-        first_rho: float = 0.0  # noise-to-signal ratio the student starts from; 0 = the schedule's end
         derivative: Literal["forward", "difference", "upwind"] = "forward"
         difference_step: float = 1e-3
+
+    @classmethod
+    def sampled(cls, config: Any) -> dict[str, Any]:
+        return {"rule": "flowmap", "inputs": ("end",)}
 
     def phases(self, step: int) -> Iterator[Phase]:
         yield Phase("student", ("student",), ((1.0, self.loss),))
@@ -61,7 +63,7 @@ class MeanFlow(Method):
     def times(self, nets: Networks, batch: Batch) -> tuple[Tensor, Tensor]:
         """Flow times t and r <= t, (B,) each, of noise levels the network knows."""
         config, noise = self.config, batch.generator
-        frame = as_edm(nets.schedule, most=config.first_rho or 1e4)
+        frame = as_edm(nets.schedule, most=self.sampling.first_rho or 1e4)
         densities = (config.time_mean, config.time_std), (config.end_mean, config.end_std)
         both = [timesteps.lognormal(frame, noise, *density) for density in densities]
         t, r = (Flow().t_of_rho(pick(*both)) for pick in (torch.maximum, torch.minimum))

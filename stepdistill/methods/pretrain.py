@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from stepdistill import timesteps
 from stepdistill.denoiser import unwrap
@@ -30,8 +30,8 @@ class Pretrain(Method):
 
     needs_teacher = False
     needs_images = True
-    rule = "ode"
-    guidance_free = False
+    many_steps = True
+    rules = ("ode",)
 
     @dataclass
     class Config:
@@ -43,9 +43,9 @@ class Pretrain(Method):
         time_std: float = 1.2
         guidance_scale: float = 2.0  # used by previews and written on the card; training does not see it
 
-    @property
-    def guidance_scale(self) -> float:
-        return self.config.guidance_scale
+    @classmethod
+    def sampled(cls, config: Any) -> dict[str, Any]:
+        return {"rule": "ode", "guidance": "cfg", "scale": config.guidance_scale}
 
     def phases(self, step: int) -> Iterator[Phase]:
         yield Phase("student", ("student",), ((1.0, self.loss),))

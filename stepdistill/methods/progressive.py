@@ -19,7 +19,7 @@ teacher_x0_std, the target's, within a tenth once a stage has settled.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,13 +30,13 @@ from stepdistill.denoiser import Denoiser, guided, unwrap
 from stepdistill.errors import UserError
 from stepdistill.losses import moments, mse
 from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase
+from stepdistill.sampling import Sampling
 from stepdistill.schedule import Schedule, expand
-from stepdistill.timesteps import teacher_grid
 
 
 class Progressive(Method):
     needs_images = True
-    rule = "ode"
+    rules = ("ode",)
 
     @dataclass
     class Config:
@@ -44,27 +44,31 @@ class Progressive(Method):
         guidance_scale: float = 1.0  # of the teacher, where it is the predecessor; 1 = off
         weight: Literal["truncated_snr", "snr_plus_one"] = "truncated_snr"
 
-    def __init__(self, config: Any, steps: Sequence[int] = (1,)):
-        super().__init__(config, steps)
-        if len(self.steps) > 1:
+    def __init__(self, config: Any, sampling: Sampling | None = None):
+        super().__init__(config, sampling)
+        steps = self.sampling.steps
+        if len(steps) > 1:
             raise UserError(
                 f"student.steps must be one number per stage for progressive, got {list(steps)};"
                 " write one of `stages:` for each."
             )
 
+    @classmethod
+    def sampled(cls, config: Any) -> dict[str, Any]:
+        return {"rule": "ode"}
+
     def networks(self, teacher: Denoiser, student: Denoiser) -> dict[str, nn.Module]:
         own = self.config.predecessor == "student"  # as it is when the stage begins
         return {"predecessor": unwrap(student).clone()} if own else {}
-
-    def grid(self, schedule: Schedule, steps: int) -> tuple[float, ...]:
-        return teacher_grid(schedule, steps)  # every second point of the grid of twice as many steps
 
     def phases(self, step: int) -> Iterator[Phase]:
         yield Phase("student", ("student",), ((1.0, self.loss),))
 
     def loss(self, nets: Networks, batch: Batch) -> Losses:
-        schedule, (count,) = nets.schedule, self.steps
-        finer = torch.tensor(self.grid(schedule, 2 * count), dtype=torch.float64, device=batch.index.device)
+        schedule, (count,) = nets.schedule, self.sampling.steps
+        # Every second point is the student's.
+        grid = self.sampling.grid(schedule, 2 * count)
+        finer = torch.tensor(grid, dtype=torch.float64, device=batch.index.device)
         i = batch.generator.randint(0, count)
         t, middle = finer[2 * i], finer[2 * i + 1]
         x_t = schedule.add_noise(batch.x0, batch.randn(), t)

@@ -10,7 +10,7 @@ mostly its blind spots. A reward alone forgets what images look like; run it bes
 (`compose`), for few iterations, or with `anchor_weight`, the squared distance to what the student said when
 the stage began (not in the papers).
 
-`rule` and `eta` are the student's own sampling, as the stage before taught it.
+The student is rolled out by its own sampling, as the stage before taught it.
 
 Normal ranges: "short", the share of samples below the margin, falls from 1 and need not reach 0; x0_std within half
 and twice teacher_x0_std, what the student said when the stage began (with an anchor). When "score" rises and the
@@ -19,9 +19,9 @@ images get worse, the margin is too high.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as nnf
@@ -30,9 +30,11 @@ from torch import nn
 from stepdistill.denoiser import Denoiser, unwrap
 from stepdistill.errors import UserError
 from stepdistill.losses import moments, mse
-from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase, simulate
+from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase
 from stepdistill.registry import resolve
 from stepdistill.rewards import REWARDS, RewardModel, scores
+from stepdistill.rollout import simulate
+from stepdistill.sampling import Sampling
 
 
 class Reward(Method):
@@ -43,22 +45,13 @@ class Reward(Method):
         margin: float = 1.0  # no gradient where the score has reached it
         late: float = 0.5  # steps before this fraction of a rollout are not rewarded
         anchor_weight: float = 0.0
-        rule: Literal["renoise", "ode", "tcd"] = "renoise"
-        eta: float = 0.3  # of the rule tcd
-        first_rho: float = 0.0  # noise-to-signal ratio the student starts from; 0 = the schedule's end
-        init_noise: Literal["unit", "sigma"] = "unit"  # of a one-step student under VP; as the stage before
 
-    def __init__(self, config: Any, steps: Sequence[int] = (1,)):
-        super().__init__(config, steps)
+    def __init__(self, config: Any, sampling: Sampling | None = None):
+        super().__init__(config, sampling)
         if not 0 <= config.late < 1:
             raise UserError(f"method.late must be at least 0 and below 1, got {config.late:g}.")
-        self.rule = config.rule
-        self.cls = resolve(config.reward, REWARDS, "reward", where="method.reward")
+        self.cls = resolve(config.reward, REWARDS, "reward")
         self._model: RewardModel | None = None
-
-    @property
-    def eta(self) -> float:
-        return self.config.eta
 
     @property
     def model(self) -> RewardModel:
@@ -78,7 +71,7 @@ class Reward(Method):
 
     def loss(self, nets: Networks, batch: Batch) -> Losses:
         config = self.config
-        x_t, t, _ = simulate(self, nets, batch, late=config.late)
+        x_t, t, _ = simulate(self.sampling, nets, batch, late=config.late)
         x0 = nets.student(x_t, t, batch.cond).x0
         score = scores(self.model, config.reward, nets.decode(x0), batch.prompts)
         loss = nnf.relu(config.margin - score)

@@ -30,7 +30,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ from stepdistill.denoiser import Cond, Denoiser, unwrap
 from stepdistill.jvp import directional, same_draws
 from stepdistill.losses import moments, mse
 from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase, guided_teacher
-from stepdistill.schedule import Schedule, TrigFlow, as_edm, expand
+from stepdistill.schedule import TrigFlow, as_edm, expand
 
 
 class SCM(Method):
@@ -60,16 +60,13 @@ class SCM(Method):
         learned_weight: bool = True  # u of the loss; likewise
         time_mean: float = -1.0  # of log rho, the paper's P_mean and P_std
         time_std: float = 1.4
-        first_rho: float = 80.0  # noise-to-signal ratio the student starts from; 0 = the schedule's end
-        middle_time: float = (
-            1.3  # TrigFlow time of the second of two steps (SCMScheduler's; the paper has 1.1)
-        )
         derivative: Literal["forward", "difference", "upwind"] = "forward"
         difference_step: float = 1e-3  # of the differences, in units of the tangent
 
-    def grid(self, schedule: Schedule, steps: int) -> tuple[float, ...]:
-        grid = super().grid(schedule, steps)
-        return (grid[0], self.config.middle_time) if steps == 2 and isinstance(schedule, TrigFlow) else grid
+    @classmethod
+    def sampled(cls, config: Any) -> dict[str, Any]:
+        # The second of two steps is SCMScheduler's; the paper has 1.1.
+        return {"rule": "renoise", "first_rho": 80.0, "middle_time": 1.3}
 
     def networks(self, teacher: Denoiser, student: Denoiser) -> dict[str, nn.Module]:
         return {"weighting": NoiseWeight()} if self.config.learned_weight else {}
@@ -105,7 +102,7 @@ class SCM(Method):
     def times(self, nets: Networks, batch: Batch, trig: TrigFlow) -> Tensor:
         """TrigFlow times of log-normal rho, within what the teacher knows and the student is sampled at."""
         config = self.config
-        frame = as_edm(nets.schedule, most=config.first_rho or 80.0)
+        frame = as_edm(nets.schedule, most=self.sampling.first_rho or 80.0)
         rho = timesteps.lognormal(frame, batch.generator, config.time_mean, config.time_std)
         # A difference moves log rho by its step; beyond its range a network is no function of time.
         inside = 1 + 2 * config.difference_step

@@ -29,8 +29,10 @@ from stepdistill import timesteps
 from stepdistill.denoiser import Cond, Denoiser, guided, unwrap
 from stepdistill.errors import UserError
 from stepdistill.losses import denoising, moments, mse
-from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase, Simulated, simulate
+from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase
 from stepdistill.prediction import Prediction
+from stepdistill.rollout import Simulated, simulate
+from stepdistill.sampling import Sampling
 
 Density = Literal["uniform", "karras", "lognormal"]
 
@@ -73,11 +75,9 @@ class ScoreDistillation(Method):
         critic_density: Literal["same", "uniform", "karras", "lognormal"] = "same"
         simulated: Simulated = "states"  # which of its sampling states are met alike; see `simulate`
         shared_samples: bool = False  # the critic learns on what the student's update was just computed from
-        first_rho: float = 0.0  # noise-to-signal ratio the student starts from; 0 = the schedule's end
-        init_noise: Literal["unit", "sigma"] = "unit"  # of a one-step student under VP; see `first_input`
 
-    def __init__(self, config: Any, steps: tuple[int, ...] = (1,)):
-        super().__init__(config, steps)
+    def __init__(self, config: Any, sampling: Sampling | None = None):
+        super().__init__(config, sampling)
         if config.student_every < 1:
             raise UserError(f"method.student_every must be at least 1, got {config.student_every}.")
         if not 0 <= config.t_low < config.t_high <= 1:
@@ -86,6 +86,10 @@ class ScoreDistillation(Method):
                 f" got {config.t_low:g} and {config.t_high:g}."
             )
         self._made: deque[tuple[Tensor, Cond]] = deque()  # of the student's phase, for the critic's after it
+
+    @classmethod
+    def sampled(cls, config: Any) -> dict[str, Any]:
+        return {"rule": "renoise"}
 
     @property
     def carried(self) -> tuple[str, ...]:
@@ -111,7 +115,7 @@ class ScoreDistillation(Method):
         """x0 = G(x_K, t_K) at one of the student's own sampling steps; with gradient through the last call
         only.
         """
-        x_t, t, _ = simulate(self, nets, batch, by=self.config.simulated)
+        x_t, t, _ = simulate(self.sampling, nets, batch, by=self.config.simulated)
         x0 = nets.student(x_t, t, batch.cond).x0
         if self.config.shared_samples and x0.requires_grad:
             self._made.append((x0.detach(), batch.cond))
@@ -177,8 +181,10 @@ class ScoreImplicit(ScoreDistillation):
         time_density: Density = "karras"  # of the student; the fake score has EDM's lognormal
         t_high: float = 0.8
         critic_density: Literal["same", "uniform", "karras", "lognormal"] = "lognormal"
-        first_rho: float = 2.5
-        init_noise: Literal["unit", "sigma"] = "sigma"
+
+    @classmethod
+    def sampled(cls, config: Any) -> dict[str, Any]:
+        return super().sampled(config) | {"first_rho": 2.5, "init_noise": "sigma"}
 
 
 def compared(x0: Tensor, real: Prediction, fake: Prediction) -> Losses:

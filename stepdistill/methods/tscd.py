@@ -33,14 +33,13 @@ from stepdistill.errors import UserError
 from stepdistill.jvp import same_draws
 from stepdistill.losses import moments, mse, pseudo_huber
 from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase, guided_teacher, track_average
+from stepdistill.sampling import Sampling
 from stepdistill.schedule import Schedule
 from stepdistill.solvers import ddim
-from stepdistill.timesteps import few_step_grid, teacher_grid
 
 
 class TSCD(Method):
     needs_images = True
-    rule = "tcd"
 
     @dataclass
     class Config:
@@ -50,20 +49,17 @@ class TSCD(Method):
         distance: Literal["l2", "pseudo_huber"] = "l2"
         huber_c: float = 1e-3
         target_ema: float = 0.95
-        eta: float = 0.3  # noise between sampling steps, from 0 (none) to 1; TCDScheduler's default
 
-    def __init__(self, config: Any, steps: tuple[int, ...] = (1,)):
-        super().__init__(config, steps)
+    def __init__(self, config: Any, sampling: Sampling | None = None):
+        super().__init__(config, sampling)
         if not 1 <= config.segments <= config.ddim_steps:
             raise UserError(
                 f"method.segments must be from 1 to method.ddim_steps = {config.ddim_steps}, got {config.segments}."
             )
-        if not 0 <= config.eta <= 1:
-            raise UserError(f"method.eta must be between 0 and 1, got {config.eta:g}.")
 
-    @property
-    def eta(self) -> float:
-        return self.config.eta
+    @classmethod
+    def sampled(cls, config: Any) -> dict[str, Any]:
+        return {"rule": "tcd", "eta": 0.3}
 
     def networks(self, teacher: Denoiser, student: Denoiser) -> dict[str, nn.Module]:
         return {"target": unwrap(student).clone()}
@@ -76,14 +72,14 @@ class TSCD(Method):
 
     def lower_edge(self, schedule: Schedule, t: Tensor) -> Tensor:
         """b(t), (B,): the lower edge of the segment (b, top] that holds t; an edge belongs to the one below it."""
-        times = (*few_step_grid(schedule, self.config.segments), schedule.t_min)
+        times = (*schedule.few_step_grid(self.config.segments), schedule.t_min)
         edges = torch.tensor(times[::-1], dtype=torch.float64, device=t.device)
         # Edges and teacher's points are computed in two ways: the same time may differ in its last bit.
         return edges[torch.searchsorted(edges, t - 1e-9 * schedule.t_max) - 1]
 
     def loss(self, nets: Networks, batch: Batch) -> Losses:
         config, schedule = self.config, nets.schedule
-        times = (*teacher_grid(schedule, config.ddim_steps), schedule.t_min)
+        times = (*schedule.teacher_grid(config.ddim_steps), schedule.t_min)
         grid = torch.tensor(times, dtype=torch.float64, device=batch.index.device)
         i = batch.generator.randint(0, config.ddim_steps)
         t = grid[i]

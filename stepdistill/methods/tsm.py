@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -33,7 +33,8 @@ from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase
 
 class TSM(Method):
     needs_images = True
-    rule = "ode"  # what it leaves is a many-step denoiser
+    many_steps = True
+    rules = ("ode",)
 
     @dataclass
     class Config:
@@ -42,6 +43,10 @@ class TSM(Method):
         time_density: Literal["uniform", "karras", "lognormal"] = "uniform"
         time_mean: float = -1.2
         time_std: float = 1.2
+
+    @classmethod
+    def sampled(cls, config: Any) -> dict[str, Any]:
+        return {"rule": "ode"}
 
     def phases(self, step: int) -> Iterator[Phase]:
         yield Phase("student", ("student",), ((1.0, self.loss),))

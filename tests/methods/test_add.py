@@ -31,18 +31,18 @@ def test_adds_student_loss_is_the_games_plus_the_teachers_opinion_of_the_renoise
 
 @pytest.mark.parametrize(("schedule", "rho"), [("vp", 2.5), ("edm", 20.0)])
 def test_adds_student_starts_from_what_it_is_sampled_from(schedule, rho):
-    """Pure noise at the first of its times, wherever the part that says how it is sampled begins."""
-    first = {"name": "dmd2", "first_rho": rho, "init_noise": "sigma"}
-    parts = [first, {"name": "add", "eye": "fourier"}]
-    made, heard = world("compose", steps=(1,), schedule=schedule, parts=parts, sampling="first"), []
+    """Pure noise at the first of its times, wherever that is."""
+    parts = [{"name": "dmd2"}, {"name": "add", "eye": "fourier"}]
+    start = {"first_rho": rho, "init_noise": "sigma"}
+    made, heard = world("compose", steps=(1,), schedule=schedule, parts=parts, **start), []
     made.nets.modules["student"] = lambda x_t, t, cond: (
         heard.append((x_t, t)) or Prediction(x_t, "x0", x_t, t, made.nets.schedule)
     )
-    method, twin = made.method.parts[1][2], made.batch()
+    method, twin = made.method.parts[1].method, made.batch()
     method.generate(made.nets, made.batch())
     ((x_t, t),) = heard
     twin.generator.randint(0, 1)
-    assert bool((t == made.method.grid(made.nets.schedule, 1)[0]).all())
+    assert bool((t == made.method.sampling.grid(made.nets.schedule, 1)[0]).all())
     sigma = made.nets.schedule.sigma(t)[:, None].float()
     torch.testing.assert_close(x_t, sigma * twin.randn(), rtol=1e-6, atol=1e-6)
 

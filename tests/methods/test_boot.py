@@ -16,9 +16,7 @@ from stepdistill.denoiser import Denoiser
 from stepdistill.errors import UserError
 from stepdistill.families.toy import gaussian_flow_map
 from stepdistill.methods.base import Networks
-from stepdistill.sampling import first_input
-from stepdistill.schedule import VP, expand
-from stepdistill.timesteps import times_like
+from stepdistill.schedule import VP, expand, times_like
 
 
 def true_signal(schedule, x_first, eps, t):
@@ -32,7 +30,7 @@ def true_signal(schedule, x_first, eps, t):
 def test_the_signal_ode(schedule):
     """dy/dt = -lambda'(t) (f - y), by a central difference along the exact trajectory."""
     eps = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
-    x_first = first_input(schedule, eps, schedule.t_max, "sigma")
+    x_first = schedule.pure_noise(eps, schedule.t_max)
     for angle in (0.2, 0.8, 1.3):
         t, later, earlier = (
             schedule.t_of_rho(torch.full((9,), math.tan(angle + h), dtype=torch.float64))
@@ -77,7 +75,7 @@ def test_the_answer_boot_converges_to_is_the_quantile_map(schedule):
     method, delta = worlds.method("boot"), 1e-3
     eps = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
     first = times_like(schedule.t_max, eps)
-    x_first = first_input(schedule, eps, schedule.t_max, "sigma")
+    x_first = schedule.pure_noise(eps, schedule.t_max)
     y, t = exact(schedule)(x_first, first).x0, first  # the boundary
     angle = float(schedule.rho(first).atan()[0])
     while angle > 0:

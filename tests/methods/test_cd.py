@@ -11,9 +11,8 @@ from worlds import COUNT
 
 from stepdistill.denoiser import Denoiser
 from stepdistill.methods.base import consistency
-from stepdistill.schedule import EDM, as_edm
+from stepdistill.schedule import EDM, as_edm, times_like
 from stepdistill.solvers import SOLVERS
-from stepdistill.timesteps import ode_grid, times_like
 
 
 @pytest.mark.parametrize(("solver", "order"), [("euler", 2), ("heun", 3)])
@@ -57,7 +56,7 @@ def test_cds_gradient_is_the_online_networks_alone():
     nets, batch, twin = nets_of(EDM(), net), batch_of(), batch_of()
     ours = gradient(method.loss(nets, batch)["total"].mean(), net)
 
-    grid = ode_grid(EDM(), 17, "karras")
+    grid = EDM().ode_grid(17, "karras")
     n = twin.generator.randint(0, 17)
     t, s = grid[n], grid[n + 1]
     x_t = twin.x0 + t[:, None] * twin.randn()

@@ -14,8 +14,8 @@ from worlds import COUNT, world
 from stepdistill.errors import UserError
 from stepdistill.methods import METHODS
 from stepdistill.methods.base import Method, Phase, simulate
-from stepdistill.sampling import walk
-from stepdistill.timesteps import times_like
+from stepdistill.sampling import Sampling
+from stepdistill.schedule import times_like
 
 
 class Pull(Method):
@@ -56,14 +56,9 @@ class Pull(Method):
         self.count = state["count"]
 
 
-class Other(Pull):
-    finest = 50
-
-
 @pytest.fixture
 def registered(monkeypatch):
     monkeypatch.setitem(METHODS, "pull", f"{__name__}:Pull")
-    monkeypatch.setitem(METHODS, "other", f"{__name__}:Other")
 
 
 def test_a_composition_is_the_weighted_sum_of_its_parts(registered):
@@ -151,7 +146,7 @@ def test_what_does_not_fit_together_is_refused(registered):
         ([{"name": "pull"}], "at least two"),
         ([{"name": "dmd2"}, {"name": "lcm"}], "cannot be composed"),  # the students take different inputs
         ([{"name": "dmd2"}, {"name": "pretrain"}], "cannot be composed"),  # different sampling rules
-        ([{"name": "pull"}, {"name": "other"}], "cannot be composed"),  # different sampling times
+        ([{"name": "sim"}, {"name": "diff_instruct"}], "cannot be composed"),  # different sampling times
         ([{"name": "dmd2"}, {"name": "dmd3"}], "unknown method 'dmd3'"),
         ([{"name": "dmd2"}, {"name": "dmd2", "gan": 1}], r"method\.parts\.1"),
     ):
@@ -161,15 +156,15 @@ def test_what_does_not_fit_together_is_refused(registered):
 
 def test_parts_that_train_more_than_the_student_still_make_one_step():
     """SANA-Sprint: sCM trains a weighting along, LADD does not; one student step on the weighted sum."""
-    parts = [{"name": "scm", "first_rho": 0.0, "warmup": 1}, {"name": "ladd", "weight": 0.5, "warmup": 0}]
-    made = world("compose", steps=(1, 2), schedule="trig", parts=parts)
+    parts = [{"name": "scm", "warmup": 1}, {"name": "ladd", "weight": 0.5, "warmup": 0}]
+    made = world("compose", steps=(1, 2), schedule="trig", first_rho=0.0, parts=parts)
     phases = list(made.method.phases(0))
     assert [phase.trains for phase in phases] == [("student", "scm/weighting"), ("ladd/discriminator",)]
     assert [weight for weight, _ in phases[0].terms] == [0.5, 1.0]  # the term that reaches all comes last
     made.backward(phases[0])
     ours = [p.grad.clone() for p in made.nets.student.parameters()]
     batch = made.batch()
-    ladd_, scm = made.method.parts[1][2], made.method.parts[0][2]
+    ladd_, scm = made.method.parts[1].method, made.method.parts[0].method
     total = 0.5 * ladd_.student_loss(made.nets.scoped("ladd"), batch)["total"].mean()
     total = total + scm.loss(made.nets.scoped("scm"), batch, 1.0)["total"].mean()
     expected = torch.autograd.grad(total, list(made.nets.student.parameters()))
@@ -179,29 +174,27 @@ def test_parts_that_train_more_than_the_student_still_make_one_step():
 
 def test_the_first_part_may_say_how_the_student_is_sampled():
     """Hyper-SD: DMD2 beside TSCD rolls the student out by TCD's rule, at TCD's times."""
-    parts = [{"name": "tscd", "eta": 0.5, "segments": 2}, {"name": "dmd2"}]
+    parts = [{"name": "tscd", "segments": 2}, {"name": "dmd2"}]
     with pytest.raises(UserError, match=r"method\.sampling=first"):
         worlds.method("compose", parts=parts)
-    method = worlds.method("compose", steps=(4,), parts=parts, sampling="first")
-    assert method.rule == "tcd" and method.eta == 0.5
+    method = worlds.method("compose", steps=(4,), parts=parts, sampling="first", eta=0.5)
+    assert method.sampling.rule == "tcd" and method.sampling.eta == 0.5
     made = world(method)
-    dmd2 = method.parts[1][2]
+    dmd2 = method.parts[1].method
     for step in range(12):
         batch, twin = made.batch(step), made.batch(step)
-        x_t, _, time = simulate(dmd2, made.nets, batch)
+        x_t, _, time = simulate(dmd2.sampling, made.nets, batch)
         twin.generator.shared_randint(0, 4)
         if time != 499:
             continue
         x = twin.randn()
         with torch.no_grad():
-            rolled = walk(
+            rolled = Sampling(rule="tcd", eta=0.5).walk(
                 made.nets.student,
                 x,
                 (999.0, 749.0, 499.0),
                 lambda _, twin=twin: twin.randn(),
                 twin.cond,
-                rule="tcd",
-                eta=0.5,
             )
         torch.testing.assert_close(x_t, rolled)
         break

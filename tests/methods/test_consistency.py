@@ -14,8 +14,7 @@ from stepdistill.families.toy import Toy
 from stepdistill.methods.base import Batch, Networks, consistency, track_average
 from stepdistill.noise import SampleNoise
 from stepdistill.prediction import Prediction
-from stepdistill.schedule import EDM, Flow, TrigFlow, as_edm
-from stepdistill.timesteps import times_like
+from stepdistill.schedule import EDM, Flow, TrigFlow, as_edm, times_like
 
 
 @EVERY_SCHEDULE
@@ -72,7 +71,7 @@ def test_the_gradient_through_distributed_data_parallel_is_the_networks_own(meth
     from torch.nn.parallel import DistributedDataParallel
 
     family = Toy(Toy.Config(schedule="vp", fit_steps=0))
-    student = family.student("teacher", method.student_extras)
+    student = family.student("teacher", method.sampling.inputs)
     modules = {"student": student, "teacher": family.teacher} | method.networks(family.teacher, student)
 
     def gradients(online: nn.Module) -> list[Tensor]:

@@ -147,11 +147,11 @@ def test_state_survives_a_round_trip(name, settings):
 @EVERY
 def test_grids_and_declarations(name, settings):
     method = worlds.method(name, steps=STEPS.get(name, (1, 2, 4)), **settings)
-    for steps in method.steps:
-        grid = method.grid(VP.from_betas(), steps)
+    for steps in method.sampling.steps:
+        grid = method.sampling.grid(VP.from_betas(), steps)
         assert len(grid) == steps and grid == tuple(sorted(grid, reverse=True))
-        assert grid[0] == 999 or method.first_rho
-    assert method.rule in RULES and method.guidance_scale >= 1
+        assert grid[0] == 999 or method.sampling.first_rho
+    assert method.sampling.rule in RULES and method.sampling.scale >= 1
     for wrong in ((), (0,)):
         with pytest.raises(UserError, match=r"student\.steps"):
             worlds.method(name, steps=wrong, **settings)
@@ -167,7 +167,7 @@ def test_students_of_the_rule_ode_are_called_when_ddim_scheduler_calls_them(name
     for steps in (1, 2, 3, 4, 6, 7):
         scheduler.set_timesteps(steps)
         method = worlds.method(name, steps=(steps,), **(SETTINGS.get(name, {}) | settings))
-        assert list(method.grid(VP.from_betas(), steps)) == scheduler.timesteps.tolist()
+        assert list(method.sampling.grid(VP.from_betas(), steps)) == scheduler.timesteps.tolist()
 
 
 # Updates in 20 iterations by what is trained; of any other method the student is, in every one.

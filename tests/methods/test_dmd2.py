@@ -11,8 +11,8 @@ from worlds import COUNT, gradients, world
 from stepdistill.denoiser import Denoiser
 from stepdistill.features import block_features
 from stepdistill.losses import gan_generator
-from stepdistill.methods.base import simulate
 from stepdistill.prediction import Prediction
+from stepdistill.rollout import simulate
 from stepdistill.schedule import expand
 
 
@@ -35,7 +35,7 @@ def test_the_students_gradient_is_fake_minus_guided_real():
     made.backward(next(iter(method.phases(0))))
     ours = [p.grad.clone() for p in nets.student.parameters()]
     batch = made.batch(phase="student")
-    x_t, t, _ = simulate(method, nets, batch)
+    x_t, t, _ = simulate(method.sampling, nets, batch)
     x0 = nets.student(x_t, t, batch.cond).x0
     t = method.times(nets, batch, 0.02, 0.98)
     assert float(t.min()) >= 20 and float(t.max()) < 980

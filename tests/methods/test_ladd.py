@@ -14,7 +14,6 @@ from stepdistill.errors import UserError
 from stepdistill.features import block_features
 from stepdistill.noise import SampleNoise
 from stepdistill.prediction import Prediction
-from stepdistill.timesteps import few_step_grid
 
 
 def ladd(steps=(1, 2, 4), classes: int = 2, schedule: str = "vp", **settings):
@@ -49,7 +48,7 @@ def test_the_students_gradient_comes_through_the_frozen_teachers_input():
 def test_student_times_are_the_grids_with_the_asked_shares():
     method = worlds.method("ladd", steps=(1, 2, 4), first_weight=0.7)
     made = world(method)
-    grid = sorted({t for n in (1, 2, 4) for t in few_step_grid(made.nets.schedule, n, 4)}, reverse=True)
+    grid = sorted({t for n in (1, 2, 4) for t in made.nets.schedule.few_step_grid(n, 4)}, reverse=True)
 
     def shares(warm: bool) -> list[float]:
         drawn = method.times(made.nets, replace(made.batch(), generator=SampleNoise(range(3200))), warm)

@@ -18,9 +18,8 @@ from stepdistill.families.sd import SD
 from stepdistill.families.toy import gaussian_flow_map
 from stepdistill.methods.lcm import LCM
 from stepdistill.prediction import Prediction
-from stepdistill.schedule import VP, Schedule
+from stepdistill.schedule import VP, Schedule, times_like
 from stepdistill.solvers import SOLVERS, ddim
-from stepdistill.timesteps import times_like
 
 
 @pytest.mark.parametrize("schedule", ["vp", "edm", "flow", "trig"])
@@ -137,7 +136,7 @@ def test_the_embedding_of_w_equals_the_stock_pipelines(tiny_sd):
 
 
 def test_lcm_refuses_more_steps_than_its_grid_has():
-    with pytest.raises(UserError, match=r"student\.steps must be at most method\.ddim_steps = 4"):
+    with pytest.raises(UserError, match=r"student\.steps must be at most the 4 points .*ddim_steps\), got 8"):
         worlds.method("lcm", steps=(8,), ddim_steps=4)
 
 

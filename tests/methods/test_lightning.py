@@ -12,7 +12,7 @@ from stepdistill.discriminator import (
 )
 from stepdistill.errors import UserError
 from stepdistill.features import block_features
-from stepdistill.sampling import sample, walk
+from stepdistill.sampling import Sampling
 
 
 def lightning(steps=(2,), schedule: str = "vp", **settings):
@@ -25,16 +25,16 @@ def test_lightnings_real_is_the_predecessors_sampler_from_the_same_place(schedul
     nets, method, batch = made.nets, made.method, made.batch()
     i, x_t = method.start(nets, batch)
     real = method.real(nets, batch, i, x_t)
-    grid = method.grid(nets.schedule, 6)
+    grid = method.sampling.grid(nets.schedule, 6)
     for position in (0, 1):
         rows = i == position
         x, cond = x_t[rows], batch.cond[rows]
         start, walked = 3 * position, None
         with torch.no_grad():
             if position == 0:
-                walked = walk(nets.predecessor, x, grid[: start + 4], None, cond, rule="ode")
+                walked = Sampling(rule="ode").walk(nets.predecessor, x, grid[: start + 4], None, cond)
             else:  # to the end: a sampler's last step is x0 itself
-                walked = sample(nets.predecessor, x, grid[start:], None, cond, rule="ode")
+                walked = Sampling(rule="ode").sample(nets.predecessor, x, grid[start:], None, cond)
         torch.testing.assert_close(real[rows], walked, rtol=1e-4, atol=1e-5)
     assert set(i.tolist()) == {0, 1}
 

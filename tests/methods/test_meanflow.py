@@ -10,9 +10,8 @@ from worlds import COUNT, world
 
 from stepdistill.denoiser import Denoiser
 from stepdistill.families.toy import gaussian_flow_map
-from stepdistill.sampling import sample
-from stepdistill.schedule import Flow
-from stepdistill.timesteps import few_step_grid, times_like
+from stepdistill.sampling import Sampling
+from stepdistill.schedule import Flow, times_like
 
 
 @EVERY_SCHEDULE
@@ -120,12 +119,12 @@ def test_meanflows_derivative_is_of_the_network_with_the_dropout_that_is_trained
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_the_flow_map_rule_with_the_oracle_follows_the_trajectory_exactly(schedule, steps):
     x = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
-    times = few_step_grid(schedule, steps, first_rho=10.0)
+    times = schedule.few_step_grid(steps, first_rho=10.0)
     t = times_like(times[0], x)
     alpha, sigma = schedule.alpha(t)[:, None], schedule.sigma(t)[:, None]
     start = alpha * MEAN + (alpha**2 * STD**2 + sigma**2).sqrt() * x
     student = Denoiser(Oracle(schedule), "x0", schedule)
-    drawn = sample(student, start, times, None, rule="flowmap", t_min=schedule.t_min)
+    drawn = Sampling(rule="flowmap").sample(student, start, times, None, t_min=schedule.t_min)
     last, end = times_like(times[-1], x), times_like(schedule.t_min, x)
     before = gaussian_flow_map(schedule, MEAN, STD, start, t, last)
     jump = student(before, last, end=end)

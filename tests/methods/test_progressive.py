@@ -14,20 +14,21 @@ from stepdistill.denoiser import Denoiser
 from stepdistill.errors import UserError
 from stepdistill.methods.base import Networks
 from stepdistill.prediction import Prediction
-from stepdistill.sampling import walk
-from stepdistill.schedule import Flow
-from stepdistill.timesteps import teacher_grid, times_like
+from stepdistill.sampling import Sampling
+from stepdistill.schedule import Flow, times_like
 
 
 @EVERY_SCHEDULE
 def test_one_step_to_the_target_ends_where_two_steps_did(schedule):
     """The target is inverted DDIM: from x_t with its x0, one step lands on the predecessor's x_t''."""
     method = worlds.method("progressive", steps=(4,))
-    grid = torch.tensor(teacher_grid(schedule, 8), dtype=torch.float64)
+    grid = torch.tensor(schedule.teacher_grid(8), dtype=torch.float64)
     for i in range(3):
         t, middle, end = (times_like(float(grid[2 * i + k]), torch.empty(32)) for k in range(3))
         x_t = schedule.add_noise(torch.full((32, 1), MEAN, dtype=torch.float64), batch_of(32).randn(), t)
-        two = walk(exact(schedule), x_t, (float(t[0]), float(middle[0]), float(end[0])), None, rule="ode")
+        two = Sampling(rule="ode").walk(
+            exact(schedule), x_t, (float(t[0]), float(middle[0]), float(end[0])), None
+        )
         target = method.target(schedule, x_t, two, t, end)
         torch.testing.assert_close(
             Prediction(target, "x0", x_t, t, schedule).at(end), two, rtol=1e-7, atol=1e-7
@@ -38,7 +39,7 @@ def test_one_step_to_the_target_ends_where_two_steps_did(schedule):
 @pytest.mark.parametrize("count", [1, 4])
 def test_the_loss_is_zero_for_the_student_that_does_two_steps_in_one(schedule, count):
     method, predecessor = worlds.method("progressive", steps=(count,)), exact(schedule)
-    grid = teacher_grid(schedule, 2 * count)
+    grid = schedule.teacher_grid(2 * count)
 
     class Both(nn.Module):
         """The predecessor's sampler from any point of the coarse grid to the next, read as an x0."""
@@ -47,7 +48,7 @@ def test_the_loss_is_zero_for_the_student_that_does_two_steps_in_one(schedule, c
             out = torch.empty_like(x_t)
             for row, (x, time) in enumerate(zip(x_t, t.tolist(), strict=True)):
                 i = min(range(0, 2 * count, 2), key=lambda k: abs(grid[k] - time))
-                x = walk(predecessor, x[None], grid[i : i + 3][:3], None, rule="ode")
+                x = Sampling(rule="ode").walk(predecessor, x[None], grid[i : i + 3][:3], None)
                 if i + 2 >= 2 * count:  # the last step goes to x0
                     out[row] = predecessor(x, times_like(grid[i + 1], x)).x0[0]
                     continue
@@ -72,7 +73,7 @@ def test_the_weights_are_truncated_snr_and_the_error_of_v():
         losses[weight] = method.loss(
             Networks({"student": off, "predecessor": teacher}, schedule), batch_of(32)
         )
-    t = torch.tensor(teacher_grid(schedule, 4), dtype=torch.float64)[batch_of(32).generator.randint(0, 4)]
+    t = torch.tensor(schedule.teacher_grid(4), dtype=torch.float64)[batch_of(32).generator.randint(0, 4)]
     snr = ((1 - t) / t) ** 2
     torch.testing.assert_close(
         losses["truncated_snr"]["total"],
@@ -108,7 +109,7 @@ def test_progressive_takes_one_number_of_steps():
 def test_a_grid_holds_every_second_time_of_the_finer_one(schedule):
     method = worlds.method("progressive", steps=(1,))
     for count in (1, 2, 4, 8, 16, 32):
-        fine, coarse = method.grid(schedule, 2 * count), method.grid(schedule, count)
+        fine, coarse = method.sampling.grid(schedule, 2 * count), method.sampling.grid(schedule, count)
         assert fine[::2] == pytest.approx(coarse, rel=1e-9)
 
 
@@ -133,4 +134,4 @@ def test_a_student_is_sampled_at_the_times_on_its_card(tiny_pixel, tmp_path):
     family, method = Pixel(Pixel.Config(teacher=str(tiny_pixel))), worlds.method("progressive", steps=(4,))
     exported(family, method, tmp_path / "student", {"teacher": str(tiny_pixel)})
     times = load(tmp_path / "student").times(4)
-    assert times == pytest.approx(teacher_grid(family.schedule, 4), rel=1e-12)
+    assert times == pytest.approx(family.schedule.teacher_grid(4), rel=1e-12)

@@ -9,8 +9,7 @@ from worlds import world
 
 from stepdistill.errors import UserError
 from stepdistill.prediction import Prediction
-from stepdistill.sampling import first_input
-from stepdistill.timesteps import times_like
+from stepdistill.schedule import times_like
 
 
 def reward(steps=(1, 2), **settings):
@@ -25,7 +24,7 @@ def test_no_gradient_where_the_score_has_reached_the_margin():
     made = reward(margin=0.0, steps=(1,))
     made.backward(next(iter(made.method.phases(0))))
     ours = [p.grad.clone() for p in made.nets.student.parameters()]
-    x = first_input(made.nets.schedule, _first_draw(made), made.nets.schedule.t_max, "unit")
+    x = made.nets.schedule.first_state(_first_draw(made), made.nets.schedule.t_max)
     x0 = made.nets.student(x, times_like(made.nets.schedule.t_max, x), made.batch().cond).x0
     expected = torch.autograd.grad(
         (x0 - torch.tensor([2.0, 0.0])).square().sum(1).mean(), list(made.nets.student.parameters())

@@ -7,13 +7,11 @@ import torch
 import worlds
 from worlds import world
 
-from stepdistill.errors import UserError
 from stepdistill.families.toy import gaussian_flow_map
 from stepdistill.methods.base import Batch, Networks, simulate
 from stepdistill.noise import SampleNoise
 from stepdistill.prediction import Prediction
-from stepdistill.schedule import EDM, VP, Flow, TrigFlow
-from stepdistill.timesteps import few_step_grid, times_like
+from stepdistill.schedule import EDM, VP, Flow, TrigFlow, times_like
 
 
 @pytest.mark.parametrize(
@@ -32,7 +30,7 @@ def test_backward_simulation_with_an_oracle_student_lands_on_the_marginal(schedu
     for step in range(40):
         noise = SampleNoise(range(n if step < 25 else 2), step=step, phase="student")
         batch = Batch(None, None, (1,), noise.index, noise)
-        x_t, t, time = simulate(method, nets, batch)
+        x_t, t, time = simulate(method.sampling, nets, batch)
         assert bool((t == time).all()) and not x_t.requires_grad
         met[time] = met.get(time, 0) + 1
         if step >= 25:
@@ -43,7 +41,7 @@ def test_backward_simulation_with_an_oracle_student_lands_on_the_marginal(schedu
         bias = alpha * mean if time == schedule.t_max else 0.008 if isinstance(schedule, VP) else 0.002
         assert abs(float(x_t.double().mean()) - alpha * mean) < 5 * spread / n**0.5 + bias
         assert abs(float(x_t.double().std()) - spread) < 5 * spread / (2 * n) ** 0.5
-    assert set(met) == {time for count in (1, 2, 4) for time in few_step_grid(schedule, count, 4)}
+    assert set(met) == {time for count in (1, 2, 4) for time in schedule.few_step_grid(count, 4)}
     assert met[schedule.t_max] > 10  # pure noise: K = 0 of all three counts
 
 
@@ -82,7 +80,7 @@ def test_backward_simulation_uses_the_students_own_rule_and_pure_noise_first():
     for step in range(8):
         heard.clear()
         batch, twin = made.batch(step), made.batch(step)
-        x_t, _, time = simulate(made.method, made.nets, batch)
+        x_t, _, time = simulate(made.method.sampling, made.nets, batch)
         twin.generator.shared_randint(0, 2)
         first, fresh = twin.randn(), twin.randn()
         if time == 999:
@@ -102,29 +100,14 @@ EYES = {"ladd": {"warmup": 0}, "add": {"eye": "fourier"}, "reward": {}}
 def test_a_stage_can_go_on_with_a_student_of_sigma_noise(name, settings):
     """As SiD and SIM leave it: the first input, and so the exported card, is theirs."""
     settings = settings | {"first_rho": 2.5, "init_noise": "sigma"}
-    assert worlds.method(name, steps=(1, 2), **settings).init_noise == "unit"  # as LCMScheduler starts
     made, heard = world(name, steps=(1,), **settings), []
-    assert made.method.init_noise == "sigma"
     made.nets.modules["student"] = lambda x_t, t, cond: (
         heard.append((x_t, t)) or Prediction(x_t, "x0", x_t, t, made.nets.schedule)
     )
     if name == "reward":
-        x_t, t, _ = simulate(made.method, made.nets, made.batch())
+        x_t, t, _ = simulate(made.method.sampling, made.nets, made.batch())
     else:
         made.method.generate(made.nets, made.batch(), *([False] if name == "ladd" else []))
         ((x_t, t),) = heard
     sigma = float(made.nets.schedule.sigma(t)[0])
     assert sigma < 0.95 and float(x_t.std()) == pytest.approx(sigma, rel=0.25)
-    unit = worlds.method(name, steps=(1,), **(settings | {"init_noise": "unit"}))
-    made.method.config.init_noise = "unit"
-    assert unit.init_noise == made.method.init_noise == "unit"
-
-
-@pytest.mark.parametrize("name", ["add", "ladd", "reward"])
-def test_a_stage_after_one_that_starts_lower_can_start_there_too(name):
-    method, plain = worlds.method(name, steps=(1, 2), first_rho=2.5), worlds.method(name, steps=(1, 2))
-    schedule = VP.from_betas()
-    assert method.first_rho == 2.5
-    assert method.grid(schedule, 2) == few_step_grid(schedule, 2, first_rho=2.5) != plain.grid(schedule, 2)
-    with pytest.raises(UserError, match=r"first_rho must be 0 .* got -1\."):
-        worlds.method(name, first_rho=-1.0)

@@ -20,9 +20,8 @@ from worlds import COUNT
 
 from stepdistill.denoiser import Denoiser
 from stepdistill.families.toy import gaussian
-from stepdistill.schedule import EDM, VP, Flow, TrigFlow
+from stepdistill.schedule import EDM, VP, Flow, TrigFlow, times_like
 from stepdistill.solvers import SOLVERS
-from stepdistill.timesteps import ode_grid, times_like
 
 
 @EVERY_SCHEDULE
@@ -133,7 +132,7 @@ def test_a_normalised_tangent_makes_the_loss_known_beforehand():
 def test_scms_times_are_scm_schedulers(steps, sigma_data):
     from diffusers import SCMScheduler
 
-    times = worlds.method("scm", steps=(1, 2, 4), first_rho=0.0).grid(TrigFlow(sigma_data), steps)
+    times = worlds.method("scm", steps=(1, 2, 4), first_rho=0.0).sampling.grid(TrigFlow(sigma_data), steps)
     scheduler = SCMScheduler(sigma_data=sigma_data)
     scheduler.set_timesteps(steps, intermediate_timesteps=1.3 if steps == 2 else None)
     torch.testing.assert_close(torch.tensor((*times, 0.0)), scheduler.timesteps, rtol=1e-5, atol=1e-5)
@@ -148,7 +147,7 @@ def test_scms_states_are_scm_schedulers(steps, sigma_data, first_rho, tolerance)
     from diffusers import SCMScheduler
 
     trig = TrigFlow(sigma_data)
-    times = worlds.method("scm", steps=(1, 2, 4), first_rho=first_rho).grid(trig, steps)
+    times = worlds.method("scm", steps=(1, 2, 4), first_rho=first_rho).sampling.grid(trig, steps)
     scheduler = SCMScheduler(sigma_data=sigma_data)
     scheduler.set_timesteps(steps, timesteps=[*times, 0.0], max_timesteps=None, intermediate_timesteps=None)
     start, outputs = drawn(steps)
@@ -185,7 +184,7 @@ def test_a_flow_teachers_trajectories_are_the_same_in_trigflow(solver):
     teacher = Denoiser(gaussian(flow, [MEAN], STD), "x0", flow)
     noise, ends = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None], []
     for schedule in (flow, trig):
-        x, grid = noise, ode_grid(schedule, 100)
+        x, grid = noise, schedule.ode_grid(100)
         for t, s in itertools.pairwise(grid.tolist()):
             x = SOLVERS[solver](teacher.under(schedule), x, times_like(t, x), times_like(s, x))
         ends.append(x)

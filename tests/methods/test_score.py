@@ -14,8 +14,8 @@ from stepdistill.families.toy import SCHEDULES
 from stepdistill.losses import distribution_matching
 from stepdistill.methods.base import Batch
 from stepdistill.prediction import Prediction
-from stepdistill.schedule import Schedule, expand
-from stepdistill.timesteps import draw, times_like
+from stepdistill.schedule import Schedule, expand, times_like
+from stepdistill.timesteps import draw
 
 MEAN, STD = 1.5, 0.3  # of the data a student is to reach
 

@@ -27,8 +27,12 @@ def test_sid_at_one_half_is_the_fisher_divergence_and_at_one_is_sim(schedule, th
 def test_the_paper_times_and_first_state():
     """sigma z at t = 625 of Stable Diffusion's table; SiD compares at Karras indices up to 0.8 (sigma 24.4)."""
     line = Line("sid", SCHEDULES["vp"]())
-    assert line.method.grid(line.schedule, 1) == (625.0,) and line.method.init_noise == "sigma"
-    assert Line("sid", SCHEDULES["edm"]()).method.grid(SCHEDULES["edm"](), 1) == pytest.approx((2.5,))
+    assert (
+        line.method.sampling.grid(line.schedule, 1) == (625.0,) and line.method.sampling.init_noise == "sigma"
+    )
+    assert Line("sid", SCHEDULES["edm"]()).method.sampling.grid(SCHEDULES["edm"](), 1) == pytest.approx(
+        (2.5,)
+    )
     config = resolve("sid", METHODS, "method").Config()
     assert (config.alpha, config.time_density, config.t_low, config.t_high) == (1.2, "karras", 0.0, 0.8)
     top = (0.002 ** (1 / 7) + 0.8 * (80 ** (1 / 7) - 0.002 ** (1 / 7))) ** 7

@@ -17,9 +17,8 @@ from stepdistill.families.toy import gaussian, gaussian_flow_map
 from stepdistill.methods.tscd import TSCD
 from stepdistill.noise import SampleNoise
 from stepdistill.prediction import Prediction
-from stepdistill.sampling import sample
-from stepdistill.schedule import EDM, VP, Flow, Schedule, TrigFlow
-from stepdistill.timesteps import few_step_grid, teacher_grid, times_like
+from stepdistill.sampling import Sampling
+from stepdistill.schedule import EDM, VP, Flow, Schedule, TrigFlow, times_like
 
 
 class SegmentOracle(nn.Module):
@@ -77,13 +76,13 @@ def test_the_segments_maps_composed_are_the_whole_trajectory(schedule):
     """And they are what a k-step student without noise walks through: its times are the edges."""
     method = worlds.method("tscd", steps=(4,), segments=4, eta=0.0)
     x = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
-    times = method.grid(schedule, 4)
+    times = method.sampling.grid(schedule, 4)
     t = times_like(times[0], x)
     start = (schedule.alpha(t) * MEAN)[:, None] + (
         (schedule.alpha(t) ** 2 * STD**2 + schedule.sigma(t) ** 2).sqrt()[:, None] * x
     )
     student = Denoiser(SegmentOracle(schedule, method), "x0", schedule)
-    drawn = sample(student, start, times, None, rule="tcd", eta=0.0, t_min=schedule.t_min)
+    drawn = Sampling(rule="tcd").sample(student, start, times, None, t_min=schedule.t_min)
     exact = gaussian_flow_map(schedule, MEAN, STD, start, t, times_like(schedule.t_min, x))
     torch.testing.assert_close(drawn, exact, rtol=0, atol=1e-6)
 
@@ -92,7 +91,7 @@ def test_the_segments_maps_composed_are_the_whole_trajectory(schedule):
 @pytest.mark.parametrize("segments", [8, 3, 1])
 def test_every_time_lies_in_exactly_one_segment(schedule, segments):
     method = worlds.method("tscd", segments=segments)
-    edges = (*few_step_grid(schedule, segments), schedule.t_min)
+    edges = (*schedule.few_step_grid(segments), schedule.t_min)
     between = torch.linspace(schedule.t_min, edges[0], 204, dtype=torch.float64)[1:-1]
     t = torch.cat((between, torch.tensor(edges[:-1], dtype=torch.float64)))
     b = method.lower_edge(schedule, t)
@@ -114,7 +113,7 @@ def test_tscd_never_looks_below_the_edge_and_takes_the_state_itself_there():
     nets.modules["target"] = Denoiser(Never(), "x0", nets.schedule)
     losses = method.loss(nets, batch)
     i = twin.generator.randint(0, 8)
-    edges = torch.tensor((*few_step_grid(nets.schedule, 8), 0.0), dtype=torch.float64)
+    edges = torch.tensor((*nets.schedule.few_step_grid(8), 0.0), dtype=torch.float64)
     t, s = edges[i], edges[i + 1]
     x_t = nets.schedule.add_noise(twin.x0, twin.randn(), t)
     expected = (nets.student(x_t, t).at(s) - nets.teacher(x_t, t).at(s)).square()[:, 0]
@@ -133,7 +132,7 @@ def test_tscds_teacher_steps_to_the_edge_where_the_next_point_lies_below(schedul
     method = worlds.method("tscd", segments=4, ddim_steps=7, guidance_scale=1.0)
     nets = nets_of(schedule, Affine(), target=Denoiser(Ear(), "x0", schedule))
     method.loss(nets, batch_of(256))
-    grid = torch.tensor((*teacher_grid(schedule, 7), schedule.t_min), dtype=torch.float64)
+    grid = torch.tensor((*schedule.teacher_grid(7), schedule.t_min), dtype=torch.float64)
     i = batch_of(256).generator.randint(0, 7)
     b, below = method.lower_edge(schedule, grid[i]), grid[i + 1]
     torch.testing.assert_close(heard[0], torch.maximum(below, b), rtol=1e-9, atol=1e-9)
@@ -144,7 +143,7 @@ def test_tscd_refuses_what_does_not_fit():
     for settings, says in (
         ({"segments": 0}, r"method\.segments"),
         ({"segments": 9, "ddim_steps": 8}, r"method\.segments"),
-        ({"eta": 1.5}, r"method\.eta"),
+        ({"eta": 1.5}, r"student\.eta"),
     ):
         with pytest.raises(UserError, match=says):
             worlds.method("tscd", **settings)
@@ -166,18 +165,16 @@ def test_tcd_equals_tcd_scheduler_step_by_step(kind, eta):
         for i, (output, t) in enumerate(zip(outputs, scheduler.timesteps, strict=True)):
             seed = torch.Generator().manual_seed(i)
             x = scheduler.step(output, t, x, eta=eta, generator=seed).prev_sample
-        times = few_step_grid(schedule, steps, 8)
+        times = schedule.few_step_grid(steps, 8)
         assert list(times) == scheduler.timesteps.tolist()
         calls = iter(outputs)
-        ours = sample(
+        ours = Sampling(rule="tcd", eta=eta).sample(
             lambda x_t, t, cond, calls=calls, schedule=schedule: Prediction(
                 next(calls), ours_kind, x_t, t, schedule
             ),
             start,
             times,
             lambda i: torch.randn(2, 3, generator=torch.Generator().manual_seed(i)),
-            rule="tcd",
-            eta=eta,
         )
         torch.testing.assert_close(ours, x, rtol=2e-4, atol=2e-4)
 
@@ -185,8 +182,6 @@ def test_tcd_equals_tcd_scheduler_step_by_step(kind, eta):
 @EVERY_SCHEDULE
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 def test_tcd_with_the_oracle_keeps_the_marginal_at_every_eta(schedule, eta):
-    from stepdistill.sampling import walk
-
     n = 40_000
     oracle = Oracle(schedule)
     noise = SampleNoise(range(n), phase="tcd")
@@ -199,22 +194,21 @@ def test_tcd_with_the_oracle_keeps_the_marginal_at_every_eta(schedule, eta):
             below = math.floor(below) if isinstance(schedule, VP) else below
             return Prediction(oracle(x_t, t, end=times_like(float(below), x_t)), "x0", x_t, t, schedule)
 
-    times = few_step_grid(schedule, 2)
+    times = schedule.few_step_grid(2)
     t, s = (torch.tensor([time], dtype=torch.float64) for time in times)
     spread = [(schedule.alpha(u) ** 2 * STD**2 + schedule.sigma(u) ** 2).sqrt() for u in (t, s)]
     x = schedule.alpha(t) * MEAN + spread[0] * noise.randn(1, dtype=torch.float64)
-    x_s = walk(TwoTime(), x, times, lambda _: noise.randn(1, dtype=torch.float64), rule="tcd", eta=eta)
+    how = Sampling(rule="tcd", eta=eta)
+    x_s = how.walk(TwoTime(), x, times, lambda _: noise.randn(1, dtype=torch.float64))
     assert abs(float(x_s.mean() - schedule.alpha(s) * MEAN)) < 5 * float(spread[1]) / n**0.5
     assert abs(float(x_s.std() / spread[1]) - 1) < 5 / (2 * n) ** 0.5
 
 
 @EVERY_SCHEDULE
 def test_tcd_without_noise_is_the_ode_rule(schedule):
-    from stepdistill.sampling import walk
-
     teacher = Denoiser(gaussian(schedule, [MEAN], STD), "x0", schedule)
-    x, times = torch.randn(8, 1, dtype=torch.float64), few_step_grid(schedule, 4)
-    drawn = [walk(teacher, x, times, None, rule=rule) for rule in ("tcd", "ode")]
+    x, times = torch.randn(8, 1, dtype=torch.float64), schedule.few_step_grid(4)
+    drawn = [Sampling(rule=rule).walk(teacher, x, times, None) for rule in ("tcd", "ode")]
     assert torch.equal(*drawn)
 
 
@@ -223,9 +217,9 @@ def test_tcd_with_all_noise_is_renoising(schedule):
     """Where the schedule's end is clean: of eta = 1 the line to t_min keeps x0 alone, in the end as well."""
     teacher = Denoiser(gaussian(schedule, [MEAN], STD), "x0", schedule)
     start, *noise = torch.randn(5, 8, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    how = {"start": start, "times": few_step_grid(schedule, 4), "noise": noise.__getitem__}
+    how = {"start": start, "times": schedule.few_step_grid(4), "noise": noise.__getitem__}
     found = [
-        sample(teacher, *how.values(), rule=rule, eta=1.0, t_min=schedule.t_min)
+        Sampling(rule=rule, eta=1.0).sample(teacher, *how.values(), t_min=schedule.t_min)
         for rule in ("tcd", "renoise")
     ]
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)

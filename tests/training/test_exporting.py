@@ -33,7 +33,7 @@ def test_any_checkpoint_can_be_exported(tmp_path, tiny_sd):
             assert said == f"exported to {target}"
             sampler = stepdistill.load(target)
             assert (sampler.kind, sampler.steps) == ("student", (1, 2))
-            assert sampler.card["step"] == step and sampler.card["weights"] == weights
+            assert sampler.card.step == step and sampler.card.weights == weights
             unets[step, weights] = load_file(target / "unet" / "diffusion_pytorch_model.safetensors")
     final = load_file(run / "student" / "unet" / "diffusion_pytorch_model.safetensors")
     assert same(unets[3, "ema"], final) and not same(unets[3, "raw"], final)
@@ -59,8 +59,10 @@ def test_a_staged_student_is_exported_with_its_last_method(tmp_path, tiny_sd):
     del mapping["run"]["steps"]
     running.run(recipe_from(mapping))
     sampler = stepdistill.load(tmp_path / "run" / "student")
-    assert sampler.card["method"] == "dmd2" and sampler.guidance_free and sampler.card["extras"] == []
-    assert [stage["method"]["name"] for stage in sampler.card["recipe"]["stages"]] == ["lcm", "dmd2"]
+    assert sampler.card.method == "dmd2" and sampler.guidance_free and sampler.sampling.inputs == ()
+    # The grid its times are taken from is still the one it was first taught.
+    assert sampler.sampling.finest == 4
+    assert [stage["method"]["name"] for stage in sampler.card.recipe["stages"]] == ["lcm", "dmd2"]
 
 
 def test_export_needs_no_data(tmp_path, tiny_pixel):
