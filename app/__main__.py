@@ -27,12 +27,19 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
 examples:
-  python -m app                                  the embedded student beside its teacher, at
-  http://127.0.0.1:7860 python -m app --check                          load both, make one image with each,
-  print the report, exit python -m app --student runs/dmd2/student      a student you distilled, beside the
-  embedded teacher python -m app --student S --no-teacher         a student alone
+  python -m app
+      the embedded student beside its teacher, at http://127.0.0.1:7860
+  python -m app --check
+      load both, make one image with each, print the report, exit
+  python -m app --student runs/dmd2/student
+      a student you distilled, beside the embedded teacher
+  python -m app --student S --no-teacher
+      a student alone
+  python -m app --host 0.0.0.0 --auth-file FILE
+      for other machines, behind the USER:PASSWORD in the first line of FILE
   curl http://127.0.0.1:7860/v1/images/generations -H 'content-type: application/json' \\
        -d '{"prompt": "a large green star on a black background", "seed": 7, "steps": 1}'
+      one image over HTTP
 """
 
 
@@ -129,8 +136,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check(engine: Engine) -> int:
-    """Load, make one image with each model from the same noise, and say what was found."""
-    from app.schema import Request
+    """Load, make one image with each model from the same noise, and print the report."""
+    from app.request import Request
 
     engine.start().wait()
     limits = engine.limits
@@ -193,8 +200,9 @@ def serve(
 
 
 def _announce(engine: Engine, server: uvicorn.Server, url: str) -> None:
-    """Print the URL once the page answers, the report once the models do; end the server when they cannot
-    be loaded.
+    """Print the URL once the page answers and the report once the models do.
+
+    Where they cannot be loaded the server ends.
     """
     while not server.started and not server.should_exit:
         time.sleep(0.05)

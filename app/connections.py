@@ -55,8 +55,7 @@ def server(app: Any) -> uvicorn.Server:
 class Connection(H11Protocol):
     """One connection of a client, with a clock on it.
 
-    It is idle while no complete request is being answered: before the first, between two, and while one is
-    still arriving.
+    It is idle before its first request, between two, and while one is still arriving.
     """
 
     idle_since: float | None = None

@@ -20,7 +20,7 @@ from urllib.parse import parse_qs
 
 from app.connections import Receive, Scope, Send
 from app.guard import UPLOAD, parse, read, reply
-from app.schema import Invalid
+from app.request import Invalid
 
 JOIN = "/gradio_api/queue/join"
 OPEN = (
@@ -131,7 +131,8 @@ class Gate:
         session, index, data = body.get("session_hash"), body.get("fn_index"), body.get("data")
         if not isinstance(session, str) or not NAME.fullmatch(session):
             raise Invalid("session_hash", "session_hash must be 1 to 64 letters, digits or hyphens.")
-        if type(index) is not int or index not in self.page.fns:  # True is an int as well
+        # By type, as True is an int as well.
+        if type(index) is not int or index not in self.page.fns:
             raise Invalid("fn_index", "fn_index names no function of this page.")
         handler = self.page.fns[index]
         if not isinstance(data, list) or len(data) != len(handler.inputs):

@@ -18,8 +18,10 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable, MutableMapping
 from typing import Any
 
+from app import strict_json
 from app.connections import Receive, Scope, Send
-from app.schema import MAX_FILE, Invalid
+from app.png import MAX_FILE
+from app.request import Invalid
 
 MAX_JSON = 64 * 1024
 MAX_DEPTH = 16
@@ -71,7 +73,8 @@ class Guard:
         self.door = None if account is None else Password(account)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "websocket":  # nothing here speaks it
+        # Nothing here speaks WebSocket.
+        if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
             return
         if scope["type"] != "http":
@@ -100,7 +103,8 @@ class Guard:
                 failure = Gone()
                 raise failure
             received += len(message.get("body", b""))
-            if received > cap:  # a chunked body does not say its length
+            # Counted, as a chunked body does not say its length.
+            if received > cap:
                 failure = TooLarge()
                 raise failure
             complete = complete or not message.get("more_body", False)
@@ -108,7 +112,8 @@ class Guard:
 
         async def with_headers(message: MutableMapping[str, Any]) -> None:
             nonlocal started
-            if failure is not None and not started:  # what a route makes of the failure; ours follows
+            # What a route makes of the failure is passed over; our own answer follows.
+            if failure is not None and not started:
                 return
             if message["type"] == "http.response.start":
                 started = True
@@ -152,6 +157,11 @@ class Guard:
         return None
 
     def _is_ours(self, host: str) -> bool:
+        """Whether a Host header names this server.
+
+        Starlette's TrustedHostMiddleware would take neither any address (needed at 0.0.0.0) nor the forwarded
+        host, from which Gradio builds its links, and answers in another form.
+        """
         match = HOST.fullmatch(host.strip().lower())
         if match is None:
             return False
@@ -208,32 +218,12 @@ def parse(raw: bytes) -> dict[str, Any]:
     """The JSON object in a body.
 
     Raises:
-        Invalid: not JSON, no object, NaN or infinity, more than `MAX_DEPTH` deep, or a lone surrogate, which
-            is no character and could be neither answered nor logged.
+        Invalid: it holds none, or one that `strict_json` refuses.
     """
     try:
-        body = json.loads(raw, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError):
-        raise Invalid("body", "the body is not valid JSON.") from None
-    if not isinstance(body, dict):
-        raise Invalid("body", "the body must be a JSON object.")
-    level: list[Any] = [body]
-    for _ in range(MAX_DEPTH):
-        strings = [value for value in level if isinstance(value, str)]
-        if any("\ud800" <= char <= "\udfff" for text in strings for char in text):
-            raise Invalid("body", "the body holds half a character (a lone surrogate).")
-        if any(value in (float("inf"), float("-inf")) for value in level if isinstance(value, float)):
-            raise Invalid("body", "the body holds a number that is too large.")
-        inner = [value for value in level if isinstance(value, list)]
-        inner += [[*value.keys(), *value.values()] for value in level if isinstance(value, dict)]
-        level = [value for values in inner for value in values]
-        if not level:
-            return body
-    raise Invalid("body", f"the body is nested deeper than {MAX_DEPTH} levels.")
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(name)
+        return strict_json.loads(raw, MAX_DEPTH)
+    except ValueError as error:
+        raise Invalid("body", f"the body cannot be read: {error}.") from None
 
 
 async def read(receive: Receive) -> bytes:

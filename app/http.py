@@ -10,31 +10,53 @@ import base64
 import os
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
 
-from app.engine import Engine, Job
+from app.engine import Engine
 from app.gate import Gate
 from app.guard import LOOPBACK, Guard, parse
-from app.schema import MAX_FILE, MAX_SEED, Busy, Cancelled, Invalid, Request, Result
-from stepdistill.errors import UserError, nearest
+from app.lanes import Job
+from app.png import MAX_FILE
+from app.request import (
+    MAX_SEED,
+    Busy,
+    Cancelled,
+    Count,
+    Guidance,
+    Invalid,
+    Limits,
+    Request,
+    Seed,
+    Text,
+    shown,
+)
+from app.result import Result
+from stepdistill.errors import UserError
 
 MAX_IMAGES = 8
-FIELDS = (
-    "prompt",
-    "negative_prompt",
-    "n",
-    "size",
-    "model",
-    "response_format",
-    "seed",
-    "steps",
-    "guidance_scale",
-)
+
+
+class ImageCall(BaseModel):
+    """The body of an image call: OpenAI's fields that mean something here, and ours."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: Text
+    negative_prompt: Text = ""
+    n: Annotated[StrictInt, Field(ge=1, le=MAX_IMAGES)] = 1
+    size: Text = "auto"
+    model: Literal["student", "teacher"] = "student"
+    response_format: Literal["b64_json"] = "b64_json"
+    seed: Seed = -1
+    steps: Count | None = None
+    guidance_scale: Guidance | None = None
 
 
 def create_app(
@@ -63,26 +85,9 @@ def create_app(
 
     @app.get("/v1/models")
     def models() -> JSONResponse:
-        limits = engine.limits
-        if limits is None:
+        if engine.limits is None:
             return _error(Busy("the models are still loading; try again in a moment."))
-        size = "{1}x{0}".format(*limits.resolution)
-        rows = [
-            {
-                "id": "student",
-                "name": limits.student,
-                "steps": list(limits.steps),
-                "default_steps": limits.default_steps,
-            }
-        ]
-        if limits.teacher is not None:
-            rows.append({"id": "teacher", "name": limits.teacher, "default_steps": limits.teacher_steps})
-        return JSONResponse(
-            {
-                "object": "list",
-                "data": [{"object": "model", "owned_by": "local", "size": size, **row} for row in rows],
-            }
-        )
+        return JSONResponse({"object": "list", "data": _models(engine.limits)})
 
     @app.post("/v1/images/generations")
     async def generations(http: HttpRequest) -> JSONResponse:
@@ -117,7 +122,7 @@ def _mount(app: FastAPI, demo: Any, engine: Engine) -> None:
         show_error=False,
         max_file_size=MAX_FILE,
         allowed_paths=[],
-        blocked_paths=[str(Path(path).resolve()) for path in engine.directories],
+        blocked_paths=[str(Path(path).resolve()) for path in engine.models.paths.values()],
         enable_monitoring=False,
         run_history=False,
         footer_links=[],
@@ -130,9 +135,7 @@ def _mount(app: FastAPI, demo: Any, engine: Engine) -> None:
 
 
 def offline() -> None:
-    """Settings that Gradio and the hub client read when they are imported: nothing is asked of another
-    host.
-    """
+    """Settings that Gradio and the hub client read on import, so that they ask no other host."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -142,41 +145,35 @@ def offline() -> None:
 # The OpenAI-shaped route ------------------------------------------------------------------------------------
 
 
+def _models(limits: Limits) -> list[dict[str, Any]]:
+    same = {"object": "model", "owned_by": "local", "size": "{1}x{0}".format(*limits.resolution)}
+    student = {"steps": list(limits.steps), "default_steps": limits.default_steps}
+    rows = [{**same, "id": "student", "name": limits.student, **student}]
+    if limits.teacher is not None:
+        rows.append({**same, "id": "teacher", "name": limits.teacher, "default_steps": limits.teacher_steps})
+    return rows
+
+
 def _wanted(body: dict[str, Any], engine: Engine) -> tuple[int, Request]:
     """How many images, and the request of the first.
 
     Fields this server does not know are refused, not ignored.
     """
-    for key in body:
-        if key not in FIELDS:
-            raise Invalid(
-                key[:40],
-                f"{key[:40]!r} is not supported here; use {', '.join(FIELDS)}.{nearest(key, FIELDS)}",
-            )
-    if "prompt" not in body:
-        raise Invalid("prompt", "prompt is missing.")
-    count = body.get("n", 1)
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_IMAGES:
-        raise Invalid("n", f"n must be a whole number from 1 to {MAX_IMAGES}, got {str(count)[:40]}.")
-    if body.get("response_format", "b64_json") != "b64_json":
-        raise Invalid(
-            "response_format", "response_format must be b64_json; images are not kept on this server."
-        )
-    model = body.get("model", "student")
-    if model not in ("student", "teacher"):
-        raise Invalid("model", f"model must be student or teacher, got {str(model)[:40]!r}.")
+    try:
+        call = ImageCall.model_validate(body)
+    except ValidationError as error:
+        raise Invalid.of(error, ImageCall.model_fields) from None
     if engine.limits is not None:
         size = "{1}x{0}".format(*engine.limits.resolution)
-        if body.get("size", "auto") not in ("auto", size):
-            raise Invalid("size", f"size must be {size} (or auto), got {str(body['size'])[:40]!r}.")
-    same = ("prompt", "negative_prompt", "seed", "steps", "guidance_scale")
-    return count, Request(model=model, **{key: body[key] for key in same if key in body})
+        if call.size not in ("auto", size):
+            raise Invalid("size", f"size must be {size} (or auto), got {shown(call.size)}.")
+    return call.n, Request(**call.model_dump(exclude={"n", "size", "response_format"}))
 
 
 async def _one(engine: Engine, http: HttpRequest, request: Request, at: int) -> dict[str, Any]:
     """Image number `at` of a call: its own seed, seed + at where one was given."""
-    if at and isinstance(request.seed, int) and request.seed != -1:
-        request = Request(**{**request.__dict__, "seed": (request.seed + at) % (MAX_SEED + 1)})
+    if at and request.seed != -1:
+        request = replace(request, seed=(request.seed + at) % (MAX_SEED + 1))
     job = engine.submit(request)
     result = await wait(job, http.is_disconnected)
     shot = result.shots[request.model]

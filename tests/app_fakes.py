@@ -72,7 +72,6 @@ class FakeSampler:
         steps=None,
         guidance_scale=None,
         negative_prompts=None,
-        chunk=16,
         timings=None,
         on_step=None,
     ):
@@ -81,7 +80,6 @@ class FakeSampler:
             raise UserError(f"steps={steps}")
         if self.guidance_free and (negative_prompts or guidance_scale not in (None, 1.0)):
             raise UserError("guidance on a guidance-free student")
-        assert chunk == 1
         self.threads.add(threading.get_ident())
         self.calls.append((prompts[0], seeds[0], steps))
         began = time.perf_counter()
@@ -121,7 +119,7 @@ def engine_of(student=None, teacher=None, **options):
     engine = Engine(
         "S",
         "T" if teacher is not False else False,
-        load=lambda path, **_: made[str(path)],
+        loader=lambda path, **_: made[str(path)],
         device="cpu",
         **options,
     )

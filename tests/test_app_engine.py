@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from app_fakes import FakeSampler, engine_of, tiny_pair
 
-from app.engine import PER_SESSION, QUEUE, Engine
-from app.schema import Busy, Cancelled, Invalid, NumericalFailure, Request
+from app.engine import Engine
+from app.lanes import PER_SESSION, QUEUE
+from app.request import Busy, Cancelled, Invalid, NumericalFailure, Request
 from stepdistill.errors import UserError
 
 A = "a red circle"
@@ -115,7 +116,7 @@ def test_the_newest_requests_of_a_session_win(pair):
     first = engine.submit(Request(A, seed=0), "me")
     assert student.began.wait(5)
     jobs = [engine.submit(Request(A, seed=i), "me") for i in range(1, 20)]
-    assert engine.waiting == PER_SESSION
+    assert len(engine.lanes) == PER_SESSION
     student.gate.set()
     assert first.future.result(5)
     assert [job.future.result(5).request.seed for job in jobs[-PER_SESSION:]] == [18, 19]
@@ -159,7 +160,7 @@ def test_requests_are_checked_before_they_wait(pair):
         engine.submit(Request("", seed=1))
     with pytest.raises(Invalid):
         engine.submit({"prompt": A, "steps": 3})
-    assert not student.calls and engine.waiting == 0
+    assert not student.calls and len(engine.lanes) == 0
 
 
 def test_a_thousand_cancelled_rounds_leave_nothing_behind(pair):
@@ -171,7 +172,7 @@ def test_a_thousand_cancelled_rounds_leave_nothing_behind(pair):
             job.cancel()
         else:
             engine.cancel("me")
-    until(lambda: engine.waiting == 0 and not engine._running)
+    until(lambda: len(engine.lanes) == 0 and not engine.lanes.running)
     assert threading.active_count() == threads
     assert engine.generate(Request(A, seed=1)).shots
 
@@ -183,7 +184,7 @@ def test_before_the_models_are_there_requests_are_turned_away():
         assert hold.wait(5)
         return FakeSampler("student")
 
-    engine = Engine("S", False, load=load, device="cpu").start()
+    engine = Engine("S", False, loader=load, device="cpu").start()
     assert engine.report()["status"] == "loading"
     with pytest.raises(Busy, match="loading"):
         engine.submit(Request(A))
@@ -199,7 +200,7 @@ def test_a_model_that_cannot_be_loaded_is_said_once_and_for_all():
     def load(path, **_):
         raise UserError("nothing at S.")
 
-    engine = Engine("S", False, load=load, device="cpu").start()
+    engine = Engine("S", False, loader=load, device="cpu").start()
     for ask in (engine.wait, lambda: engine.submit(Request(A))):
         with pytest.raises(UserError, match="nothing at S"):
             ask()

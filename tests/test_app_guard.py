@@ -488,7 +488,7 @@ def test_other_machines_are_served_with_a_password_or_on_purpose(tmp_path):
         (["--auth", ":x"], "USER:PASSWORD"),
         (["--auth-file", str(tmp_path / "empty")], "first line"),
         (["--auth-file", str(tmp_path / "none")], "cannot be read"),
-        # What follows is found to be wrong only after the password was.
+        # The password is checked before what is wrong here.
         (["--host", "0.0.0.0", "--port", "0", "--no-auth", "--attention", "warp"], "--attention"),
         (["--host", "0.0.0.0", "--port", "0", "--auth", "a:b", "--attention", "warp"], "--attention"),
     ]:

@@ -13,10 +13,11 @@ import pytest
 from app_fakes import FakeSampler, engine_of
 from starlette.testclient import TestClient
 
-from app import schema
+from app import png, settings
 from app.engine import Engine
 from app.guard import MAX_JSON
 from app.http import create_app
+from app.request import Request
 
 ROOT = Path(__file__).resolve().parent.parent
 ROUTE = "/v1/images/generations"
@@ -49,8 +50,7 @@ def ask(client, **fields):
     return client.post(ROUTE, json={"prompt": "a red circle", **fields})
 
 
-# Guards
-# -----------------------------------------------------------------------------------------------------------
+# Guards -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example", "169.254.1.1", "", "[::2]:80"])
@@ -108,14 +108,13 @@ def test_docs_are_off(client):
     assert {client.get(path).status_code for path in ("/docs", "/redoc", "/openapi.json")} == {404}
 
 
-# Health and models
-# ------------------------------------------------------------------------------------------------
+# Health and models ------------------------------------------------------------------------------------------
 
 
 def test_health_is_503_until_the_models_answer():
     hold = threading.Event()
     loader = lambda path, **_: hold.wait(5) and FakeSampler("student")  # noqa: E731
-    engine = Engine("S", False, load=loader, device="cpu").start()
+    engine = Engine("S", False, loader=loader, device="cpu").start()
     with TestClient(create_app(engine), base_url="http://localhost") as client:
         assert (client.get("/healthz").status_code, client.get("/healthz").json()["status"]) == (
             503,
@@ -137,19 +136,18 @@ def test_models_are_listed(client):
     assert rows["teacher"]["default_steps"] == 50
 
 
-# Images
-# -----------------------------------------------------------------------------------------------------------
+# Images -----------------------------------------------------------------------------------------------------
 
 
 def test_an_image_comes_back_with_its_seed_and_settings(client, engine):
     answer = ask(client, seed=7, steps=2, size="64x64", response_format="b64_json", model="student")
     assert answer.status_code == 200
     data = answer.json()["data"][0]
-    pixels, text = schema.read_png(base64.b64decode(data["b64_json"]))
+    pixels, text = png.read_png(base64.b64decode(data["b64_json"]))
     assert (data["seed"], data["steps"]) == (7, 2)
-    same = engine.generate(schema.Request("a red circle", seed=7, steps=2)).shots["student"].image
+    same = engine.generate(Request("a red circle", seed=7, steps=2)).shots["student"].image
     assert np.array_equal(pixels, same)
-    assert schema.from_settings(text, engine.limits).seed == 7
+    assert settings.from_settings(text, engine.limits).seed == 7
 
 
 def test_several_images_have_their_own_seeds(client):
@@ -216,8 +214,7 @@ def test_a_defect_tells_no_paths(client):
     assert ask(client).status_code == 200
 
 
-# The page
-# ---------------------------------------------------------------------------------------------------------
+# The page ---------------------------------------------------------------------------------------------------
 
 
 def test_the_page_is_served_and_asks_no_other_host(page):
@@ -238,21 +235,20 @@ def test_the_doors_gradio_leaves_open_are_closed(page):
         == 403
     )
     assert page.post("/gradio_api/upload", files=upload).status_code == 200
-    large = {"files": ("a.png", b"x" * (schema.MAX_FILE + 1), "image/png")}
+    large = {"files": ("a.png", b"x" * (png.MAX_FILE + 1), "image/png")}
     assert page.post("/gradio_api/upload", files=large).status_code == 413
     for path in ("/etc/passwd", "%2e%2e/%2e%2e/etc/passwd", str(ROOT / "pyproject.toml")):
         assert page.get(f"/gradio_api/file={path}").status_code in (403, 404)
 
 
 def test_the_examples_are_scenes():
-    from app.ui import EXAMPLES
+    from app.layout import EXAMPLES
     from stepdistill.scenes import parse_caption
 
     assert [parse_caption(text).caption for text in EXAMPLES] == list(EXAMPLES)
 
 
-# The command
-# ------------------------------------------------------------------------------------------------------
+# The command ------------------------------------------------------------------------------------------------
 
 
 def test_a_busy_port_is_one_sentence(capsys):
@@ -284,3 +280,16 @@ def test_mistakes_on_the_command_line_are_one_sentence():
     ]:
         with pytest.raises(UserError, match=word):
             main(arguments)
+
+
+def test_the_help_keeps_its_lines():
+    from app.__main__ import EXAMPLES, parser
+
+    text = parser().format_help()
+    assert EXAMPLES in text
+    lines = EXAMPLES.splitlines()
+    commands = [line for line in lines if line.startswith("  python -m app") or line.startswith("  curl")]
+    # Each example begins a line, and what it does stands below it.
+    assert len(commands) == EXAMPLES.count("python -m app") + EXAMPLES.count("curl") >= 6
+    assert all(len(line) <= 100 for line in lines)
+    parser().parse_args(["--student", "S", "--no-teacher"])

@@ -1,0 +1,244 @@
+"""What a person may ask for, checked once for every door: page, HTTP, command line.
+
+`validate` turns anything a client sent into a `Request` whose every field is in range, or raises an error
+that names the field and the limit; nothing reaches a tokeniser or a network before it. pydantic checks what
+holds for every model (names, types, fixed ranges), this module what the loaded models allow.
+
+No torch and no gradio here, so the page can be built while the models load.
+"""
+
+from __future__ import annotations
+
+import secrets
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, StrictFloat, StrictInt, StrictStr, TypeAdapter, ValidationError
+
+from stepdistill.errors import UserError, nearest
+
+MAX_SEED = 2**32 - 1
+Text = StrictStr
+Count = Annotated[StrictInt, Field(ge=1)]
+Seed = Annotated[StrictInt, Field(ge=-1, le=MAX_SEED)]
+Guidance = Annotated[StrictFloat, Field(ge=1, allow_inf_nan=False)]
+
+
+class Invalid(UserError):
+    """A field of a request is wrong. `field` names it."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+    @classmethod
+    def of(cls, error: ValidationError, fields: Mapping[str, Any]) -> Invalid:
+        """The first of pydantic's complaints as one sentence; `fields` are those the request may have."""
+        first = error.errors(include_url=False)[0]
+        field = shown_name(first["loc"][0]) if first["loc"] else "body"
+        kind, context = first["type"], first.get("ctx", {})
+        if kind == "missing":
+            return cls(field, f"{field} is missing.")
+        if field not in fields:
+            known = ", ".join(fields)
+            return cls(field, f"{field!r} is not supported here; use {known}.{nearest(field, fields)}")
+        expected = EXPECTED.get(kind) or f"must be {context.get('expected', 'of another type')}"
+        return cls(field, f"{field} {expected.format(**context)}, got {shown(first['input'])}.")
+
+
+# pydantic's names of what can be wrong with a value, in our words.
+EXPECTED = {
+    "int_type": "must be a whole number",
+    "string_type": "must be text",
+    "float_type": "must be a finite number",
+    "finite_number": "must be a finite number",
+    "greater_than_equal": "must be at least {ge:g}",
+    "less_than_equal": "must be at most {le}",
+}
+
+
+class Busy(UserError):
+    """The request was fine, but there is no room or no model for it now; it may be sent again."""
+
+
+class Cancelled(UserError):
+    """The request was stopped, or a newer one of the same session took its place."""
+
+
+class NumericalFailure(UserError):
+    """The networks gave NaN or infinity; there is no image."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the loaded models can do. Lengths in characters; `resolution` is (height, width) in pixels."""
+
+    steps: tuple[int, ...] = (1,)
+    default_steps: int = 1
+    teacher_steps: int = 50
+    max_teacher_steps: int = 100
+    guidance_free: bool = True
+    student_guidance: float = 1.0
+    teacher_guidance: float = 7.5
+    max_guidance: float = 30.0
+    max_prompt: int = 2000
+    resolution: tuple[int, int] = (64, 64)
+    # "prompt", "class" or "none".
+    conditions: str = "prompt"
+    class_names: tuple[str, ...] | None = None
+    student: str = "student"
+    # None: no teacher is served.
+    teacher: str | None = "teacher"
+
+
+@dataclass(frozen=True)
+class Request:
+    """One image wanted from the student, the teacher, or both from the same noise.
+
+    `steps` is the number of network passes of the student (of the teacher for model="teacher"); None means
+    the model's own default. `guidance_scale` is g in uncond + g (cond - uncond); None means the model's own;
+    in model="both" it is the teacher's where the student is guidance-free. `seed` -1 is drawn by `validate`.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    prompt: Text = ""
+    negative_prompt: Text = ""
+    seed: Seed = -1
+    steps: Count | None = None
+    guidance_scale: Guidance | None = None
+    model: Literal["student", "teacher", "both"] = "student"
+
+
+_ANY_REQUEST = TypeAdapter(Request)
+
+
+def check(asked: Request | Mapping[str, Any]) -> Request:
+    """The request with every field of its type, in the range that holds for every model.
+
+    Raises:
+        Invalid: naming the field, the value and what is expected.
+    """
+    try:
+        return _ANY_REQUEST.validate_python(dict(asked) if isinstance(asked, Mapping) else vars(asked))
+    except ValidationError as error:
+        raise Invalid.of(error, Request.__dataclass_fields__) from None
+
+
+def validate(asked: Request | Mapping[str, Any], limits: Limits) -> Request:
+    """The request with clean text, a drawn seed and filled defaults, every field within `limits`.
+
+    Raises:
+        Invalid: naming the field, the value and the limit.
+    """
+    request = check(asked)
+    if request.model != "student" and limits.teacher is None:
+        raise Invalid(
+            "model", f"model={request.model} needs a teacher and none is loaded; use model=student."
+        )
+    return Request(
+        prompt=_condition(request.prompt, limits),
+        negative_prompt=_negative(request, limits),
+        seed=secrets.randbelow(MAX_SEED + 1) if request.seed == -1 else request.seed,
+        steps=_steps(request, limits),
+        guidance_scale=_guidance(request, limits),
+        model=request.model,
+    )
+
+
+def clean(text: str) -> str:
+    """`text` in Unicode form NFC, spaces collapsed, without what cannot be seen.
+
+    Control, format, surrogate and private-use characters go.
+    A zero-width joiner stays where it joins symbols (emoji). Line breaks and tabs count as spaces.
+    """
+    kept = []
+    text = unicodedata.normalize("NFC", text)
+    for at, char in enumerate(text):
+        category = unicodedata.category(char)
+        joins = char == "\u200d" and kept and at + 1 < len(text)
+        if joins and unicodedata.category(text[at + 1]) == "So" and unicodedata.category(kept[-1])[0] in "SM":
+            kept.append(char)
+        elif char.isspace():
+            kept.append(" ")
+        elif category not in ("Cc", "Cf", "Cs", "Co", "Cn"):
+            kept.append(char)
+    return " ".join("".join(kept).split())
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: at most 40 characters."""
+    text = str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def shown_name(name: Any) -> str:
+    """A field's name as a message shows it, which may be anything a client made up."""
+    return str(name)[:40].encode("ascii", "backslashreplace").decode()
+
+
+def _text(name: str, value: str, limits: Limits) -> str:
+    if len(value) > limits.max_prompt:
+        raise Invalid(name, f"{name} must have at most {limits.max_prompt} characters, got {len(value)}.")
+    return clean(value)
+
+
+def _condition(prompt: str, limits: Limits) -> str:
+    text = _text("prompt", prompt, limits)
+    if limits.conditions == "none":
+        return text
+    if not text:
+        raise Invalid("prompt", "prompt is empty; describe the image you want.")
+    if limits.conditions == "class" and limits.class_names and text not in limits.class_names:
+        raise Invalid(
+            "prompt",
+            f"prompt must be one of the {len(limits.class_names)} classes of this model, got {shown(text)}."
+            f"{nearest(text, limits.class_names)}",
+        )
+    return text
+
+
+def _negative(request: Request, limits: Limits) -> str:
+    text = _text("negative_prompt", request.negative_prompt, limits)
+    if text and request.model != "teacher" and limits.guidance_free:
+        raise Invalid(
+            "negative_prompt",
+            "negative_prompt cannot work with this student: it was distilled without guidance, so it has no "
+            "second pass to steer away from; leave it empty or ask the teacher alone (model=teacher).",
+        )
+    return text
+
+
+def _steps(request: Request, limits: Limits) -> int:
+    if request.model == "teacher":
+        steps = limits.teacher_steps if request.steps is None else request.steps
+        if steps > limits.max_teacher_steps:
+            most = limits.max_teacher_steps
+            raise Invalid("steps", f"steps must be 1 to {most} for the teacher, got {shown(steps)}.")
+        return steps
+    steps = limits.default_steps if request.steps is None else request.steps
+    if steps not in limits.steps:
+        allowed = ", ".join(str(n) for n in limits.steps)
+        raise Invalid(
+            "steps",
+            f"steps must be one of {allowed}, which {limits.student} was trained for, got {shown(steps)}.",
+        )
+    return steps
+
+
+def _guidance(request: Request, limits: Limits) -> float | None:
+    value = request.guidance_scale
+    if value is None:
+        return None
+    if value > limits.max_guidance:
+        most = f"{limits.max_guidance:g}"
+        raise Invalid("guidance_scale", f"guidance_scale must be 1 to {most}, got {shown(value)}.")
+    if request.model == "student" and limits.guidance_free and value != 1:
+        raise Invalid(
+            "guidance_scale",
+            f"guidance_scale must be 1 for {limits.student}, which was distilled without guidance, "
+            f"got {shown(value)}.",
+        )
+    return value
