@@ -12,7 +12,6 @@ import json
 import os
 import re
 import secrets
-from collections import OrderedDict
 from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,10 @@ from urllib.parse import parse_qs
 from app.connections import Receive, Scope, Send
 from app.guard import UPLOAD, parse, read, reply
 from app.request import Invalid
+from app.uploads import Uploads
 
 JOIN = "/gradio_api/queue/join"
+PROGRESS = "/gradio_api/upload_progress"
 OPEN = (
     ("GET HEAD", r"/|/config|/theme\.css|/favicon\.ico|/manifest\.json|/robots\.txt"),
     ("GET HEAD", r"/(?:assets|static)(?:/[A-Za-z0-9_@-][A-Za-z0-9_.@-]*)+"),
@@ -31,13 +32,13 @@ OPEN = (
     ("POST", re.escape(UPLOAD) + "|" + re.escape(JOIN)),
 )
 OPEN = tuple((methods.split(), re.compile(pattern)) for methods, pattern in OPEN)
-NAME = re.compile(r"[A-Za-z0-9-]{1,64}")  # of a tab or of an upload, both chosen by the client
-QUERY = {"/gradio_api/queue/data": "session_hash", "/gradio_api/upload_progress": "upload_id"}
+NAME = re.compile(r"[A-Za-z0-9-]{1,64}")  # of a browser's tab, which the tab has chosen
+# The one field of a query that a route reads.
+QUERY = {"/gradio_api/queue/data": "session_hash"}
 FILE_KEYS = {"path", "url", "meta", "_type"}
 COOKIE = "stepdistill"
-MAX_BROWSERS = 1000
-MAX_UPLOADS = 16  # of one browser; the oldest are forgotten
-MAX_NUMBER = 2**53  # beyond it JavaScript has no whole numbers
+# Beyond it JavaScript has no whole numbers.
+MAX_NUMBER = 2**53
 
 
 class Gate:
@@ -52,7 +53,7 @@ class Gate:
     def __init__(self, app: Any, page: Any, cache: str | Path) -> None:
         self.app, self.page = app, page
         self.cache = Path(cache).resolve()
-        self._uploads: OrderedDict[str, list[str]] = OrderedDict()
+        self.uploads = Uploads(self.cache)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -65,53 +66,28 @@ class Gate:
         if path.startswith("/gradio_api/file=") and not self._is_served(path.partition("=")[2]):
             await reply(send, 404, "there is no such file")
             return
-        field = QUERY.get(path)
-        query = parse_qs(scope["query_string"].decode("latin-1"))
-        if field is not None and not NAME.fullmatch((query.get(field) or [""])[0]):
-            await reply(send, 400, f"{field} must be 1 to 64 letters, digits or hyphens", field=field)
-            return
         browser = _cookie(scope)
-        if path == JOIN:
-            try:
-                body = self.call(parse(await read(receive)), browser)
-            except Invalid as error:
-                status = 404 if error.field == "fn_index" else 400
-                await reply(send, status, str(error), field=error.field)
+        try:
+            if path == UPLOAD:
+                await self._upload(scope, receive, send, browser)
                 return
-            scope, receive = _with_body(scope, receive, json.dumps(body).encode())
-        if path in ("/", UPLOAD):
-            await self._named(scope, receive, send, browser)
+            scope = {**scope, "query_string": _query(scope)}
+            if path == JOIN:
+                body = self.call(parse(await read(receive)), browser)
+                scope, receive = _with_body(scope, receive, json.dumps(body).encode())
+        except Invalid as error:
+            await reply(send, 404 if error.field == "fn_index" else 400, str(error), field=error.field)
+            return
+        if path == PROGRESS:
+            await _answer(send, b'data: {"msg": "done"}\n\n', b"text/event-stream", [])
         else:
-            await self.app(scope, receive, send)
+            await self.app(scope, receive, _naming(send) if path == "/" and browser is None else send)
 
-    async def _named(self, scope: Scope, receive: Receive, send: Send, browser: str | None) -> None:
-        """Give the browser a name, and remember under it what an upload has stored."""
-        new = browser is None or len(browser) != 43
-        name = secrets.token_urlsafe(32) if new else browser
-        stored, ok = bytearray(), False
-
-        async def noting(message: Any) -> None:
-            nonlocal ok
-            if message["type"] == "http.response.start":
-                ok = message["status"] == 200
-                if new:
-                    value = f"{COOKIE}={name}; Path=/; HttpOnly; SameSite=Strict".encode()
-                    message = {**message, "headers": [*message["headers"], (b"set-cookie", value)]}
-            elif scope["path"] == UPLOAD:
-                stored.extend(message.get("body", b""))
-                if ok and not message.get("more_body", False):
-                    self._remember(name, json.loads(stored))
-            await send(message)
-
-        await self.app(scope, receive, noting)
-
-    def _remember(self, browser: str, paths: list[str]) -> None:
-        known = self._uploads.setdefault(browser, [])
-        known += paths
-        del known[:-MAX_UPLOADS]
-        self._uploads.move_to_end(browser)
-        while len(self._uploads) > MAX_BROWSERS:
-            self._uploads.popitem(last=False)
+    async def _upload(self, scope: Scope, receive: Receive, send: Send, browser: str | None) -> None:
+        name = browser or secrets.token_urlsafe(32)
+        path = await self.uploads.store(scope, receive, name)
+        headers = [] if browser else [_set_cookie(name)]
+        await _answer(send, json.dumps([path]).encode(), b"application/json", headers)
 
     def _is_served(self, path: str) -> bool:
         """Whether `path` names a file of the cache: cache/hash/name, with nothing to climb or follow."""
@@ -154,18 +130,17 @@ class Gate:
 
     def _value(self, value: Any, part: Any, browser: str | None) -> Any:
         if part.get_block_name() == "file":
-            return self._upload(value, browser)
+            return self._file(value, browser)
         label = getattr(part, "label", None) or part.get_block_name()
         _check_plain(value, label)
         return None if part.stateful else value
 
-    def _upload(self, value: Any, browser: str | None) -> Any:
+    def _file(self, value: Any, browser: str | None) -> Any:
         """The file of a file input, by the path that this browser's upload was answered with."""
         if value is None:
             return None
         path = value.get("path") if isinstance(value, dict) else None
-        known = self._uploads.get(browser or "", [])
-        if not isinstance(path, str) or path not in known or not self._is_served(path):
+        if not isinstance(path, str) or not self.uploads.belongs(path, browser) or not self._is_served(path):
             raise Invalid("data", "a file input takes only what this browser has uploaded.")
         name = os.path.basename(path)
         return {"path": path, "orig_name": name, "meta": {"_type": "gradio.FileData"}}
@@ -193,13 +168,46 @@ def _chosen(event: Any) -> dict[str, Any]:
     return {"index": index, "value": None}
 
 
+def _query(scope: Scope) -> bytes:
+    """The query of a request, rebuilt from what its route reads: Gradio's own routes read a good deal more."""
+    field = QUERY.get(scope["path"])
+    if field is None:
+        return b""
+    values = parse_qs(scope["query_string"].decode("latin-1")).get(field, [])
+    if len(values) != 1 or not NAME.fullmatch(values[0]):
+        raise Invalid(field, f"{field} must be 1 to 64 letters, digits or hyphens.")
+    return f"{field}={values[0]}".encode()
+
+
 def _cookie(scope: Scope) -> str | None:
-    """The name that this server gave the browser."""
+    """The name that this server gave the browser; None where it has none yet."""
     try:
         cookies = SimpleCookie(dict(scope["headers"]).get(b"cookie", b"").decode("latin-1"))
     except CookieError:
         return None
-    return cookies[COOKIE].value if COOKIE in cookies else None
+    value = cookies[COOKIE].value if COOKIE in cookies else ""
+    return value if re.fullmatch(r"[A-Za-z0-9_-]{43}", value) else None
+
+
+def _set_cookie(name: str) -> tuple[bytes, bytes]:
+    return b"set-cookie", f"{COOKIE}={name}; Path=/; HttpOnly; SameSite=Strict".encode()
+
+
+def _naming(send: Send) -> Send:
+    """`send` that also gives the browser a name."""
+
+    async def naming(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message["headers"], _set_cookie(secrets.token_urlsafe(32))]}
+        await send(message)
+
+    return naming
+
+
+async def _answer(send: Send, body: bytes, kind: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+    own = [(b"content-type", kind), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": [*own, *headers]})
+    await send({"type": "http.response.body", "body": body})
 
 
 def _with_body(scope: Scope, receive: Receive, body: bytes) -> tuple[Scope, Receive]:
