@@ -23,6 +23,7 @@ from app.request import Invalid
 from app.uploads import Uploads
 
 JOIN = "/gradio_api/queue/join"
+STREAM = "/gradio_api/queue/data"
 PROGRESS = "/gradio_api/upload_progress"
 OPEN = (
     ("GET HEAD", r"/|/config|/theme\.css|/favicon\.ico|/manifest\.json|/robots\.txt"),
@@ -34,7 +35,7 @@ OPEN = (
 OPEN = tuple((methods.split(), re.compile(pattern)) for methods, pattern in OPEN)
 NAME = re.compile(r"[A-Za-z0-9-]{1,64}")  # of a browser's tab, which the tab has chosen
 # The one field of a query that a route reads.
-QUERY = {"/gradio_api/queue/data": "session_hash"}
+QUERY = {STREAM: "session_hash"}
 FILE_KEYS = {"path", "url", "meta", "_type"}
 COOKIE = "stepdistill"
 # Beyond it JavaScript has no whole numbers.
@@ -80,8 +81,26 @@ class Gate:
             return
         if path == PROGRESS:
             await _answer(send, b'data: {"msg": "done"}\n\n', b"text/event-stream", [])
+        elif path == STREAM:
+            await self._stream(scope, receive, send)
         else:
             await self.app(scope, receive, _naming(send) if path == "/" and browser is None else send)
+
+    async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def noting(message: Any) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noting)
+        except Exception:
+            # Gradio tells a tab that it does not know so, and then raises: that is no fault of the server's.
+            if not started:
+                raise
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _upload(self, scope: Scope, receive: Receive, send: Send, browser: str | None) -> None:
         name = browser or secrets.token_urlsafe(32)

@@ -124,6 +124,8 @@ class Guard:
 
         try:
             await self.app(scope, counted, with_headers)
+        except TooLarge as error:
+            failure = error
         except Exception:
             if failure is None:
                 raise

@@ -16,6 +16,7 @@ from starlette.formparsers import MultiPartException
 from starlette.requests import Request
 
 from app.connections import Receive, Scope
+from app.guard import TooLarge
 from app.png import MAX_FILE
 from app.request import Invalid
 
@@ -35,7 +36,7 @@ class Uploads:
         """Keep the one file in a form's field "files". Returns its path, which nobody could guess.
 
         Raises:
-            Invalid: the body is no such form, or the file has more than `MAX_FILE` bytes.
+            Invalid: the body is no such form. TooLarge: the file has more than `MAX_FILE` bytes.
         """
         problem = Invalid("files", "an upload is a form with one file in its field 'files'.")
         if "boundary=" not in Request(scope).headers.get("content-type", ""):
@@ -49,7 +50,7 @@ class Uploads:
         except (HTTPException, MultiPartException, UnicodeDecodeError, LookupError):
             raise problem from None
         if len(data) > MAX_FILE:
-            raise Invalid("files", f"the file is larger than the {MAX_FILE} bytes allowed.")
+            raise TooLarge
         path = self.folder / secrets.token_hex(32) / _plain(name)
         await asyncio.to_thread(_write, path, data)
         self._kept[str(path)] = (browser, len(data))
