@@ -200,7 +200,7 @@ def served(folder, *, receipt=None):
         assert process.poll() is None, (folder / "log").read_text()
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(60)
         process.stdout.close()
 
 
