@@ -46,6 +46,8 @@ def draw(
         steps=steps,
         guidance_scale=guidance,
         negative_prompts=[negative] if negative else None,
+        # The size the networks are run at; a larger one would be filled up with copies.
+        chunk=1,
         timings=spent,
         on_step=on_step,
     )

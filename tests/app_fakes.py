@@ -1,4 +1,4 @@
-"""A sampler with the interface of stepdistill.ImageSampler and no weights, for the tests of the app."""
+"""A sampler with the interface of stepdistill.Sampler and no weights, for the tests of the app."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class FakeSampler:
         self.guidance_free = student if guidance_free is None else guidance_free
         self.default_guidance = 1.0 if self.guidance_free else 3.0
         self.resolution, self.conditions, self.class_names = (64, 64), conditions, class_names
-        self.parameters, self.card = {"denoiser": 1000, "text": 10, "decoder": 10}, {}
+        self.parameters = {"denoiser": 1000, "text": 10, "decoder": 10}
         self.pipeline = SimpleNamespace(unet=Network().eval())
         self.denoiser = SimpleNamespace(network=self.pipeline.unet)
         self.delay, self.gate, self.began = delay, threading.Event(), threading.Event()
@@ -72,6 +72,7 @@ class FakeSampler:
         steps=None,
         guidance_scale=None,
         negative_prompts=None,
+        chunk=16,
         timings=None,
         on_step=None,
     ):
@@ -80,6 +81,7 @@ class FakeSampler:
             raise UserError(f"steps={steps}")
         if self.guidance_free and (negative_prompts or guidance_scale not in (None, 1.0)):
             raise UserError("guidance on a guidance-free student")
+        assert chunk == 1, "one image needs no more than one"
         self.threads.add(threading.get_ident())
         self.calls.append((prompts[0], seeds[0], steps))
         began = time.perf_counter()
