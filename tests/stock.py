@@ -90,7 +90,7 @@ def stock_states(scheduler: Any, outputs: Sequence[Tensor], start: Tensor) -> Te
 PROMPT = "a small red circle above a large blue square on a yellow background"
 
 # A process that cannot import this project and draws with stock pipelines: each line it reads is directory, call and
-# output path, each line it writes "" or a traceback.
+# output path, each line it writes that path and "" or a traceback.
 STOCK = """
 import json, sys, traceback
 class Forbid:
@@ -111,7 +111,7 @@ for line in sys.stdin:
         failed = ""
     except Exception:
         failed = traceback.format_exc()
-    print(json.dumps(failed), file=replies, flush=True)
+    print(json.dumps([out, failed]), file=replies, flush=True)
 """
 
 
@@ -126,7 +126,9 @@ def stock_images(directory: Path, tmp_path: Path, **call: Any) -> np.ndarray:
     """float images (N, H, W, 3) of a stock pipeline in a process that cannot import this project."""
     out, process = tmp_path / "stock.npy", stock_process()
     print(json.dumps([str(directory), call, str(out)]), file=process.stdin, flush=True)
-    failed = json.loads(process.stdout.readline())
+    answered = None
+    while answered != str(out):  # a test that was stopped while it waited leaves its answer behind
+        answered, failed = json.loads(process.stdout.readline())
     assert not failed, failed
     return np.load(out)
 

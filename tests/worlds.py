@@ -76,22 +76,24 @@ class World:
     nets: Networks
     before: Denoiser
 
-    def batch(self, step: int = 0, phase: str = "student", images: bool | None = None) -> Batch:
-        family, index = self.family, torch.arange(COUNT)
+    def batch(
+        self, step: int = 0, phase: str = "student", images: bool | None = None, count: int = COUNT
+    ) -> Batch:
+        family, index = self.family, torch.arange(count)
         images = self.method.needs_images if images is None else images
-        labels = family.told(None, range(COUNT))
-        x0 = family.examples(None, range(COUNT)) if images else None
+        labels = family.told(None, range(count))
+        x0 = family.examples(None, range(count)) if images else None
         noise = SampleNoise(index, step=step, phase=phase)
         cond = family.encode(labels)
         pairs = self.pairs(step, cond)
-        return Batch(cond, family.uncond(COUNT), family.shape, index, noise, x0, pairs, labels)
+        return Batch(cond, family.uncond(count), family.shape, index, noise, x0, pairs, labels)
 
     def pairs(self, step: int, cond: torch.Tensor) -> Pairs | None:
         """Stand-ins for the teacher's trajectories, under other conditions than the batch's."""
         settings = self.method.pairs(self.family.schedule)
         if settings is None:
             return None
-        noise = SampleNoise(range(COUNT), step=step, phase="pairs")
+        noise = SampleNoise(range(len(cond)), step=step, phase="pairs")
         points = noise.randn(2 + len(settings.times), *self.family.shape)
         return Pairs(points[:, 0], points[:, 1], points[:, 2:], cond.flip(0))
 

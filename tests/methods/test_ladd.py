@@ -51,7 +51,7 @@ def test_student_times_are_the_grids_with_the_asked_shares():
     grid = sorted({t for n in (1, 2, 4) for t in made.nets.schedule.few_step_grid(n, 4)}, reverse=True)
 
     def shares(warm: bool) -> list[float]:
-        drawn = method.times(made.nets, replace(made.batch(), generator=SampleNoise(range(3200))), warm)
+        drawn = method.times(made.nets, made.batch(count=3200), warm)
         assert set(drawn.tolist()) <= set(grid)
         return [float((drawn == t).double().mean()) for t in grid]
 
@@ -70,7 +70,7 @@ def test_max_time_weighting_puts_its_atom_on_pure_noise():
     """SANA-Sprint: half of the student's times are t_max, the rest lognormal in rho."""
     settings = {"student_times": "density", "first_weight": 0.5, "student_mean": 0.2, "student_std": 1.6}
     made = ladd(schedule="trig", **settings)
-    t = made.method.times(made.nets, replace(made.batch(), generator=SampleNoise(range(6400))))
+    t = made.method.times(made.nets, made.batch(count=6400))
     first = t == math.pi / 2
     assert abs(float(first.double().mean()) - 0.5) < 5 * (0.25 / len(t)) ** 0.5
     log_rho = made.nets.schedule.rho(t[~first]).log()
