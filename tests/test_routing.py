@@ -58,7 +58,7 @@ def halves(tiny_sd, tmp_path_factory):
                     "method": {"name": "dmd2", "guidance_scale": 1.5, "student_every": 1},
                     "data": {"name": "scenes", "size": 24, "partition": f"{k}/2"},
                     "optim": {"batch_size": 2, "lr": 0.05 * k},
-                    "run": {"steps": 2, "out": str(root / f"run{k}"), "log_every": 1},
+                    "run": {"steps": 2, "out": str(root / f"run{k}"), "log_every": 1, "trackers": []},
                 }
             )
         )

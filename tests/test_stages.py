@@ -9,6 +9,8 @@ import torch
 
 from stepdistill.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 
 def backtracked(out, **run_) -> dict:
     method = {"name": "disback", "path": 2, "interval": 2, "base": {"name": "dmd2", "student_every": 1}}
@@ -17,7 +19,7 @@ def backtracked(out, **run_) -> dict:
         "method": method,
         "data": {"name": "toy"},
         "optim": {"batch_size": 8, "lr": 1e-2},
-        "run": {"out": str(out), "save_every": 2, "keep": 9, "log_every": 1, "preview_every": 0} | run_,
+        "run": {"out": str(out), "save_every": 2, "keep": 9, "log_every": 1, "trackers": []} | run_,
         "stages": [
             {"method": {"stage": "degrade"}, "run": {"steps": 4}},
             {"method": {"stage": "backtrack"}, "run": {"steps": 4}},
@@ -25,7 +27,6 @@ def backtracked(out, **run_) -> dict:
     }
 
 
-@pytest.mark.usefixtures("accelerator_state")
 def test_the_second_stage_takes_over_what_the_first_recorded_and_resumes_bit_for_bit(tmp_path):
     from training.checkpoint import RunDirectory
     from training.recipe import recipe_from
@@ -49,7 +50,6 @@ def test_the_second_stage_takes_over_what_the_first_recorded_and_resumes_bit_for
             assert torch.equal(value, again[network][name]), (network, name)
 
 
-@pytest.mark.usefixtures("accelerator_state")
 def test_a_degrade_stage_too_short_for_its_record_is_refused(tmp_path):
     from training.recipe import recipe_from
     from training.run import run
@@ -63,7 +63,6 @@ def test_a_degrade_stage_too_short_for_its_record_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("direction", ["into a composition", "out of one"])
-@pytest.mark.usefixtures("accelerator_state")
 def test_a_composition_and_a_plain_stage_carry_each_others_fake_score(tmp_path, direction):
     from training.checkpoint import RunDirectory
     from training.recipe import recipe_from
@@ -92,7 +91,6 @@ def test_a_composition_and_a_plain_stage_carry_each_others_fake_score(tmp_path, 
         torch.testing.assert_close(second[key], value, rtol=0, atol=1e-9)
 
 
-@pytest.mark.usefixtures("accelerator_state")
 def test_which_of_two_fake_scores_is_carried_has_to_be_said(tmp_path):
     from training.recipe import recipe_from
     from training.run import run
@@ -115,7 +113,6 @@ def test_which_of_two_fake_scores_is_carried_has_to_be_said(tmp_path):
         run(recipe_from(recipe))
 
 
-@pytest.mark.usefixtures("accelerator_state")
 def test_a_lora_is_not_carried_as_a_whole_network(tmp_path):
     from training.recipe import recipe_from
     from training.run import run
@@ -130,7 +127,6 @@ def test_a_lora_is_not_carried_as_a_whole_network(tmp_path):
         run(recipe_from(recipe))
 
 
-@pytest.mark.usefixtures("accelerator_state")
 def test_backtracking_without_a_record_is_refused(tmp_path):
     from training.recipe import recipe_from
     from training.run import run
