@@ -13,7 +13,8 @@ from worlds import COUNT, world
 
 from stepdistill.errors import UserError
 from stepdistill.methods import METHODS
-from stepdistill.methods.base import Method, Phase, simulate
+from stepdistill.methods.base import Method, Phase
+from stepdistill.rollout import simulate
 from stepdistill.sampling import Sampling
 from stepdistill.schedule import times_like
 

@@ -8,9 +8,10 @@ import worlds
 from worlds import world
 
 from stepdistill.families.toy import gaussian_flow_map
-from stepdistill.methods.base import Batch, Networks, simulate
+from stepdistill.methods.base import Batch, Networks
 from stepdistill.noise import SampleNoise
 from stepdistill.prediction import Prediction
+from stepdistill.rollout import simulate
 from stepdistill.schedule import EDM, VP, Flow, TrigFlow, times_like
 
 
