@@ -26,7 +26,7 @@ from training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("short_runs")
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TOY = {
     "family": {"name": "toy", "fit_steps": 2},
     "student": {"steps": [1]},

@@ -1,6 +1,7 @@
+"""Sources of examples: order, partitions, what is dropped and why, and fingerprints."""
+
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -9,34 +10,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
+from examples import encoded, noise, source
 from PIL import Image
 
-from stepdistill.config import build
 from stepdistill.errors import UserError
-from stepdistill.registry import resolve
 from stepdistill.scenes import image_at
-from training.data import DATA, Source, order, stored
-from training.data.stored import decoded
-from training.precompute import latents
-
-
-def source(name: str, **config: Any) -> Source:
-    """As a recipe's data section makes it."""
-    cls = resolve(name, DATA, "data")
-    return cls(
-        build(cls.Config, {key: str(v) if isinstance(v, Path) else v for key, v in config.items()}, "data")
-    )
-
-
-def encoded(image: Image.Image | np.ndarray, kind: str = "PNG") -> bytes:
-    buffer = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, kind)
-    return buffer.getvalue()
-
-
-def noise(seed: int, height: int = 16, width: int = 16) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+from training.data import order
 
 
 def write_parquet(
@@ -275,82 +254,3 @@ def test_parquet_errors(tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match=r"holds no \.parquet file"):
         source("parquet", path=tmp_path / "none")
-
-
-# --------------------------------------------------------------------------------------------- images
-
-
-def test_greyscale_transparency_and_16_bit_become_rgb() -> None:
-    grey = np.random.default_rng(0).integers(0, 256, (16, 16), dtype=np.uint8)
-    rgb = np.repeat(grey[:, :, None], 3, axis=2)
-    assert np.array_equal(decoded(encoded(grey), 16), rgb)
-    assert np.array_equal(decoded(encoded(grey.astype(np.uint16) * 257), 16), rgb)
-    clear = np.zeros((16, 16, 4), np.uint8)
-    clear[:8] = (10, 20, 30, 255)
-    laid = decoded(encoded(clear), 16)
-    assert (laid[:8] == (10, 20, 30)).all() and (laid[8:] == 255).all()
-    palette = Image.fromarray(rgb).quantize(8)
-    assert np.array_equal(decoded(encoded(palette), 16), np.asarray(palette.convert("RGB")))
-    assert decoded(encoded(Image.fromarray(rgb).convert("CMYK"), "JPEG"), 16).shape == (16, 16, 3)
-
-
-def test_images_are_cut_to_the_centre_and_resized() -> None:
-    wide = np.zeros((8, 24, 3), np.uint8)
-    wide[:, 8:16] = noise(1, 8, 8)
-    wide[:, :8], wide[:, 16:] = 255, 255
-    assert np.array_equal(decoded(encoded(wide), 8), wide[:, 8:16])
-    expected = Image.fromarray(noise(2, 32, 32)).resize((16, 16), Image.Resampling.LANCZOS)
-    assert np.array_equal(decoded(encoded(noise(2, 32, 32)), 16), np.asarray(expected))
-
-
-def test_exif_orientation_is_applied() -> None:
-    upright = noise(3)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # stored lying on its left side
-    buffer = io.BytesIO()
-    Image.fromarray(np.rot90(upright).copy()).save(buffer, "PNG", exif=exif)
-    assert np.array_equal(decoded(buffer.getvalue(), 16), upright)
-
-
-def test_decompression_bombs_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stored, "MAX_PIXELS", 20 * 20 - 1)
-    assert decoded(encoded(noise(0, 20, 20)), 16) == "too large"
-    monkeypatch.undo()
-    huge = bytearray(encoded(noise(0)))
-    huge[16:24] = (30_000).to_bytes(4, "big") * 2  # a header that promises 2.7 GB
-    huge[29:33] = __import__("zlib").crc32(huge[12:29]).to_bytes(4, "big")
-    assert decoded(bytes(huge), 16) == "too large"
-
-
-# ------------------------------------------------------------------------------------------- latents
-
-
-def test_latents_are_computed_once(tmp_path: Path) -> None:
-    scenes, calls = source("scenes", size=10), []
-
-    def encode(images: torch.Tensor) -> torch.Tensor:
-        assert images.dtype == torch.uint8 and images.shape[1:] == (3, 64, 64)
-        calls.append(len(images))
-        return images.float().mean((2, 3)).half()
-
-    first = latents(scenes, encode, tmp_path, "vae-1", batch=4, progress=False)
-    expected = torch.from_numpy(scenes.images(range(10))).float().mean((1, 2)).half()
-    assert first.dtype == torch.float16 and torch.equal(first, expected) and calls == [4, 4, 2]
-    assert torch.equal(latents(scenes, encode, tmp_path, "vae-1", progress=False), first) and len(calls) == 3
-    latents(scenes, encode, tmp_path, "vae-2", progress=False)
-    latents(source("scenes", size=10, partition="1/2"), encode, tmp_path, "vae-1", progress=False)
-    assert calls[3:] == [10, 5] and len(list(tmp_path.iterdir())) == 3
-
-
-def test_a_damaged_cache_is_made_again(tmp_path: Path) -> None:
-    scenes = source("scenes", size=3)
-    first = latents(scenes, lambda x: x[:, :, 0, 0].float(), tmp_path, "k", progress=False)
-    (cache,) = tmp_path.iterdir()
-    cache.write_bytes(cache.read_bytes()[:-4])
-    assert torch.equal(latents(scenes, lambda x: x[:, :, 0, 0].float(), tmp_path, "k", progress=False), first)
-
-
-def test_latents_that_are_not_finite_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="examples 0 to 2 are not finite; run the encoder in float32"):
-        latents(source("scenes", size=3), lambda x: x.float() * torch.inf, tmp_path, "k", progress=False)
-    assert list(tmp_path.iterdir()) == []
