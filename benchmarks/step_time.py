@@ -70,7 +70,8 @@ ROWS: dict[str, tuple[str, dict[str, Any], dict[str, tuple[float | None, str]]]]
         {"gan_weight": 1e-2},
         {"student": (1.90, "B F F EI -E O"), "critic": (1.60, "F B EB O")},
     ),
-    "dmd2+gan, shared samples": (  # the critic learns on the student's last samples
+    # The critic learns on the student's last samples.
+    "dmd2+gan, shared samples": (
         "dmd2",
         {"gan_weight": 1e-2, "shared_samples": True},
         {"student": (1.90, "B F F EI -E O"), "critic": (1.60, "B EB O")},
@@ -82,7 +83,8 @@ ROWS: dict[str, tuple[str, dict[str, Any], dict[str, tuple[float | None, str]]]]
     "meanflow": ("meanflow", {}, {"student": (2.3, "B F J O")}),
     "ladd": (
         "ladd",
-        {"blocks": "middle", "warmup": 0},  # one head on the 8x8 features, as FastGen's
+        # One head on the 8x8 features, as FastGen's.
+        {"blocks": "middle", "warmup": 0},
         {"student": (1.31, "B EI O"), "discriminator": (0.57, "F E E")},
     ),
 }
@@ -102,7 +104,8 @@ class Setup:
         self.family = Pixel(Pixel.Config(unet=UNET))
         self.family.teacher = self.family.fresh().eval().requires_grad_(False)
         with torch.no_grad():
-            for parameter in self.family.teacher.parameters():  # zero-initialised layers make trivial losses
+            # Zero-initialised layers would make trivial losses.
+            for parameter in self.family.teacher.parameters():
                 parameter += 0.02 * torch.randn(parameter.shape)
         self.nets = assemble(self.method, self.family)
         self.optimizers = {
@@ -112,19 +115,22 @@ class Setup:
         self.step, self.data = 0, 0.5 * torch.randn(MEMORY_BATCH, *self.family.shape)
 
     def phases(self) -> dict[str, Phase]:
-        found: dict[str, Phase] = {}
+        """Each phase of the first eight iterations, by name, as it is met first."""
+        first: dict[str, Phase] = {}
         for step in range(8):
             for phase in self.method.phases(step):
-                found.setdefault(phase.name, phase)
-        return found
+                first.setdefault(phase.name, phase)
+        return first
 
     def batch(self, phase: str, size: int = BATCH) -> Batch:
+        """A fresh batch of the same random images, classes in turn."""
         self.step += 1
         noise, x0 = SampleNoise(range(size), step=self.step, phase=phase), self.data[:size]
         cond, uncond = self.family.encode([i % 10 for i in range(size)]), self.family.uncond(size)
         return Batch(cond, uncond, self.family.shape, noise.index, noise, x0)
 
-    def run(self, phase: Phase, size: int = BATCH) -> None:
+    def train(self, phase: Phase, size: int = BATCH) -> None:
+        """One optimiser step of a phase, whole."""
         for name in self.optimizers:
             self.nets.modules[name].requires_grad_(name in phase.trains)
             self.optimizers[name].zero_grad()
@@ -180,6 +186,7 @@ class Setup:
 
 
 def main() -> None:
+    """Time the rows that were asked for; each is written as soon as it is done."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -191,19 +198,21 @@ def main() -> None:
     if args.peak:
         print(peak_growth(kept=args.peak == "kept"))
         return
-    if not KEEP_FREED.keys() <= os.environ.keys():  # read when a process starts
+    # glibc reads them when a process starts.
+    if not KEEP_FREED.keys() <= os.environ.keys():
         command = [sys.executable, "-m", "benchmarks.step_time", *sys.argv[1:]]
         os.execve(sys.executable, command, os.environ | KEEP_FREED)
     for row in args.rows or [*ROWS, "memory"]:
         if row not in ROWS and row != "memory":
             parser.error(f"there is no row {row!r}; choose from {', '.join(ROWS)}, memory")
-        found = memory() if row == "memory" else measure(row, args.rounds)
+        entry = memory() if row == "memory" else time_row(row, args.rounds)
         table = json.loads(TABLE.read_text()) if TABLE.is_file() else {}
-        save(table | {row: found | about()})
-        print(row, json.dumps(found), flush=True)
+        save(table | {row: entry | about()})
+        print(row, json.dumps(entry), flush=True)
 
 
 def about() -> dict[str, Any]:
+    """What a row was measured with."""
     return {
         "torch": torch.__version__,
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, 1 thread",
@@ -211,26 +220,27 @@ def about() -> dict[str, Any]:
     }
 
 
-def measure(row: str, rounds: int) -> dict[str, Any]:
+def time_row(row: str, rounds: int) -> dict[str, Any]:
+    """The row's phases and passes, timed in turns `rounds` times after two that are not."""
     name, settings, expected = ROWS[row]
     setup = Setup(name, settings)
     phases = setup.phases()
     wanted = {part.strip("-") for _, parts in expected.values() for part in parts.split()} | {"F", "B"}
     passes = setup.passes()
     jobs = {part: passes[part] for part in sorted(wanted)}
-    jobs |= {phase: (lambda p=phases[phase]: setup.run(p)) for phase in expected}
+    jobs |= {phase: (lambda p=phases[phase]: setup.train(p)) for phase in expected}
     cpu: dict[str, list[float]] = {job: [] for job in jobs}
     for number in range(-2, rounds):
-        for job, run in jobs.items():
+        for job, work in jobs.items():
             started = time.process_time()
-            run()
+            work()
             if number >= 0:
                 cpu[job].append(1000 * (time.process_time() - started))
     least = {job: min(times) for job, times in cpu.items()}
-    found = {}
+    timed = {}
     for phase, (peer, parts) in expected.items():
         own = sum(-least[part[1:]] if part[0] == "-" else least[part] for part in parts.split())
-        found[phase] = {
+        timed[phase] = {
             "ratio": round(least[phase] / least["B"], 3),
             "ratio_median": round(statistics.median(cpu[phase]) / statistics.median(cpu["B"]), 3),
             "fastgen": peer,
@@ -238,7 +248,7 @@ def measure(row: str, rounds: int) -> dict[str, Any]:
             "own_passes": parts,
         }
     return {
-        "phases": found,
+        "phases": timed,
         "cpu_ms": {job: round(value, 1) for job, value in least.items()},
         "parameters": parameter_count(setup.nets.student),
         "rounds": rounds,
@@ -274,11 +284,12 @@ def peak_growth(kept: bool) -> float:
         setup.method.teacher_at = with_graph
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(2):
-        setup.run(setup.phases()["student"], MEMORY_BATCH)
+        setup.train(setup.phases()["student"], MEMORY_BATCH)
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
 def save(rows: dict[str, Any]) -> None:
+    """Write the table as JSON and as Markdown."""
     with atomic_write(TABLE) as temporary:
         temporary.write_text(json.dumps(rows, indent=1) + "\n")
     lines = [
@@ -286,16 +297,16 @@ def save(rows: dict[str, Any]) -> None:
         "|---|---|---|---|---|",
     ]
     for row in (row for row in ROWS if row in rows):
-        for phase, found in rows[row]["phases"].items():
-            own = f"{found['over_own_passes']:.2f} ({found['own_passes']})"
-            peer = f"{found['fastgen']:.2f}" if found["fastgen"] else ""
-            lines.append(f"| {row} | {phase} | {found['ratio']:.2f} | {peer} | {own} |")
-    if found := rows.get("memory"):
+        for phase, timed in rows[row]["phases"].items():
+            own = f"{timed['over_own_passes']:.2f} ({timed['own_passes']})"
+            peer = f"{timed['fastgen']:.2f}" if timed["fastgen"] else ""
+            lines.append(f"| {row} | {phase} | {timed['ratio']:.2f} | {peer} | {own} |")
+    if growth := rows.get("memory"):
         lines += [
             "",
-            f"Peak memory of one DMD2 student step at batch {found['batch']}: {found['peak_growth_mb']} MB above the"
-            f" loaded networks, {found['peak_growth_mb_with_teachers_graph']} MB with the teacher's graph kept"
-            f" ({found['saved']:.0%} less).",
+            f"Peak memory of one DMD2 student step at batch {growth['batch']}: {growth['peak_growth_mb']} MB above the"
+            f" loaded networks, {growth['peak_growth_mb_with_teachers_graph']} MB with the teacher's graph kept"
+            f" ({growth['saved']:.0%} less).",
         ]
     with atomic_write(TABLE.with_suffix(".md")) as temporary:
         temporary.write_text("\n".join(lines) + "\n")

@@ -56,13 +56,13 @@ def run(recipe: Recipe, fresh: bool = False) -> None:
 
 def _begin(accelerator: Accelerator, directory: RunDirectory, recipe: Recipe, fresh: bool) -> int:
     """How many steps are done. The main process looks; what it refuses ends all, and it alone says why."""
-    told: list[Any] = [0, None]
+    begun: list[Any] = [0, None]
     if accelerator.is_main_process:
         try:
-            told = [directory.begin(recipe, fresh), None]
+            begun = [directory.begin(recipe, fresh), None]
         except UserError as error:
-            told = [0, str(error)]
-    done, refused = broadcast_object_list(told)
+            begun = [0, str(error)]
+    done, refused = broadcast_object_list(begun)
     if refused and accelerator.is_main_process:
         raise UserError(refused)
     if refused:
@@ -166,7 +166,7 @@ def check(recipe: Recipe, family: Family, source: Source) -> None:
     if method.needs_teacher and family.teacher is None:
         raise UserError(f"{needs} a teacher; set family.teacher and leave family.unet out.")
     if family.conditions == "prompt" and source.captions is None:
-        raise UserError(f"the family {family.name!r} is told captions, and {data} has none.")
+        raise UserError(f"the family {family.name!r} needs captions, and {data} has none.")
     if family.conditions == "class":
         _check_classes(family, source, data)
     height, width = family.resolution
@@ -186,7 +186,7 @@ def check(recipe: Recipe, family: Family, source: Source) -> None:
 
 def _check_classes(family: Family, source: Source, data: str) -> None:
     if source.labels is None and not family.own_data:
-        raise UserError(f"the family {family.name!r} is told classes here, and {data} has no labels.")
+        raise UserError(f"the family {family.name!r} needs classes here, and {data} has no labels.")
     if source.class_names:
         if len(source.class_names) != len(family.class_names):
             raise UserError(

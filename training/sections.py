@@ -174,7 +174,7 @@ class RunConfig:
         save_every: 0 = a checkpoint at the end only; keep: checkpoints kept, beside the best one.
         metric_every: 0 = never measured during the run; metric: by name, see `measure.check_metric`;
             metric_samples: images drawn for it.
-        metric_reference: real images (Parquet or folder) for families that are told no prompts.
+        metric_reference: real images (Parquet or folder) for families without prompts.
         export: which weights the student directory gets, the average or the last.
         threads: torch CPU threads; 0 = leave as they are.
         trackers: beside metrics.jsonl. TensorBoard is left out where it is not installed; W&B writes offline

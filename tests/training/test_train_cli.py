@@ -143,7 +143,7 @@ def test_data_that_does_not_fit(capsys, tiny_sd, tiny_pixel):
     assert "'dmd2' needs real images as configured, and data.name=prompts has none" in stopped(
         capsys, sd(tiny_sd, data=prompts()), "method.gan_weight=1e-3"
     )
-    assert "is told captions, and data.name=toy has none" in stopped(capsys, sd(tiny_sd))
+    assert "needs captions, and data.name=toy has none" in stopped(capsys, sd(tiny_sd))
     scenes = {"name": "scenes", "size": 8}
     assert "data.resolution=64 differs from the family's 16x16; set it to that." in stopped(
         capsys, sd(tiny_sd, data=scenes), "method.gan_weight=1e-3"
@@ -155,7 +155,7 @@ def test_data_that_does_not_fit(capsys, tiny_sd, tiny_pixel):
     Path("images/a.png").write_bytes(b"not a picture")
     assert "unreadable image" in stopped(capsys, "sd.yaml")
     Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save("images/b.png")
-    assert "is told captions, and data.name=folder has none" in stopped(capsys, "sd.yaml")
+    assert "needs captions, and data.name=folder has none" in stopped(capsys, "sd.yaml")
     assert "data.path=imagse does not exist" in stopped(capsys, "sd.yaml", "data.path=imagse")
     pixel = {
         **TOY,
@@ -163,7 +163,7 @@ def test_data_that_does_not_fit(capsys, tiny_sd, tiny_pixel):
         "data": {"name": "folder", "path": "images"},
     }
     Path("pixel.yaml").write_text(yaml.safe_dump(pixel))
-    assert "is told classes here, and data.name=folder has no labels" in stopped(capsys, "pixel.yaml")
+    assert "needs classes here, and data.name=folder has no labels" in stopped(capsys, "pixel.yaml")
 
 
 def test_an_unreadable_image_is_counted_and_the_dry_run_says_so(capsys, tiny_sd):

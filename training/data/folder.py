@@ -28,7 +28,7 @@ class Folder(Stored):
         super().__init__(config)
         root = existing(config.path, directory=True)
         dropped: collections.Counter[str] = collections.Counter()
-        found, described = [], {}
+        images, described = [], {}
         for folder, folders, names in os.walk(root):
             folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
             for name in sorted(names):
@@ -36,11 +36,11 @@ class Folder(Stored):
                 if name == "metadata.jsonl":
                     described.update(_metadata(path, dropped))
                 elif path.suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
-                    found.append(path)
-        if not found:
+                    images.append(path)
+        if not images:
             raise UserError(f"data.path={root} holds no .png, .jpg or .webp file.")
-        self._paths = sorted(found, key=lambda path: path.relative_to(root).parts)
-        dropped["missing file"] += len(described.keys() - set(found))
+        self._paths = sorted(images, key=lambda path: path.relative_to(root).parts)
+        dropped["missing file"] += len(described.keys() - set(images))
         captions = [described.get(path) or _text_beside(path) for path in self._paths]
         tops = [path.relative_to(root).parts[:-1][:1] for path in self._paths]
         names = tuple(sorted({top[0] for top in tops if top}))
@@ -56,14 +56,14 @@ class Folder(Stored):
 
 
 def _metadata(path: Path, dropped: collections.Counter[str]) -> dict[Path, str]:
-    found = {}
+    captions = {}
     for line in lines(path):
         entry = json_object(line)
         if isinstance(entry.get("file_name"), str):
-            found[Path(os.path.normpath(path.parent / entry["file_name"]))] = caption_of(entry)
+            captions[Path(os.path.normpath(path.parent / entry["file_name"]))] = caption_of(entry)
         elif line.strip():
             dropped["metadata line without a file_name"] += 1
-    return found
+    return captions
 
 
 def _text_beside(path: Path) -> str:
