@@ -32,8 +32,10 @@ KEPT = [
     for name in ("fd:scenes-v1", "fd_ratio", "attributes/all", "clip:scenes-v1")
     for error in ("", "/se")
 ]
-TEACHERS = ("teacher",)  # scenes_* recipes that make no student
-FIRST = ("cd", "lcm", "sim", "sid", "dmd2", "diff_instruct", "ladd", "add")  # two of each family
+# scenes_* recipes that make no student.
+TEACHERS = ("teacher",)
+# Two of each family.
+FIRST = ("cd", "lcm", "sim", "sid", "dmd2", "diff_instruct", "ladd", "add")
 
 
 def main() -> None:

@@ -40,10 +40,11 @@ from evaluation.runner import machine
 from stepdistill import assets, scenes
 from stepdistill.errors import atomic_write
 
+# side, suffix, images, slice.
 KINDS = {
     "png 64": (64, ".png", 5000, 1000),
     "jpeg 512": (512, ".jpg", 500, 100),
-}  # side, suffix, images, slice
+}
 
 
 def installed(*names: str) -> dict[str, str]:
@@ -178,7 +179,8 @@ def main() -> None:
                 written(Path(place) / f"{kind}-{start}", side, suffix, start, size)
                 for start in range(0, count, size)
             ]
-            extractor(next(iter(open_images(folders[0]))))  # the first call sets the networks up
+            # The first call sets the networks up.
+            extractor(next(iter(open_images(folders[0]))))
             seconds = slices(folders, extractor, others)
             parts = [seconds[name] for name in ("decode alone", "extract alone")]
             slower = max(part["wall_s"] for part in parts)

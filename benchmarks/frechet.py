@@ -112,7 +112,8 @@ def main() -> None:
     x, y = features(1, 6000), features(2, 6000)
     stats = [FeatureStats(DIM).add(z) for z in (x, y)]
     moments = [part for one in stats for part in (one.mean, one.cov)]
-    frechet_distance(*stats)  # the first call of a library routine sets it up
+    # The first call of a library routine sets it up.
+    frechet_distance(*stats)
     peers = installed("torch-fidelity", "torchmetrics", "scipy")
     calls = {
         "ours": lambda: frechet_distance(*stats),

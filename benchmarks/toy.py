@@ -58,9 +58,8 @@ class MeasuredToy(Toy):
 
     @dataclass
     class Config(Toy.Config):
-        guidance_scale: float = (
-            1.0  # g of uncond + g (cond - uncond); what a student should draw is guided by it
-        )
+        # g of uncond + g (cond - uncond); what a student should draw is guided by it.
+        guidance_scale: float = 1.0
 
     def exact(self, count: int, seed: int) -> Tensor:
         """`count` points of what a student should draw, classes in turn, (count, 2): of the data, or under guidance

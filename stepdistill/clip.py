@@ -64,8 +64,8 @@ class Clip(nn.Module):
         return self.model.config.projection_dim
 
     def pixels(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in about [0, 1] at the model's size, normalised. Not clamped, which would stop
-        gradients.
+        """Images (B, 3, H, W) in about [0, 1] at the model's size, normalised. Not clamped, which would
+        stop gradients.
         """
         side = self.model.config.vision_config.image_size
         if images.shape[-2:] != (side, side):

@@ -60,7 +60,8 @@ def build(cls: type[T], mapping: Mapping[str, Any] | None, where: str) -> T:
             raise UserError(f"{where}.{name} is missing; give it {_expected(hints[name])}.")
     try:
         return cls(**values)
-    except ValueError as error:  # what a Config refuses in its __post_init__
+    except ValueError as error:
+        # What a Config refuses in its __post_init__.
         names_field = str(error).split(" ", 1)[0].partition("[")[0] in fields
         raise UserError(f"{where}{'.' if names_field else ': '}{error}") from None
 
@@ -119,7 +120,8 @@ def _literal(value: Any, choices: tuple, where: str) -> Any:
         same = type(value) is type(choice) and value == choice
         if same or (isinstance(value, str) and value == str(choice)):
             return choice
-    if isinstance(value, bool):  # `precision: no` can only mean the word when the word is a choice
+    # `precision: no` can only mean the word when the word is a choice.
+    if isinstance(value, bool):
         meant = [word for word in _YAML_BOOLEANS[value] if word in choices]
         if len(meant) == 1:
             return meant[0]
@@ -146,7 +148,8 @@ def _sequence(value: Any, kind: Any, make: type, args: tuple, where: str) -> Any
     item = args[0] if args else Any
     fixed = make is tuple and args and args[-1] is not Ellipsis
     if item in (int, float):
-        if isinstance(value, str):  # `student.steps=1,2,4` on a command line
+        # `student.steps=1,2,4` on a command line.
+        if isinstance(value, str):
             value = [part.strip() for part in value.split(",")]
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             value = [value]

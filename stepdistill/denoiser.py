@@ -78,8 +78,8 @@ class Denoiser(nn.Module):
 
     @property
     def sigma_data(self) -> float:
-        """The data's standard deviation in EDM's loss weight: what the network is preconditioned with, else
-        1.
+        """The data's standard deviation in EDM's loss weight: what the network is preconditioned with,
+        else 1.
         """
         return getattr(self.network, "sigma_data", None) or 1.0
 

@@ -83,11 +83,16 @@ class Adversarial:
     """The part of a method's Config that says which game is played; `discriminator_losses` plays it."""
 
     gan: Literal["hinge", "non_saturating", "relativistic"] = "hinge"
-    r1_weight: float = 0.0  # of |grad D|^2 at real inputs (half of the usual gamma); 0 = off
-    r1: Literal["exact", "finite"] = "finite"  # by a second derivative, or by a finite difference (APT's aR1)
-    r1_delta: float = 0.01  # standard deviation of the finite difference's nudge
-    r2: bool = False  # the same at generated inputs; the relativistic game needs it
-    head_kernel: int = 1  # side of a residual convolution in each head, over neighbouring places; 1 = none
+    # Of |grad D|^2 at real inputs (half of the usual gamma); 0 = off.
+    r1_weight: float = 0.0
+    # By a second derivative, or by a finite difference (APT's aR1).
+    r1: Literal["exact", "finite"] = "finite"
+    # Standard deviation of the finite difference's nudge.
+    r1_delta: float = 0.01
+    # The same at generated inputs; the relativistic game needs it.
+    r2: bool = False
+    # Side of a residual convolution in each head, over neighbouring places; 1 = none.
+    head_kernel: int = 1
 
     def __post_init__(self) -> None:
         if self.head_kernel < 1 or self.head_kernel % 2 == 0:

@@ -39,8 +39,8 @@ def first_line(error: BaseException) -> str:
 def cli_errors() -> Iterator[None]:
     """Turn the failures a person can act on into one line on stderr and an exit code.
 
-    `UserError` and a full disk exit 2, Ctrl-C exits 130. Anything else is a defect of ours and keeps its
-    traceback.
+    `UserError` and a full disk exit 2, Ctrl-C exits 130. Anything else is a defect of ours and keeps
+    its traceback.
     """
     try:
         yield
@@ -63,8 +63,8 @@ def cli_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path` (file or directory) and rename it onto `path` if the block
-    succeeds.
+    """Yield a temporary path beside `path` (file or directory) and rename it onto `path` if the
+    block succeeds.
 
     A reader therefore sees the old content or the new one, never half of it. On failure the temporary is
     removed and `path` is as it was. A directory that exists already is replaced.

@@ -1,5 +1,5 @@
-"""A trained student as a stock diffusers pipeline directory that knows its own sampling and carries a model
-card.
+"""A trained student as a stock diffusers pipeline directory that knows its own sampling and carries a
+model card.
 
 The directory loads by `DiffusionPipeline.from_pretrained` where this package is not installed. What the stock
 files cannot hold (the step counts it was trained for, timesteps that are call arguments, where it came from)

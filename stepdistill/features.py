@@ -67,11 +67,11 @@ def tap_with_gradient(module: nn.Module, names: Sequence[str]) -> Iterator[dict[
 def block_features(
     denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, names: Sequence[str]
 ) -> list[Tensor]:
-    """The activations of `names` (in forward order) at (x_t, t, cond), leaving the network after the last
-    one.
+    """The activations of `names` (in forward order) at (x_t, t, cond), leaving the network after the
+    last one.
 
-    Half of a UNet lies behind its middle block: a discriminator there costs half a forward and half a
-        backward.
+    Half of a UNet lies behind its middle block: a discriminator there costs half a forward and half
+        a backward.
     """
     inner = unwrap(denoiser)
 

@@ -41,7 +41,8 @@ class LoRA(Denoiser):
         nn.Module.__init__(self)
         if rank < 1:
             raise UserError(f"the rank of a LoRA must be at least 1, got {rank}.")
-        self._base = [base]  # in a list, so as not to count as this module's own parameters
+        # In a list, so as not to count as this module's own parameters.
+        self._base = [base]
         self.rank, self.scale, self.targets = rank, scale, tuple(targets)
         layers = {
             name: module

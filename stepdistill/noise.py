@@ -39,8 +39,8 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
 
 
 class SampleNoise:
-    """The generator of one batch: every draw returns one row per sample, a pure function of that sample's
-    index.
+    """The generator of one batch: every draw returns one row per sample, a pure function of that
+    sample's index.
 
     Args:
         index: the samples' positions in the global batch (B,), each below 2^32.

@@ -60,7 +60,8 @@ class Prediction:
             return (x_t - sigma * raw) / (alpha + sigma)
         if self.kind == "F":
             _sigma_data(self.schedule)
-            return alpha * x_t - sigma * raw  # cos(t) x_t - sin(t) sigma_data F
+            # cos(t) x_t - sin(t) sigma_data F.
+            return alpha * x_t - sigma * raw
         if self.kind == "score":
             return (x_t + sigma**2 * raw) / alpha
         raise ValueError(f"prediction kind must be one of {', '.join(KINDS)}, got {self.kind!r}")

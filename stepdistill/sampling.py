@@ -166,8 +166,8 @@ class Sampling:
         on_step: Callable[[int, int], None] | None = None,
         **inputs: Tensor,
     ) -> Tensor:
-        """x0 by len(times) predictions: `walk` to the last time, then its x0. No noise is added after the last
-        one.
+        """x0 by len(times) predictions: `walk` to the last time, then its x0. No noise is added after the
+        last one.
 
         t_min: the schedule's end, to which "tcd" and "flowmap" jump last. As with `TCDScheduler`, the result of
         "tcd" is the state there, not x0.

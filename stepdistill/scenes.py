@@ -1,10 +1,10 @@
 """Procedural captioned scenes and the checker that reads them back.
 
-A scene is one or two plain shapes on a plain background, and its caption says everything about it:
-"a small red circle above a large blue square on a yellow background". A scene is drawn from its index and a
-seed alone, so a data set of any length needs no files; `check` reads count, colours, shapes, sizes, relation
-and background back from the pixels, so whether a generated image obeys its prompt is a measurement and not an
-opinion.
+A scene is one or two plain shapes on a plain background, and its caption says everything about it: "a
+small red circle above a large blue square on a yellow background". A scene is drawn from its index and a
+seed alone, so a data set of any length needs no files; `check` reads count, colours, shapes, sizes,
+relation and background back from the pixels, so whether a generated image obeys its prompt is a
+measurement and not an opinion.
 
 Geometry is in pixels of a 64 x 64 image (other sizes scale it), x to the right, y down. All shapes of one
 size have the same area, `pi r^2` with r the *equivalent radius*, and their centroid at the origin, so neither
@@ -37,13 +37,20 @@ RELATIONS = ("above", "below", "left of", "right of")
 HELD_OUT_SEED = 1_000_003
 ATTRIBUTES = ("count", "colours", "shapes", "sizes", "relation", "background")
 
-SINGLE = 0.25  # share of scenes with one object
-RADII = {"small": (7.0, 8.0), "large": (11.0, 13.0)}  # equivalent radius, in pixels of a 64 x 64 image
-GAP = 3.0  # least distance of two objects' bounding boxes along the relation's axis
-MARGIN = 1.0  # least distance of a bounding box from the frame
-DRIFT = 6.0  # most that two objects' centres differ across the relation's axis
-JITTER = 8.0  # colour jitter, grey levels, uniform per object and channel
-RAMP = 6.0  # the background's brightness changes by up to this many grey levels from its middle to the frame
+# Share of scenes with one object.
+SINGLE = 0.25
+# Equivalent radius, in pixels of a 64 x 64 image.
+RADII = {"small": (7.0, 8.0), "large": (11.0, 13.0)}
+# Least distance of two objects' bounding boxes along the relation's axis.
+GAP = 3.0
+# Least distance of a bounding box from the frame.
+MARGIN = 1.0
+# Most that two objects' centres differ across the relation's axis.
+DRIFT = 6.0
+# Colour jitter, grey levels, uniform per object and channel.
+JITTER = 8.0
+# The background's brightness changes by up to this many grey levels from its middle to the frame.
+RAMP = 6.0
 
 _NAMES = tuple(COLOURS)
 _PALETTE = np.array([COLOURS[name] for name in _NAMES], dtype=np.float32)
@@ -135,12 +142,18 @@ def image_at(index: int, seed: int = 0) -> tuple[Scene, np.ndarray]:
 # ---------------------------------------------------------------------------------------------------- drawing
 
 # Lengths of a shape of equivalent radius 1, each from "area = pi".
-_SQUARE = np.sqrt(np.pi) / 2  # half a side
-_TRIANGLE = np.sqrt(2 * np.pi)  # base = height
-_DIAMOND = np.sqrt(np.pi / 2)  # half a diagonal
-_CROSS = np.sqrt(np.pi / 5)  # width of an arm; the cross is three of them long
-_INNER = 0.55  # a star's inner radius, relative to its outer one
-_STAR = np.sqrt(np.pi / (5 * _INNER * np.sin(np.pi / 5)))  # outer radius
+# Half a side.
+_SQUARE = np.sqrt(np.pi) / 2
+# Base = height.
+_TRIANGLE = np.sqrt(2 * np.pi)
+# Half a diagonal.
+_DIAMOND = np.sqrt(np.pi / 2)
+# Width of an arm; the cross is three of them long.
+_CROSS = np.sqrt(np.pi / 5)
+# A star's inner radius, relative to its outer one.
+_INNER = 0.55
+# Outer radius.
+_STAR = np.sqrt(np.pi / (5 * _INNER * np.sin(np.pi / 5)))
 
 # Reach of a shape of equivalent radius 1 from its centroid: left = right, up, down.
 _REACH = {
@@ -165,7 +178,8 @@ def _distance(shape: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
         return np.maximum(across, along) - _SQUARE * r
     if shape == "diamond":
         return (across + along - _DIAMOND * r) / np.float32(np.sqrt(2))
-    if shape == "triangle":  # the slanted side falls two for one across
+    # The slanted side falls two for one across.
+    if shape == "triangle":
         side = (2 * across - y - _TRIANGLE * r * 2 / 3) / np.float32(np.sqrt(5))
         return np.maximum(side, y - _TRIANGLE * r / 3)
     if shape == "cross":
@@ -208,7 +222,8 @@ def _place(scene: Scene, rng: np.random.Generator, size: int) -> Iterator[tuple[
         centres = [(x, y)]
     else:
         axis = 0 if scene.relation in ("left of", "right of") else 1
-        first = 0 if scene.relation in ("left of", "above") else 1  # which object lies nearer to the origin
+        # Which object lies nearer to the origin.
+        first = 0 if scene.relation in ("left of", "above") else 1
         near, far = first, 1 - first
         lengths = reach[:, 2 * axis] + reach[:, 2 * axis + 1]
         # Two large objects may be too long for the frame: take both towards their least radius until they
@@ -280,12 +295,14 @@ def render(scene: Scene, rng: np.random.Generator, size: int = 64) -> np.ndarray
 
 # ---------------------------------------------------------------------------------------------------- reading
 
-PURE = 6  # a pixel counts for a blob when this many of its 3 x 3 neighbourhood have its colour
-NOTABLE = 30  # pure pixels (of 64 x 64) from which on a blob of another colour counts as an object
-LEAST_IOU = 0.65  # a blob less like every shape than this has no shape
-_BORDERLINE = float(
-    np.sqrt(RADII["small"][1] * RADII["large"][0])
-)  # equivalent radius between small and large
+# A pixel counts for a blob when this many of its 3 x 3 neighbourhood have its colour.
+PURE = 6
+# Pure pixels (of 64 x 64) from which on a blob of another colour counts as an object.
+NOTABLE = 30
+# A blob less like every shape than this has no shape.
+LEAST_IOU = 0.65
+# Equivalent radius between small and large.
+_BORDERLINE = float(np.sqrt(RADII["small"][1] * RADII["large"][0]))
 
 
 @dataclass(frozen=True)
@@ -319,7 +336,8 @@ def read(image: np.ndarray) -> Reading:
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"the image must be uint8 (H, W, 3), got {image.dtype} {image.shape}.")
     height, width = image.shape[:2]
-    scale = height * width / 4096  # areas in pixels of a 64 x 64 image
+    # Areas in pixels of a 64 x 64 image.
+    scale = height * width / 4096
     # |p - c|^2 up to |p|^2, which is the same for every palette colour c
     far = (_PALETTE**2).sum(1) - 2 * (image.reshape(-1, 3).astype(np.float32) @ _PALETTE.T)
     far = far.T.reshape(len(_NAMES), height, width)
@@ -345,8 +363,8 @@ def read(image: np.ndarray) -> Reading:
 
 
 def check(image: np.ndarray, scene: Scene) -> dict[str, bool]:
-    """Which attributes of a scene an image shows: count, colours, shapes, sizes, relation, background and
-    all.
+    """Which attributes of a scene an image shows: count, colours, shapes, sizes, relation, background
+    and all.
 
     An object is looked up by its colour, which no other object of the scene has: `shapes` holds when every
     object is found and has its shape, and so on. The relation of a single object holds by definition.
@@ -379,8 +397,8 @@ def attribute_accuracy(images: np.ndarray, captions: Sequence[str]) -> dict[str,
 
     `relation` is the share among captions that have one (1.0 where none has).
 
-    images: uint8 (N, H, W, 3). Raises ValueError for other shapes, for a caption that is none, or no image at
-    all.
+    images: uint8 (N, H, W, 3). Raises ValueError for other shapes, for a caption that is none, or no image
+    at all.
     """
     if len(images) != len(captions) or len(captions) == 0:
         raise ValueError(

@@ -1,10 +1,10 @@
-"""Noise processes: x_t = alpha(t) x0 + sigma(t) eps, eps ~ N(0, I), for every schedule and always by these
-names.
+"""Noise processes: x_t = alpha(t) x0 + sigma(t) eps, eps ~ N(0, I), for every schedule and always by
+these names.
 
-The only physical coordinate is the noise-to-signal ratio rho = sigma / alpha. Two schedules at equal rho show
-a network the same picture up to a scale, which is what lets a method run under one schedule with a teacher
-trained under another (`denoiser.py`). Times and coefficients are float64; `expand` shapes them for
-broadcasting.
+The only physical coordinate is the noise-to-signal ratio rho = sigma / alpha. Two schedules at equal rho
+show a network the same picture up to a scale, which is what lets a method run under one schedule with a
+teacher trained under another (`denoiser.py`). Times and coefficients are float64; `expand` shapes them
+for broadcasting.
 """
 
 from __future__ import annotations
@@ -198,8 +198,8 @@ class Flow(Schedule):
 class TrigFlow(Schedule):
     """alpha = cos(t), sigma = sigma_data sin(t) on [0, pi/2] (Lu & Song 2024, arXiv 2410.11081).
 
-    The paper's z has standard deviation sigma_data; eps here always has unit variance, hence the factor in
-    sigma.
+    The paper's z has standard deviation sigma_data; eps here always has unit variance, hence the factor
+    in sigma.
     """
 
     t_min, t_max = 0.0, math.pi / 2

@@ -17,8 +17,8 @@ Predict = Callable[[Tensor, Tensor], Prediction]
 
 
 def ddim(predict: Predict, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """alpha_s x0 + sigma_s eps (Song et al. 2020, Eq. 12 with eta = 0): exact when x0 is constant along the
-    step.
+    """alpha_s x0 + sigma_s eps (Song et al. 2020, Eq. 12 with eta = 0): exact when x0 is constant along
+    the step.
     """
     return predict(x_t, t).at(s)
 

@@ -1,7 +1,7 @@
 """Where on the schedule to look in training: densities p(t). Grids of samplers are the schedules' own.
 
-A density is a function of a batch's `SampleNoise`; every one returns (B,) float64 times of the given
-schedule.
+A density is a function of a batch's `SampleNoise`; every one returns (B,) float64 times of the
+given schedule.
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ class Traced(nn.Module):
     network. Attention is recorded as it was at the first call, so choose its backend before.
     """
 
-    KEPT = 16  # shapes; a server that sees more replays the latest ones
+    # shapes; a server that sees more replays the latest ones.
+    KEPT = 16
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -50,7 +51,8 @@ class Traced(nn.Module):
     def _record(self, inputs: tuple[Tensor, ...], names: list[str] | None, conds: int, extras: tuple) -> Any:
         plain = _Positional(self.network, names, conds, extras).eval()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # one per Python branch on a shape; shapes are in the key
+            # One per Python branch on a shape; shapes are in the key.
+            warnings.simplefilter("ignore")
             try:
                 recorded = torch.jit.trace(plain, inputs, check_trace=False)
                 if torch.equal(recorded(*inputs), plain(*inputs)):

@@ -4,10 +4,10 @@
 only after every attention layer was run once on random input, was *seen* to call that backend, and agreed
 with plain math.
 
-Why not `model.set_attention_backend(name)`: in diffusers 0.42 it changes nothing for processors that do not
-read `_attention_backend` (UNet2DModel, UNet2DConditionModel, DiT, Sana, SD3), and it flips a process-wide
-default that `reset_attention_backend` does not restore. Here each layer's own processor is set and nothing
-else.
+Why not `model.set_attention_backend(name)`: in diffusers 0.42 it changes nothing for processors that do
+not read `_attention_backend` (UNet2DModel, UNet2DConditionModel, DiT, Sana, SD3), and it flips a
+process-wide default that `reset_attention_backend` does not restore. Here each layer's own processor is
+set and nothing else.
 
 | name     | what runs                                                              | where it can   |
 |----------|------------------------------------------------------------------------|----------------|

@@ -51,8 +51,10 @@ class Family:
     class_names: tuple[str, ...] | None = None
     pipeline: Any = None
     init_noises: tuple[str, ...] = ("unit",)
-    latent: bool = False  # x0 is the output of an encoder, worth computing once per data set
-    metrics: dict[str, Callable[[Callable[[int], Tensor]], float]]  # the family's own, {} for most
+    # x0 is the output of an encoder, worth computing once per data set.
+    latent: bool = False
+    # The family's own, {} for most.
+    metrics: dict[str, Callable[[Callable[[int], Tensor]], float]]
     exportable: bool = True
     own_data: bool = False
     preview_count: int | None = None
@@ -96,8 +98,8 @@ class Family:
         return student
 
     def told(self, source: Any, indices: Sequence[int]) -> list:
-        """What `encode` is given for the examples `indices` of a data source: captions, class indices, or
-        anything.
+        """What `encode` is given for the examples `indices` of a data source: captions, class indices,
+        or anything.
         """
         listed = {"prompt": source.captions, "class": source.labels}.get(self.conditions)
         return [listed[i] for i in indices] if listed is not None else list(indices)

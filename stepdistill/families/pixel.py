@@ -33,7 +33,8 @@ from stepdistill.families.schedulers import few_step_scheduler, schedule_of
 from stepdistill.schedule import EDM, expand
 from stepdistill.untrusted import LOADING
 
-END = "end.safetensors"  # beside the pipeline, the layer that tells a two-time student its end
+# Beside the pipeline, the layer that tells a two-time student its end.
+END = "end.safetensors"
 
 
 class PixelUNet(nn.Module):
@@ -55,8 +56,8 @@ class PixelUNet(nn.Module):
         return {"end": self.add_end}
 
     def add_end(self) -> None:
-        """Let the network be told where its jump ends, in addition to its time embedding; nothing changes at
-        first.
+        """Let the network be told where its jump ends, in addition to its time embedding; nothing changes
+        at first.
         """
         if self.end is None:
             self.end = zero_linear(256, self.unet.time_embedding.linear_2.out_features)
@@ -74,7 +75,8 @@ class PixelUNet(nn.Module):
         c_skip = expand(data**2 / ((sigma - self.sigma_min) ** 2 + data**2), x_t)
         c_out, c_in = expand((sigma - self.sigma_min) * data / norm, x_t), expand(1 / norm, x_t)
         noise = 250 * sigma.clamp(min=1e-20).log()
-        end = None if end is None else 1000 * end / (1 + end)  # smooth at 0, where jumps end
+        # Smooth at 0, where jumps end.
+        end = None if end is None else 1000 * end / (1 + end)
         return c_skip * x_t + c_out * self._raw(c_in * x_t, noise, cond, end).to(x_t.dtype)
 
     def _raw(self, x: Tensor, label: Tensor, cond: Cond, end: Tensor | None) -> Tensor:
@@ -96,13 +98,13 @@ class Pixel(Family):
 
     @dataclass
     class Config:
-        teacher: str = ""  # pipeline directory or hub id
+        # Pipeline directory or hub id.
+        teacher: str = ""
         # Only for student.init=random: the UNet2DModel's configuration; num_class_embeds counts the classes,
         # without the extra "no class" entry, which is added.
         unet: dict[str, Any] = field(default_factory=dict)
-        student_unet: dict[str, Any] = field(
-            default_factory=dict
-        )  # the same beside a teacher: a smaller student
+        # The same beside a teacher: a smaller student.
+        student_unet: dict[str, Any] = field(default_factory=dict)
         class_names: tuple[str, ...] = ()
 
     def __init__(self, config: Pixel.Config):
@@ -136,7 +138,8 @@ class Pixel(Family):
             config = scheduler.config
             self.schedule, self.kind = EDM(config.sigma_min, config.sigma_max), "x0"
             network = PixelUNet(unet, config.sigma_data, config.sigma_min)
-            self.init_noises = ("unit", "sigma")  # which are one under EDM
+            # Which are one under EDM.
+            self.init_noises = ("unit", "sigma")
         else:
             self.schedule, self.kind = schedule_of(scheduler)
             network = PixelUNet(unet)
@@ -207,5 +210,6 @@ class Pixel(Family):
             scheduler = stock if card.kind == "teacher" else few_step_scheduler(stock, card.sampling)
             pipeline = DDPMPipeline(network.unet, scheduler)
         pipeline.save_pretrained(directory, safe_serialization=True)
-        if network.end is not None:  # stock UNets have no place for it
+        # Stock UNets have no place for it.
+        if network.end is not None:
             save_file(network.end.state_dict(), directory / END)

@@ -31,7 +31,8 @@ from stepdistill.untrusted import LOADING, check_directory
 
 # Of the files a component without a pipeline is read from.
 SUFFIXES = (".json", ".txt", ".safetensors")
-TOLD_DIM = 256  # of the embedded guidance scale or end time, LCM's time_cond_proj_dim
+# Of the embedded guidance scale or end time, LCM's time_cond_proj_dim.
+TOLD_DIM = 256
 
 
 class ConditionedUNet(nn.Module):
@@ -86,7 +87,8 @@ def with_time_cond(unet: nn.Module) -> nn.Module:
     wants too.
     """
     config = dict(unet.config) | {"time_cond_proj_dim": TOLD_DIM}
-    config.pop("_use_default_values", None)  # of a UNet made from a partial configuration; it would undo ours
+    # Of a UNet made from a partial configuration; it would undo ours.
+    config.pop("_use_default_values", None)
     twin = cast(type(unet).from_config(config), unet.device, unet.dtype)
     missing, unexpected = twin.load_state_dict(unet.state_dict(), strict=False)
     assert missing == ["time_embedding.cond_proj.weight"] and not unexpected, (missing, unexpected)
@@ -116,15 +118,13 @@ class SD(Family):
 
     @dataclass
     class Config:
-        teacher: str = (
-            "assets/teacher"  # pipeline directory or hub id; "assets/..." is found wherever the package lies
-        )
+        # Pipeline directory or hub id; "assets/..." is found wherever the package lies.
+        teacher: str = "assets/teacher"
         # Only for student.init=random: the UNet2DConditionModel's configuration and what it learns to
         # predict.
         unet: dict[str, Any] = field(default_factory=dict)
-        student_unet: dict[str, Any] = field(
-            default_factory=dict
-        )  # the same beside a teacher: a smaller student
+        # The same beside a teacher: a smaller student.
+        student_unet: dict[str, Any] = field(default_factory=dict)
         prediction_type: Literal["v_prediction", "epsilon"] = "v_prediction"
 
     def __init__(self, config: SD.Config):
@@ -220,7 +220,8 @@ class SD(Family):
 
     def uncond(self, count: int) -> Cond:
         if self._empty is None or self._empty.device != self.text_encoder.device:
-            self._empty = self.encode([""])  # the same in every batch
+            # The same in every batch.
+            self._empty = self.encode([""])
         return self._empty.expand(count, -1, -1)
 
     @torch.no_grad()

@@ -1,5 +1,5 @@
-"""Exact teachers: Gaussian and 2-D mixture data, whose every score, denoiser and guided version is a closed
-form.
+"""Exact teachers: Gaussian and 2-D mixture data, whose every score, denoiser and guided version is a
+closed form.
 
 A method that is wrong by a sign or a missing detach still has a finite loss on images; here it fails to reach
 a known answer within two minutes of one CPU core.
@@ -67,19 +67,15 @@ class Mixture(nn.Module):
         alpha, sigma = self.schedule.alpha(t)[:, None], self.schedule.sigma(t)[:, None]
         variance = alpha**2 * self.std**2 + sigma**2
         squared = (x_t[:, None].double() - alpha[..., None] * self.means.to(x_t.device)).square().sum(-1)
-        dims = x_t.shape[1]
-        log = (
-            self._log_weights(cond, len(x_t), x_t.device)
-            - squared / (2 * variance)
-            - dims / 2 * (2 * math.pi * variance).log()
-        )
-        return log.logsumexp(1)
+        log = self._log_weights(cond, len(x_t), x_t.device) - squared / (2 * variance)
+        return (log - x_t.shape[1] / 2 * (2 * math.pi * variance).log()).logsumexp(1)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         """E[x0 | x_t]: each mode's posterior mean, weighted by its responsibility. float64 inside."""
         alpha, sigma = self.schedule.alpha(t)[:, None], self.schedule.sigma(t)[:, None]
         variance, means = alpha**2 * self.std**2 + sigma**2, self.means.to(x_t.device)
-        offset = x_t[:, None].double() - alpha[..., None] * means  # (B, K, D)
+        # (B, K, D).
+        offset = x_t[:, None].double() - alpha[..., None] * means
         log = self._log_weights(cond, len(x_t), x_t.device) - offset.square().sum(-1) / (2 * variance)
         responsibility = log.softmax(1)
         posterior = means + (alpha * self.std**2 / variance)[..., None] * offset
@@ -196,7 +192,8 @@ class ExactTeacher(Denoiser):
     def __init__(self, mixture: Mixture, fit_steps: int = 1000, width: int = 128):
         super().__init__(mixture, "x0", mixture.schedule)
         self.fit_steps, self.width = fit_steps, width
-        self._fitted: list[Denoiser] = []  # in a list, so as not to count as the teacher's own parameters
+        # In a list, so as not to count as the teacher's own parameters.
+        self._fitted: list[Denoiser] = []
 
     @property
     def blocks(self) -> dict[str, int]:
@@ -250,11 +247,15 @@ class Toy(Family):
     @dataclass
     class Config:
         modes: int = 8
-        std: float = 0.1  # of each mode
-        classes: int = 1  # modes are dealt to the classes in turn; 1 = unconditional
+        # Of each mode.
+        std: float = 0.1
+        # Modes are dealt to the classes in turn; 1 = unconditional.
+        classes: int = 1
         schedule: Literal["vp", "edm", "flow", "trig"] = "vp"
-        fit_steps: int = 1000  # of the MLP that starts as the teacher
-        student_width: int = 128  # of a student with random weights
+        # Of the MLP that starts as the teacher.
+        fit_steps: int = 1000
+        # Of a student with random weights.
+        student_width: int = 128
 
     def __init__(self, config: Toy.Config):
         self.config = config
@@ -268,7 +269,8 @@ class Toy(Family):
         self.shape, self.resolution = (2,), (96, 96)
         self.conditions = "class" if config.classes > 1 else "none"
         self.class_names = tuple(str(i) for i in range(config.classes)) if config.classes > 1 else None
-        self._references: dict[int, list[Tensor]] = {}  # by the number of points
+        # By the number of points.
+        self._references: dict[int, list[Tensor]] = {}
         self.metrics = {"sw1": self.sliced_w1, "modes": self.modes_covered}
 
     def fresh(self) -> Denoiser:

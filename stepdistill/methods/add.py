@@ -45,13 +45,19 @@ class ADD(Method):
 
     @dataclass
     class Config(Adversarial):
-        eye: str = "clip"  # a name in eyes.EYES, or with --allow-code my_module:MyEye
-        arguments: dict[str, Any] = field(default_factory=dict)  # of that class
-        r1_weight: float = 1e-5  # of |grad D|^2 at the features; the paper's gamma is twice that
+        # A name in eyes.EYES, or with --allow-code my_module:MyEye.
+        eye: str = "clip"
+        # Of that class.
+        arguments: dict[str, Any] = field(default_factory=dict)
+        # Of |grad D|^2 at the features; the paper's gamma is twice that.
+        r1_weight: float = 1e-5
         r1: Literal["exact", "finite"] = "exact"
-        distillation_weight: float = 2.5  # lambda
-        guidance_scale: float = 1.0  # of the teacher in L_dist
-        time_density: Literal["uniform", "karras", "lognormal"] = "uniform"  # of its noise levels
+        # lambda.
+        distillation_weight: float = 2.5
+        # Of the teacher in L_dist.
+        guidance_scale: float = 1.0
+        # Of its noise levels.
+        time_density: Literal["uniform", "karras", "lognormal"] = "uniform"
 
     def __init__(self, config: Any, sampling: Sampling | None = None):
         super().__init__(config, sampling)

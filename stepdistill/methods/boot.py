@@ -43,9 +43,12 @@ class BOOT(Method):
 
     @dataclass
     class Config:
-        guidance_scale: float = 1.0  # of the teacher; 1 = off
-        delta: float = 0.04  # distance of t and s in arctan(rho); pi / 2 is the whole trajectory
-        boundary_weight: float = 1.0  # beta
+        # Of the teacher; 1 = off.
+        guidance_scale: float = 1.0
+        # Distance of t and s in arctan(rho); pi / 2 is the whole trajectory.
+        delta: float = 0.04
+        # beta.
+        boundary_weight: float = 1.0
 
     def __init__(self, config: Any, sampling: Sampling | None = None):
         super().__init__(config, sampling)
@@ -91,7 +94,8 @@ class BOOT(Method):
         schedule, config, eps = nets.schedule, self.config, batch.randn()
         x_first = self.sampling.first_input(schedule, eps, schedule.t_max)
         t, s = self.times(schedule, batch)
-        with torch.no_grad():  # the target is a constant, Eq. 9
+        # The target is a constant, Eq. 9.
+        with torch.no_grad():
             y_t = self.signal(nets, batch, x_first, t)
             x_t = schedule.add_noise(y_t, eps, t)
             f = guided(nets.teacher, x_t, t, batch.cond, batch.uncond, config.guidance_scale).x0

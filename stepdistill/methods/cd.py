@@ -48,12 +48,17 @@ class CD(Method):
 
     @dataclass
     class Config:
-        points: int = 40  # noise levels, the paper's N (18 for CIFAR-10, 40 for ImageNet 64)
-        solver: Literal["heun", "euler"] = "heun"  # of the teacher's step
-        guidance_scale: float = 1.0  # of the teacher; 1 = off
-        distance: Literal["l2", "pseudo_huber"] = "l2"  # d; the paper's best, LPIPS, needs its own network
+        # Noise levels, the paper's N (18 for CIFAR-10, 40 for ImageNet 64).
+        points: int = 40
+        # Of the teacher's step.
+        solver: Literal["heun", "euler"] = "heun"
+        # Of the teacher; 1 = off.
+        guidance_scale: float = 1.0
+        # d; the paper's best, LPIPS, needs its own network.
+        distance: Literal["l2", "pseudo_huber"] = "l2"
         huber_c: float = 1e-3
-        target_ema: float = 0.95  # of f_ema; 0 = the student itself
+        # Of f_ema; 0 = the student itself.
+        target_ema: float = 0.95
 
         def __post_init__(self) -> None:
             if self.points < 2:

@@ -40,7 +40,8 @@ class DiffInstruct(ScoreDistillation):
 
     def student_loss(self, nets: Networks, batch: Batch) -> Losses:
         x0 = self.generate(nets, batch)
-        with torch.no_grad():  # the scores are constants
+        # The scores are constants.
+        with torch.no_grad():
             real, fake = self.ask(nets, batch, x0)
         loss = distribution_matching(x0, real.x0, fake.x0, normalise=False)
         return {"total": loss} | compared(x0, real, fake)

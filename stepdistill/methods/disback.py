@@ -8,10 +8,10 @@ somewhere else. DisBack first walks from the teacher to the student, and leads t
     backtracking   the base method runs with s'_(N-1), ..., s'_1, s'_0 in turn as its teacher, `interval` iterations
                    each and the last to the end; its fake score starts as s'_N                         (Sec. 4.2)
 
-Written as two `stages:` with the same `path` (N) and `base`, the base method's own section; the second takes over
-what the first recorded, key by key. The recorded networks have never seen guidance, so the base's guidance_scale
-holds for the last target alone. The first stage learns at the base's own noise levels; the record is even in
-iterations.
+Written as two `stages:` with the same `path` (N) and `base`, the base method's own section; the second takes
+over what the first recorded, key by key. The recorded networks have never seen guidance, so the base's
+guidance_scale holds for the last target alone. The first stage learns at the base's own noise levels; the
+record is even in iterations.
 
 Normal ranges: the first stage's "denoising" falls, by a quarter on the embedded teacher, and levels off, which
 shows that the walk has arrived; the second's are the base's.
@@ -41,9 +41,12 @@ class DisBack(Method):
     @dataclass
     class Config:
         stage: Literal["degrade", "backtrack"] = "backtrack"
-        path: int = 4  # N, recorded networks, of which the last starts the fake score
-        interval: int = 1000  # iterations between two records, and with each target
-        base: dict[str, Any] = field(default_factory=lambda: {"name": "dmd2"})  # a method with a fake score
+        # N, recorded networks, of which the last starts the fake score.
+        path: int = 4
+        # Iterations between two records, and with each target.
+        interval: int = 1000
+        # A method with a fake score.
+        base: dict[str, Any] = field(default_factory=lambda: {"name": "dmd2"})
 
     rules = RULES
 
@@ -56,7 +59,8 @@ class DisBack(Method):
         with addressed("method.base"):
             self.base: ScoreDistillation = cls(own, self.sampling)
         self.on_the_way = cls(replace(own, guidance_scale=1.0, fake_guidance_scale=1.0), self.sampling)
-        if config.stage == "backtrack":  # in the other stage no student learns
+        # In the other stage no student learns.
+        if config.stage == "backtrack":
             self.health = self.base.health
 
     @classmethod
@@ -95,7 +99,8 @@ class DisBack(Method):
         if self.config.stage == "degrade":
             yield Phase("record", ("fake_score",), ((1.0, self.record),))
             return
-        target = max(self.config.path - 1 - step // self.config.interval, 0)  # index of s' on the path
+        # Index of s' on the path.
+        target = max(self.config.path - 1 - step // self.config.interval, 0)
         method = self.on_the_way if target else self.base
         for phase in method.phases(step):
             terms = tuple((weight, _towards(loss, target)) for weight, loss in phase.terms)
@@ -117,7 +122,8 @@ class DisBack(Method):
 
     def _check_recorded(self, nets: Networks) -> None:
         """A record that is still the teacher would lead nowhere, and nothing else would tell."""
-        teacher = list(unwrap(nets.teacher).backbone().parameters())  # what the records start as
+        # What the records start as.
+        teacher = list(unwrap(nets.teacher).backbone().parameters())
         for name in self._records:
             pairs = zip(nets.modules[name].parameters(), teacher, strict=True)
             if all(torch.equal(p, q) for p, q in pairs):

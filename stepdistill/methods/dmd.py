@@ -36,10 +36,13 @@ class DMD(ScoreDistillation):
     class Config(ScoreDistillation.Config):
         t_low: float = 0.02
         t_high: float = 0.98
-        normalise: bool = True  # Eq. 8's mean |x0 - mu_real|; off in few dimensions
-        regression_weight: float = 0.25  # of L_reg; 0 = no pairs
+        # Eq. 8's mean |x0 - mu_real|; off in few dimensions.
+        normalise: bool = True
+        # Of L_reg; 0 = no pairs.
+        regression_weight: float = 0.25
         pair_count: int = 10_000
-        pair_steps: int = 50  # DDIM steps of the teacher for each
+        # DDIM steps of the teacher for each.
+        pair_steps: int = 50
 
     def pairs(self, schedule: Schedule) -> PairSettings | None:
         config = self.config
@@ -56,7 +59,8 @@ class DMD(ScoreDistillation):
 
     def student_loss(self, nets: Networks, batch: Batch) -> Losses:
         x0 = self.generate(nets, batch)
-        with torch.no_grad():  # the scores are constants
+        # The scores are constants.
+        with torch.no_grad():
             real, fake = self.ask(nets, batch, x0)
         matching = distribution_matching(x0, real.x0, fake.x0, self.config.normalise)
         return {"total": matching, "matching": matching} | compared(x0, real, fake)

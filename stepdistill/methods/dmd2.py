@@ -40,20 +40,20 @@ from stepdistill.prediction import Prediction
 class DMD2(ScoreDistillation):
     @dataclass
     class Config(ScoreDistillation.Config):
-        student_every: int = (
-            5  # iterations per student update (paper: 5 for ImageNet and SDXL, 10 for SD 1.5)
-        )
-        guidance_scale: float = 1.75  # of the teacher. Time is uniform; karras is the paper's choice for EDM
+        # Iterations per student update (paper: 5 for ImageNet and SDXL, 10 for SD 1.5).
+        student_every: int = 5
+        # Of the teacher. Time is uniform; karras is the paper's choice for EDM.
+        guidance_scale: float = 1.75
         t_low: float = 0.02
         t_high: float = 0.98
-        normalise: bool = (
-            True  # divide the gradient by mean |x0 - mu_real| per sample (DMD Eq. 8); off in few dimensions
-        )
-        gan_weight: float = 0.0  # of the student's GAN term; > 0 needs real images (paper: 1e-3 to 5e-3)
-        gan_critic_weight: float = 1e-2  # of the critic's GAN term beside its denoising term
-        gan_blocks: Blocks = (
-            "middle"  # of the fake score, a head on each: the paper's middle one, half, or all
-        )
+        # Divide the gradient by mean |x0 - mu_real| per sample (DMD Eq. 8); off in few dimensions.
+        normalise: bool = True
+        # Of the student's GAN term; > 0 needs real images (paper: 1e-3 to 5e-3).
+        gan_weight: float = 0.0
+        # Of the critic's GAN term beside its denoising term.
+        gan_critic_weight: float = 1e-2
+        # Of the fake score, a head on each: the paper's middle one, half, or all.
+        gan_blocks: Blocks = "middle"
 
     @property
     def needs_images(self) -> bool:
@@ -73,7 +73,8 @@ class DMD2(ScoreDistillation):
         config = self.config
         x0 = self.generate(nets, batch)
         x_t, t = self.diffuse(nets, batch, x0)
-        with no_grad():  # the networks only give the direction, DMD Eq. 7
+        # The networks only give the direction, DMD Eq. 7.
+        with no_grad():
             real = self.teacher_at(nets, batch, x_t, t)
         # One pass of the fake score serves both: its answer without gradient, its eye for the GAN with.
         gan = config.gan_weight > 0
@@ -99,7 +100,8 @@ class DMD2(ScoreDistillation):
         config = self.config
         if config.gan_weight == 0:
             return super().critic_loss(nets, batch)
-        with tap(nets.fake_score, list(self.eye(nets.fake_score))) as seen:  # of the pass that denoises
+        # Of the pass that denoises.
+        with tap(nets.fake_score, list(self.eye(nets.fake_score))) as seen:
             losses, x0 = self.denoise(nets, batch)
         fake, real = self.judge(nets, seen, len(x0)), self.logits(nets, batch.x0, batch)
         losses["gan"] = gan_discriminator(real, fake)
@@ -110,8 +112,8 @@ class DMD2(ScoreDistillation):
     def logits(self, nets: Networks, x0: Tensor, batch: Batch) -> Tensor:
         """D at x0 diffused to a fresh time over the full range, independent for real and generated (Sec. 4.3).
 
-        Times and conditions are drawn as those of the generated samples are, or they alone would tell which is
-        which.
+        Times and conditions are drawn as those of the generated samples are, or they alone would tell which
+        is which.
         """
         t = self.times(nets, batch, density=self.config.critic_density)
         x_t = nets.schedule.add_noise(x0, batch.randn(), t)

@@ -40,18 +40,22 @@ class ECT(Method):
 
     @dataclass
     class Config:
-        double_every: int = (
-            25_000  # updates per stage (the paper's CIFAR-10 run: 250 ticks of 100 batches of 128)
-        )
-        stages: int = 8  # the last is kept to the end; its r / t is 0.996 with q = 2
+        # Updates per stage (the paper's CIFAR-10 run: 250 ticks of 100 batches of 128).
+        double_every: int = 25_000
+        # The last is kept to the end; its r / t is 0.996 with q = 2.
+        stages: int = 8
         q: float = 2.0
         k: float = 8.0
         b: float = 1.0
-        time_mean: float = -1.1  # of log t
+        # Of log t.
+        time_mean: float = -1.1
         time_std: float = 2.0
-        huber_c: float = 0.0  # c of the loss; 0 is the plain norm
-        teacher_step: bool = False  # x_r by the teacher's ODE instead of the data's own noise
-        guidance_scale: float = 1.0  # of that teacher
+        # c of the loss; 0 is the plain norm.
+        huber_c: float = 0.0
+        # x_r by the teacher's ODE instead of the data's own noise.
+        teacher_step: bool = False
+        # Of that teacher.
+        guidance_scale: float = 1.0
 
         def __post_init__(self) -> None:
             for name in ("double_every", "stages"):

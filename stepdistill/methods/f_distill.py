@@ -53,9 +53,11 @@ class FDistill(DMD2):
         divergence: Literal[
             "reverse_kl", "softened_kl", "jensen_shannon", "hellinger", "forward_kl", "jeffreys", "neyman"
         ] = "jensen_shannon"
-        ratio_low: float = 0.1  # r is clipped to this range before anything else
+        # r is clipped to this range before anything else.
+        ratio_low: float = 0.1
         ratio_high: float = 20.0
-        normalise_weight: bool = True  # ratios and weights by their batch means
+        # Ratios and weights by their batch means.
+        normalise_weight: bool = True
         gan_weight: float = 1e-3
 
     def __init__(self, config: Any, sampling: Sampling | None = None):

@@ -28,9 +28,11 @@ from stepdistill.schedule import Schedule
 class KD(Method):
     @dataclass
     class Config:
-        guidance_scale: float = 1.0  # of the teacher
+        # Of the teacher.
+        guidance_scale: float = 1.0
         pair_count: int = 50_000
-        pair_steps: int = 50  # DDIM steps of the teacher for each
+        # DDIM steps of the teacher for each.
+        pair_steps: int = 50
 
     def pairs(self, schedule: Schedule) -> PairSettings:
         config = self.config
@@ -50,7 +52,8 @@ class KD(Method):
     def loss(self, nets: Networks, batch: Batch) -> Losses:
         pairs, times = batch.pairs, self.times(nets.schedule)
         start = self.sampling.first_input(nets.schedule, pairs.z, times[0])
-        states = torch.cat((start[:, None], pairs.states), 1)  # (B, K, ...) beside `times`
+        # (B, K, ...) beside `times`.
+        states = torch.cat((start[:, None], pairs.states), 1)
         chosen = batch.generator.randint(0, len(times)).to(start.device)
         x_t = states[torch.arange(len(chosen), device=start.device), chosen]
         t = torch.tensor(times, dtype=torch.float64, device=start.device)[chosen]

@@ -56,16 +56,24 @@ class LADD(Method):
 
     @dataclass
     class Config(Adversarial):
-        blocks: Blocks = "all"  # of the teacher: all, half (up to the middle one) or middle
-        time_mean: float = 1.0  # of log rho(tau), the level real and generated data are judged at
+        # Of the teacher: all, half (up to the middle one) or middle.
+        blocks: Blocks = "all"
+        # Of log rho(tau), the level real and generated data are judged at.
+        time_mean: float = 1.0
         time_std: float = 1.0
-        student_every: int = 1  # iterations per student update
-        student_times: Literal["grid", "density"] = "grid"  # of its few-step grid, or drawn from a density
-        first_weight: float = 0.7  # share of student times at pure noise
-        warmup: int = 500  # iterations before which a grid's less noisy half alone is trained
-        student_mean: float = 0.2  # of log rho(t), for density
+        # Iterations per student update.
+        student_every: int = 1
+        # Of its few-step grid, or drawn from a density.
+        student_times: Literal["grid", "density"] = "grid"
+        # Share of student times at pure noise.
+        first_weight: float = 0.7
+        # Iterations before which a grid's less noisy half alone is trained.
+        warmup: int = 500
+        # Of log rho(t), for density.
+        student_mean: float = 0.2
         student_std: float = 1.6
-        misaligned: bool = False  # real data under another sample's condition count as fake
+        # Real data under another sample's condition count as fake.
+        misaligned: bool = False
 
     def networks(self, teacher: Denoiser, student: Denoiser) -> dict[str, nn.Module]:
         channels = [*chosen_blocks(teacher, self.config.blocks).values()]

@@ -8,9 +8,9 @@ needs no second network call:
     boundary             f(x, t, w) = c_skip(t) x + c_out(t) x0_theta(x, t, w),  f(x, 0) = x            (Eq. 5, Sec. 4.1)
     loss                 d( f_theta(x_t, t, w), sg f_ema(x_s, s, w) ),  d pseudo-Huber                  (Eq. 14)
 
-t and s are neighbours on the teacher's grid of `ddim_steps` points ("skipping-step", Sec. 4.3). The paper's w
-is g - 1; here guidance is g everywhere, and w exists only inside the student's embedding and in the exported
-pipeline.
+t and s are neighbours on the teacher's grid of `ddim_steps` points ("skipping-step", Sec. 4.3). The paper's
+w is g - 1; here guidance is g everywhere, and w exists only inside the student's embedding and in the
+exported pipeline.
 
 Normal ranges: the loss is one link's error and says little; x0_std stays within a tenth of teacher_x0_std, here
 the target's. Both sinking together is the student averaging over trajectories: train longer.
@@ -38,13 +38,17 @@ class LCM(Method):
 
     @dataclass
     class Config:
-        guidance_low: float = 3.0  # g, drawn uniformly per sample (paper: w in [2, 14])
+        # g, drawn uniformly per sample (paper: w in [2, 14]).
+        guidance_low: float = 3.0
         guidance_high: float = 15.0
-        ddim_steps: int = 50  # points of the teacher's grid, the N of the skipping-step
-        target_ema: float = 0.95  # of f_ema, the target network
+        # Points of the teacher's grid, the N of the skipping-step.
+        ddim_steps: int = 50
+        # Of f_ema, the target network.
+        target_ema: float = 0.95
         huber_c: float = 1e-3
         sigma_data: float = 0.5
-        timestep_scaling: float = 10.0  # in c_skip and c_out; LCMScheduler's default
+        # In c_skip and c_out; LCMScheduler's default.
+        timestep_scaling: float = 10.0
 
     @classmethod
     def sampled(cls, config: Any) -> dict[str, Any]:
@@ -62,8 +66,8 @@ class LCM(Method):
         track_average(nets.target, nets.student, self.config.target_ema)
 
     def boundary(self, prediction: Prediction) -> Tensor:
-        """f = c_skip x + c_out x0; c_skip = 1 at the least noise. On whole VP timesteps it is a switch at t =
-        0.
+        """f = c_skip x + c_out x0; c_skip = 1 at the least noise. On whole VP timesteps it is a switch at t
+        = 0.
         """
         config, schedule = self.config, prediction.schedule
         t, least = self.table_time(schedule, prediction.t), self.table_time(schedule, schedule.t_min)
@@ -87,7 +91,8 @@ class LCM(Method):
         t, s = grid[i], grid[i + 1]
         g = config.guidance_low + (config.guidance_high - config.guidance_low) * noise.rand()
         x_t = nets.schedule.add_noise(batch.x0, batch.randn(), t)
-        with torch.no_grad():  # teacher step and target, Eq. 14
+        # Teacher step and target, Eq. 14.
+        with torch.no_grad():
             x_s = guided(nets.teacher, x_t, t, batch.cond, batch.uncond, g).at(s).to(x_t.dtype)
             with same_draws(x_t):
                 target = self.boundary(nets.target(x_s, s, batch.cond, guidance=g))

@@ -51,11 +51,15 @@ class Lightning(Method):
         # Whose steps are matched: the guided teacher's, those of the student as it begins, or the predecessor's of
         # the stage before, which an unconditional stage goes on with.
         predecessor: Literal["teacher", "student", "same"] = "student"
-        guidance_scale: float = 1.0  # of the teacher, where it is the predecessor (paper: 6)
-        ratio: int = 2  # steps of the predecessor that one of the student's stands for
-        conditional: bool = True  # D sees x_t too
+        # Of the teacher, where it is the predecessor (paper: 6).
+        guidance_scale: float = 1.0
+        # Steps of the predecessor that one of the student's stands for.
+        ratio: int = 2
+        # D sees x_t too.
+        conditional: bool = True
         gan_weight: float = 1.0
-        mse_weight: float = 0.0  # of the squared error in x_s
+        # Of the squared error in x_s.
+        mse_weight: float = 0.0
 
     def __init__(self, config: Any, sampling: Sampling | None = None):
         super().__init__(config, sampling)

@@ -39,16 +39,24 @@ class MeanFlow(Method):
 
     @dataclass
     class Config:
-        direction: Literal["teacher", "data"] = "teacher"  # distillation, or training from data alone
-        guidance_scale: float = 1.0  # of the teacher, or omega of the training form
-        kappa: float = 0.0  # share of the conditional velocity in the guided target of the training form
-        cond_dropout: float = 0.1  # of the training form
-        equal_share: float = 0.75  # of samples with r = t
-        time_mean: float = -0.4  # of log rho of the one draw, under flow the logit-normal density
+        # distillation, or training from data alone.
+        direction: Literal["teacher", "data"] = "teacher"
+        # Of the teacher, or omega of the training form.
+        guidance_scale: float = 1.0
+        # Share of the conditional velocity in the guided target of the training form.
+        kappa: float = 0.0
+        # Of the training form.
+        cond_dropout: float = 0.1
+        # Of samples with r = t.
+        equal_share: float = 0.75
+        # Of log rho of the one draw, under flow the logit-normal density.
+        time_mean: float = -0.4
         time_std: float = 1.0
-        end_mean: float = -0.4  # of the other: the paper's CIFAR-10 run has -0.6, 1.6 and -4, 1.6
+        # Of the other: the paper's CIFAR-10 run has -0.6, 1.6 and -4, 1.6.
+        end_mean: float = -0.4
         end_std: float = 1.0
-        weight_power: float = 1.0  # p; 0 is the plain square, 0.5 resembles a Huber loss
+        # p; 0 is the plain square, 0.5 resembles a Huber loss.
+        weight_power: float = 1.0
         weight_c: float = 1e-3
         derivative: Literal["forward", "difference", "upwind"] = "forward"
         difference_step: float = 1e-3

@@ -6,8 +6,8 @@ with the target of the network's own kind: eps (Ho et al. 2020, Eq. 14), v (Sali
 et al. 2022), or x0 with EDM's weight (Karras et al. 2022, Eq. 8). Conditions are dropped at random, so that
 the network also learns the unconditional prediction guidance needs (Ho & Salimans 2022).
 
-The phase is called "student" because that is the network every run trains; what it leaves behind is a
-teacher.
+The phase is called "student" because that is the network every run trains; what it leaves behind is
+a teacher.
 
 Normal ranges: the loss falls fast and then slowly, without end; x0_std is below that of the data, teacher_x0_std, by
 what the noise hides.
@@ -35,13 +35,14 @@ class Pretrain(Method):
 
     @dataclass
     class Config:
-        cond_dropout: float = 0.1  # share of samples trained without their condition
+        # Share of samples trained without their condition.
+        cond_dropout: float = 0.1
         time_density: Literal["uniform", "karras", "lognormal"] = "uniform"
-        time_mean: float = (
-            -1.2
-        )  # of log rho, for lognormal; EDM's values. Under flow it is the logit-normal density
+        # Of log rho, for lognormal; EDM's values. Under flow it is the logit-normal density.
+        time_mean: float = -1.2
         time_std: float = 1.2
-        guidance_scale: float = 2.0  # used by previews and written on the card; training does not see it
+        # Used by previews and written on the card; training does not see it.
+        guidance_scale: float = 2.0
 
     @classmethod
     def sampled(cls, config: Any) -> dict[str, Any]:

@@ -40,8 +40,10 @@ class Progressive(Method):
 
     @dataclass
     class Config:
-        predecessor: Literal["teacher", "student"] = "student"  # whose two steps are matched
-        guidance_scale: float = 1.0  # of the teacher, where it is the predecessor; 1 = off
+        # Whose two steps are matched.
+        predecessor: Literal["teacher", "student"] = "student"
+        # Of the teacher, where it is the predecessor; 1 = off.
+        guidance_scale: float = 1.0
         weight: Literal["truncated_snr", "snr_plus_one"] = "truncated_snr"
 
     def __init__(self, config: Any, sampling: Sampling | None = None):
@@ -58,7 +60,8 @@ class Progressive(Method):
         return {"rule": "ode"}
 
     def networks(self, teacher: Denoiser, student: Denoiser) -> dict[str, nn.Module]:
-        own = self.config.predecessor == "student"  # as it is when the stage begins
+        # As it is when the stage begins.
+        own = self.config.predecessor == "student"
         return {"predecessor": unwrap(student).clone()} if own else {}
 
     def phases(self, step: int) -> Iterator[Phase]:
@@ -99,4 +102,5 @@ class Progressive(Method):
         ratio = expand(schedule.sigma(end) / schedule.sigma(t), x_t)
         alpha_end, alpha_t = (expand(schedule.alpha(time), x_t) for time in (end, t))
         denominator = alpha_end - ratio * alpha_t
-        return (x_end - ratio * x_t) / denominator.clamp(min=1e-8)  # 0 / 0 where both times are the last
+        # 0 / 0 where both times are the last.
+        return (x_end - ratio * x_t) / denominator.clamp(min=1e-8)

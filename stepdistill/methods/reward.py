@@ -40,10 +40,14 @@ from stepdistill.sampling import Sampling
 class Reward(Method):
     @dataclass
     class Config:
-        reward: str = "clip"  # a name in rewards.REWARDS, or with --allow-code my_module:MyReward
-        arguments: dict[str, Any] = field(default_factory=dict)  # of that class
-        margin: float = 1.0  # no gradient where the score has reached it
-        late: float = 0.5  # steps before this fraction of a rollout are not rewarded
+        # A name in rewards.REWARDS, or with --allow-code my_module:MyReward.
+        reward: str = "clip"
+        # Of that class.
+        arguments: dict[str, Any] = field(default_factory=dict)
+        # No gradient where the score has reached it.
+        margin: float = 1.0
+        # Steps before this fraction of a rollout are not rewarded.
+        late: float = 0.5
         anchor_weight: float = 0.0
 
     def __init__(self, config: Any, sampling: Sampling | None = None):

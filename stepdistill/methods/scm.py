@@ -51,17 +51,25 @@ class SCM(Method):
 
     @dataclass
     class Config:
-        direction: Literal["teacher", "data"] = "teacher"  # distillation (sCD) or training (sCT)
-        guidance_scale: float = 1.0  # of the teacher
-        warmup: int = 10_000  # H, updates until r is 1
-        tangent_c: float = 0.1  # c of the normalisation
+        # Distillation (sCD) or training (sCT).
+        direction: Literal["teacher", "data"] = "teacher"
+        # Of the teacher.
+        guidance_scale: float = 1.0
+        # H, updates until r is 1.
+        warmup: int = 10_000
+        # c of the normalisation.
+        tangent_c: float = 0.1
         normalise: bool = True
-        prior: bool = True  # w of the loss; rCM has none
-        learned_weight: bool = True  # u of the loss; likewise
-        time_mean: float = -1.0  # of log rho, the paper's P_mean and P_std
+        # w of the loss; rCM has none.
+        prior: bool = True
+        # u of the loss; likewise.
+        learned_weight: bool = True
+        # Of log rho, the paper's P_mean and P_std.
+        time_mean: float = -1.0
         time_std: float = 1.4
         derivative: Literal["forward", "difference", "upwind"] = "forward"
-        difference_step: float = 1e-3  # of the differences, in units of the tangent
+        # Of the differences, in units of the tangent.
+        difference_step: float = 1e-3
 
     @classmethod
     def sampled(cls, config: Any) -> dict[str, Any]:

@@ -53,7 +53,8 @@ class ScoreDistillation(Method):
             "fake-score lag: it falls behind what the student makes; raise method.student_every or"
             " optim.fake_score.lr, or lower optim.student.lr",
         ),
-        "critic/accuracy": (  # of methods with a GAN
+        # Of methods with a GAN.
+        "critic/accuracy": (
             0.2,
             0.98,
             "the discriminator has won: lower method.gan_critic_weight",
@@ -62,19 +63,29 @@ class ScoreDistillation(Method):
 
     @dataclass
     class Config:
-        student_every: int = 1  # iterations per student update; the critic learns in every one
-        guidance_scale: float = 1.0  # of the teacher; 1 = off
-        fake_guidance_scale: float = 1.0  # of the fake score in the student's loss
-        carry_fake_score: bool = False  # in a later stage: go on with the fake score of the stage before
-        critic_dropout: float = 0.0  # share of samples the fake score learns without their condition
-        time_density: Density = "uniform"  # of the noise levels the two scores are compared at
-        t_low: float = 0.0  # their range, as fractions of the schedule; the critic sees all
+        # Iterations per student update; the critic learns in every one.
+        student_every: int = 1
+        # Of the teacher; 1 = off.
+        guidance_scale: float = 1.0
+        # Of the fake score in the student's loss.
+        fake_guidance_scale: float = 1.0
+        # In a later stage: go on with the fake score of the stage before.
+        carry_fake_score: bool = False
+        # Share of samples the fake score learns without their condition.
+        critic_dropout: float = 0.0
+        # Of the noise levels the two scores are compared at.
+        time_density: Density = "uniform"
+        # Their range, as fractions of the schedule; the critic sees all.
+        t_low: float = 0.0
         t_high: float = 1.0
-        time_mean: float = -1.2  # of log rho, for lognormal
+        # Of log rho, for lognormal.
+        time_mean: float = -1.2
         time_std: float = 1.2
         critic_density: Literal["same", "uniform", "karras", "lognormal"] = "same"
-        simulated: Simulated = "states"  # which of its sampling states are met alike; see `simulate`
-        shared_samples: bool = False  # the critic learns on what the student's update was just computed from
+        # Which of its sampling states are met alike; see `simulate`.
+        simulated: Simulated = "states"
+        # The critic learns on what the student's update was just computed from.
+        shared_samples: bool = False
 
     def __init__(self, config: Any, sampling: Sampling | None = None):
         super().__init__(config, sampling)
@@ -85,7 +96,8 @@ class ScoreDistillation(Method):
                 "method.t_low and method.t_high must be fractions of the schedule in rising order,"
                 f" got {config.t_low:g} and {config.t_high:g}."
             )
-        self._made: deque[tuple[Tensor, Cond]] = deque()  # of the student's phase, for the critic's after it
+        # Of the student's phase, for the critic's after it.
+        self._made: deque[tuple[Tensor, Cond]] = deque()
 
     @classmethod
     def sampled(cls, config: Any) -> dict[str, Any]:
@@ -112,8 +124,8 @@ class ScoreDistillation(Method):
         raise NotImplementedError
 
     def generate(self, nets: Networks, batch: Batch) -> Tensor:
-        """x0 = G(x_K, t_K) at one of the student's own sampling steps; with gradient through the last call
-        only.
+        """x0 = G(x_K, t_K) at one of the student's own sampling steps; with gradient through the last
+        call only.
         """
         x_t, t, _ = simulate(self.sampling, nets, batch, by=self.config.simulated)
         x0 = nets.student(x_t, t, batch.cond).x0
@@ -154,7 +166,8 @@ class ScoreDistillation(Method):
 
     def denoise(self, nets: Networks, batch: Batch) -> tuple[Losses, Tensor]:
         """The critic's denoising loss and the x0 (B, ...), a constant, it was taken on."""
-        if self._made:  # one forward pass of the student less
+        # One forward pass of the student less.
+        if self._made:
             x0, cond = self._made.popleft()
             batch = replace(batch, cond=cond)
         else:
@@ -178,7 +191,8 @@ class ScoreImplicit(ScoreDistillation):
 
     @dataclass
     class Config(ScoreDistillation.Config):
-        time_density: Density = "karras"  # of the student; the fake score has EDM's lognormal
+        # Of the student; the fake score has EDM's lognormal.
+        time_density: Density = "karras"
         t_high: float = 0.8
         critic_density: Literal["same", "uniform", "karras", "lognormal"] = "lognormal"
 

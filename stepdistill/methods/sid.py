@@ -35,11 +35,13 @@ class SiD(ScoreImplicit):
     @dataclass
     class Config(ScoreImplicit.Config):
         alpha: float = 1.2
-        normalise: bool = True  # by mean |x0 - teacher_x0| per sample; off in few dimensions
+        # By mean |x0 - teacher_x0| per sample; off in few dimensions.
+        normalise: bool = True
 
     def student_loss(self, nets: Networks, batch: Batch) -> Losses:
         config = self.config
         x0 = self.generate(nets, batch)
-        real, fake = self.ask(nets, batch, x0)  # with gradient, through x_t
+        # With gradient, through x_t.
+        real, fake = self.ask(nets, batch, x0)
         loss = score_identity(x0, real.x0, fake.x0, config.alpha, config.normalise)
         return {"total": loss} | compared(x0, real, fake)

@@ -36,11 +36,13 @@ class SIM(ScoreImplicit):
     @dataclass
     class Config(ScoreImplicit.Config):
         distance: Literal["pseudo_huber", "l2"] = "pseudo_huber"
-        huber_c: float = 0.03  # c, per element and in units of x0
+        # c, per element and in units of x0.
+        huber_c: float = 0.03
 
     def student_loss(self, nets: Networks, batch: Batch) -> Losses:
         config = self.config
         x0 = self.generate(nets, batch)
-        real, fake = self.ask(nets, batch, x0)  # with gradient, through x_t
+        # With gradient, through x_t.
+        real, fake = self.ask(nets, batch, x0)
         c = config.huber_c if config.distance == "pseudo_huber" else 0.0
         return {"total": score_implicit(x0, real.x0, fake.x0, c)} | compared(x0, real, fake)

@@ -43,9 +43,12 @@ class TSCD(Method):
 
     @dataclass
     class Config:
-        segments: int = 8  # k, of this stage
-        ddim_steps: int = 50  # points of the teacher's grid
-        guidance_scale: float = 7.5  # of the teacher; 1 = off
+        # k, of this stage.
+        segments: int = 8
+        # Points of the teacher's grid.
+        ddim_steps: int = 50
+        # Of the teacher; 1 = off.
+        guidance_scale: float = 7.5
         distance: Literal["l2", "pseudo_huber"] = "l2"
         huber_c: float = 1e-3
         target_ema: float = 0.95

@@ -38,8 +38,10 @@ class TSM(Method):
 
     @dataclass
     class Config:
-        guidance_scale: float = 1.0  # of the teacher; 1 = off
-        cond_dropout: float = 0.1  # share of samples without their condition, where guidance is off
+        # Of the teacher; 1 = off.
+        guidance_scale: float = 1.0
+        # Share of samples without their condition, where guidance is off.
+        cond_dropout: float = 0.1
         time_density: Literal["uniform", "karras", "lognormal"] = "uniform"
         time_mean: float = -1.2
         time_std: float = 1.2

@@ -34,14 +34,17 @@ from stepdistill.prediction import Prediction
 class VSD(ScoreDistillation):
     @dataclass
     class Config(ScoreDistillation.Config):
-        guidance_scale: float = 4.5  # of the teacher
+        # Of the teacher.
+        guidance_scale: float = 4.5
         fake_guidance_scale: float = 4.5
         critic_dropout: float = 0.1
         t_low: float = 0.02
         t_high: float = 0.98
         lora_rank: int = 64
-        lora_scale: float = 108.0  # LoRA's alpha; updates are multiplied by lora_scale / lora_rank
-        lora_targets: list[str] = field(default_factory=lambda: list(lora.TARGETS))  # paper: to_q, to_v
+        # LoRA's alpha; updates are multiplied by lora_scale / lora_rank.
+        lora_scale: float = 108.0
+        # paper: to_q, to_v.
+        lora_targets: list[str] = field(default_factory=lambda: list(lora.TARGETS))
 
     def networks(self, teacher: Denoiser, student: Denoiser) -> dict[str, nn.Module]:
         config = self.config
@@ -50,13 +53,16 @@ class VSD(ScoreDistillation):
 
     def student_loss(self, nets: Networks, batch: Batch) -> Losses:
         x0 = self.generate(nets, batch)
-        with torch.no_grad():  # the scores are constants
+        # The scores are constants.
+        with torch.no_grad():
             real, fake = self.ask(nets, batch, x0)
         rho = nets.schedule.rho(real.t)
-        weight = rho / (1 + rho**2)  # sigma^2 on the difference of eps, as one of x0
+        # sigma^2 on the difference of eps, as one of x0.
+        weight = rho / (1 + rho**2)
         loss = distribution_matching(x0, real.x0, fake.x0, normalise=False, weight=weight)
         return {"total": loss} | compared(x0, real, fake)
 
     def critic_error(self, prediction: Prediction, x0: Tensor, eps: Tensor, sigma_data: float) -> Tensor:
         error = mse(prediction.eps, eps)
-        return error / (1 + prediction.schedule.rho(prediction.t) ** 2).to(error)  # alpha^2
+        # alpha^2.
+        return error / (1 + prediction.schedule.rho(prediction.t) ** 2).to(error)
