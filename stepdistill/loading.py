@@ -11,7 +11,7 @@ from stepdistill.card import Card
 from stepdistill.drawing import Sampler
 from stepdistill.errors import UserError
 from stepdistill.families import FAMILIES
-from stepdistill.families.base import family_of
+from stepdistill.families.base import Family, read_index
 from stepdistill.registry import resolve
 from stepdistill.students import Students
 
@@ -33,6 +33,21 @@ def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float
     return _single(path, card, device, dtype)
 
 
+def family_of(path: Path) -> type[Family]:
+    """The family that serves a pipeline directory, told by its model_index.json.
+
+    Raises:
+        UserError: there is no such directory, or no family serves its pipeline.
+    """
+    name = read_index(path)["_class_name"]
+    families = [resolve(known, FAMILIES, "family", registered_only=True) for known in FAMILIES]
+    for family in families:
+        if name in family.pipelines:
+            return family
+    supported = sorted(pipeline for family in families for pipeline in family.pipelines)
+    raise UserError(f"{path} is a {name}, which no family serves yet; supported are {', '.join(supported)}.")
+
+
 def _part(path: Path, device: str, dtype: torch.dtype) -> Sampler:
     card = cards.required(path)
     if card.kind == "students":
@@ -42,8 +57,11 @@ def _part(path: Path, device: str, dtype: torch.dtype) -> Sampler:
 
 def _single(path: Path, card: Card | None, device: str, dtype: torch.dtype) -> Sampler:
     # A card may have been downloaded: it names what is registered, and never code of its own.
-    named, where = (card.family if card else "") or family_of(path), f"{path / cards.NAME}: family"
-    cls = resolve(named, FAMILIES, "family", where=where, registered_only=True)
+    if card is not None and card.family:
+        where = f"{path / cards.NAME}: family"
+        cls = resolve(card.family, FAMILIES, "family", where=where, registered_only=True)
+    else:
+        cls = family_of(path)
     family = cls.from_directory(path)
     family.to(device, dtype)
     denoiser = family.teacher.eval().requires_grad_(False)

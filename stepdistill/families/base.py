@@ -16,15 +16,6 @@ from stepdistill.denoiser import Cond, Denoiser, parameter_count
 from stepdistill.errors import UserError, first_line
 from stepdistill.untrusted import LOADING, check_components, check_directory, read_json
 
-# Pipeline classes (the `_class_name` of model_index.json) and the family that serves them.
-PIPELINES = {
-    "StableDiffusionPipeline": "sd",
-    "LatentConsistencyModelPipeline": "sd",
-    "ConsistencyModelPipeline": "pixel",
-    "DDPMPipeline": "pixel",
-    "DDIMPipeline": "pixel",
-}
-
 
 class Family:
     """Turns a diffusers pipeline into a `Denoiser` and a trained student back into a pipeline directory.
@@ -41,6 +32,8 @@ class Family:
     """
 
     name: ClassVar[str] = ""
+    # The pipeline classes it serves, each the `_class_name` of a model_index.json.
+    pipelines: ClassVar[tuple[str, ...]] = ()
     # What a model_index.json may name: component -> patterns of "library.Class".
     components: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     default_guidance: float = 1.0
@@ -195,16 +188,6 @@ def unet_blocks(unet: nn.Module) -> dict[str, int]:
     return down | {"unet.mid_block": widths[-1]} | up
 
 
-def family_of(path: Path) -> str:
-    """The family that serves a pipeline directory, told by its model_index.json."""
-    name = read_index(path)["_class_name"]
-    if name not in PIPELINES:
-        raise UserError(
-            f"{path} is a {name}, which no family serves yet; supported are {', '.join(sorted(PIPELINES))}."
-        )
-    return PIPELINES[name]
-
-
 def read_index(path: Path) -> dict[str, Any]:
     """model_index.json of a pipeline directory, with a clear sentence when it is not one."""
     if not path.exists():
@@ -247,10 +230,9 @@ def read_pipeline(path: Path, family: type[Family], **components: Any) -> Any:
 
 def _check_index(where: Path, index: Any, family: type[Family], left_out: Iterable[str]) -> None:
     name = index.get("_class_name")
-    served = sorted(pipeline for pipeline, serving in PIPELINES.items() if serving == family.name)
-    if name not in served:
+    if name not in family.pipelines:
         raise UserError(
             f"{where}: a {name} is none of the pipelines that the family {family.name!r} serves,"
-            f" {', '.join(served) or 'which are none'}; choose another directory or family."
+            f" {', '.join(family.pipelines) or 'which are none'}; choose another directory or family."
         )
     check_components(where, index, family.components, tuple(left_out))

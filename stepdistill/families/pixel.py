@@ -94,6 +94,7 @@ class Pixel(Family):
     """x0 is the image itself in [-1, 1]."""
 
     name = "pixel"
+    pipelines = ("ConsistencyModelPipeline", "DDPMPipeline", "DDIMPipeline")
     components: ClassVar = {"unet": ("diffusers.UNet2DModel",), "scheduler": ("diffusers.*Scheduler",)}
 
     @dataclass

@@ -100,6 +100,7 @@ class SD(Family):
     """Prompts, latents of the pipeline's VAE, classifier-free guidance with the empty prompt."""
 
     name = "sd"
+    pipelines = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
     conditions = "prompt"
     default_guidance = 3.0
     init_noises = ("unit", "sigma")
