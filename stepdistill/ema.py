@@ -1,9 +1,13 @@
-"""Exponential moving average of a network's trainable parameters."""
+"""Exponential moving averages: of a network's trainable parameters, and of a target network's.
+
+(diffusers' `EMAModel` has no memory in its first update and rounds otherwise; torch's `AveragedModel` keeps a whole
+second network. Neither gives the numbers of this one.)
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +45,7 @@ class EMA:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         parameters = dict(module.named_parameters())
-        for name, average in self.shadow.items():
-            average.lerp_(parameters[name].detach().float(), 1 - decay)
+        _track(self.shadow.values(), (parameters[name] for name in self.shadow), decay)
 
     @contextlib.contextmanager
     def applied(self, module: nn.Module) -> Iterator[None]:
@@ -77,3 +80,14 @@ class EMA:
         for name in self.shadow:
             # In place: the average stays on the network's device.
             self.shadow[name].copy_(state[name])
+
+
+def track_average(average: nn.Module, module: nn.Module, decay: float) -> None:
+    """average <- decay average + (1 - decay) module, parameter by parameter: a consistency target network."""
+    _track(average.parameters(), module.parameters(), decay)
+
+
+@torch.no_grad()
+def _track(averages: Iterable[Tensor], parameters: Iterable[Tensor], decay: float) -> None:
+    for average, parameter in zip(averages, parameters, strict=True):
+        average.lerp_(parameter.detach().to(average.dtype), 1 - decay)

@@ -22,7 +22,9 @@ class Family:
 
     Attributes every family sets:
         teacher: the pipeline's denoiser, or None when a fresh network is to be trained.
-        shape: of one x0, such as (4, 64, 64). resolution: (H, W) of images.
+        shape: of one x0, without the batch: (channels, height, width) of latents or pixels, such as (4, 64, 64), or
+            (2,) of points. Of any length; nothing but the family reads a meaning into it.
+        resolution: (H, W) of images in pixels.
         conditions: "prompt", "class" or "none"; class_names when known.
         pipeline: the diffusers pipeline behind it, None for the toy.
         init_noises: the first states its pipeline can start from, of `sampling.InitNoise`.

@@ -60,11 +60,17 @@ class Pairs:
 
 @dataclass
 class Batch:
-    """One process's part of one phase's fresh batch. Conditions arrive encoded.
+    """One process's part of one phase's fresh batch of B samples.
 
-    index: positions in the global batch (B,), from which `generator` draws; x0: real data (B, *shape) or None
-    when the run has none; pairs: as many trajectories as samples, of their own conditions, or None.
-    prompts: what the conditions were encoded from, captions or class indices (reward models read them).
+    Attributes:
+        cond: the samples' conditions as `Family.encode` gives them: a tensor or a dict of tensors, batch first, such
+            as (B, tokens, width) of a text encoder or (B,) class indices; None for families without conditions.
+        uncond: the empty condition in the same form, once per sample, for guidance and dropout.
+        shape: of one x0, without the batch.
+        index: positions in the global batch (B,), from which `generator` draws.
+        x0: real data (B, *shape), or None when the run has none.
+        pairs: as many trajectories as samples, of their own conditions, or None.
+        prompts: what the conditions were encoded from, captions or class indices (reward models read them).
     """
 
     cond: Cond
@@ -206,7 +212,7 @@ class Method:
         """Curriculum: called after every iteration with the names of the phases that ran."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Whatever a curriculum must remember; tensors and plain values."""
+        """Whatever a curriculum must remember, as plain values that JSON can hold."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -241,13 +247,6 @@ def consistency(prediction: Prediction) -> Tensor:
     schedule, x_t = prediction.schedule, prediction.x_t
     clean = expand(prediction.t, x_t) <= schedule.t_min
     return torch.where(clean, x_t / expand(schedule.alpha(prediction.t), x_t), prediction.x0)
-
-
-def track_average(average: nn.Module, module: nn.Module, decay: float) -> None:
-    """average <- decay average + (1 - decay) module, parameter by parameter: a consistency target network."""
-    with torch.no_grad():
-        for mean, parameter in zip(average.parameters(), module.parameters(), strict=True):
-            mean.lerp_(parameter, 1 - decay)
 
 
 def term_name(loss: LossFn) -> str:

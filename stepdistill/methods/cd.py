@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from stepdistill.denoiser import Denoiser, unwrap
+from stepdistill.ema import track_average
 from stepdistill.jvp import same_draws
 from stepdistill.losses import moments, mse, pseudo_huber
 from stepdistill.methods.base import (
@@ -37,7 +38,6 @@ from stepdistill.methods.base import (
     Phase,
     consistency,
     guided_teacher,
-    track_average,
 )
 from stepdistill.schedule import as_edm
 from stepdistill.solvers import SOLVERS

@@ -26,9 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.denoiser import Denoiser, guided, unwrap
+from stepdistill.ema import track_average
 from stepdistill.jvp import same_draws
 from stepdistill.losses import moments, pseudo_huber
-from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase, track_average
+from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase
 from stepdistill.prediction import Prediction
 from stepdistill.schedule import Schedule, expand
 

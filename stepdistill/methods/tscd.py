@@ -29,10 +29,11 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.denoiser import Denoiser, unwrap
+from stepdistill.ema import track_average
 from stepdistill.errors import UserError
 from stepdistill.jvp import same_draws
 from stepdistill.losses import moments, mse, pseudo_huber
-from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase, guided_teacher, track_average
+from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase, guided_teacher
 from stepdistill.sampling import Sampling
 from stepdistill.schedule import Schedule
 from stepdistill.solvers import ddim

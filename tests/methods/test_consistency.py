@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from worlds import COUNT, world
 
 from stepdistill.denoiser import unwrap
+from stepdistill.ema import track_average
 from stepdistill.families.toy import Toy
-from stepdistill.methods.base import Batch, Networks, consistency, track_average
+from stepdistill.methods.base import Batch, Networks, consistency
 from stepdistill.noise import SampleNoise
 from stepdistill.prediction import Prediction
 from stepdistill.schedule import EDM, Flow, TrigFlow, as_edm, times_like

@@ -14,7 +14,7 @@ from training.run import dry_run
 
 pytestmark = pytest.mark.usefixtures("accelerator_state")
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "training" / "recipes").glob("*.yaml"))
 ACCELERATE = sorted((ROOT / "training" / "accelerate").glob("*.yaml"))
 
