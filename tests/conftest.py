@@ -1,6 +1,4 @@
-"""Tiny stock pipelines built from configuration: the same `from_pretrained` path as the real ones, no
-downloads.
-"""
+"""Tiny stock pipelines built from configuration: the real ones' `from_pretrained` path without downloads."""
 
 from __future__ import annotations
 
@@ -58,9 +56,7 @@ def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_pixel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A class-conditional ConsistencyModelPipeline directory with random weights: 8x8 images, 3 classes + "no
-    class".
-    """
+    """A class-conditional ConsistencyModelPipeline with random weights: 8x8 images, 3 classes and "no class"."""
     from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, UNet2DModel
 
     torch.manual_seed(0)

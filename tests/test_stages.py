@@ -79,7 +79,8 @@ def test_a_composition_and_a_plain_stage_carry_each_others_fake_score(tmp_path, 
         names = ["fake_score", "dmd2/fake_score"]
     recipe = backtracked(tmp_path / "run")
     del recipe["method"]
-    recipe["stages"] = [  # the second stage does not move what it was given
+    # The second stage does not move what it was given.
+    recipe["stages"] = [
         {"method": methods[0], "run": {"steps": 3}},
         {"method": methods[1], "run": {"steps": 1}, "optim": {"lr": 1e-12}},
     ]

@@ -14,7 +14,8 @@ from stepdistill.families.toy import SCHEDULES
 from stepdistill.methods.f_distill import WEIGHTS
 from stepdistill.prediction import Prediction
 
-F = {  # f(r), r = p / q, of D_f(p || q) = E_q f(r)
+# f(r), r = p / q, of D_f(p || q) = E_q f(r).
+F = {
     "reverse_kl": lambda r: -r.log(),
     "softened_kl": lambda r: (r + 1) * ((r + 1) / (2 * r)).log(),
     "jensen_shannon": lambda r: r * r.log() - (r + 1) * ((r + 1) / 2).log(),

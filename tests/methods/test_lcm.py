@@ -40,8 +40,7 @@ def test_the_boundary_is_the_identity_without_noise(schedule):
 @pytest.mark.parametrize("schedule", ["vp", "edm", "flow", "trig"])
 @pytest.mark.parametrize("points", [50, 80])
 def test_the_boundary_is_a_switch_on_every_grid(schedule, points):
-    """At all of the teacher's times but the end f is x0: c_skip + c_out = 1, so that a chain of targets keeps its
-    scale."""
+    """At all of the teacher's times but the end f is x0: c_skip + c_out = 1, so a chain of targets keeps its scale."""
     made = world("lcm", schedule=schedule, ddim_steps=points)
     times = made.method.ode_times(made.nets.schedule)[:-1]
     ones = torch.ones(len(times), 2, dtype=torch.float64)
