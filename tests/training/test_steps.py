@@ -139,11 +139,20 @@ def test_each_network_is_clipped_by_itself(tmp_path):
     assert norms["student"] == pytest.approx(line["student/grad_norm_student"], rel=1e-4)
 
 
+def helper_of(student: Denoiser) -> Denoiser:
+    """A copy that is another network from the start."""
+    helper = student.clone()
+    with torch.no_grad():
+        for parameter in helper.parameters():
+            parameter.mul_(1.1)
+    return helper
+
+
 class Turns(Method):
     """The student alone, the two together, and the helper alone, each on a loss that hangs on both."""
 
     def networks(self, teacher: Denoiser | None, student: Denoiser) -> dict[str, nn.Module]:
-        return {"helper": student.clone()}
+        return {"helper": helper_of(student)}
 
     def phases(self, step: int) -> Iterator[Phase]:
         trains = (("student",), ("student", "helper"), ("helper",))[step]
@@ -161,8 +170,9 @@ def test_only_whose_turn_it_is_moves_and_the_average_follows_the_student(tmp_pat
     recipe = toy(tmp_path / "run", "run.steps=3", "run.save_every=1", "run.keep=9", method=method)
     running.run(recipe)
     one, two, three = (checkpoint(tmp_path / "run", step).tensors for step in (1, 2, 3))
-    fitted = dict(recipe.family.make().teacher.clone().state_dict())
-    assert same(one["helper"], fitted) and not same(one["student"], fitted)
+    student = recipe.family.make().teacher.clone()
+    fitted, helper = (dict(each.state_dict()) for each in (student, helper_of(student)))
+    assert same(one["helper"], helper) and not same(one["student"], fitted)
     assert not same(one["student"], two["student"]) and not same(one["helper"], two["helper"])
     assert same(two["student"], three["student"]) and not same(two["helper"], three["helper"])
     assert same(two["student_ema"], three["student_ema"])
