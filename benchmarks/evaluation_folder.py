@@ -34,9 +34,8 @@ from PIL import Image
 
 from evaluation.extractors import Extractor, load_extractor
 from evaluation.feature_net import FeatureNet
-from evaluation.folders import statistics
 from evaluation.images import MemoryImages, open_images
-from evaluation.runner import machine
+from evaluation.results import machine
 from stepdistill import assets, scenes
 from stepdistill.errors import atomic_write
 
@@ -122,7 +121,7 @@ def peers() -> dict[str, Callable[[Path], dict]]:
 
 def disagreement(folder: Path, extractor: Extractor, peer: Callable[[Path], dict]) -> float:
     """Largest difference of the two covariances, relative to the largest entry."""
-    own, theirs = statistics(open_images(folder), extractor).cov, peer(folder)["sigma"]
+    own, theirs = extractor.statistics(open_images(folder)).cov, peer(folder)["sigma"]
     return float(abs(own - theirs).max() / abs(own).max())
 
 
@@ -135,8 +134,8 @@ def slices(
         pixels = MemoryImages(open_images(folder))
         ways = {
             "decode alone": lambda folder=folder: [None for _ in open_images(folder)],
-            "extract alone": lambda pixels=pixels: statistics(pixels, extractor),
-            "end to end": lambda folder=folder: statistics(open_images(folder), extractor),
+            "extract alone": lambda pixels=pixels: extractor.statistics(pixels),
+            "end to end": lambda folder=folder: extractor.statistics(open_images(folder)),
         }
         ways |= {name: lambda folder=folder, peer=peer: peer(folder) for name, peer in others.items()}
         names = list(ways)

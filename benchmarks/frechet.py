@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evaluation.runner import machine
+from evaluation.results import machine
 from evaluation.stats import FeatureStats, frechet_distance, frechet_from_features
 from stepdistill.errors import atomic_write
 

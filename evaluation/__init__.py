@@ -12,9 +12,7 @@ command line is `python -m evaluation --help`.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -60,17 +58,17 @@ def evaluate(
     temporary folder, so that memory doesn't grow with n.
 
     Args:
-        sampler: `sampler(prompts, seeds) -> uint8 (N, 3, H, W)`, one of `stepdistill.load`'s or any other, called
-            with up to `batch` of each. Prompts are captions, or class numbers where `reference` is a folder or
-            Parquet file.
+        sampler: `sampler(prompts, seeds) -> uint8 (N, 3, H, W)`, one of `stepdistill.load`'s, at fixed settings
+            (`sampler.at(steps=1)`) or any other function, called with up to `batch` of each. Prompts are
+            captions, or class numbers where `reference` is a folder or Parquet file and comes without captions.
         protocol: its name, or a `Protocol`.
         n: number of samples; None is the protocol's own. Fewer are marked in the result: "scenes-2k[n=500]".
         metrics: names in `evaluation.metrics.METRICS`. Latency needs a pipeline directory: see `run`.
         extractor: "scenes-v1", a directory, or an `Extractor`; None is the protocol's.
         reference: where the protocol's named reference is; for a protocol without one, a folder or Parquet
-            file of real images instead of it (what needs captions cannot then be measured); or statistics
-            made by the same extractor.
-        captions: where the protocol's captions are, if it has a file of them.
+            file of real images instead of it; or statistics made by the same extractor.
+        captions: where the protocol's captions are, if it has a file of them; or, with `reference`, those that
+            samples are drawn for.
         clip: directory of the protocol's CLIP model, where that is not the embedded one.
         classes: number of classes of a class-conditional sampler; image i has the class i mod `classes`.
 
@@ -82,61 +80,32 @@ def evaluate(
         UserError: unknown names, n below 2, a reference of another extractor, or images that are not as
             promised.
     """
-    from evaluation.extractors import load_extractor
-    from evaluation.folders import ROWS_NEEDED
-    from evaluation.generate import drawn, kept
-    from evaluation.images import ResizedImages
-    from evaluation.metrics import get_metrics
-    from evaluation.metrics.base import Inputs, check
-    from evaluation.metrics.clip_score import ClipScore
-    from evaluation.protocol import checked_n, get_protocol, measurable, real_images
-    from evaluation.reference import reference_stats
-    from evaluation.references import NamedReference
+    from evaluation.measure import measure
+    from evaluation.protocol import chosen_protocol, get_protocol
     from evaluation.stats import FeatureStats
-    from stepdistill.errors import UserError
 
-    protocol, given = get_protocol(protocol), isinstance(reference, FeatureStats)
-    if given:
-        protocol = protocol.with_captions(captions)
-    elif reference is None or isinstance(protocol.reference, NamedReference):
-        protocol = protocol.located(reference, captions)
+    given = reference if isinstance(reference, FeatureStats) else None
+    if given is not None:
+        chosen = get_protocol(protocol).with_captions(captions)
     else:
-        protocol = real_images(reference, classes=classes)
-    computed = get_metrics(
-        metrics, [name for name in measurable(protocol) if name not in ("latency", "paired")]
+        chosen = chosen_protocol(protocol, reference, captions, classes=classes)
+    found = measure(
+        sampler, chosen, metrics, n=n, extractor=extractor, reference=given, clip=clip or "", batch=batch
     )
-    if "clip" in computed and (clip or protocol.clip):
-        computed["clip"] = ClipScore(clip, protocol.clip or None)
-    n = checked_n(n, protocol)
-    inputs = Inputs()
-    needs = set().union(*(metric.needs for metric in computed.values()))
-    if "extractor" in needs:
-        wanted = extractor if extractor is not None else protocol.extractor
-        inputs.extractor = load_extractor(wanted) if isinstance(wanted, (str, os.PathLike)) else wanted
-    if "reference" in needs:
-        inputs.reference = reference if given else reference_stats(protocol, inputs.extractor)
-    if "reference_images" in needs and (given or getattr(protocol.reference, "is_statistics", False)):
-        raise UserError(
-            "a metric that needs the images of the reference was asked for; give them, not statistics."
-        )
-    inputs.reference_images, inputs.groups = protocol.reference, protocol.groups(n)
-    inputs.keep = bool(set(computed) & ROWS_NEEDED)
-    prompts, seeds = protocol.prompts(n), protocol.seeds(n)
-    inputs.captions = protocol.scored_captions(n)
-    check(computed.values(), inputs, n)
-    parts = (slice(start, start + batch) for start in range(0, n, batch))
-    found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        images = kept((drawn(sampler, prompts[part], seeds[part]) for part in parts), Path(folder))
-        inputs.images = ResizedImages(images, protocol.resize) if protocol.resize else images
-        inputs.patch_images = images
-        for metric in computed.values():
-            found |= metric.compute(inputs)
-    return found | {"n": n, "protocol": protocol.label(n)}
+    return found.numbers | {"n": found.n, "protocol": chosen.label(found.n)}
 
 
-def run(*args: Any, **kwargs: Any) -> dict[str, Any]:
-    """Measure pipeline directories beside their teacher and write a report; see `evaluation.runner.run`."""
-    from evaluation import runner
+def run(
+    pipelines: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    bar: Callable[..., Any] | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Measure pipeline directories beside their teacher and write a report into `out`.
 
-    return runner.run(*args, **kwargs)
+    `settings` are those of `evaluation.plan.Settings`. Returns what is written to results.json.
+    """
+    from evaluation import plan, runs
+
+    return runs.run(plan.Settings(pipelines, out, **settings), bar)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from evaluation.references import UNHASHED, find
+from evaluation.references import LATER, UNHASHED, find
 from stepdistill.errors import UserError
 
 _SUFFIXES = (".txt", ".jsonl", ".json")
@@ -26,8 +26,16 @@ class CaptionFile:
 
     name: str
     n: int
+    # sha256 of the captions, for a person's own: what they are called identifies nothing.
+    content: str = field(default="", metadata=LATER)
     about: str = field(default="", metadata=UNHASHED)
     path: str = field(default="", metadata=UNHASHED)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> CaptionFile:
+        """A person's own captions. Raises UserError when the file is none, or has an empty one."""
+        known = cls("own", len(read_captions(Path(path))), path=str(path))
+        return replace(known, content=known.sha256())
 
     def found(self, path: str | os.PathLike[str] | None = None) -> CaptionFile:
         """The same with its `path`, searched for unless given, and read once.

@@ -14,14 +14,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from evaluation import report
 from evaluation.folds import FoldDistances
-from evaluation.protocol import PROTOCOLS
+from evaluation.published import published_beside
 from stepdistill.errors import UserError
-
-PUBLISHED = Path(__file__).resolve().parent / "published.yaml"
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -96,39 +92,6 @@ def differences(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                                 "se": FoldDistances(value, row["n"], left_out, ()).error,
                             }
                         )
-    return found
-
-
-def published() -> dict[str, list[dict[str, Any]]]:
-    """Published numbers by the hash of the protocol they were measured under."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for name, entries in yaml.safe_load(PUBLISHED.read_text()).items():
-        found[PROTOCOLS[name].hash] = [entry | {"protocol": name} for entry in entries]
-    return found
-
-
-def published_beside(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Published numbers that the results may stand beside; empty where there are none.
-
-    Raises:
-        UserError: the results are of another protocol than any published number, or of fewer samples.
-    """
-    known = published()
-    found = known.get(results["protocol_hash"])
-    if found is None:
-        listed = ", ".join(
-            f"{name} ({PROTOCOLS[name].hash})" for name in yaml.safe_load(PUBLISHED.read_text())
-        )
-        raise UserError(
-            f"{results['label']} was measured under {results['protocol']} (hash {results['protocol_hash']}), and "
-            f"no published number was: those are of {listed}; numbers of two protocols are not compared."
-        )
-    full = results.get("protocol_n")
-    if results["n"] != full:
-        raise UserError(
-            f"{results['label']} has {results['n']} samples, but the published numbers have {full}; distances of "
-            "different numbers of samples are not compared."
-        )
     return found
 
 

@@ -6,7 +6,6 @@ statistics file.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -19,11 +18,11 @@ from PIL import Image
 from torch import Tensor
 
 from evaluation.images import as_images, rechunked
-from evaluation.stats import Source
+from evaluation.stats import FeatureStats, Source
 from stepdistill import assets
+from stepdistill.clip import normalisation, pretrained
 from stepdistill.errors import UserError, nearest
 from stepdistill.provenance import sha256_of_files
-from stepdistill.untrusted import LOADING, check_configurations
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,13 @@ class Extractor:
         """Features of all batches in order. Chunks are formed by index: batch sizes don't change a bit."""
         for chunk in rechunked(batches, self.chunk):
             yield self(chunk)
+
+    def statistics(self, images: Iterable[Tensor]) -> FeatureStats:
+        """Feature statistics of a set, in one pass."""
+        stats = FeatureStats(self.dim, self.source)
+        for features in self.stream(images):
+            stats.add(features)
+        return stats
 
 
 def load_extractor(
@@ -138,7 +144,7 @@ def _clip(name: str, device: str, weights: str | os.PathLike[str] | None) -> Ext
     from evaluation.weights import find
 
     path = assets.path("clip") if name == "clip-scenes-v1" else find(name, weights)
-    network = transformer("CLIPModel", path).to(device)
+    network = pretrained("CLIPModel", path).to(device)
     mean, std = normalisation(path)
     side = network.config.vision_config.image_size
 
@@ -161,7 +167,7 @@ def _dino(name: str, device: str, weights: str | os.PathLike[str] | None) -> Ext
     from evaluation.weights import find
 
     path = find(name, weights)
-    network = transformer("Dinov2Model", path).to(device)
+    network = pretrained("Dinov2Model", path).to(device)
     side = 224
     _hub_positions(network, side)
     mean, std = (
@@ -215,55 +221,6 @@ def clip_pixels(images: Tensor, side: int, mean: Tensor, std: Tensor) -> Tensor:
         top, left = round((height - side) / 2), round((width - side) / 2)
         images = images[..., top : top + side, left : left + side]
     return (images.float() / 255 - mean) / std
-
-
-def normalisation(path: Path) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (3, 1, 1) out of a directory's preprocessor_config.json.
-
-    Raises:
-        UserError: the file is missing or has none.
-    """
-    try:
-        settings = json.loads((path / "preprocessor_config.json").read_text())
-        mean, std = (torch.tensor(settings[key]).view(3, 1, 1) for key in ("image_mean", "image_std"))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(
-            f"{path / 'preprocessor_config.json'} cannot be read ({type(error).__name__}); copy the model again."
-        ) from None
-    return mean, std
-
-
-def transformer(kind: str, path: Path) -> torch.nn.Module:
-    """A model of transformers from a directory, float32, for evaluation.
-
-    Raises:
-        UserError: it cannot be loaded, or the directory lacks some of its weights.
-    """
-    import transformers
-    from transformers.utils import logging
-
-    if Path(path).is_dir():
-        check_configurations(Path(path))
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        # A repository without safetensors is opened by transformers with weights_only=True.
-        network, info = getattr(transformers, kind).from_pretrained(
-            path, dtype=torch.float32, local_files_only=True, output_loading_info=True
-        )
-    except LOADING as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"the model in {path} cannot be loaded ({reason}); copy it again.") from None
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-    # Transformers fills these with random numbers and goes on.
-    absent = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-    if absent:
-        raise UserError(
-            f"the model in {path} lacks {len(absent)} weights of a {kind}, like {absent[0]}; copy it again."
-        )
-    return network.eval().requires_grad_(False)
 
 
 def embedding(output) -> Tensor:

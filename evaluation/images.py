@@ -72,6 +72,14 @@ class Images:
         """The first `count` images of this set."""
         return self if count >= len(self) else _First(self, count)
 
+    def resized(self, resize: Resize) -> Images:
+        """This set with every image cropped and resized from how it is stored."""
+        return ResizedImages(self, resize) if resize else self
+
+    def watched(self) -> Images:
+        """This set, of which every whole pass finds out `facts`."""
+        return Watched(self)
+
 
 class MemoryImages(Images):
     """A set held in memory, from batches uint8 (n, 3, H, W)."""
@@ -149,6 +157,12 @@ class _Files(Images):
         height, width, _ = first.pixels.shape
         facts.size = (width, height)
         self.facts = facts
+
+    def resized(self, resize: Resize) -> Images:
+        return self if resize == self.resize else type(self)(self.path, resize, self.io_batch)
+
+    def watched(self) -> Images:
+        return self
 
     def peek(self) -> Facts:
         """Facts of the first image alone."""

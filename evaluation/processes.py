@@ -2,7 +2,8 @@
 
 Every process runs the same program and ends with the same numbers. What is dear is dealt out: whole shards of
 samples, and the rows of every chunk of features. What is written is written by the first process alone. Only
-features and small objects travel, over gloo, so that this works without a GPU and beside any.
+features and small objects travel, over gloo, so that this works without a GPU and beside any. The transport is
+accelerate's.
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from stepdistill.errors import UserError
@@ -23,7 +22,8 @@ if TYPE_CHECKING:
     from evaluation.extractors import Extractor
 
 T = TypeVar("T")
-_PATIENCE = timedelta(days=2)  # the slowest process may be hours behind
+# The slowest process may be hours behind.
+_PATIENCE = timedelta(days=2)
 
 
 class Processes:
@@ -41,15 +41,17 @@ class Processes:
         """
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             return cls()
-        if not dist.is_initialized():
-            try:
-                dist.init_process_group("gloo", timeout=_PATIENCE)
-            except (ValueError, RuntimeError) as error:
-                raise UserError(
-                    f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes cannot find each other "
-                    f"({str(error).splitlines()[0]}); start them with accelerate launch."
-                ) from None
-        return cls(dist.get_rank(), dist.get_world_size())
+        from accelerate import PartialState
+
+        try:
+            state = PartialState(cpu=True, backend="gloo", timeout=_PATIENCE)
+        except (ValueError, RuntimeError) as error:
+            PartialState._reset_state()
+            raise UserError(
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes cannot find each other "
+                f"({str(error).splitlines()[0]}); start them with accelerate launch."
+            ) from None
+        return cls(state.process_index, state.num_processes)
 
     @property
     def first(self) -> bool:
@@ -67,19 +69,23 @@ class Processes:
     def wait(self) -> None:
         """Until all are here."""
         if self.count > 1:
-            dist.barrier()
+            from accelerate.utils import wait_for_everyone
+
+            wait_for_everyone()
 
     def from_first(self, make: Callable[[], T]) -> T:
         """make() of the first process, for all. A UserError there is one everywhere."""
         if self.count == 1:
             return make()
+        from accelerate.utils import broadcast_object_list
+
         made: list[Any] = [None]
         if self.first:
             try:
                 made = [make()]
             except UserError as error:
                 made = [error]
-        dist.broadcast_object_list(made)
+        broadcast_object_list(made)
         if isinstance(made[0], UserError):
             raise made[0]
         return made[0]
@@ -92,12 +98,11 @@ class Processes:
         """
         if self.count == 1:
             return extractor
+        from accelerate.utils import gather
+
         size, inner = extractor.chunk, extractor.network
 
         def network(images: Tensor) -> Tensor:
-            own = inner(images[self.rank * size : (self.rank + 1) * size]).float().cpu().contiguous()
-            parts = [torch.empty_like(own) for _ in range(self.count)]
-            dist.all_gather(parts, own)
-            return torch.cat(parts)
+            return gather(inner(images[self.rank * size : (self.rank + 1) * size]).float().cpu())
 
         return replace(extractor, chunk=size * self.count, network=network)

@@ -24,8 +24,7 @@ import yaml
 
 from evaluation.captions import CaptionFile
 from evaluation.decoding import Resize
-from evaluation.metrics import METRICS
-from evaluation.references import UNHASHED, FileReference, NamedReference, SceneReference
+from evaluation.references import LATER, UNHASHED, FileReference, NamedReference, SceneReference
 from stepdistill import scenes
 from stepdistill.drawing import QUANTISE
 from stepdistill.errors import UserError, nearest
@@ -33,8 +32,6 @@ from stepdistill.scenes import HELD_OUT_SEED
 
 FOLDER = Path(__file__).resolve().parent / "protocols"
 CONDITIONS = ("scenes", "classes", "captions", "none")
-# Marks a field the hash leaves out at its default.
-_LATER = {"later": True}
 
 
 def _identity(thing: Any) -> dict[str, Any]:
@@ -75,14 +72,14 @@ class Protocol:
     first_seed: int = 0
     quantise: str = "round"
     extractor: str = "scenes-v1"
-    captions: CaptionFile | None = field(default=None, metadata=_LATER)
-    images_per_prompt: int = field(default=1, metadata=_LATER)
-    seeds_by: str = field(default="sample", metadata=_LATER)
-    resolution: int = field(default=0, metadata=_LATER)  # side of the samples; 0: the pipeline's own
-    resize: Resize = field(default=Resize(), metadata=_LATER)
-    clip: str = field(default="", metadata=_LATER)  # the CLIP model; "": the embedded one
-    clip_prefix: str = field(default="", metadata=_LATER)  # put before every caption
-    patch: int = field(default=0, metadata=_LATER)
+    captions: CaptionFile | None = field(default=None, metadata=LATER)
+    images_per_prompt: int = field(default=1, metadata=LATER)
+    seeds_by: str = field(default="sample", metadata=LATER)
+    resolution: int = field(default=0, metadata=LATER)  # side of the samples; 0: the pipeline's own
+    resize: Resize = field(default=Resize(), metadata=LATER)
+    clip: str = field(default="", metadata=LATER)  # the CLIP model; "": the embedded one
+    clip_prefix: str = field(default="", metadata=LATER)  # put before every caption
+    patch: int = field(default=0, metadata=LATER)
     about: str = field(default="", metadata=UNHASHED)
     source: str = field(default="", metadata=UNHASHED)
 
@@ -240,36 +237,56 @@ def get_protocol(name: str | Protocol) -> Protocol:
     return PROTOCOLS[name]
 
 
-def real_images(path: str | os.PathLike[str], *, classes: int = 0, extractor: str = "scenes-v1") -> Protocol:
-    """The protocol for a sampler of `classes` classes (0: unconditional) against the images at `path`.
+def real_images(
+    path: str | os.PathLike[str],
+    *,
+    captions: str | os.PathLike[str] | None = None,
+    classes: int = 0,
+    extractor: str = "scenes-v1",
+) -> Protocol:
+    """The protocol for samples against the images at `path`.
 
-    Its own number of samples is that of the reference; fewer are marked in the result's name as usual.
+    Samples are drawn for `captions`, one of each, if given; else for `classes` classes in turn (0: for nothing),
+    as many as the reference has. Fewer are marked in the result's name as usual.
 
     Raises:
-        UserError: there are no images at `path`.
+        UserError: there are no images at `path`, or no captions in that file.
     """
     reference = FileReference.open(path)
+    lines = CaptionFile.open(captions) if captions else None
+    metrics = ("fd", "clip", "latency") if lines else ("fd", "latency")
     return Protocol(
         name=f"images:{Path(path).stem}",
         version=1,
-        n=len(reference),
-        conditions="classes" if classes else "none",
+        n=lines.n if lines else len(reference),
+        conditions="captions" if lines else "classes" if classes else "none",
         reference=reference,
-        metrics=("fd", "latency"),
+        metrics=metrics,
         classes=classes,
         extractor=extractor,
-        about=f"As many images as the reference has, against all {len(reference)} images of {path}.",
+        captions=lines,
+        about=f"Against all {len(reference)} images of {path}, "
+        + (f"drawn for the captions in {captions}." if lines else "as many as those."),
     )
 
 
-def measurable(protocol: Protocol) -> list[str]:
-    """Names of the metrics that can be measured under a protocol."""
-    lacking = set() if protocol.conditions == "scenes" else {"attributes"}
-    if not protocol.has_text:
-        lacking.add("clip")
-    if protocol.conditions == "none":
-        lacking.add("diversity")
-    return [name for name in METRICS if name not in lacking]
+def chosen_protocol(
+    protocol: str | Protocol,
+    reference: str | os.PathLike[str] | None = None,
+    captions: str | os.PathLike[str] | None = None,
+    *,
+    classes: int = 0,
+    extractor: str = "scenes-v1",
+) -> Protocol:
+    """The named protocol with its files found; or, for a `reference` where it names none, `real_images`.
+
+    Raises:
+        UserError: there is no such protocol, or a file is nowhere or another one than the protocol fixes.
+    """
+    protocol = get_protocol(protocol)
+    if reference is None or isinstance(protocol.reference, NamedReference):
+        return protocol.located(reference, captions)
+    return real_images(reference, captions=captions, classes=classes, extractor=extractor)
 
 
 def checked_n(n: int | None, protocol: Protocol) -> int:

@@ -45,9 +45,7 @@ def reference_stats(
     path = processes.from_first(lambda: _place(protocol, extractor))
     stats = processes.from_first(lambda: _known(path, extractor))
     if stats is None:
-        stats = FeatureStats(extractor.dim, extractor.source)
-        for features in extractor.stream(reference):
-            stats.add(features)
+        stats = extractor.statistics(reference)
         if processes.first:
             with contextlib.suppress(PermissionError):
                 stats.save(path)

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.decoding import Resize, patch_window
-from evaluation.images import Images, open_images
+from evaluation.decoding import Resize
+from evaluation.images import Images, ResizedImages, open_images
 from stepdistill import assets, scenes
 from stepdistill.errors import UserError
 from stepdistill.provenance import sha256_of_files
@@ -24,6 +24,8 @@ from stepdistill.scenes import HELD_OUT_SEED
 ENVIRONMENT = "STEPDISTILL_REFERENCES"
 # Marks a field that identifies nothing: an explanation, the place of a file.
 UNHASHED = {"identity": False}
+# Marks a field the hash leaves out at its default.
+LATER = {"later": True}
 _SUFFIXES = ("", ".parquet", ".npz")
 
 
@@ -44,6 +46,10 @@ class SceneReference:
             stop = min(start + 100, self.first + self.n)
             pixels = np.stack([scenes.image_at(index, self.seed)[1] for index in range(start, stop)])
             yield torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+    def resized(self, resize: Resize) -> Images:
+        """The images with this done to them."""
+        return ResizedImages(self, resize)
 
     def sha256(self) -> str:
         """Of the first 16 images: it changes when the renderer does."""
@@ -71,6 +77,10 @@ class FileReference:
     def __iter__(self) -> Iterator[Tensor]:
         return iter(open_images(self.path))
 
+    def resized(self, resize: Resize) -> Images:
+        """The images with this done to them as they are stored."""
+        return open_images(self.path, resize=resize)
+
     def sha256(self) -> str:
         return self.content
 
@@ -96,9 +106,9 @@ class NamedReference:
     def __iter__(self) -> Iterator[Tensor]:
         return iter(open_images(self.path, resize=self.resize))
 
-    def patches(self, side: int) -> Images:
-        """The middle of every image, as it is stored, a pixel wider all around than a patch of this side."""
-        return open_images(self.path, resize=patch_window(side))
+    def resized(self, resize: Resize) -> Images:
+        """The images with this done to them as they are stored, instead of `resize`."""
+        return open_images(self.path, resize=resize)
 
     @property
     def is_statistics(self) -> bool:

@@ -10,33 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evaluation import page, pareto
+from evaluation.published import published_beside
+from evaluation.values import Value, readings
 from stepdistill.errors import UserError, atomic_write
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_OTHERS = (
-    "kid:",
-    "prdc:",
-    "is:",
-    "cmmd:",
-    "patch-fd:",
-    "diversity:",
-    "paired:",
-)  # shown in a table of their own
-_PARTS = (
-    "precision",
-    "recall",
-    "density",
-    "coverage",
-    "distance",
-    "cosine",
-    "fd",
-    "of_teacher",
-)  # of their values
 FILES = ("results.html", "results.md", "results.json", "pareto.png")
-SHOWN = 8  # samples of every row shown in the report
-Cell = Callable[[dict[str, Any], dict[str, float | None]], str]
+_ARROWS = {"lower": " ↓", "higher": " ↑", "none": ""}
+Cell = Callable[[dict[str, Any]], str]
 
 
 def check_writable(out: Path) -> None:
@@ -56,7 +39,11 @@ def write(results: dict[str, Any], out: Path, grid: Sequence[Sequence[Tensor]] =
 
     grid: for each row its first samples, uint8 (3, H, W).
     """
-    published = _published(results)
+    try:
+        published = published_beside(results | {"label": results["protocol"]})
+    except UserError:
+        # Under another protocol or of another number; nothing published may stand beside these.
+        published = []
     for name, content in (
         ("results.json", json.dumps(results, indent=2) + "\n"),
         ("results.md", markdown(results, published)),
@@ -64,75 +51,39 @@ def write(results: dict[str, Any], out: Path, grid: Sequence[Sequence[Tensor]] =
     ):
         with atomic_write(out / name) as temporary:
             temporary.write_text(content, encoding="utf-8")
-    if metrics := page.plotted(results["rows"]):
-        found = {cost: pareto.points(results["rows"], metrics[0], cost) for cost in pareto.COSTS}
-        plots = [pareto.plot(points, metrics[0], cost) for cost, points in found.items() if len(points) > 1]
+    if worth := pareto.plotted(results):
+        name, value = next(iter(worth.items()))
+        found = [(pareto.points(results["rows"], name, cost), cost) for cost in pareto.COSTS]
         with atomic_write(out / "pareto.png") as temporary:
-            pareto.to_image(plots, pareto.legend(found["nfe"])).save(temporary, format="PNG", optimize=True)
-
-
-def _published(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Published numbers that may stand beside these; none where the protocol or the number differs."""
-    from evaluation import compare
-
-    try:
-        return compare.published_beside(results | {"label": results["protocol"]})
-    except UserError:
-        return []
-
-
-def columns(results: dict[str, Any]) -> list[tuple[str, Cell]]:
-    """Headings and what stands under them, for the metrics that were computed."""
-    measured = {name for row in results["rows"] for name in row["metrics"]}
-    found: list[tuple[str, Cell]] = [
-        ("model", lambda row, m: pareto.called(row)),
-        ("steps", lambda row, m: str(row["steps"])),
-        ("guidance", lambda row, m: f"{row['guidance']:g}"),
-        ("NFE", lambda row, m: str(row["nfe"])),
-    ]
-    if len({row["n"] for row in results["rows"]}) > 1:
-        found.append(("n", lambda row, m: str(row["n"])))
-    for name in sorted(measured):
-        if name.startswith(("fd:", "fid:")) and not name.endswith("/se"):
-            found.append((f"{name} ↓", _distance(name)))
-    if "fd_ratio" in measured:
-        found.append(("FD / teacher's", _distance("fd_ratio")))
-    if "attributes/all" in measured:
-        found.append(("attributes all ↑", _with_error("attributes/all", "{:.1%}")))
-    for name in sorted(measured):
-        if name.startswith("clip:") and not name.endswith("/se"):
-            found.append((f"{name} ↑", _with_error(name, "{:.2f}")))
-    if "latency/ms" in measured:
-        found.append(("ms/image", lambda row, m: _number(m.get("latency/ms"), "{:.1f}")))
-    if "latency/throughput" in measured:
-        found.append(("images/s", lambda row, m: _number(m.get("latency/throughput"), "{:.1f}")))
-    if "latency/speedup" in measured:
-        found.append(
-            ("speed-up denoiser", lambda row, m: _number(m.get("latency/speedup_denoise"), "{:.1f}x"))
-        )
-        found.append(("speed-up end to end", lambda row, m: _number(m.get("latency/speedup"), "{:.1f}x")))
-    return found
-
-
-def further_columns(results: dict[str, Any]) -> list[tuple[str, Cell]]:
-    """The same for the metrics beside the usual ones; empty where none was computed."""
-    measured = {name for row in results["rows"] for name in row["metrics"]}
-    found = []
-    for name in sorted(measured):
-        kind, _, part = name.rpartition("/")
-        if name.startswith(_OTHERS) and (not kind or part in _PARTS):
-            found.append((f"{name} {'↓' if pareto.lower_is_better(name) else '↑'}", _distance(name)))
-    return [*columns(results)[:2], *found] if found else []
+            plots = [(points, cost) for points, cost in found if len(points) > 1]
+            pareto.save_png(plots, name, value.better == "lower", temporary)
 
 
 def cells(results: dict[str, Any]) -> list[list[list[str]]]:
-    """Heading and rows of each table: the usual metrics, and the further ones if there are any."""
-    return [
-        [[heading for heading, _ in shown]]
-        + [[cell(row, row["metrics"]) for _, cell in shown] for row in results["rows"]]
-        for shown in (columns(results), further_columns(results))
-        if shown
+    """Heading and rows of each table: the main values, and then the others that say better or worse, if any."""
+    read = readings(results)
+    main = [name for name, value in read.items() if value.main]
+    further = [name for name, value in read.items() if not value.main and value.better != "none"]
+    rows = results["rows"]
+    about = [("model", pareto.called), ("steps", lambda row: str(row["steps"]))]
+    more = [("guidance", lambda row: f"{row['guidance']:g}"), ("NFE", lambda row: str(row["nfe"]))]
+    if len({row["n"] for row in rows}) > 1:
+        more.append(("n", lambda row: str(row["n"])))
+    found = [_table([*about, *more], main, read, rows)]
+    return found + ([_table(about, further, read, rows)] if further else [])
+
+
+def _table(
+    about: Sequence[tuple[str, Cell]],
+    names: Sequence[str],
+    read: dict[str, Value],
+    rows: Sequence[dict[str, Any]],
+) -> list[list[str]]:
+    headings = [heading for heading, _ in about] + [f"{name}{_ARROWS[read[name].better]}" for name in names]
+    lines = [
+        [cell(row) for _, cell in about] + [_number(row["metrics"], name) for name in names] for row in rows
     ]
+    return [headings, *lines]
 
 
 def table(results: dict[str, Any]) -> str:
@@ -157,7 +108,7 @@ def markdown(results: dict[str, Any], published: Sequence[dict[str, Any]] = ()) 
         text += [rows[0], "|" + "---|" * len(lines[0]), *rows[1:], ""]
     text += [f"- {fact}" for fact in facts(results)]
     text += [f"- warning: {warning}" for warning in results["warnings"]]
-    if page.plotted(results["rows"]):
+    if pareto.plotted(results):
         text += ["", "![quality against cost](pareto.png)", ""]
     for entry in published:
         numbers = ", ".join(f"{name} {value:g}" for name, value in entry["metrics"].items())
@@ -198,30 +149,12 @@ def facts(results: dict[str, Any]) -> list[str]:
     return found
 
 
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)
-
-
-def _distance(name: str) -> Cell:
+def _number(numbers: dict[str, float | None], name: str) -> str:
     """With as many decimals as its standard error has two significant digits in."""
-
-    def cell(row: dict[str, Any], metrics: dict[str, float | None]) -> str:
-        value, error = metrics.get(name), metrics.get(f"{name}/se")
-        if value is None:
-            return ""
-        if not error:
-            return f"{value:.4g}"
-        decimals = max(0, 1 - math.floor(math.log10(error)))
-        return f"{value:.{decimals}f} ± {error:.{decimals}f}"
-
-    return cell
-
-
-def _with_error(name: str, form: str) -> Cell:
-    def cell(row: dict[str, Any], metrics: dict[str, float | None]) -> str:
-        value, error = metrics.get(name), metrics.get(f"{name}/se")
-        return _number(value, form) + (
-            f" ± {form.format(error)}" if value is not None and error is not None else ""
-        )
-
-    return cell
+    value, error = numbers.get(name), numbers.get(f"{name}/se")
+    if value is None:
+        return ""
+    if not error:
+        return f"{value:.4g}"
+    decimals = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:.{decimals}f} ± {error:.{decimals}f}"

@@ -213,17 +213,24 @@ def find_pipeline(name: str | os.PathLike[str]) -> str | os.PathLike[str]:
     """
     if Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)):
         return name
-    cached = hugging_face() / f"models--{str(name).replace('/', '--')}"
-    try:
-        snapshot = cached / "snapshots" / (cached / "refs" / "main").read_text().strip()
-    except OSError:
-        snapshot = cached
-    if not (snapshot / "model_index.json").is_file():
+    snapshot = cached_repository(str(name), hugging_face())
+    if snapshot is None or not (snapshot / "model_index.json").is_file():
         raise UserError(
             f"there is no directory {name}, and no pipeline of that name in the Hugging Face cache {hugging_face()}; "
             f"get it with `hf download {name}`, or give the directory of a diffusers pipeline."
         )
     return snapshot
+
+
+def cached_repository(repository: str, cache: Path) -> Path | None:
+    """Where a Hugging Face cache has the repository owner/name, None where it has not. Nothing is downloaded."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, cache_dir=cache, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
 
 
 def pipeline_name(path: Path) -> str:
@@ -237,12 +244,9 @@ def pipeline_name(path: Path) -> str:
 def _candidates(wanted: Weights, place: Path) -> list[Path]:
     """Paths under `place` that may be the weights."""
     if wanted.repository:
-        cached = place / f"models--{wanted.repository.replace('/', '--')}"
-        try:
-            snapshots = [cached / "snapshots" / (cached / "refs" / "main").read_text().strip()]
-        except OSError:
-            snapshots = [cached]
-        return [place, place / wanted.name, place / wanted.repository.rpartition("/")[2], *snapshots]
+        snapshot = cached_repository(wanted.repository, place)
+        cached = snapshot or place / f"models--{wanted.repository.replace('/', '--')}"
+        return [place, place / wanted.name, place / wanted.repository.rpartition("/")[2], cached]
     return [place] if place.is_file() else [place / file for file in wanted.files]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as nnf
@@ -16,7 +17,10 @@ from torch import Tensor, nn
 
 from stepdistill import assets
 from stepdistill.errors import UserError, first_line
-from stepdistill.untrusted import LOADING, check_directory
+from stepdistill.untrusted import LOADING, check_configurations, check_directory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Clip(nn.Module):
@@ -27,23 +31,13 @@ class Clip(nn.Module):
     """
 
     def __init__(self, directory: str = ""):
-        from transformers import AutoTokenizer, CLIPModel
-
         super().__init__()
         path = Path(directory) if directory else assets.path("clip")
         if path.is_dir():
             check_directory(path)
-        try:
-            processor = json.loads((path / "preprocessor_config.json").read_text())
-            mean, std = (torch.tensor(processor[key]).view(3, 1, 1) for key in ("image_mean", "image_std"))
-            self.model = CLIPModel.from_pretrained(
-                path, use_safetensors=True, dtype=torch.float32, local_files_only=True
-            )
-            self.tokenizer = AutoTokenizer.from_pretrained(
-                path, local_files_only=True, trust_remote_code=False
-            )
-        except LOADING as error:
-            raise UserError(f"the CLIP model in {path} cannot be loaded ({first_line(error)}).") from None
+        mean, std = normalisation(path)
+        self.model = pretrained("CLIPModel", path, use_safetensors=True)
+        self.tokenizer = tokenizer(path)
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
         self.eval().requires_grad_(False)
@@ -102,3 +96,61 @@ class Clip(nn.Module):
         )
         ids = tokens.input_ids.to(self.mean.device)
         return self.model.get_text_features(input_ids=ids).pooler_output
+
+
+def normalisation(path: Path) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (3, 1, 1) out of a directory's preprocessor_config.json.
+
+    Raises:
+        UserError: the file is missing or has none.
+    """
+    try:
+        settings = json.loads((path / "preprocessor_config.json").read_text())
+        mean, std = (torch.tensor(settings[key]).view(3, 1, 1) for key in ("image_mean", "image_std"))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(
+            f"{path / 'preprocessor_config.json'} cannot be read ({type(error).__name__}); copy the model again."
+        ) from None
+    return mean, std
+
+
+def pretrained(kind: str, path: Path, **options: Any) -> nn.Module:
+    """A frozen model of transformers from a directory, float32; `options` go to `from_pretrained`.
+
+    Raises:
+        UserError: it cannot be loaded, or the directory lacks some of its weights.
+    """
+    import transformers
+    from transformers.utils import logging
+
+    if path.is_dir():
+        check_configurations(path)
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        # A repository without safetensors is opened by transformers with weights_only=True.
+        network, info = getattr(transformers, kind).from_pretrained(
+            path, dtype=torch.float32, local_files_only=True, output_loading_info=True, **options
+        )
+    except LOADING as error:
+        raise UserError(f"the model in {path} cannot be loaded ({first_line(error)}); copy it again.") from None
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    # Transformers fills these with random numbers and goes on.
+    absent = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if absent:
+        raise UserError(
+            f"the model in {path} lacks {len(absent)} weights of a {kind}, like {absent[0]}; copy it again."
+        )
+    return network.eval().requires_grad_(False)
+
+
+def tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a directory. Raises UserError when it cannot be loaded."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except LOADING as error:
+        raise UserError(f"the tokenizer in {path} cannot be loaded ({first_line(error)}); copy it again.") from None

@@ -1,102 +1,149 @@
-"""The number a run is watched by: a metric of the family's own, or one of the evaluation package's."""
+"""The number a run is watched by: a metric of the family's own, or any of the evaluation package's."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from stepdistill import scenes
 from stepdistill.config import closest
-from stepdistill.drawing import Sampler
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
 from training.recipe import RunConfig
 
-SEED = 10_000_019  # of the points a family's own metric draws
+if TYPE_CHECKING:
+    from stepdistill.drawing import Sampler
+
+    from evaluation.metrics.base import Metric
+    from evaluation.protocol import Protocol
+    from evaluation.values import Value
+
+# Of the points a family's own metric draws.
+SEED = 10_000_019
+# Fields of the evaluation's `Inputs` that a run has.
+_HERE = {"images", "extractor", "reference", "reference_images", "features"}
 
 
 def measure(
     run: RunConfig, family: Family, sampler: Sampler, metric: str | None = None, steps: int | None = None
-) -> float:
+) -> Value:
     """`metric`, by default the run's, of `sampler` at `steps`, by default its least number of them."""
+    from evaluation.values import Value
+
     metric = metric or run.metric
-    classes = len(family.class_names or ())
     if metric in family.metrics:
+        score, better = family.metrics[metric]
+        classes = max(len(family.class_names or ()), 1)
 
         def points(n: int) -> Tensor:
-            told = [i % max(classes, 1) for i in range(n)]
-            return sampler.at(steps, chunk=n).x0(told, range(SEED, SEED + n))
+            drawer = sampler.at(steps, chunk=n)
+            return drawer.x0([i % classes for i in range(n)], range(SEED, SEED + n))
 
-        return float(family.metrics[metric](points))
-    from evaluation import evaluate
+        return Value(metric, float(score(points)), better=better)
+    from evaluation.measure import measure as measure_samples
 
-    kind, _, extractor = metric.partition(":")
-
-    def draw(prompts: Any, seeds: Any) -> Tensor:
-        return sampler(prompts, seeds, steps=steps, chunk=64)
-
-    values = evaluate(
-        draw,
-        n=run.metric_samples,
-        metrics=(kind,),
-        extractor=extractor if kind == "fd" and extractor else None,
-        reference=run.metric_reference or None,
-        classes=classes if run.metric_reference else 0,
-    )
-    # "fd:MY_DIRECTORY" comes back under the name that the network in the directory has.
-    return float(
-        values[metric] if metric in values else next(v for k, v in values.items() if k.startswith(f"{kind}:"))
-    )
-
-
-def lower_is_better(metric: str) -> bool:
-    """Distances fall; CLIP scores and shares of right attributes rise."""
-    return not metric.startswith(("clip", "attributes"))
+    protocol, wanted, settings = _settings(run, family, metric)
+    kind = wanted.name.partition("/")[0]
+    found = measure_samples(
+        sampler.at(steps, chunk=64), protocol, [kind], n=run.metric_samples, **settings
+    ).values
+    return next(value for value in found if _declared(value) == wanted.name)
 
 
 def check_metric(run: RunConfig, family: Family) -> None:
     """UserError for a metric that could not be measured, so that no run ends at its first measurement."""
     if not run.metric_every:
         return
-    if family.metrics:
-        offered = list(family.metrics)
-    elif family.conditions == "prompt":
-        offered = [
-            "fd:scenes-v1",
-            "clip:scenes-v1",
-            *(f"attributes/{name}" for name in ("all", *scenes.ATTRIBUTES)),
-        ]
-    else:
-        offered = ["fd:scenes-v1"]
-    own_network = run.metric.startswith("fd:") and "fd:scenes-v1" in offered
-    if run.metric not in offered and not own_network:
-        close = closest(run.metric, offered)
-        hint = f"did you mean {close}?" if close else f"choose one of {', '.join(offered)}."
-        raise UserError(f"run.metric={run.metric} cannot be measured on the family {family.name!r}; {hint}")
     if not family.metrics:
-        _check_files(run, family)
+        from evaluation.measure import Measurement
+
+        protocol, wanted, settings = _settings(run, family, run.metric)
+        Measurement(protocol, [wanted.name.partition("/")[0]], run.metric_samples, **settings)
+    elif run.metric not in family.metrics:
+        raise _refusal(run.metric, family, list(family.metrics))
+
+
+def _settings(run: RunConfig, family: Family, metric: str) -> tuple[Protocol, Value, dict[str, Any]]:
+    """The protocol, the value that is wanted, as its metric declares it, and what to measure it with.
+
+    Raises:
+        UserError: there is no such value, it cannot be had in a run, or the files it needs are not said.
+    """
+    from evaluation.metrics.clip_score import VARIANTS
+    from evaluation.protocol import chosen_protocol
+
+    kind, source, wanted = _parsed(metric, family)
+    _check_files(run, family)
+    classes = len(family.class_names or ()) if run.metric_reference else 0
+    protocol = chosen_protocol(
+        "scenes-2k", run.metric_reference or None, run.metric_captions or None, classes=classes
+    )
+    if "extractor" in kind.needs:
+        return protocol, wanted, {"extractor": source or None}
+    if source in VARIANTS:
+        return replace(protocol, clip=source), wanted, {}
+    return protocol, wanted, {"clip": "" if source == "scenes-v1" else source}
+
+
+def _parsed(metric: str, family: Family) -> tuple[type[Metric], str, Value]:
+    """The class, the extractor or model, and the value of "kid:scenes-v1/subsets", "fd:MY/DIRECTORY", "fd", ..."""
+    from evaluation.metrics import METRICS
+    from stepdistill.registry import resolve
+
+    here = _HERE | ({"captions"} if family.conditions == "prompt" else set())
+    classes = {name: resolve(name, METRICS, "metric") for name in METRICS}
+    offered = {
+        value.name: (metric_class, value)
+        for name, metric_class in classes.items()
+        if metric_class.needs <= here
+        for value in metric_class.values
+        if value.better != "none" and value.name.startswith(name)
+    }
+    kind, colon, rest = metric.partition(":")
+    # A directory may have slashes of its own, so the longest part that is known is cut off its end.
+    parts = sorted((name[len(kind) :] for name in offered if name.startswith(f"{kind}/")), key=len)
+    part = next((part for part in reversed(parts) if rest.endswith(part)), "")
+    name = f"{kind}{part}" if colon else metric
+    takes_source = name in offered and ("extractor" in offered[name][0].needs or kind == "clip")
+    if name not in offered or (colon and not takes_source):
+        raise _refusal(metric, family, list(offered))
+    metric_class, value = offered[name]
+    return metric_class, rest.removesuffix(part) if colon else "", value
+
+
+def _refusal(metric: str, family: Family, offered: list[str]) -> UserError:
+    close = closest(metric, offered)
+    hint = f"did you mean {close}?" if close else f"choose one of {', '.join(offered)}."
+    return UserError(f"run.metric={metric} cannot be measured on the family {family.name!r}; {hint}")
+
+
+def _declared(value: Value) -> str:
+    from evaluation.values import declared_name
+
+    return declared_name(value.name)
 
 
 def _check_files(run: RunConfig, family: Family) -> None:
-    """The metric's network and reference are there."""
-    from evaluation.extractors import load_extractor
-    from evaluation.images import open_images
-    from stepdistill import assets
-
-    if run.metric.startswith("fd:"):
-        load_extractor(run.metric.removeprefix("fd:"))
-    elif run.metric.startswith("clip:"):
-        assets.path("clip")
-    if family.conditions == "prompt" and run.metric_reference:
+    """The run's own images and captions are said where they are needed, and only there."""
+    prompts = family.conditions == "prompt"
+    if prompts and bool(run.metric_reference) != bool(run.metric_captions):
+        given, other = ("reference", "captions") if run.metric_reference else ("captions", "reference")
         raise UserError(
-            f"run.metric_reference={run.metric_reference} is for families without prompts;"
-            " with prompts, the distance is to the scenes of the protocol, so leave it out."
+            f"run.metric_{given}={getattr(run, f'metric_{given}')} needs run.metric_{other} with it: real images,"
+            " and the captions to draw for; without both, the scenes of the protocol are used."
         )
-    if family.conditions != "prompt":
-        if not run.metric_reference:
-            raise UserError(
-                f"run.metric={run.metric} needs run.metric_reference here:"
-                " a folder or Parquet file of real images."
-            )
-        open_images(run.metric_reference)
+    if not prompts and run.metric_captions:
+        raise UserError(
+            f"run.metric_captions={run.metric_captions} is for families with prompts, and {family.name!r} has"
+            " none; leave it out."
+        )
+    if not prompts and not run.metric_reference:
+        raise UserError(
+            f"run.metric={run.metric} needs run.metric_reference here: a folder or Parquet file of real images."
+        )
+    for name in ("metric_reference", "metric_captions"):
+        path = getattr(run, name)
+        if path and not Path(path).exists():
+            raise UserError(f"run.{name}={path} does not exist; give a path that does.")

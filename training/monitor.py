@@ -16,7 +16,7 @@ from training.checkpoint import RunDirectory
 from training.data import Source
 from training.exporting import ExportedStudent
 from training.health import Health
-from training.measure import lower_is_better, measure
+from training.measure import measure
 from training.meters import Meters
 from training.preview import Preview
 from training.recipe import Recipe
@@ -87,9 +87,9 @@ class Monitor:
         if self.accelerator.is_main_process:
             with self.student.weights():
                 value = measure(self.run, self.family, self.student.sampler(step))
-            best = self.directory.record_best(step, value, lower_is_better(metric))
-            self.accelerator.log({f"metric/{metric}": value}, step)
-            tqdm.write(f"step {step}: {metric} = {value:.4g}{' (best)' if best else ''}")
+            best = self.directory.record_best(step, value.value, value.better == "lower")
+            self.accelerator.log({f"metric/{metric}": value.value}, step)
+            tqdm.write(f"step {step}: {metric} = {value.value:.4g}{' (best)' if best else ''}")
         self.accelerator.wait_for_everyone()
 
     def state_dict(self) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def _finish(trainer: Trainer, accelerator: Accelerator) -> None:
     sampler = student.sampler(step)
     for name in family.metrics:
         for steps in sorted(sampler.steps or (sampler.default_steps,)):
-            value = measure(trainer.run, family, sampler, name, steps)
+            value = measure(trainer.run, family, sampler, name, steps).value
             label = name if steps == sampler.default_steps else f"{name}@{steps}"
             accelerator.log({f"metric/{label}": value}, step)
             say(True, f"{name} = {value:.3f} at {steps} step{'s' * (steps > 1)}")

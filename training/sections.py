@@ -174,7 +174,8 @@ class RunConfig:
         save_every: 0 = a checkpoint at the end only; keep: checkpoints kept, beside the best one.
         metric_every: 0 = never measured during the run; metric: by name, see `measure.check_metric`;
             metric_samples: images drawn for it.
-        metric_reference: real images (Parquet or folder) for families without prompts.
+        metric_reference: one's own real images (Parquet or folder) instead of the protocol's scenes;
+            metric_captions: with prompts, the captions (a file) that samples are drawn for.
         export: which weights the student directory gets, the average or the last.
         threads: torch CPU threads; 0 = leave as they are.
         trackers: beside metrics.jsonl. TensorBoard is left out where it is not installed; W&B writes offline
@@ -195,6 +196,7 @@ class RunConfig:
     metric: str = "fd:scenes-v1"
     metric_samples: int = 500
     metric_reference: str = ""
+    metric_captions: str = ""
     export: Literal["ema", "raw"] = "ema"
     threads: int = 0
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)

@@ -43,9 +43,9 @@ def do(args: argparse.Namespace) -> None:
             write_json(found, target)
         return
     from evaluation.generate import Configuration, draw_with, generate, pipeline_sha256
+    from evaluation.plan import load_pipeline
     from evaluation.protocol import get_protocol
     from evaluation.report import check_writable
-    from evaluation.runner import load_pipeline
     from evaluation.weights import pipeline_name
 
     at_least_one(args, "batch")

@@ -47,12 +47,12 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def do(args: argparse.Namespace) -> None:
-    from evaluation import folders
+    from evaluation.image_sets import measure_set
 
     target = writable(args.out) if args.out else None
     at_least_one(args, "io_batch")
     quieten_libraries()
-    found = folders.measure(
+    found = measure_set(
         args.images, args.ref, metrics=args.metrics, extractor=args.extractor, protocol=args.protocol,
         captions=args.captions, clip=args.clip, io_batch=args.io_batch, device=args.device,
     )  # fmt: skip

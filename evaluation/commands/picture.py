@@ -49,8 +49,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def do(args: argparse.Namespace) -> None:
     from evaluation import picture
+    from evaluation.plan import load_pipeline
     from evaluation.protocol import get_protocol
-    from evaluation.runner import load_pipeline
 
     target = writable(args.out)
     quieten_libraries()

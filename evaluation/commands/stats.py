@@ -21,9 +21,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def do(args: argparse.Namespace) -> None:
-    from evaluation import folders
-    from evaluation.decoding import Resize
     from evaluation.extractors import load_extractor
+    from evaluation.image_sets import reference_resize
     from evaluation.images import open_images
     from evaluation.protocol import get_protocol
 
@@ -31,10 +30,9 @@ def do(args: argparse.Namespace) -> None:
     at_least_one(args, "io_batch")
     quieten_libraries()
     chosen = get_protocol(args.protocol) if args.protocol else None
-    resize = getattr(chosen.reference, "resize", Resize()) if chosen else Resize()
-    images = open_images(args.images, resize, args.io_batch)
+    images = open_images(args.images, reference_resize(chosen), args.io_batch)
     extractor = load_extractor(args.extractor or (chosen.extractor if chosen else "scenes-v1"), args.device)
-    stats = folders.statistics(images, extractor)
+    stats = extractor.statistics(images)
     if stats.n < 2:
         raise UserError(
             f"statistics need at least 2 images, got {stats.n} in {args.images}; use more images."

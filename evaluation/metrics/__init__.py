@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from stepdistill.errors import UserError
 from stepdistill.registry import Table, resolve
 
 if TYPE_CHECKING:
@@ -30,22 +29,14 @@ METRICS = Table(
 )
 
 
-def get_metrics(names: Iterable[str], allowed: Iterable[str]) -> dict[str, Metric]:
+def get_metrics(names: Iterable[str]) -> dict[str, Metric]:
     """The metrics of these names, ready to compute. One's own is written my_package.my_file:MyMetric, derives
     from `Metric`, and is only imported where `allowing_code`.
 
     The name of a single value, "attributes/all", stands for the metric that has it.
 
     Raises:
-        UserError: there is no such metric, it is one of ours and not among `allowed`, which the protocol says,
-            or it is one's own without permission.
+        UserError: there is no such metric, or it is one's own without permission.
     """
-    found, allowed = {}, tuple(allowed)
-    for name in dict.fromkeys(name.partition("/")[0] for name in names):
-        metric = resolve(name, METRICS, "metric")
-        if name in METRICS and name not in allowed:
-            raise UserError(
-                f"the metric {name!r} cannot be measured here; this protocol has {', '.join(allowed)}."
-            )
-        found[name] = metric()
-    return found
+    kinds = dict.fromkeys(name.partition("/")[0] for name in names)
+    return {kind: resolve(kind, METRICS, "metric")() for kind in kinds}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from evaluation.metrics.base import Inputs, Metric
+from evaluation.values import Value, measured
 from stepdistill import scenes
 from stepdistill.errors import UserError
 
@@ -13,8 +16,16 @@ class Attributes(Metric):
     """`attributes/<name>`, in 0 .. 1, for each attribute of a scene and `all` together; higher is better."""
 
     needs = frozenset({"images", "captions"})
+    values = (
+        *(Value(f"attributes/{name}", better="higher") for name in scenes.ATTRIBUTES),
+        Value("attributes/all", better="higher", main=True),
+    )
 
-    def compute(self, inputs: Inputs) -> dict[str, float]:
+    def check(self, inputs: Inputs, n: int) -> None:
+        """Raises UserError for captions that describe no scene."""
+        _relations(inputs.captions)
+
+    def compute(self, inputs: Inputs) -> list[Value]:
         """The shares, and the binomial standard error of `all`; batch by batch, so that no set is held in memory.
 
         Raises:
@@ -27,21 +38,27 @@ class Attributes(Metric):
                 f"attributes cannot be checked: {count} images and {len(captions)} captions were given."
             )
         right: dict[str, float] = {}
-        told: dict[str, int] = {}
+        asked: dict[str, int] = {}
         at = 0
         for batch in inputs.images:
             own = captions[at : at + len(batch)]
             at += len(batch)
-            try:
-                shares = scenes.attribute_accuracy(batch.permute(0, 2, 3, 1).numpy(), own)
-                related = sum(scenes.parse_caption(caption).relation is not None for caption in own)
-            except ValueError as error:
-                raise UserError(f"attributes cannot be checked: {error}") from None
-            for name, share in shares.items():  # the share of relations is among captions that have one
+            related = _relations(own)
+            shares = scenes.attribute_accuracy(batch.permute(0, 2, 3, 1).numpy(), own)
+            for name, share in shares.items():
+                # The share of relations is among captions that have one.
                 number = related if name == "relation" else len(own)
                 right[name] = right.get(name, 0) + round(share * number)
-                told[name] = told.get(name, 0) + number
-        found = {f"attributes/{name}": right[name] / told[name] if told[name] else 1.0 for name in right}
+                asked[name] = asked.get(name, 0) + number
+        found = {f"attributes/{name}": right[name] / asked[name] if asked[name] else 1.0 for name in right}
         everything = found["attributes/all"]
-        found["attributes/all/se"] = float(np.sqrt(everything * (1 - everything) / count))
-        return found
+        error = float(np.sqrt(everything * (1 - everything) / count))
+        return measured(self.values, found | {"attributes/all": (everything, error)})
+
+
+def _relations(captions: Sequence[str]) -> int:
+    """How many captions have a relation. Raises UserError for one that describes no scene."""
+    try:
+        return sum(scenes.parse_caption(caption).relation is not None for caption in captions)
+    except ValueError as error:
+        raise UserError(f"attributes cannot be checked: {error}") from None

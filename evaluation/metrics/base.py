@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,11 +15,14 @@ from evaluation.stats import FeatureStats
 from stepdistill.errors import UserError
 
 if TYPE_CHECKING:
+    from stepdistill.drawing import Drawer
+
     from evaluation.extractors import Extractor
     from evaluation.images import Images
-    from evaluation.metrics.latency import Timed
+    from evaluation.values import Value
 
-_IN_MEMORY = 256 << 20  # bytes of features beyond which they are kept in a temporary file
+# Bytes of features beyond which they are kept in a temporary file.
+_IN_MEMORY = 256 << 20
 
 
 @dataclass
@@ -27,7 +30,7 @@ class Inputs:
     """What metrics are computed from. Only the fields a metric names in `needs` have to be there.
 
     images: the samples, in order of index; captions: theirs, one each; extractor and reference: for
-    distances; timed: the sampler with its settings, and, when there is one, its teacher after it.
+    distances; timed: what drew the samples, and, when there is one, its teacher after it.
     reference_images: the reference itself, for what cannot be computed from its statistics. teacher: the
     teacher's samples of the same prompts and seeds, row by row. groups: what was drawn for the same prompt has
     the same entry; None: the same caption. patch_images, patch_reference: the two sets as they are before any
@@ -39,7 +42,7 @@ class Inputs:
     captions: Sequence[str] | None = None
     extractor: Extractor | None = None
     reference: FeatureStats | None = None
-    timed: Sequence[Timed] = ()
+    timed: Sequence[Drawer] = ()
     reference_images: Images | None = None
     teacher: Images | None = None
     groups: Sequence[Hashable] | None = None
@@ -87,26 +90,26 @@ class Inputs:
 class Metric:
     """What all metrics derive from. Each is one file in this package and one line in METRICS.
 
-    A metric may also have `check(inputs, n)`: raise UserError for what it cannot be computed from, before the n
-    samples are drawn. `inputs` then holds everything but images and what is made of them.
+    needs: names of fields of `Inputs`, "features" where the rows themselves are looked at and not only their
+    statistics. values: what it gives, as `Value`s without numbers (see `evaluation.values.measured`).
     """
 
-    needs: frozenset[str]  # names of fields of Inputs
+    needs: frozenset[str]
+    values: tuple[Value, ...]
 
-    def compute(self, inputs: Inputs) -> dict[str, float]:
-        """Values by name. A standard error has the name of its value with "/se" appended.
+    def check(self, inputs: Inputs, n: int) -> None:
+        """Raises UserError for what this cannot be computed from, before the n samples are drawn.
+
+        `inputs` holds everything but images and what is made of them.
+        """
+
+    def compute(self, inputs: Inputs) -> list[Value]:
+        """The values that can be had from `inputs`.
 
         Raises:
             UserError: the inputs are not what this metric can be computed from.
         """
         raise NotImplementedError
-
-
-def check(metrics: Iterable[Metric], inputs: Inputs, n: int) -> None:
-    """Let every metric look at what it will get for `n` samples. Raises UserError as they do."""
-    for metric in metrics:
-        if hasattr(metric, "check"):
-            metric.check(inputs, n)
 
 
 def folded(
@@ -131,7 +134,8 @@ def stored(extractor: Extractor, images: Images, what: str) -> np.ndarray:
     if 4 * shape[0] * shape[1] <= _IN_MEMORY:
         rows = np.empty(shape, np.float32)
     else:
-        with tempfile.TemporaryFile(prefix="features-") as file:  # the mapping keeps it until it is let go
+        # The mapping keeps the file until it is let go.
+        with tempfile.TemporaryFile(prefix="features-") as file:
             rows = np.memmap(file, np.float32, "w+", shape=shape)
     at = 0
     for part in extractor.stream(images):

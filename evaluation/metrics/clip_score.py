@@ -18,13 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evaluation.extractors import clip_pixels, embedding, normalisation, padded, transformer
+from evaluation.extractors import clip_pixels, embedding, padded
 from evaluation.images import rechunked
 from evaluation.metrics.base import Inputs, Metric
+from evaluation.values import Value, measured
 from evaluation.weights import find
 from stepdistill import assets
+from stepdistill.clip import normalisation, pretrained, tokenizer
 from stepdistill.errors import UserError
-from stepdistill.untrusted import LOADING
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, PreTrainedTokenizerBase
@@ -55,6 +56,7 @@ class ClipScore(Metric):
     """
 
     needs = frozenset({"images", "captions"})
+    values = (Value("clip", better="higher", main=True),)
 
     def __init__(self, directory: str | os.PathLike[str] | None = None, name: str | None = None) -> None:
         self.directory = Path(directory) if directory else None
@@ -66,11 +68,11 @@ class ClipScore(Metric):
         """Raises UserError when the model cannot be loaded."""
         _ = self._clip
 
-    def compute(self, inputs: Inputs) -> dict[str, float]:
+    def compute(self, inputs: Inputs) -> list[Value]:
         """The score and its standard error over images."""
         cosines = self.cosines(inputs.images, inputs.captions).double()
         error = float(cosines.std() / len(cosines) ** 0.5) if len(cosines) > 1 else float("nan")
-        return {f"clip:{self.name}": 100 * float(cosines.mean()), f"clip:{self.name}/se": 100 * error}
+        return measured(self.values, {"clip": (100 * float(cosines.mean()), 100 * error)}, self.name)
 
     @torch.no_grad()
     def cosines(self, images: Iterable[Tensor], captions: Sequence[str]) -> Tensor:
@@ -103,24 +105,14 @@ class ClipScore(Metric):
 
     def _tokens(self, captions: Sequence[str]) -> Tensor:
         # The text tower is causal and pools at the end token, so what follows it needs no mask.
-        tokenizer, positions = (
-            self._clip.tokenizer,
-            self._clip.model.config.text_config.max_position_embeddings,
-        )
-        length = min(tokenizer.model_max_length, positions)
+        words = self._clip.tokenizer
+        positions = self._clip.model.config.text_config.max_position_embeddings
+        length = min(words.model_max_length, positions)
         options = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
-        return tokenizer(list(captions), **options).input_ids
+        return words(list(captions), **options).input_ids
 
     @functools.cached_property
     def _clip(self) -> _Clip:
-        from transformers import AutoTokenizer
-
         path = self.directory or assets.path("clip")
         mean, std = normalisation(path)
-        model = transformer("CLIPModel", path)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        except LOADING as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"the tokenizer in {path} cannot be loaded ({reason}); copy it again.") from None
-        return _Clip(model, tokenizer, mean, std)
+        return _Clip(pretrained("CLIPModel", path), tokenizer(path), mean, std)

@@ -6,6 +6,7 @@ import numpy as np
 
 from evaluation.metrics.base import Inputs, Metric
 from evaluation.metrics.mmd import Sums
+from evaluation.values import Value, measured
 
 SIGMA = 10.0
 SCALE = 1000.0
@@ -18,17 +19,17 @@ class ClipMMD(Metric):
     U-statistic, which compares across numbers of samples.
     """
 
-    needs = frozenset({"images", "extractor", "reference_images"})
+    needs = frozenset({"images", "extractor", "features", "reference_images"})
+    values = (Value("cmmd", better="lower", main=True), Value("cmmd/unbiased", better="lower"))
 
-    def compute(self, inputs: Inputs) -> dict[str, float]:
+    def compute(self, inputs: Inputs) -> list[Value]:
         """Both estimates with their jackknife errors."""
         sums = Sums.of(inputs.features, inputs.reference_features, lambda x, y: gaussian(unit(x), unit(y)))
-        name = f"cmmd:{inputs.extractor.name}"
-        found = {}
-        for called, biased in ((name, True), (f"{name}/unbiased", False)):
-            found[called] = SCALE * sums.squared(biased)
-            found[f"{called}/se"] = SCALE * sums.error(biased)
-        return found
+        numbers = {
+            name: (SCALE * sums.squared(biased), SCALE * sums.error(biased))
+            for name, biased in (("cmmd", True), ("cmmd/unbiased", False))
+        }
+        return measured(self.values, numbers, inputs.extractor.name)
 
 
 def unit(rows: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import numpy as np
 
 from evaluation.metrics.base import Inputs, Metric
+from evaluation.values import Value, measured
 from stepdistill.errors import UserError
 
 
@@ -20,25 +21,29 @@ class Diversity(Metric):
     caption; prompts with a single image don't count.
     """
 
-    needs = frozenset({"images", "extractor"})
+    needs = frozenset({"images", "extractor", "features"})
+    values = (
+        Value("diversity", better="higher", main=True),
+        Value("diversity/share", better="higher"),
+        Value("diversity/of_teacher", better="higher"),
+    )
 
     def check(self, inputs: Inputs, n: int) -> None:
         """Raises UserError when no prompt has two images, or groups and images differ in number."""
         members(inputs, n)
 
-    def compute(self, inputs: Inputs) -> dict[str, float]:
+    def compute(self, inputs: Inputs) -> list[Value]:
         """Raises UserError as `check` does, and when the teacher draws one picture per prompt."""
         groups = members(inputs, len(inputs.images))
         parts = [np.asarray(inputs.features[index], np.float64) for index in groups]
         distances = np.array([mean_distance(rows) for rows in parts])
         k = len(groups)
-        name = f"diversity:{inputs.extractor.name}"
-        found = {name: float(distances.mean()), f"{name}/se": _error(distances)}
+        found = {"diversity": (float(distances.mean()), _error(distances))}
         count = sum(map(len, parts))
         mean = sum(rows.sum(axis=0) for rows in parts) / count
         total = sum(((rows - mean) ** 2).sum() for rows in parts) / max(count - 1, 1)
         within = sum(((rows - rows.mean(0)) ** 2).sum() for rows in parts)
-        found[f"{name}/share"] = float(within / (count - k) / total) if total else 0.0
+        found["diversity/share"] = float(within / (count - k) / total) if total else 0.0
         if inputs.teacher is not None:
             others = inputs.teacher_features
             theirs = np.array([mean_distance(np.asarray(others[index], np.float64)) for index in groups])
@@ -47,10 +52,10 @@ class Diversity(Metric):
                     "the teacher draws one image per prompt, so there is nothing to compare with."
                 )
             ratio = distances.mean() / theirs.mean()
-            found[f"{name}/of_teacher"] = float(ratio)
             # Of a ratio of means, to first order (the delta method); prompts are independent.
-            found[f"{name}/of_teacher/se"] = _error((distances - ratio * theirs) / theirs.mean())
-        return found
+            error = _error((distances - ratio * theirs) / theirs.mean())
+            found["diversity/of_teacher"] = (float(ratio), error)
+        return measured(self.values, found, inputs.extractor.name)
 
 
 def members(inputs: Inputs, count: int) -> list[np.ndarray]:

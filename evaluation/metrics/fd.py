@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from evaluation.metrics.base import Inputs, Metric
+from evaluation.values import Value, measured
 from stepdistill.errors import UserError
 
 
@@ -14,25 +15,25 @@ class FrechetDistance(Metric):
     """
 
     needs = frozenset({"images", "extractor", "reference"})
-    called = "fd"
+    values = (
+        Value("fd", better="lower", main=True),
+        Value("fd/infinity", better="lower", main=True),
+        # A student's over its teacher's, where both were measured, and of how many samples.
+        Value("fd_ratio", better="lower", main=True),
+        Value("fd_ratio/n"),
+    )
 
-    def compute(self, inputs: Inputs) -> dict[str, float]:
+    def compute(self, inputs: Inputs) -> list[Value]:
         """The distance, its limit, and their standard errors."""
-        found = inputs.distances
-        infinity, infinity_error = found.infinity
-        name = f"{self.called}:{inputs.extractor.name}"
-        return {
-            name: found.value,
-            f"{name}/se": found.error,
-            f"{name}/infinity": infinity,
-            f"{name}/infinity/se": infinity_error,
-        }
+        found, name = inputs.distances, self.values[0].name
+        numbers = {name: (found.value, found.error), f"{name}/infinity": found.infinity}
+        return measured(self.values, numbers, inputs.extractor.name)
 
 
 class FID(FrechetDistance):
     """`fid:inception-2015`: the same on features of the 2015 Inception network, and of no other."""
 
-    called = "fid"
+    values = (Value("fid", better="lower", main=True), Value("fid/infinity", better="lower", main=True))
 
     def check(self, inputs: Inputs, n: int) -> None:
         """Raises UserError for another extractor."""
@@ -42,7 +43,7 @@ class FID(FrechetDistance):
                 "ask for the metric fd, or name --extractor inception-2015."
             )
 
-    def compute(self, inputs: Inputs) -> dict[str, float]:
+    def compute(self, inputs: Inputs) -> list[Value]:
         """As for `fd`. Raises UserError for another extractor."""
         self.check(inputs, 0)
         return super().compute(inputs)

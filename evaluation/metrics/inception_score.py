@@ -8,6 +8,7 @@ import numpy as np
 
 from evaluation.folds import FOLDS, fold_of
 from evaluation.metrics.base import Inputs, Metric, blocks
+from evaluation.values import Value, measured
 from stepdistill.errors import UserError
 
 
@@ -18,7 +19,8 @@ class InceptionScore(Metric):
     `/std`, the spread over splits, is what papers write behind the ±.
     """
 
-    needs = frozenset({"images", "extractor"})
+    needs = frozenset({"images", "extractor", "features"})
+    values = (Value("is", better="higher", main=True), Value("is/std"))
 
     def check(self, inputs: Inputs, n: int) -> None:
         """Raises UserError for an extractor without logits and for fewer than ten images."""
@@ -30,16 +32,16 @@ class InceptionScore(Metric):
         if n < FOLDS:
             raise UserError(f"an Inception score in {FOLDS} splits needs at least {FOLDS} images, got {n}.")
 
-    def compute(self, inputs: Inputs) -> dict[str, float]:
+    def compute(self, inputs: Inputs) -> list[Value]:
         """Raises UserError as `check` does."""
         self.check(inputs, len(inputs.images))
-        head, name = inputs.extractor.head, f"is:{inputs.extractor.name}"
+        head = inputs.extractor.head
         scores = split_scores(head(rows) for rows in blocks(inputs.features))
-        return {
-            name: float(scores.mean()),
-            f"{name}/se": float(scores.std(ddof=1) / np.sqrt(len(scores))),
-            f"{name}/std": float(scores.std()),
+        numbers = {
+            "is": (float(scores.mean()), float(scores.std(ddof=1) / np.sqrt(len(scores)))),
+            "is/std": float(scores.std()),
         }
+        return measured(self.values, numbers, inputs.extractor.name)
 
 
 def split_scores(logits: Iterable[np.ndarray], splits: np.ndarray | None = None) -> np.ndarray:

@@ -6,6 +6,7 @@ import numpy as np
 
 from evaluation.metrics.base import Inputs, Metric
 from evaluation.metrics.mmd import Sums
+from evaluation.values import Value, measured
 
 SUBSETS = 100
 SUBSET_SIZE = 1000
@@ -20,22 +21,27 @@ class KernelDistance(Metric):
     spread, which is no standard error of the mean.
     """
 
-    needs = frozenset({"images", "extractor", "reference_images"})
+    needs = frozenset({"images", "extractor", "features", "reference_images"})
+    values = (
+        Value("kid", better="lower", main=True),
+        Value("kid/subsets", better="lower"),
+        Value("kid/subsets/std"),
+        Value("kid/subset_size"),
+    )
 
-    def compute(self, inputs: Inputs) -> dict[str, float]:
+    def compute(self, inputs: Inputs) -> list[Value]:
         """The full and the subset estimate with their errors."""
         x, y = inputs.features, inputs.reference_features
         sums = Sums.of(x, y, polynomial)
         size = min(SUBSET_SIZE, len(x), len(y))
         mean, spread = by_subsets(x, y, SUBSETS, size)
-        name = f"kid:{inputs.extractor.name}"
-        return {
-            name: sums.squared(biased=False),
-            f"{name}/se": sums.error(biased=False),
-            f"{name}/subsets": mean,
-            f"{name}/subsets/std": spread,
-            f"{name}/subset_size": float(size),
+        numbers = {
+            "kid": (sums.squared(biased=False), sums.error(biased=False)),
+            "kid/subsets": mean,
+            "kid/subsets/std": spread,
+            "kid/subset_size": float(size),
         }
+        return measured(self.values, numbers, inputs.extractor.name)
 
 
 def polynomial(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -11,73 +11,96 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from evaluation.metrics.base import Inputs, Metric
+from evaluation.values import Value, measured
 from stepdistill.errors import UserError
 
 if TYPE_CHECKING:
-    from stepdistill.drawing import Sampler
+    from stepdistill.drawing import Drawer
 
 IMAGES = 10
-BATCH = 16  # images drawn at a time for the throughput
+# Images drawn at a time for the throughput.
+BATCH = 16
 _BATCHES = 3
 STAGES = ("text", "denoise", "decode")
-
-
-@dataclass(frozen=True)
-class Timed:
-    """A sampler and the settings it is measured at."""
-
-    sampler: Sampler
-    steps: int
-    guidance: float
-
-    @property
-    def nfe(self) -> int:
-        """Evaluations of the denoiser per image; guidance outside the network counts twice."""
-        return self.steps * self.sampler.calls(self.guidance)
 
 
 class Latency(Metric):
     """`latency/...`: milliseconds per image, lower is better; `throughput` and `speedup` over a teacher, if
     given, higher is better."""
 
-    needs = frozenset({"timed", "captions"})
+    needs = frozenset({"timed"})
+    values = (
+        Value("latency/ms", better="lower", main=True),
+        Value("latency/throughput", better="higher", main=True),
+        Value("latency/speedup_denoise", better="higher", main=True),
+        Value("latency/speedup", better="higher", main=True),
+        *(
+            Value(f"latency/{name}")
+            for name in ("ms_p90", "cpu_ms", "nfe", "ms_per_call", "throughput_batch", "speedup_cpu")
+        ),
+        *(Value(f"latency/{stage}_ms") for stage in STAGES),
+        *(Value(f"latency/throughput_{stage}_ms") for stage in STAGES),
+    )
 
-    def compute(self, inputs: Inputs) -> dict[str, float]:
+    def compute(self, inputs: Inputs) -> list[Value]:
         """Times of `inputs.timed[0]`; `inputs.timed[1]`, if there, is its teacher."""
         if not inputs.timed:
             raise UserError(
                 "latency needs a sampler with known steps; measure it with `python -m evaluation run`."
             )
-        own, *teacher = measure(list(inputs.timed)[:2], inputs.captions)
-        found = {f"latency/{name}": value for name, value in own.items()}
-        for name, value in speedups(own, teacher[0]).items() if teacher else ():
-            found[f"latency/{name}"] = value
-        return found
+        return latencies(list(inputs.timed)[:2], inputs.captions or [0])[0]
 
 
-def measure(
-    timed: Sequence[Timed],
+def latencies(
+    drawers: Sequence[Drawer],
+    prompts: Sequence[str] | Sequence[int],
+    images: int = IMAGES,
+    batch: int = BATCH,
+    teacher: int | None = 1,
+) -> list[list[Value]]:
+    """The values of `Latency` for every drawer, of the same prompts and seeds, in turns.
+
+    One unmeasured image or batch of each comes first. `teacher` is the index of the one that the speed-ups of the
+    others are over, if there are so many. A `batch` of 0 leaves the throughput out.
+    """
+    found = timings(drawers, prompts, images, batch)
+    over = found[teacher] if teacher is not None and teacher < len(found) else None
+    return [
+        measured(
+            Latency.values,
+            {
+                f"latency/{name}": number
+                for name, number in (own | (speedups(own, over) if over and own is not over else {})).items()
+            },
+        )
+        for own in found
+    ]
+
+
+def timings(
+    drawers: Sequence[Drawer],
     prompts: Sequence[str] | Sequence[int],
     images: int = IMAGES,
     batch: int = BATCH,
 ) -> list[dict[str, float]]:
-    """Time every entry on the same prompts and seeds, in turns, after one unmeasured image or batch each.
+    """Time every drawer on the same prompts and seeds, in turns, after one unmeasured image or batch each.
 
     Returns, for each: `ms` (median of the whole), `ms_p90`, the medians `text_ms`, `denoise_ms`, `decode_ms`,
     `cpu_ms` (median of the process's CPU time), `nfe`, and `ms_per_call` (denoise_ms / nfe). With a `batch`
     above 0 also `throughput` (images per second, drawn `throughput_batch` at a time) and what an image then
     takes in each stage: `throughput_text_ms`, `throughput_denoise_ms` and `throughput_decode_ms`.
     """
-    for entry in timed:
-        if entry.sampler.device.type == "cpu":
-            entry.sampler.trace()  # as the app serves it
-    found = [_summary(entry, lap) for entry, lap in zip(timed, _laps(timed, prompts, images, 1), strict=True)]
+    for drawer in drawers:
+        if drawer.sampler.device.type == "cpu":
+            # As the app serves it.
+            drawer.sampler.trace()
+    found = [_summary(one, lap) for one, lap in zip(drawers, _laps(drawers, prompts, images, 1), strict=True)]
     if batch > 0:
-        for own, lap in zip(found, _laps(timed, prompts, _BATCHES, batch), strict=True):
+        for own, lap in zip(found, _laps(drawers, prompts, _BATCHES, batch), strict=True):
             own["throughput"] = 1000 * batch / statistics.median(lap["whole"])
             own["throughput_batch"] = float(batch)
             own |= {f"throughput_{stage}_ms": statistics.median(lap[stage]) / batch for stage in STAGES}
@@ -85,24 +108,23 @@ def measure(
 
 
 def _laps(
-    timed: Sequence[Timed], prompts: Sequence[str] | Sequence[int], count: int, batch: int
+    drawers: Sequence[Drawer], prompts: Sequence[str] | Sequence[int], count: int, batch: int
 ) -> list[dict[str, list[float]]]:
     """Milliseconds of every stage, of the "whole" and of the "cpu", of `count` batches drawn in turns."""
-    laps: list[dict[str, list[float]]] = [{} for _ in timed]
+    at_batch = [replace(drawer, chunk=batch) for drawer in drawers]
+    laps: list[dict[str, list[float]]] = [{} for _ in drawers]
     for index in range(-1, count):
         first = max(index, 0) * batch
         seeds = range(first, first + batch)
         asked = [prompts[seed % len(prompts)] for seed in seeds]
-        for entry, lap in zip(timed, laps, strict=True):
-            timings: dict[str, float] = {}
+        for draw, lap in zip(at_batch, laps, strict=True):
+            seconds: dict[str, float] = {}
             cpu, clock = time.process_time(), time.perf_counter()
-            entry.sampler(
-                asked, seeds, steps=entry.steps, guidance_scale=entry.guidance, chunk=batch, timings=timings
-            )
-            timings["whole"], timings["cpu"] = time.perf_counter() - clock, time.process_time() - cpu
+            draw(asked, seeds, timings=seconds)
+            seconds["whole"], seconds["cpu"] = time.perf_counter() - clock, time.process_time() - cpu
             if index >= 0:
-                for name, seconds in timings.items():
-                    lap.setdefault(name, []).append(1000 * seconds)
+                for name, spent in seconds.items():
+                    lap.setdefault(name, []).append(1000 * spent)
     return laps
 
 
@@ -115,7 +137,7 @@ def speedups(own: dict[str, float], teacher: dict[str, float]) -> dict[str, floa
     }
 
 
-def _summary(entry: Timed, lap: dict[str, list[float]]) -> dict[str, float]:
+def _summary(drawer: Drawer, lap: dict[str, list[float]]) -> dict[str, float]:
     whole = sorted(lap["whole"])
     denoise = statistics.median(lap["denoise"])
     return {
@@ -123,6 +145,6 @@ def _summary(entry: Timed, lap: dict[str, list[float]]) -> dict[str, float]:
         "ms_p90": whole[min(len(whole) - 1, -(-9 * len(whole) // 10) - 1)],
         **{f"{stage}_ms": statistics.median(lap[stage]) for stage in STAGES},
         "cpu_ms": statistics.median(lap["cpu"]),
-        "nfe": float(entry.nfe),
-        "ms_per_call": denoise / entry.nfe,
+        "nfe": float(drawer.nfe),
+        "ms_per_call": denoise / drawer.nfe,
     }

@@ -9,6 +9,7 @@ import numpy as np
 from evaluation.folds import frechet_paired_with_error
 from evaluation.metrics.base import Inputs, Metric, blocks, folded
 from evaluation.metrics.cmmd import unit
+from evaluation.values import Value, measured
 from stepdistill.errors import UserError
 
 
@@ -22,9 +23,14 @@ class Paired(Metric):
     `/fd`: Fréchet distance of the samples to the teacher's samples; 0 is possible for equal distributions.
     """
 
-    needs = frozenset({"images", "extractor", "teacher"})
+    needs = frozenset({"images", "extractor", "features", "teacher"})
+    values = (
+        Value("paired/distance", better="lower", main=True),
+        Value("paired/cosine", better="higher"),
+        Value("paired/fd", better="lower"),
+    )
 
-    def compute(self, inputs: Inputs) -> dict[str, float]:
+    def compute(self, inputs: Inputs) -> list[Value]:
         """Raises UserError when the two differ in number, or all of the teacher's images are the same."""
         folds = folded(inputs.extractor, features=inputs.teacher_features)
         unrelated = 2 * float(np.trace(folds.total.cov))
@@ -36,16 +42,12 @@ class Paired(Metric):
         for own, theirs in zip(blocks(inputs.features), blocks(inputs.teacher_features), strict=True):
             distances.append(((own - theirs) ** 2).sum(1) / unrelated)
             cosines.append((unit(own) * unit(theirs)).sum(1))
-        values = {
-            "distance": _mean(np.concatenate(distances)),
-            "cosine": _mean(np.concatenate(cosines)),
-            "fd": frechet_paired_with_error(inputs.folds, folds),
+        numbers = {
+            "paired/distance": _mean(np.concatenate(distances)),
+            "paired/cosine": _mean(np.concatenate(cosines)),
+            "paired/fd": frechet_paired_with_error(inputs.folds, folds),
         }
-        name = f"paired:{inputs.extractor.name}"
-        found = {}
-        for part, (value, error) in values.items():
-            found[f"{name}/{part}"], found[f"{name}/{part}/se"] = value, error
-        return found
+        return measured(self.values, numbers, inputs.extractor.name)
 
 
 def _mean(values: np.ndarray) -> tuple[float, float]:

@@ -14,6 +14,7 @@ from evaluation.extractors import Extractor
 from evaluation.folds import fold_distances
 from evaluation.metrics.base import Inputs, Metric, folded
 from evaluation.stats import FeatureStats
+from evaluation.values import Value, measured
 from stepdistill.errors import UserError
 
 
@@ -21,12 +22,13 @@ class PatchDistance(Metric):
     """`patch-fd:<extractor>`, lower is better, of the centre of every image, as large as the network's input."""
 
     needs = frozenset({"images", "extractor", "reference_images"})
+    values = (Value("patch-fd", better="lower", main=True),)
 
     def check(self, inputs: Inputs, n: int) -> None:
         """Raises UserError for an extractor of images of any size."""
         of_patches(inputs.extractor)
 
-    def compute(self, inputs: Inputs) -> dict[str, float]:
+    def compute(self, inputs: Inputs) -> list[Value]:
         """The distance and its jackknife error. Raises UserError for images no larger than a patch."""
         patches = of_patches(inputs.extractor)
         own = folded(patches, inputs.patch_images or inputs.images)
@@ -34,8 +36,7 @@ class PatchDistance(Metric):
         if not isinstance(reference, FeatureStats):
             reference = folded(patches, reference).total
         found = fold_distances(own, reference)
-        name = f"patch-fd:{patches.name}"
-        return {name: found.value, f"{name}/se": found.error}
+        return measured(self.values, {"patch-fd": (found.value, found.error)}, patches.name)
 
 
 def of_patches(extractor: Extractor) -> Extractor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from evaluation.metrics.base import Inputs, Metric, blocks
+from evaluation.values import Value, measured
 from stepdistill.errors import UserError
 
 K_PRECISION, K_DENSITY = 3, 5
@@ -26,16 +27,25 @@ class PRDC(Metric):
     depend on both numbers of images.
     """
 
-    needs = frozenset({"images", "extractor", "reference_images"})
+    needs = frozenset({"images", "extractor", "features", "reference_images"})
+    values = tuple(
+        Value(f"prdc/{name}", better="higher", main=True)
+        for name in ("precision", "recall", "density", "coverage")
+    )
 
     def check(self, inputs: Inputs, n: int) -> None:
         """Raises UserError where a set has no more images than neighbours are counted."""
         _check_counts(n, n if inputs.reference_images is None else len(inputs.reference_images))
 
-    def compute(self, inputs: Inputs) -> dict[str, float]:
+    def compute(self, inputs: Inputs) -> list[Value]:
         """Raises UserError as `check` does."""
         found = prdc(inputs.features, inputs.reference_features)
-        return {f"prdc:{inputs.extractor.name}/{name}": value for name, value in found.items()}
+        errors = {name: (found[name], found[f"{name}/se"]) for name in ("precision", "density")}
+        numbers = {
+            f"prdc/{name}": errors.get(name, found[name])
+            for name in ("precision", "recall", "density", "coverage")
+        }
+        return measured(self.values, numbers, inputs.extractor.name)
 
 
 def prdc(samples: np.ndarray, real: np.ndarray) -> dict[str, float]:

@@ -48,8 +48,8 @@ class Family:
     init_noises: tuple[str, ...] = ("unit",)
     # x0 is the output of an encoder, worth computing once per data set.
     latent: bool = False
-    # The family's own, {} for most.
-    metrics: dict[str, Callable[[Callable[[int], Tensor]], float]]
+    # The family's own, {} for most: of n points, and which way is better, "lower" or "higher".
+    metrics: dict[str, tuple[Callable[[Callable[[int], Tensor]], float], str]]
     exportable: bool = True
     own_data: bool = False
     preview_count: int | None = None

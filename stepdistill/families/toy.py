@@ -271,7 +271,7 @@ class Toy(Family):
         self.class_names = tuple(str(i) for i in range(config.classes)) if config.classes > 1 else None
         # By the number of points.
         self._references: dict[int, list[Tensor]] = {}
-        self.metrics = {"sw1": self.sliced_w1, "modes": self.modes_covered}
+        self.metrics = {"sw1": (self.sliced_w1, "lower"), "modes": (self.modes_covered, "higher")}
 
     def fresh(self) -> Denoiser:
         classes = self.mixture.no_class if self.mixture.no_class > 1 else 0

@@ -1,42 +1,28 @@
-"""`python -m evaluation images` and `stats`: sets of images that exist already, and what to doubt about them."""
+"""`python -m evaluation images`: sets of images that exist already, and what to doubt about a distance of two."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from evaluation.captions import read_captions
-from evaluation.decoding import Resize, patch_window
-from evaluation.extractors import Extractor, load_extractor
-from evaluation.images import IO_BATCH, Facts, Images, open_images
-from evaluation.metrics import METRICS, get_metrics
-from evaluation.metrics.base import Inputs, check
-from evaluation.metrics.clip_score import ClipScore
+from evaluation.decoding import AS_STORED, Resize
+from evaluation.extractors import load_extractor
+from evaluation.images import IO_BATCH, Facts, open_images
+from evaluation.measure import Measurement
 from evaluation.protocol import Protocol, get_protocol
 from evaluation.stats import FeatureStats
 from stepdistill.errors import UserError
 
-ROWS_NEEDED = {
-    "kid",
-    "prdc",
-    "is",
-    "cmmd",
-    "diversity",
-    "paired",
-}  # metrics of features, not of their statistics
-FEW = 10_000  # samples below which published distances are not taken
-_WHERE_FROM = {
-    "captions": "give them with --captions",
-    "reference_images": "give --ref a folder or Parquet file, not statistics",
-    "timed": "measure it with `python -m evaluation run`",
-    "teacher": "measure it with `python -m evaluation run`",
-}
+# Samples below which published distances are not taken.
+FEW = 10_000
 
 
-def measure(
+def measure_set(
     images: str | os.PathLike[str],
     reference: str | os.PathLike[str],
     *,
@@ -67,53 +53,33 @@ def measure(
         UserError: a set cannot be read, or a metric needs what is not there.
     """
     chosen = get_protocol(protocol) if protocol is not None else None
-    resize = chosen.resize if chosen else Resize()
-    own = open_images(images, resize, io_batch)
-    computed = get_metrics(metrics, METRICS)
-    reference = Path(reference)
-    given = {"images", "extractor", "reference"} | ({"captions"} if captions else set())
-    if reference.suffix != ".npz":
-        given.add("reference_images")
-    for name, metric in computed.items():
-        if missing := sorted(metric.needs - given):
-            raise UserError(
-                f"the metric {name!r} needs {' and '.join(missing)}, which is not here; "
-                f"{_WHERE_FROM.get(missing[-1], 'leave the metric out')}."
-            )
-    inputs = Inputs(images=own)
-    if "clip" in computed and (clip or (chosen and chosen.clip)):
-        computed["clip"] = ClipScore(clip, (chosen.clip if chosen else "") or None)
-    if captions:
-        prefix = chosen.clip_prefix if chosen else ""
-        inputs.captions = [prefix + caption for caption in read_captions(Path(captions))]
-        if len(inputs.captions) != len(own):
-            raise UserError(
-                f"{captions} has {len(inputs.captions)} captions for the {len(own)} images of {images}; "
-                "give one each."
-            )
-    usual = "inception-2015" if "fid" in computed else "scenes-v1"
+    own = open_images(images, chosen.resize if chosen else AS_STORED, io_batch)
+    usual = "inception-2015" if "fid" in metrics else "scenes-v1"
     net = load_extractor(extractor or (chosen.extractor if chosen else usual), device)
-    inputs.extractor = net
-    against = (
-        None if reference.suffix == ".npz" else open_images(reference, _reference_resize(chosen), io_batch)
+    if Path(reference).suffix == ".npz":
+        against = FeatureStats.load(reference, expect=net.source)
+    else:
+        against = open_images(reference, reference_resize(chosen), io_batch)
+    # Of a protocol only what is done to images counts here: these were drawn already, whatever for.
+    bare = replace(chosen, conditions="none", captions=None, images_per_prompt=1) if chosen else None
+    ready = Measurement(
+        bare,
+        metrics,
+        len(own),
+        extractor=net,
+        reference=against,
+        captions=_captions(captions, chosen, images, len(own)),
+        clip=clip or "",
     )
-    inputs.reference_images = against
-    check(computed.values(), inputs, len(own))
-    stats = FeatureStats.load(reference, expect=net.source) if against is None else statistics(against, net)
-    inputs.reference = stats
-    inputs.keep = bool(set(computed) & ROWS_NEEDED)
-    if chosen and chosen.patch and "patch-fd" in computed:
-        inputs.patch_images = open_images(images, patch_window(chosen.patch), io_batch)
-        inputs.patch_reference = open_images(reference, patch_window(chosen.patch), io_batch)
-    found: dict[str, Any] = {}
-    for metric in computed.values():
-        found |= metric.compute(inputs)
-    warnings = doubts(own.facts, against.facts if against else None, len(own), stats.n, net.dim, chosen)
-    if Path(images).resolve() == reference.resolve():
+    found = ready.of(own)
+    reference_n = against.n if isinstance(against, FeatureStats) else len(against)
+    theirs = getattr(against, "facts", None)
+    warnings = doubts(found.inputs.images.facts, theirs, len(own), reference_n, net.dim, chosen)
+    if Path(images).resolve() == Path(reference).resolve():
         warnings.insert(0, "the images were compared with themselves.")
-    return found | {
+    return found.numbers | {
         "n": len(own),
-        "reference_n": stats.n,
+        "reference_n": reference_n,
         "extractor": net.name,
         "sha256": net.sha256,
         "resize": net.resize,
@@ -125,12 +91,23 @@ def measure(
     }
 
 
-def statistics(images: Images, extractor: Extractor) -> FeatureStats:
-    """Feature statistics of a set, in one pass."""
-    stats = FeatureStats(extractor.dim, extractor.source)
-    for features in extractor.stream(images):
-        stats.add(features)
-    return stats
+def reference_resize(protocol: Protocol | None) -> Resize:
+    """How a protocol brings the images of its reference to size; as they are stored where it says nothing."""
+    return getattr(protocol.reference, "resize", AS_STORED) if protocol else AS_STORED
+
+
+def _captions(
+    path: str | os.PathLike[str] | None, protocol: Protocol | None, images: object, count: int
+) -> list[str] | None:
+    if path is None:
+        return None
+    prefix = protocol.clip_prefix if protocol else ""
+    found = [prefix + caption for caption in read_captions(Path(path))]
+    if len(found) != count:
+        raise UserError(
+            f"{path} has {len(found)} captions for the {count} images of {images}; give one each."
+        )
+    return found
 
 
 def doubts(
@@ -166,7 +143,3 @@ def doubts(
     if shared := own.shared_with(reference):
         found.append(f"{shared} different images are in both sets.")
     return found
-
-
-def _reference_resize(protocol: Protocol | None) -> Resize:
-    return getattr(protocol.reference, "resize", Resize()) if protocol else Resize()

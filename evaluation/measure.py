@@ -1,0 +1,245 @@
+"""Draw with these settings, then measure: what `run`, `images`, `evaluate` and the metric within a run all go through.
+
+`Measurement` is a protocol and its metrics made ready: all that is needed is loaded and looked at before a sample
+is drawn. What it is given is drawn or read, brought to size and compared in one way, so a number means the same
+wherever it is asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from evaluation.decoding import patch_window
+from evaluation.extractors import Extractor, load_extractor
+from evaluation.generate import SamplerFn, drawn, kept
+from evaluation.images import Images
+from evaluation.metrics import get_metrics
+from evaluation.metrics.base import Inputs, Metric
+from evaluation.metrics.clip_score import ClipScore
+from evaluation.processes import Processes
+from evaluation.protocol import Protocol, checked_n, get_protocol
+from evaluation.reference import reference_stats
+from evaluation.references import NamedReference
+from evaluation.stats import FeatureStats
+from evaluation.values import Value, flat
+from stepdistill.errors import UserError
+
+if TYPE_CHECKING:
+    from stepdistill.drawing import Drawer
+
+DISTANCES = ("fid", "fd")
+_WHERE_FROM = {
+    "captions": "give them with --captions, or use a protocol that has some",
+    "reference": "give one with --reference, or use a protocol that has one",
+    "reference_images": "give a folder or Parquet file, not statistics",
+    "timed": "measure it with `python -m evaluation run`",
+    "teacher": "measure it with `python -m evaluation run` and --teacher",
+}
+
+
+@dataclass
+class Measured:
+    """The values of `n` samples. `inputs` is what they were computed from, None once that is gone."""
+
+    values: list[Value]
+    n: int
+    inputs: Inputs | None = None
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """By name, a standard error as "<name>/se"."""
+        return flat(self.values)
+
+
+class Measurement:
+    """A protocol's metrics, ready to be computed of any number of sets of samples.
+
+    Args:
+        protocol: with its files found. None: sets of images as they are.
+        metrics: names in METRICS.
+        n: number of samples.
+        extractor: a name, a directory or an `Extractor`; None is the protocol's.
+        reference: images or statistics instead of the protocol's reference.
+        captions: one for each sample, instead of the protocol's.
+        clip: directory of the CLIP model; "" is the protocol's.
+        available: fields of `Inputs` that will be there beside what these arguments say: "teacher", "timed".
+
+    Raises:
+        UserError: a metric or extractor is unknown, or a metric needs what is not there.
+    """
+
+    def __init__(
+        self,
+        protocol: Protocol | None,
+        metrics: Sequence[str],
+        n: int,
+        *,
+        extractor: str | os.PathLike[str] | Extractor | None = None,
+        reference: FeatureStats | Images | None = None,
+        captions: Sequence[str] | None = None,
+        clip: str | os.PathLike[str] = "",
+        available: frozenset[str] = frozenset(),
+        device: str = "cpu",
+        processes: Processes | None = None,
+    ) -> None:
+        self.protocol, self.processes, self.n = protocol, processes or Processes(), n
+        self.metrics = get_metrics(metrics)
+        model = protocol.clip if protocol else ""
+        if "clip" in self.metrics and (clip or model):
+            self.metrics["clip"] = ClipScore(clip or None, model or None)
+        self.captions = captions
+        own = reference if reference is not None else protocol.reference if protocol else None
+        self._refuse_missing(own, available)
+        # Rows of the reference's features, once they are known: they serve every set.
+        self.reference_rows = None
+        self.images = None if _is_statistics(own) else own
+        self.extractor: Extractor | None = None
+        self._given = reference
+        if "extractor" in self.needs:
+            if not isinstance(extractor, Extractor):
+                extractor = load_extractor(extractor or protocol.extractor, device)
+            self.extractor = self.processes.share(extractor)
+            if protocol is not None:
+                self.protocol = replace(protocol, extractor=self.extractor.name)
+        looked_at = self._inputs(self.n)
+        for metric in self.metrics.values():
+            metric.check(looked_at, self.n)
+
+    @property
+    def needs(self) -> set[str]:
+        """Fields of `Inputs` that the metrics name."""
+        return set().union(*(metric.needs for metric in self.metrics.values()))
+
+    @functools.cached_property
+    def reference(self) -> FeatureStats | None:
+        """Statistics of the reference, where a metric needs them; computed when first asked for."""
+        if "reference" not in self.needs:
+            return None
+        if isinstance(self._given, FeatureStats):
+            return self._given
+        if self._given is not None:
+            return self.extractor.statistics(self._given)
+        return reference_stats(self.protocol, self.extractor, self.processes)
+
+    @property
+    def distance(self) -> Metric | None:
+        """The Fréchet distance among the metrics."""
+        return next((self.metrics[name] for name in DISTANCES if name in self.metrics), None)
+
+    def of(self, images: Images, n: int | None = None, teacher: Measured | None = None) -> Measured:
+        """Every metric but those of time, of the first `n` images; None: of as many as were asked for at first.
+
+        teacher: its samples for the same prompts and seeds, for the metrics that compare with them, which are
+        left out without one or where it has fewer.
+        """
+        n = self.n if n is None else n
+        inputs = self.inputs(images, n)
+        if teacher is not None and teacher.n >= n:
+            inputs.teacher = teacher.inputs.images.first(n)
+            if "features" in vars(teacher.inputs):
+                inputs.teacher_features = teacher.inputs.features[:n]
+        values: list[Value] = []
+        for metric in self.metrics.values():
+            if "timed" not in metric.needs and ("teacher" not in metric.needs or inputs.teacher is not None):
+                values += metric.compute(inputs)
+        self.reference_rows = vars(inputs).get("reference_features", self.reference_rows)
+        return Measured(values, n, inputs)
+
+    def inputs(self, images: Images, n: int) -> Inputs:
+        """What metrics are computed from, of the first `n` images."""
+        inputs = self._inputs(n)
+        images, protocol, inputs.reference = images.first(n), self.protocol, self.reference
+        inputs.images = images.resized(protocol.resize).watched() if protocol else images.watched()
+        if protocol and protocol.patch and "patch-fd" in self.metrics:
+            window = patch_window(protocol.patch)
+            inputs.patch_images = images.resized(window)
+            inputs.patch_reference = self.images.resized(window)
+        return inputs
+
+    def _inputs(self, n: int) -> Inputs:
+        inputs = Inputs(extractor=self.extractor, reference_images=self.images)
+        if self.protocol is not None:
+            inputs.captions = self.protocol.scored_captions(n)
+            inputs.groups = self.protocol.groups(n) if self.protocol.conditions != "none" else None
+        if self.captions is not None:
+            inputs.captions = list(self.captions[:n])
+        inputs.keep = "features" in self.needs
+        if self.reference_rows is not None:
+            inputs.reference_features = self.reference_rows
+        return inputs
+
+    def _refuse_missing(self, reference: object, available: frozenset[str]) -> None:
+        there = available | {"images", "extractor", "features"}
+        has_text = self.captions is not None or (self.protocol is not None and self.protocol.has_text)
+        there |= {"captions"} if has_text else set()
+        if reference is not None:
+            there |= {"reference"} if _is_statistics(reference) else {"reference", "reference_images"}
+        for name, metric in self.metrics.items():
+            if missing := sorted(metric.needs - there):
+                raise UserError(
+                    f"the metric {name!r} needs {' and '.join(missing)}, which is not here; "
+                    f"{_WHERE_FROM.get(missing[-1], 'leave it out')}, or leave the metric out."
+                )
+
+
+def measure(
+    draws: Drawer | SamplerFn | Images,
+    protocol: str | Protocol,
+    metrics: Sequence[str],
+    *,
+    n: int | None = None,
+    extractor: str | os.PathLike[str] | Extractor | None = None,
+    reference: FeatureStats | Images | None = None,
+    captions: Sequence[str] | None = None,
+    clip: str | os.PathLike[str] = "",
+    teacher: Measured | None = None,
+    processes: Processes | None = None,
+    batch: int = 64,
+) -> Measured:
+    """Draw the samples of a protocol, or take those that exist, and measure them.
+
+    Equal pixels give equal numbers whatever `batch` is. Samples beyond a quarter of a gigabyte wait in a temporary
+    folder, so that memory doesn't grow with n.
+
+    Args:
+        draws: draws(prompts, seeds) -> uint8 (N, 3, H, W), asked for up to `batch` at a time; or a set of images.
+            A `Drawer` or `Sampler` rounds its grey levels as the protocol says.
+
+    The others are as in `Measurement`. Raises UserError as it does, and for images that are not as promised.
+    """
+    protocol = get_protocol(protocol)
+    n = checked_n(n, protocol)
+    ready = Measurement(
+        protocol, metrics, n, extractor=extractor, reference=reference, captions=captions, clip=clip,
+        available=frozenset({"teacher"} if teacher is not None else ()), processes=processes,
+    )  # fmt: skip
+    if isinstance(draws, Images):
+        return ready.of(draws, teacher=teacher)
+    draw = quantised(draws, protocol.quantise)
+    prompts, seeds = ready.protocol.prompts(n), ready.protocol.seeds(n)
+    parts = (slice(start, start + batch) for start in range(0, n, batch))
+    with tempfile.TemporaryDirectory() as folder:
+        images = kept((drawn(draw, prompts[part], seeds[part]) for part in parts), Path(folder))
+        found = ready.of(images, teacher=teacher)
+    return Measured(found.values, n)
+
+
+def quantised(draws: Callable, quantise: str) -> SamplerFn:
+    """`draws`, its grey levels rounded in this way where it is a `Sampler` or a `Drawer`, which can be told."""
+    from stepdistill.drawing import Drawer
+
+    if isinstance(draws, Drawer):
+        return replace(draws, quantise=quantise)
+    return draws.at(quantise=quantise) if hasattr(draws, "at") else draws
+
+
+def _is_statistics(reference: object) -> bool:
+    return isinstance(reference, FeatureStats) or (
+        isinstance(reference, NamedReference) and reference.is_statistics
+    )

@@ -1,0 +1,143 @@
+"""What results.json holds: the numbers, and everything one needs to repeat them."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import shlex
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from evaluation.values import written
+from evaluation.weights import pipeline_name
+from stepdistill.provenance import git_commit
+
+if TYPE_CHECKING:
+    from evaluation.measure import Measurement
+    from evaluation.runs import Row
+
+FORMAT = "stepdistill-results-1"
+# Prompts kept in a file, and samples of every row shown in the report.
+SHOWN = 8
+
+
+def results_of(
+    rows: Sequence[Row],
+    measurement: Measurement,
+    *,
+    batch: int,
+    device: str,
+    seconds: float,
+    warnings: Sequence[str],
+) -> dict[str, Any]:
+    """Everything results.json holds, of rows measured under one protocol."""
+    protocol, n, net = measurement.protocol, measurement.n, measurement.extractor
+    seeds = protocol.seeds(n)
+    names = pipeline_names([row.path for row in rows])
+    return {
+        "format": FORMAT,
+        "protocol": protocol.label(n),
+        "protocol_version": protocol.version,
+        "protocol_hash": protocol.hash,
+        "protocol_definition": protocol.describe(),
+        "protocol_n": protocol.n,
+        "protocol_source": protocol.source,
+        "reference_sha256": protocol.reference.sha256() if protocol.reference else None,
+        "reference_n": measurement.reference.n if measurement.reference is not None else None,
+        "captions_sha256": protocol.captions.sha256() if protocol.captions else None,
+        "complete": True,
+        "n": n,
+        "seeds": [min(seeds), max(seeds)],
+        "prompts": [str(prompt) for prompt in protocol.prompts(min(n, SHOWN))],
+        "extractor": net and {"name": net.name, "sha256": net.sha256, "resize": net.resize},
+        "rows": [_row(row, names[row.path]) for row in rows],
+        "values": written([value for row in rows for value in row.values]),
+        "batch": batch,
+        "processes": measurement.processes.count,
+        "dtype": "float32",
+        "machine": machine(device),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "diffusers": version("diffusers"),
+            "transformers": version("transformers"),
+        },
+        "git_commit": git_commit(),
+        "command": command(),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "seconds": round(seconds, 1),
+        "warnings": [*warnings, *_sample_warnings(rows, names)],
+    }
+
+
+def _row(row: Row, name: str) -> dict[str, Any]:
+    numbers = row.numbers
+    return {
+        "role": row.role,
+        "name": name,
+        "path": str(row.path),
+        "sha256": row.sha256,
+        "method": row.drawer.sampler.card.method,
+        "steps": row.drawer.steps,
+        "guidance": row.drawer.guidance,
+        "nfe": row.drawer.nfe,
+        "n": row.n,
+        "parameters": row.drawer.sampler.parameters,
+        "metrics": {key: number if math.isfinite(number) else None for key, number in numbers.items()},
+        "folds": row.folds,
+        "sweep": row.sweep,
+        "seconds": round(row.seconds, 2),
+    }
+
+
+def _sample_warnings(rows: Sequence[Row], names: dict[Path, str]) -> list[str]:
+    """What the samples themselves give reason to doubt."""
+    return [
+        f"{row.facts.duplicates} of {row.facts.n} samples of {names[row.path]} at {row.drawer.steps} "
+        "steps have the same pixels as another one."
+        for row in rows
+        if row.facts is not None and row.facts.duplicates
+    ]
+
+
+def pipeline_names(paths: Sequence[Path]) -> dict[Path, str]:
+    """What each pipeline is called: its own name, or its whole path where two share a name."""
+    called = Counter(pipeline_name(path) for path in set(paths))
+    return {path: name if called[name := pipeline_name(path)] == 1 else str(path) for path in paths}
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the times were measured on."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return {
+        "device": torch.cuda.get_device_name(device) if str(device).startswith("cuda") else "cpu",
+        "cpu": name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "system": platform.platform(terse=True),
+    }
+
+
+def command() -> str:
+    """The command line of this process, as one would type it again."""
+    program = Path(sys.argv[0])
+    typed = (
+        "python -m evaluation"
+        if (program.parent.name, program.name) == ("evaluation", "__main__.py")
+        else str(program)
+    )
+    return " ".join([typed, *map(shlex.quote, sys.argv[1:])])

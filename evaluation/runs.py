@@ -1,0 +1,315 @@
+"""`python -m evaluation run`: students beside their teacher, on the same prompts, noise and reference.
+
+Under `accelerate launch` every process goes through the same program: each draws its shards of samples and its
+part of every chunk of features, all come to the same numbers, and the first writes them.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from evaluation import report
+from evaluation.folds import frechet_ratio_with_error
+from evaluation.generate import Configuration, Shards, generate, pipeline_sha256
+from evaluation.images import Facts, Images, open_images
+from evaluation.measure import DISTANCES, Measured, Measurement
+from evaluation.metrics.fd import FrechetDistance
+from evaluation.metrics.latency import latencies
+from evaluation.plan import Plan, Settings, planned
+from evaluation.processes import Processes
+from evaluation.references import FileReference
+from evaluation.results import SHOWN, results_of
+from evaluation.values import Value, flat, measured
+from evaluation.weights import pipeline_name
+from stepdistill.errors import UserError
+
+if TYPE_CHECKING:
+    from stepdistill.drawing import Drawer
+
+# Samples a sweep over many scales chooses by, and from how many scales on it does.
+SWEEP_N = 500
+SWEEP_SCALES = 4
+# Bytes left free beside the samples.
+DISK_MARGIN = 1 << 28
+
+
+@dataclass
+class Row:
+    """One line of the report: a pipeline at one setting. `folds`: values with each fold of samples left out."""
+
+    # "teacher", "teacher, few steps", "student" or "model".
+    role: str
+    drawer: Drawer
+    n: int
+    sha256: str = ""
+    values: list[Value] = field(default_factory=list)
+    measured: Measured | None = None
+    folds: dict[str, list[float]] = field(default_factory=dict)
+    facts: Facts | None = None
+    sweep: dict[str, Any] | None = None
+    seconds: float = 0.0
+
+    @property
+    def path(self) -> Path:
+        return Path(self.drawer.sampler.path)
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        return flat(self.values)
+
+
+def run(settings: Settings, bar: Callable[..., Any] | None = None) -> dict[str, Any]:
+    """Measure pipeline directories and write `out`/results.json and the report beside it.
+
+    bar: makes a progress bar from `total` and `desc` (tqdm); None shows nothing.
+
+    Returns what is written to results.json.
+
+    Raises:
+        UserError: wrong input, found before anything is drawn.
+    """
+    began, out, processes = time.time(), Path(settings.out), Processes.join()
+    device = processes.device(settings.device)
+    plan = planned(settings, device)
+    report.check_writable(out)
+    ready = Measurement(
+        plan.protocol, plan.metrics, plan.n, extractor=settings.extractor, clip=settings.clip or "", device=device,
+        processes=processes, available=frozenset({"teacher", "timed"}),
+    )  # fmt: skip
+    # What is wrong with the reference ends the run before anything is drawn.
+    _ = ready.reference
+    session = Session(ready, plan, settings, device, bar if processes.first else None)
+    session.check_disk()
+    try:
+        rows = session.measure_all()
+    except UserError:
+        # Hours may have gone into these.
+        if session.rows and processes.first:
+            report.write(session.results(time.time() - began, complete=False), out)
+        raise
+    if "latency" in ready.metrics:
+        session.time()
+    results = processes.from_first(lambda: session.results(time.time() - began))
+    if processes.first:
+        report.write(
+            results, out, [list(next(iter(row.measured.inputs.images.first(SHOWN)))) for row in rows]
+        )
+    processes.wait()
+    return results
+
+
+class Session:
+    """What the rows of one run share: the plan, the measurement, and where samples are kept."""
+
+    def __init__(
+        self, ready: Measurement, plan: Plan, settings: Settings, device: str, bar: Callable[..., Any] | None = None
+    ) -> None:  # fmt: skip
+        self.ready, self.plan, self.settings, self.device = ready, plan, settings, device
+        self.folder, self.bar = Path(settings.out) / "samples", bar or _NoBar
+        self.hashes: dict[Path, str] = {}
+        # By key, as far as this run has come.
+        self.drawn: dict[str, Shards] = {}
+        # Those that are finished, in the order of the report.
+        self.rows: list[Row] = []
+
+    def measure_all(self) -> list[Row]:
+        """The teacher at each step count, at the best of its settings, and then the students."""
+        best = None
+        for drawers in self.plan.teacher:
+            role = "teacher" if best is None else "teacher, few steps"
+            row = self.swept(role, drawers, self.plan.teacher_n, best)
+            self.rows.append(row)
+            if best is not None:
+                self.compare(row, best)
+            best = best or row
+        for drawer in self.plan.students:
+            role = "student" if drawer.sampler.kind == "student" else "model"
+            row = self.measure(Row(role, drawer, self.plan.n), best)
+            if best is not None:
+                self.compare(row, best)
+            self.rows.append(row)
+        return self.rows
+
+    def samples(self, row: Row, n: int) -> Images:
+        """The first n samples of a row, drawn or found."""
+        if row.path not in self.hashes:
+            self.hashes[row.path] = pipeline_sha256(row.path)
+        row.sha256, draw = self.hashes[row.path], row.drawer
+        # Kept under the hash of the protocol as it was named: samples don't depend on the extractor in use.
+        configuration = Configuration(
+            pipeline_name(row.path).replace("/", "-"), row.sha256, self.plan.protocol.hash, draw.steps, draw.guidance,
+            draw.chunk, self.device.partition(":")[0],
+        )  # fmt: skip
+        # A sweep's samples are part of the full set: what this run has drawn is never drawn again, even with
+        # --force.
+        known = self.drawn.get(configuration.key)
+        if known is None or len(known) < n:
+            with self.bar(total=n, desc=f"{pipeline_name(row.path)}, {_setting(draw)}") as bar:
+                known = self.drawn[configuration.key] = generate(
+                    draw,
+                    configuration,
+                    self.plan.protocol.prompts(n),
+                    self.plan.protocol.seeds(n),
+                    self.folder,
+                    force=self.settings.force and known is None,
+                    progress=bar.update,
+                    processes=self.ready.processes,
+                    io_batch=self.settings.io_batch,
+                )
+        return known.first(n)
+
+    def measure(self, row: Row, teacher: Row | None = None) -> Row:
+        """Draw the row's samples and compute every metric but latency; `teacher`: what it is paired with."""
+        began = time.time()
+        found = self.ready.of(self.samples(row, row.n), row.n, teacher and teacher.measured)
+        row.measured, row.values, row.facts = found, found.values, found.inputs.images.facts
+        # The teacher's rows of features serve the students; a student's serve nobody.
+        if row.role != "teacher":
+            vars(found.inputs).pop("features", None)
+        if self.ready.distance:
+            name = next(value.name for value in found.values if value.name.startswith(DISTANCES))
+            row.folds[name] = list(found.inputs.distances.left_out)
+        row.seconds = time.time() - began
+        return row
+
+    def swept(self, role: str, drawers: Sequence[Drawer], n: int, teacher: Row | None = None) -> Row:
+        """The row with the least distance among `drawers`, on n samples; the sweep is kept in it.
+
+        `teacher`: what the row is paired with.
+
+        With many scales and many samples the choice is made on the first SWEEP_N. The error of the minimum is
+        that of a fixed choice: choosing by the samples measured makes it look better by a fraction of its
+        standard error.
+        """
+        if len(drawers) == 1:
+            return self.measure(Row(role, drawers[0], n), teacher)
+        began = time.time()
+        n_sweep = SWEEP_N if len(drawers) >= SWEEP_SCALES and n > SWEEP_N else n
+        tried = []
+        for drawer in drawers:
+            samples = self.samples(Row(role, drawer, n_sweep), n_sweep)
+            found = self.ready.distance.compute(self.ready.inputs(samples, n_sweep))[0]
+            tried.append({"guidance": drawer.guidance, "fd": found.value, "se": found.se})
+        chosen = min(range(len(tried)), key=lambda index: tried[index]["fd"])
+        row = self.measure(Row(role, drawers[chosen], n), teacher)
+        row.sweep = {
+            "n": n_sweep,
+            "chosen_on_a_subset": n_sweep != n,
+            "chosen": tried[chosen]["guidance"],
+            "tried": tried,
+        }
+        row.seconds = time.time() - began
+        return row
+
+    def compare(self, row: Row, teacher: Row) -> None:
+        """Add the ratio of the row's distance to the teacher's, on samples both have."""
+        count = min(row.n, teacher.n)
+        sides = [
+            one.measured.inputs if one.n == count else self.ready.inputs(self.samples(one, count), count)
+            for one in (row, teacher)
+        ]
+        ratio = frechet_ratio_with_error(sides[0].folds, sides[1].folds, self.ready.reference)
+        row.values += measured(FrechetDistance.values, {"fd_ratio": ratio, "fd_ratio/n": float(count)})
+
+    def time(self) -> None:
+        """Add the latency of every row, all in turns in the first process."""
+        images, batch = self.settings.latency_images, self.settings.throughput_batch
+        protocol, drawers = self.plan.protocol, [row.drawer for row in self.rows]
+        prompts = protocol.prompts(min(max(images, batch), protocol.n))
+        first = 0 if self.plan.teacher else None
+        times = self.ready.processes.from_first(lambda: latencies(drawers, prompts, images, batch, first))
+        for row, found in zip(self.rows, times, strict=True):
+            row.values += found
+
+    def results(self, seconds: float, complete: bool = True) -> dict[str, Any]:
+        """What results.json holds of the rows that are finished."""
+        doubts = self.doubts()
+        if not complete:
+            doubts.append("the run ended early; the same command goes on where it was.")
+        found = results_of(
+            self.rows,
+            self.ready,
+            batch=self.settings.batch,
+            device=self.device,
+            seconds=seconds,
+            warnings=doubts,
+        )
+        return found | {"complete": complete}
+
+    def check_disk(self) -> None:
+        """Raises UserError when the samples that may have to be drawn don't fit on the disk of `out`."""
+        plan = self.plan
+        pixels = [(plan.n, drawer) for drawer in plan.students]
+        pixels += [(plan.teacher_n, drawer) for drawers in plan.teacher for drawer in drawers]
+        needed = sum(n * 3 * math.prod(drawer.sampler.resolution) for n, drawer in pixels)
+        have = sum(file.stat().st_size for file in self.folder.glob("*/*.safetensors"))
+        free = shutil.disk_usage(self.folder.parent).free
+        if needed - have + DISK_MARGIN > free:
+            raise UserError(
+                f"--out {self.folder.parent} needs about {(needed - have) / 1e9:.1f} GB for samples, but "
+                f"{free / 1e9:.1f} GB are free there; choose another disk or a smaller --n."
+            )
+
+    def doubts(self) -> list[str]:
+        """What a reader of the numbers has to know."""
+        protocol, net, found = self.ready.protocol, self.ready.extractor, []
+        n, teacher_n = self.plan.n, self.plan.teacher_n
+        if n != protocol.n:
+            found.append(
+                f"measured on {n} samples where {protocol.name} has {protocol.n}: a distance of fewer samples is "
+                "biased upwards and compares only with others of the same number."
+            )
+        if teacher_n != n:
+            found.append(
+                f"the teacher was measured on {teacher_n} samples, the others on {n}; ratios use the first "
+                f"{min(n, teacher_n)} of both."
+            )
+        if net is not None and min(n, teacher_n) <= net.dim:
+            found.append(f"no more samples than the {net.dim} features: the covariance has no full rank.")
+        sizes = {sampler.resolution for sampler in self.plan.samplers}
+        if len(sizes) > 1:
+            found.append(f"the pipelines draw images of different sizes: {sorted(sizes)}.")
+        if isinstance(protocol.reference, FileReference) and self.ready.reference is not None:
+            found += reference_doubts(protocol.reference, sizes)
+        return found
+
+
+def reference_doubts(reference: FileReference, sizes: set[tuple[int, int]]) -> list[str]:
+    """What sets a person's own reference apart from samples of these (height, width), by its first image."""
+    found = []
+    first = open_images(reference.path).peek()
+    width, height = first.size
+    if {(height, width)} != sizes:
+        drawn = " and ".join(f"{w}x{h}" for h, w in sorted(sizes))
+        found.append(
+            f"the samples are {drawn} and the reference {width}x{height}: resizing alone makes a distance."
+        )
+    if first.lossy:
+        found.append("the reference is JPEG and the samples are not: its losses alone make a distance.")
+    return found
+
+
+def _setting(drawer: Drawer) -> str:
+    return f"{drawer.steps} step{'s' if drawer.steps > 1 else ''}, guidance {drawer.guidance:g}"
+
+
+class _NoBar:
+    """A progress bar that shows nothing."""
+
+    def __init__(self, total: int, desc: str) -> None:
+        pass
+
+    def __enter__(self) -> _NoBar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def update(self, count: int) -> None:
+        """Take `count` more."""
