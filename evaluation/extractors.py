@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from evaluation.images import as_images, rechunked
@@ -205,22 +204,23 @@ EXTRACTORS: dict[str, Callable[[str, str, str | os.PathLike[str] | None], Extrac
 def clip_pixels(images: Tensor, side: int, mean: Tensor, std: Tensor) -> Tensor:
     """uint8 (N, 3, H, W) as CLIP was trained to see them: (N, 3, side, side), normalised.
 
-    Pillow's bicubic in uint8 brings the short side to `side`, a centre crop follows. mean, std: (3, 1, 1), of
-    pixels in 0 .. 1.
+    Pillow's bicubic in uint8 brings the short side to `side`, a centre crop follows. mean, std: (3, 1, 1), of pixels
+    in 0 .. 1. transformers' processor resizes in its Pillow form, whose pixels are the published ones; its form on
+    torchvision differs in two thirds of them, and both crop an odd margin a pixel off OpenAI's.
     """
-    height, width = images.shape[-2:]
-    if (height, width) != (side, side):
-        short = min(height, width)
-        height, width = (side if size == short else int(side * size / short) for size in (height, width))
-        pictures = images.permute(0, 2, 3, 1).cpu().numpy()
-        resized = [
-            np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))
-            for picture in pictures
-        ]
-        images = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2)
-        top, left = round((height - side) / 2), round((width - side) / 2)
-        images = images[..., top : top + side, left : left + side]
-    return (images.float() / 255 - mean) / std
+    from transformers import CLIPImageProcessorPil
+
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": side},
+        do_center_crop=False,
+        image_mean=mean.flatten().tolist(),
+        image_std=std.flatten().tolist(),
+    )
+    pixels = processor(
+        list(images.cpu()), input_data_format="channels_first", return_tensors="pt"
+    ).pixel_values
+    top, left = (round((size - side) / 2) for size in pixels.shape[-2:])
+    return pixels[..., top : top + side, left : left + side]
 
 
 def embedding(output) -> Tensor:

@@ -5,7 +5,6 @@ Samples lie in shards by index. With several processes each draws whole shards i
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import shutil
@@ -21,29 +20,50 @@ from torch import Tensor
 
 from evaluation.images import Images, MemoryImages, as_images, rechunked
 from evaluation.processes import Processes
+from evaluation.weights import pipeline_name
 from stepdistill.errors import UserError, atomic_write
 from stepdistill.provenance import sha256_of_files
 
 if TYPE_CHECKING:
-    from stepdistill.drawing import Sampler
+    from evaluation.protocol import Protocol
+    from stepdistill.drawing import Drawer
 
-SHARD = 128  # images per file: what a killed run loses at most, for each process
-IN_MEMORY = 1 << 28  # bytes of samples that are kept without a file
+# Images per file: what a killed run loses at most, for each process.
+SHARD = 128
+# Bytes of samples that are kept without a file.
+IN_MEMORY = 1 << 28
 SamplerFn = Callable[[Sequence[str] | Sequence[int], Sequence[int]], Tensor]
-Progress = Callable[[int], None]  # called with the number of images that became ready
+# Called with the number of images that became ready.
+Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class Configuration:
     """Everything the pixels of a sample depend on, beside its index."""
 
-    pipeline: str  # name, for people
+    # Its name, for people.
+    pipeline: str
     pipeline_sha256: str
-    protocol: str  # hash
+    # Its hash, which grey levels are rounded by, too.
+    protocol: str
     steps: int
     guidance: float
-    chunk: int  # batch size of the networks
+    chunk: int
     device: str
+
+    @classmethod
+    def of(cls, drawer: Drawer, protocol: Protocol, sha256: str = "") -> Configuration:
+        """Of a drawer under a protocol; sha256: of its pipeline, where it is known already."""
+        path = Path(drawer.sampler.path)
+        return cls(
+            pipeline_name(path).replace("/", "-"),
+            sha256 or pipeline_sha256(path),
+            protocol.hash,
+            drawer.steps,
+            drawer.guidance,
+            drawer.chunk,
+            str(drawer.sampler.device).partition(":")[0],
+        )
 
     @property
     def key(self) -> str:
@@ -157,14 +177,6 @@ def drawn(sample: SamplerFn, prompts: Sequence[str] | Sequence[int], seeds: Sequ
             f"the sampler returned {len(images)} images for {len(prompts)} prompts; it must return one each."
         )
     return images
-
-
-def draw_with(
-    sampler: Sampler, steps: int, guidance: float, chunk: int, quantise: str = "round"
-) -> SamplerFn:
-    """`sampler` at fixed settings."""
-    rounding = {} if quantise == "round" else {"quantise": quantise}
-    return functools.partial(sampler, steps=steps, guidance_scale=guidance, chunk=chunk, **rounding)
 
 
 def pipeline_sha256(path: Path) -> str:

@@ -16,21 +16,21 @@ from PIL import Image, ImageDraw, ImageFont
 from stepdistill.errors import UserError, atomic_write
 
 if TYPE_CHECKING:
-    from stepdistill.drawing import Sampler
+    from stepdistill.drawing import Drawer, Sampler
 
 _INK, _FAINT, _PAPER = (24, 24, 27), (113, 113, 122), (255, 255, 255)
-_GAP, _CAPTION, _LABEL, _HEADING, _MARGIN = 12, 210, 24, 52, 20  # pixels
-_SHOWN = 192  # least side of a shown image
+# Pixels.
+_GAP, _CAPTION, _LABEL, _HEADING, _MARGIN = 12, 210, 24, 52, 20
+# Least side of a shown image.
+_SHOWN = 192
 
 
 @dataclass(frozen=True)
 class Column:
-    """One sampler at one setting."""
+    """One pipeline at one setting, under a heading."""
 
     heading: str
-    sampler: Sampler
-    steps: int
-    guidance: float
+    drawer: Drawer
 
 
 def columns_of(
@@ -54,17 +54,11 @@ def columns_of(
             raise UserError(
                 f"--student-steps {count} is not what {student.path} was trained for; it has {student.steps}."
             )
-    scale = teacher.default_guidance if teacher_guidance is None else teacher_guidance
-    full = teacher_steps or teacher.default_steps
-
-    def column(who: str, sampler: Sampler, steps: int, guidance: float) -> Column:
-        return Column(f"{who}, {steps} step{'s' if steps > 1 else ''}", sampler, steps, guidance)
-
-    found = [column("teacher", teacher, full, scale)]
-    found += [column("student", student, count, student.default_guidance) for count in counts]
+    drawers = [("teacher", teacher.at(teacher_steps, teacher_guidance, chunk=1))]
+    drawers += [("student", student.at(count, chunk=1)) for count in counts]
     if before:
-        found.append(column("teacher", teacher, counts[-1], scale))
-    return found
+        drawers.append(("teacher", teacher.at(counts[-1], teacher_guidance, chunk=1)))
+    return [Column(f"{who}, {d.steps} step{'s' if d.steps > 1 else ''}", d) for who, d in drawers]
 
 
 def draw(
@@ -72,7 +66,7 @@ def draw(
 ) -> tuple[list[list[np.ndarray]], list[list[float]]]:
     """Images uint8 (H, W, 3) and seconds, [row][column]: one at a time, columns in turns, after a warm-up."""
     for column in columns:
-        column.sampler(prompts[:1], seeds[:1], steps=column.steps, guidance_scale=column.guidance, chunk=1)
+        column.drawer(prompts[:1], seeds[:1])
     images: list[list[np.ndarray]] = []
     seconds: list[list[float]] = []
     for prompt, seed in zip(prompts, seeds, strict=True):
@@ -80,9 +74,7 @@ def draw(
         seconds.append([])
         for column in columns:
             began = time.perf_counter()
-            image = column.sampler(
-                [prompt], [seed], steps=column.steps, guidance_scale=column.guidance, chunk=1
-            )
+            image = column.drawer([prompt], [seed])
             seconds[-1].append(time.perf_counter() - began)
             images[-1].append(image[0].permute(1, 2, 0).numpy())
     return images, seconds

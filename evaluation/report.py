@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 FILES = ("results.html", "results.md", "results.json", "pareto.png")
 _ARROWS = {"lower": " ↓", "higher": " ↑", "none": ""}
+# Values side by side in one table.
+_WIDTH = 9
 Cell = Callable[[dict[str, Any]], str]
 
 
@@ -60,7 +62,7 @@ def write(results: dict[str, Any], out: Path, grid: Sequence[Sequence[Tensor]] =
 
 
 def cells(results: dict[str, Any]) -> list[list[list[str]]]:
-    """Heading and rows of each table: the main values, and then the others that say better or worse, if any."""
+    """Heading and rows of each table: the main values, then the others that say better or worse, some at a time."""
     read = readings(results)
     main = [name for name, value in read.items() if value.main]
     further = [name for name, value in read.items() if not value.main and value.better != "none"]
@@ -69,8 +71,16 @@ def cells(results: dict[str, Any]) -> list[list[list[str]]]:
     more = [("guidance", lambda row: f"{row['guidance']:g}"), ("NFE", lambda row: str(row["nfe"]))]
     if len({row["n"] for row in rows}) > 1:
         more.append(("n", lambda row: str(row["n"])))
-    found = [_table([*about, *more], main, read, rows)]
-    return found + ([_table(about, further, read, rows)] if further else [])
+    tables = [
+        ([*about, *(more if not start else [])], main[start : start + _WIDTH]) for start in _starts(main)
+    ]
+    tables += [(about, further[start : start + _WIDTH]) for start in range(0, len(further), _WIDTH)]
+    return [_table(columns, names, read, rows) for columns, names in tables]
+
+
+def _starts(main: Sequence[str]) -> range:
+    """Where the tables of the main values begin; there is one also where none was measured."""
+    return range(0, max(len(main), 1), _WIDTH)
 
 
 def _table(

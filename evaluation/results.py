@@ -85,7 +85,7 @@ def _row(row: Row, name: str) -> dict[str, Any]:
         "name": name,
         "path": str(row.path),
         "sha256": row.sha256,
-        "method": row.drawer.sampler.card.method,
+        "method": row.drawer.sampler.card.method or None,
         "steps": row.drawer.steps,
         "guidance": row.drawer.guidance,
         "nfe": row.drawer.nfe,

@@ -142,10 +142,7 @@ class Session:
             self.hashes[row.path] = pipeline_sha256(row.path)
         row.sha256, draw = self.hashes[row.path], row.drawer
         # Kept under the hash of the protocol as it was named: samples don't depend on the extractor in use.
-        configuration = Configuration(
-            pipeline_name(row.path).replace("/", "-"), row.sha256, self.plan.protocol.hash, draw.steps, draw.guidance,
-            draw.chunk, self.device.partition(":")[0],
-        )  # fmt: skip
+        configuration = Configuration.of(draw, self.plan.protocol, row.sha256)
         # A sweep's samples are part of the full set: what this run has drawn is never drawn again, even with
         # --force.
         known = self.drawn.get(configuration.key)

@@ -14,11 +14,10 @@ from stepdistill.families.base import Family
 from training.recipe import RunConfig
 
 if TYPE_CHECKING:
-    from stepdistill.drawing import Sampler
-
     from evaluation.metrics.base import Metric
     from evaluation.protocol import Protocol
     from evaluation.values import Value
+    from stepdistill.drawing import Sampler
 
 # Of the points a family's own metric draws.
 SEED = 10_000_019

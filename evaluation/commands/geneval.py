@@ -42,33 +42,26 @@ def do(args: argparse.Namespace) -> None:
         if target:
             write_json(found, target)
         return
-    from evaluation.generate import Configuration, draw_with, generate, pipeline_sha256
+    from evaluation.generate import Configuration, generate
     from evaluation.plan import load_pipeline
     from evaluation.protocol import get_protocol
     from evaluation.report import check_writable
-    from evaluation.weights import pipeline_name
 
     at_least_one(args, "batch")
     quieten_libraries()
     protocol = get_protocol("geneval").located(captions=args.captions)
     check_writable(Path(args.out))
     sampler = load_pipeline(args.pipeline, args.device)
-    steps = args.steps or sampler.default_steps
-    guidance = sampler.default_guidance if args.guidance is None else args.guidance
-    configuration = Configuration(
-        pipeline_name(sampler.path).replace("/", "-"),
-        pipeline_sha256(sampler.path),
-        protocol.hash,
-        steps,
-        guidance,
-        args.batch,
-        args.device,
-    )
-    with progress_bar()(total=protocol.n, desc=f"{sampler.path.name}, {steps} steps") as bar:
+    drawer = sampler.at(args.steps, args.guidance, chunk=args.batch, quantise=protocol.quantise)
+    with progress_bar()(total=protocol.n, desc=f"{sampler.path.name}, {drawer.steps} steps") as bar:
         samples = generate(
-            draw_with(sampler, steps, guidance, args.batch), configuration, protocol.prompts(protocol.n),
-            protocol.seeds(protocol.n), Path(args.out) / "samples", progress=bar.update,
-        )  # fmt: skip
+            drawer,
+            Configuration.of(drawer, protocol),
+            protocol.prompts(protocol.n),
+            protocol.seeds(protocol.n),
+            Path(args.out) / "samples",
+            progress=bar.update,
+        )
     folder = Path(args.out) / "images"
     count = geneval.export(samples, protocol.captions, protocol.images_per_prompt, folder)
     print(f"written: {folder} ({count} prompts, {len(samples)} images)")

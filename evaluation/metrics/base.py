@@ -15,11 +15,10 @@ from evaluation.stats import FeatureStats
 from stepdistill.errors import UserError
 
 if TYPE_CHECKING:
-    from stepdistill.drawing import Drawer
-
     from evaluation.extractors import Extractor
     from evaluation.images import Images
     from evaluation.values import Value
+    from stepdistill.drawing import Drawer
 
 # Bytes of features beyond which they are kept in a temporary file.
 _IN_MEMORY = 256 << 20

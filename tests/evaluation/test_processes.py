@@ -23,7 +23,7 @@ from evaluation.images import Images
 from evaluation.processes import Processes
 from stepdistill.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 N = 300  # three shards, the last one short
 PROTOCOL = """\
 {name: tiny, version: 1, n: 300, conditions: scenes, quantise: edm, resize: {size: 24, filter: bicubic},
@@ -133,9 +133,7 @@ def test_evaluate_gives_the_same_bits_for_every_batch_and_spills_to_disk(setting
 
     sampler = load(setting["pipeline"])
 
-    def draw(prompts, seeds) -> Tensor:
-        return sampler(prompts, seeds, steps=1, guidance_scale=1, chunk=8)
-
+    draw = sampler.at(1, 1, chunk=8)
     options = {
         "protocol": setting["protocol"],
         "extractor": setting["extractor"],
@@ -146,7 +144,7 @@ def test_evaluate_gives_the_same_bits_for_every_batch_and_spills_to_disk(setting
     monkeypatch.setattr(generate, "IN_MEMORY", 50 * 3 * 16 * 16)
     held: list[type] = []
     inner = generate.kept
-    monkeypatch.setattr(generate, "kept", lambda *given: held.append(inner(*given)) or held[-1])
+    monkeypatch.setattr("evaluation.measure.kept", lambda *given: held.append(inner(*given)) or held[-1])
     assert found[0] == found[1] == evaluation.evaluate(draw, batch=16, **options)
     assert isinstance(held[0], generate.Shards) and len(held[0]) == 150
 
@@ -177,8 +175,10 @@ def test_messages_of_processes(monkeypatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert Processes(1, 2).device("cuda") == "cuda:1"
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE"):
+        # Set first, so that what accelerate puts there is taken back.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
     with pytest.raises(UserError, match="WORLD_SIZE is 2, but the processes cannot find each other"):
         Processes.join()
 

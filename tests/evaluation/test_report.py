@@ -11,10 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from PIL import Image
 
-from evaluation import page, pareto, report
+from evaluation import compare, page, pareto, report
 from evaluation.protocol import PROTOCOLS
+from evaluation.values import readings
 
 
 def row(role: str, steps: int, fd: float, ms: float | None, **metrics: float) -> dict:
@@ -67,53 +70,82 @@ def test_points_take_what_a_row_has() -> None:
     assert pareto.points(rows, "clip:tiny", "nfe") == []
 
 
-def test_a_plot_keeps_the_order_of_the_numbers() -> None:
+def drawn(found: list[pareto.Point], lower: bool = True) -> tuple[Axes, dict[str, str]]:
+    axes = Figure().subplots()
+    return axes, pareto.draw(axes, found, "fd:tiny", "nfe", lower)
+
+
+def test_a_plot_keeps_the_numbers_and_its_frontier() -> None:
     found = pareto.points(results()["rows"], "fd:tiny", "nfe")
-    shapes = pareto.plot(found, "fd:tiny", "nfe")
-    by_text = {shape.text.splitlines()[0]: shape.points[0] for shape in shapes if shape.kind == "dot"}
-    for a in found:
-        for b in found:
-            (xa, ya), (xb, yb) = by_text[a.label], by_text[b.label]
-            assert (a.cost < b.cost) == (xa < xb) and (a.value < b.value) == (ya > yb)
-    assert all(0 < x < pareto.WIDTH and 0 < y < pareto.HEIGHT for x, y in by_text.values())
-    (dashed,) = [shape for shape in shapes if shape.dashed]
-    assert set(dashed.points) >= {
-        by_text[name] for name in ("student, 1 step", "student, 4 steps", "teacher, 50 steps")
-    }
-    assert by_text["teacher, few steps, 4 steps"] not in dashed.points
+    axes, says = drawn(found)
+    dots = {says[line.get_gid()].splitlines()[0]: line for line in axes.lines if line.get_gid() in says}
+    for point in found:
+        assert dots[point.label].get_xydata().tolist() == [[point.cost, point.value]]
+    (dashed,) = [line for line in axes.lines if line.get_linestyle() == "--"]
+    best = {point.label for point in found if [point.cost, point.value] in dashed.get_xydata().tolist()}
+    assert best == {"student, 1 step", "student, 4 steps", "teacher, 50 steps"}
+    colours = [
+        dots[label].get_color() for label in ("teacher, 50 steps", "student, 1 step", "student, 4 steps")
+    ]
+    assert colours[0] != colours[1] == colours[2]
 
 
 @pytest.mark.parametrize("values", [(1.0, 1.0), (2.0, 300.0), (-1.0, 1.0), (0.0, 0.5), (1e-6, 2e-6)])
-def test_axes_have_ticks_for_any_values(values) -> None:
+def test_axes_show_any_values(values) -> None:
     found = [pareto.Point("s", "p", 10.0 ** (3 * i), value, 0.1) for i, value in enumerate(values)]
-    shapes = pareto.plot(found, "fd:tiny", "nfe")
-    texts = [shape.text for shape in shapes if shape.kind == "text"]
-    assert len(texts) >= 2 + 2 + 2  # a title each, and two ticks or more
-    assert all(np.isfinite(shape.points).all() for shape in shapes)
+    axes, _ = drawn(found)
+    (low, high), (left, right) = axes.get_ylim(), axes.get_xlim()
+    assert all(low < value < high for value in values) and left < 1 and right > 1000
+    assert len(axes.get_yticks()) >= 2 and len(axes.get_xticks()) >= 2
 
 
 def test_svg_is_well_formed_and_says_what_its_dots_are() -> None:
     found = [pareto.Point('a <"b">', 'a <"b">, 1 step', 1, 2.0, 0.5), pareto.Point("c", "c, 2 steps", 2, 1.0)]
-    tree = ElementTree.fromstring(pareto.to_svg(pareto.plot(found, "fd:tiny", "nfe")))
-    circles = [node for node in tree.iter() if node.tag == "circle"]
-    assert circles[0].get("data-says").startswith('a <"b">, 1 step\nfd:tiny 2 ± 0.5')
-    assert [node.get("class") for node in circles] == ["s0", "s1"]
+    tree = ElementTree.fromstring(pareto.to_svg(found, "fd:tiny", "nfe"))
+    names = "{http://www.w3.org/2000/svg}"
+    titles = [title.text for title in tree.iter(f"{names}title")]
+    assert titles[0].startswith('a <"b">, 1 step\nfd:tiny 2 ± 0.5') and len(titles) == 2
+    classes = [group.get("class") for group in tree.iter(f"{names}g") if group.get("class")]
+    assert {"s0", "s1"} == set(classes) and pareto.to_svg(found, "fd:tiny", "nfe") == pareto.to_svg(
+        found, "fd:tiny", "nfe"
+    )
 
 
-def test_the_picture_has_every_series_in_its_colour() -> None:
+def test_the_picture_has_every_series_in_its_colour(tmp_path) -> None:
     found = pareto.points(results()["rows"], "fd:tiny", "nfe")
-    image = pareto.to_image([pareto.plot(found, "fd:tiny", "nfe")] * 2, pareto.legend(found))
-    pixels = np.asarray(image)
-    assert image.width == 2 * 2 * pareto.WIDTH and len(pareto.legend(found)) == 3
+    pareto.save_png([(found, "nfe")] * 2, "fd:tiny", True, tmp_path / "p.png")
+    with Image.open(tmp_path / "p.png") as image:
+        pixels = np.asarray(image.convert("RGB"))
+    assert len(pareto.legend(found)) == 3
     for _, colour in pareto.legend(found):
         want = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
-        for half in (pixels[:, : image.width // 2], pixels[:, image.width // 2 :]):
-            assert (np.abs(half[: 2 * pareto.HEIGHT].astype(int) - want).max(-1) < 8).sum() > 30
+        for half in (pixels[:, : pixels.shape[1] // 2], pixels[:, pixels.shape[1] // 2 :]):
+            assert (np.abs(half.astype(int) - want).max(-1) < 8).sum() > 30
 
 
-def test_which_way_is_better() -> None:
-    assert all(map(pareto.lower_is_better, ("fd:scenes-v1", "fid", "kid:x", "cmmd")))
-    assert not any(map(pareto.lower_is_better, ("clip:scenes-v1", "attributes/all", "precision:x", "is:x")))
+def test_numbers_of_older_files_are_read_as_their_metrics_declare_them() -> None:
+    names = {"fd:x/infinity": 1, "fid:inception-2015": 1, "kid:x": 1, "cmmd:x": 1, "clip:x": 1, "prdc:x/recall": 1,
+             "attributes/all": 1, "is:x": 1, "fd_ratio": 1, "paired:x/cosine": 1, "fd_ratio/n": 1, "own": 1}  # fmt: skip
+    read = readings({"rows": [{"metrics": names}]})
+    assert {name: value.better for name, value in read.items()} == {
+        "fd:x/infinity": "lower", "fid:inception-2015": "lower", "kid:x": "lower", "cmmd:x": "lower",
+        "clip:x": "higher", "prdc:x/recall": "higher", "attributes/all": "higher", "is:x": "higher",
+        "fd_ratio": "lower", "paired:x/cosine": "higher", "fd_ratio/n": "none", "own": "none",
+    }  # fmt: skip
+    assert {name for name, value in read.items() if value.main} == set(names) - {
+        "paired:x/cosine",
+        "fd_ratio/n",
+        "own",
+    }
+
+
+def test_result_files_of_the_first_format_still_make_tables() -> None:
+    runs = [
+        compare.load(Path(__file__).parents[2] / "benchmarks" / name)
+        for name in ("cifar10.json", "cifar10_36.json")
+    ]
+    text = compare.text(runs)
+    assert "fd:cifar10-v1 ↓" in text and "±" in text
 
 
 # -------------------------------------------------------------------------------- files
@@ -132,23 +164,25 @@ def test_the_page_is_one_file_and_escapes_what_it_shows(tmp_path) -> None:
         and "<b>bold" not in shown
         and "a &lt; warning" in shown
     )
-    assert (
-        not re.findall(r'(?:src|href)="(?!data:)', shown) and "http" not in shown and "@import" not in shown
+    # No other file is asked for; what a namespace is called, and marks within the page, are none.
+    assert not re.findall(r'(?:src|href)="(?!data:|#)', shown) and "@import" not in shown
+    assert not re.findall(
+        r'(?<!xmlns=")(?<!xmlns:xlink=")https?://(?!www.w3.org/TR/SVG)', shown.partition("<details>")[0]
     )
     assert shown.count("data:image/png;base64,") == 8 and shown.count("<svg") == 2
     assert json.loads((tmp_path / "results.json").read_text())["rows"][0]["nfe"] == 50
     with Image.open(tmp_path / "pareto.png") as image:
-        assert image.width == 2 * 2 * pareto.WIDTH
+        assert image.width > 2 * image.height
 
 
 def test_samples_are_kept_exactly_while_small_and_shrunk_when_large() -> None:
     import base64
 
     small = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
-    data = re.search(r"base64,([^\"]+)", page._image(small)).group(1)
+    data = page._image(small)["source"].partition("base64,")[2]
     with Image.open(io.BytesIO(base64.b64decode(data))) as image:
         assert np.array_equal(np.asarray(image), small.permute(1, 2, 0).numpy())
-    assert "image/webp" in page._image(torch.zeros(3, 512, 512, dtype=torch.uint8))
+    assert "image/webp" in page._image(torch.zeros(3, 512, 512, dtype=torch.uint8))["source"]
 
 
 def test_published_numbers_stand_beside_their_protocol_only(tmp_path) -> None:
@@ -162,15 +196,26 @@ def test_the_page_says_what_is_fid_and_what_not(tmp_path) -> None:
     assert "not FID" not in written(tmp_path, extractor={"name": "inception-2015", "sha256": "0" * 64})[1]
 
 
-def test_further_metrics_have_a_table_of_their_own(tmp_path) -> None:
-    extra = {"kid:tiny": 0.5, "kid:tiny/se": 0.01, "kid:tiny/subsets": 0.4, "prdc:tiny/recall": 0.9}
+def test_what_is_not_a_main_value_has_a_table_of_its_own(tmp_path) -> None:
+    extra = {
+        "kid:tiny": 0.5,
+        "kid:tiny/se": 0.01,
+        "kid:tiny/subsets": 0.4,
+        "prdc:tiny/recall": 0.9,
+        "fd_ratio/n": 9,
+    }
     report.write(results(rows=[row("student", 1, 5.0, 3.0, **extra), row("teacher", 9, 4.0, 9.0)]), tmp_path)
     shown, text = ((tmp_path / name).read_text() for name in ("results.html", "results.md"))
     assert 'id="further"' in shown
     usual, further = report.cells(json.loads((tmp_path / "results.json").read_text()))
-    assert further[0] == ["model", "steps", "kid:tiny ↓", "prdc:tiny/recall ↑"]
-    assert further[1] == ["student", "1", "0.500 ± 0.010", "0.9"] and further[2] == ["teacher", "9", "", ""]
-    assert not set(further[0][2:]) & set(usual[0]) and "| student | 1 | 0.500 ± 0.010 | 0.9 |" in text
+    assert usual[0][4:] == ["fd:tiny ↓", "kid:tiny ↓", "prdc:tiny/recall ↑", "latency/ms ↓"]
+    assert usual[1][4:] == ["5.00 ± 0.10", "0.500 ± 0.010", "0.9", "3"] and usual[2][5:7] == ["", ""]
+    assert further == [
+        ["model", "steps", "kid:tiny/subsets ↓"],
+        ["student", "1", "0.4"],
+        ["teacher", "9", ""],
+    ]
+    assert "| student | 1 | 0.4 |" in text
 
 
 def test_a_row_is_called_by_its_name_and_role_once() -> None:

@@ -1,0 +1,52 @@
+"""Pipelines that paint, a tiny feature net, and references small enough for a test."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from fakes import Painter, tiny_extractor
+
+import stepdistill
+from evaluation import protocol as protocols
+from evaluation.extractors import Extractor
+from evaluation.feature_net import FeatureNet
+from evaluation.protocol import PROTOCOLS
+from evaluation.references import SceneReference
+from stepdistill.errors import UserError
+
+
+@pytest.fixture(scope="session")
+def extractor() -> Extractor:
+    return tiny_extractor()
+
+
+@pytest.fixture(scope="session")
+def net(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("extractor") / "tiny"
+    torch.manual_seed(0)
+    FeatureNet("tiny", 32, 16, {"label": ["a", "b"]}).save(path)
+    return path
+
+
+@pytest.fixture
+def painters(tmp_path, monkeypatch) -> dict[str, Painter]:
+    """`stepdistill.load` finds a teacher and a student under tmp_path; the reference is small."""
+    found = {}
+    for kind in ("teacher", "student"):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / "model_index.json").write_text("{}")
+        found[kind] = Painter(tmp_path / kind, kind)
+
+    def load(path, device="cpu", dtype=torch.float32) -> Painter:
+        if Path(path).name not in found:
+            raise UserError(f"{path} does not exist.")
+        return found[Path(path).name]
+
+    monkeypatch.setattr(stepdistill, "load", load)
+    monkeypatch.setenv("STEPDISTILL_CACHE", str(tmp_path / "cache"))
+    small = replace(PROTOCOLS["scenes-2k"], reference=SceneReference(n=100))
+    monkeypatch.setitem(protocols.PROTOCOLS, "scenes-2k", small)
+    return found

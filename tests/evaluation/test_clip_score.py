@@ -1,0 +1,93 @@
+"""CLIP score against its definition, on a random model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fakes import pictures
+from torch import Tensor
+
+from evaluation.images import MemoryImages
+from evaluation.metrics.base import Inputs
+from evaluation.metrics.clip_score import ClipScore
+from evaluation.values import flat
+from stepdistill import scenes
+from stepdistill.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def clip_directory(tmp_path_factory) -> Path:
+    """A random CLIPModel saved as the embedded one is: weights, tokenizer, preprocessor_config.json."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
+
+    path = tmp_path_factory.mktemp("clip")
+    words = ("<pad>", "<start>", "<unk>", "<end>", *scenes.VOCABULARY)
+    ids = {word: index for index, word in enumerate(words)}
+    tokens = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokens.post_processor = processors.TemplateProcessing(
+        single="<start> $A <end>", special_tokens=[("<start>", 1), ("<end>", 3)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokens, pad_token="<pad>", bos_token="<start>", eos_token="<end>", unk_token="<unk>",
+        model_max_length=24,
+    )  # fmt: skip
+    tokenizer.save_pretrained(path)
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {"vocab_size": len(ids), "max_position_embeddings": 24}
+    text |= {"bos_token_id": 1, "eos_token_id": 3, "pad_token_id": 0}
+    vision = {"image_size": 64, "patch_size": 16}
+    torch.manual_seed(0)
+    config = CLIPConfig(text_config=small | text, vision_config=small | vision, projection_dim=8)
+    model = CLIPModel(config)
+    model.save_pretrained(path)
+    processor = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+    (path / "preprocessor_config.json").write_text(json.dumps(processor))
+    return path
+
+
+def test_clip_score_is_the_mean_cosine(clip_directory: Path) -> None:
+    from transformers import AutoTokenizer, CLIPModel
+
+    images, captions = pictures(0, 70), [scenes.scene_at(index, 7).caption for index in range(70)]
+    inputs = Inputs(images=MemoryImages(images.split(33)), captions=captions)
+    found = flat(ClipScore(clip_directory, "tiny").compute(inputs))
+    model = CLIPModel.from_pretrained(clip_directory)
+    tokenizer = AutoTokenizer.from_pretrained(clip_directory)
+    pixels = (images.float() / 255 - 0.5) / 0.25
+    with torch.no_grad():  # the definition, through the towers themselves, one caption at a time
+        pictured = model.visual_projection(model.vision_model(pixels).pooler_output)
+        pooled = [model.text_model(**tokenizer(text, return_tensors="pt")).pooler_output for text in captions]
+        spoken = model.text_projection(torch.cat(pooled))
+    cosine = (F.normalize(pictured, dim=1) * F.normalize(spoken, dim=1)).sum(1).double()
+    assert found["clip:tiny"] == pytest.approx(100 * cosine.mean().item(), abs=1e-4)
+    assert found["clip:tiny/se"] == pytest.approx(100 * cosine.std().item() / 70**0.5, abs=1e-4)
+
+
+def test_clip_score_takes_what_older_transformers_return(clip_directory: Path, monkeypatch) -> None:
+    images, captions = pictures(0, 4), [scenes.scene_at(index, 7).caption for index in range(4)]
+    score = ClipScore(clip_directory)
+    now = score.cosines([images], captions)
+    model = score._clip.model
+    for name in ("get_image_features", "get_text_features"):
+        inner = getattr(model, name)
+
+        def bare(inner=inner, **inputs):
+            output = inner(**inputs)
+            return output if isinstance(output, Tensor) else output.pooler_output
+
+        monkeypatch.setattr(model, name, bare)
+    assert torch.equal(score.cosines([images], captions), now)
+
+
+def test_clip_score_does_not_depend_on_the_batch_and_wants_one_caption_each(clip_directory: Path) -> None:
+    images, captions = pictures(0, 60), [scenes.scene_at(index, 7).caption for index in range(60)]
+    score = ClipScore(clip_directory)
+    assert torch.equal(score.cosines([images], captions), score.cosines(images.split(7), captions))
+    with pytest.raises(UserError, match="60 images and 59 captions"):
+        score.cosines([images], captions[:59])
