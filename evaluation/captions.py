@@ -86,7 +86,8 @@ def read_captions(path: Path) -> tuple[str, ...]:
 
 
 def _json_captions(content: Any) -> list[Any]:
-    if isinstance(content, dict) and isinstance(content.get("annotations"), list):  # COCO
+    # COCO.
+    if isinstance(content, dict) and isinstance(content.get("annotations"), list):
         first: dict[int, dict[str, Any]] = {}
         for entry in content["annotations"]:
             kept = first.get(entry["image_id"])

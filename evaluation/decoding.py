@@ -99,9 +99,11 @@ def _opened(content: bytes, name: str) -> tuple[Image.Image, str, bool]:
     """The image as RGB, the format it was stored in, and whether that was without colour."""
     try:
         with Image.open(io.BytesIO(content)) as image:
-            if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # where Pillow would only warn
+            # Where Pillow would only warn.
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise Image.DecompressionBombError
-            if any(";16B" in str(tile) for tile in image.tile):  # of which Pillow would drop the lower half
+            # Of which Pillow would drop the lower half.
+            if any(";16B" in str(tile) for tile in image.tile):
                 raise UserError(f"{name} has 16 bits a channel; save it as 8-bit RGB.")
             form = str(image.format)
             image.load()

@@ -22,7 +22,8 @@ from evaluation.weights import find
 from stepdistill.errors import UserError
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "pillow")
-_USUAL_SIDE = 512  # of samples where neither protocol nor pipeline says it
+# Of samples where neither protocol nor pipeline says it.
+_USUAL_SIDE = 512
 
 
 @dataclass(frozen=True)

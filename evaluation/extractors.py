@@ -105,7 +105,8 @@ def _feature_net(path: Path, device: str) -> Extractor:
         network.dim,
         sha256_of_files([path / "config.json", path / "model.safetensors"]),
         lambda images: network(images.to(device)),
-        chunk=25,  # its activations then stay in a core's cache
+        # Its activations then stay in a core's cache.
+        chunk=25,
         resize=f"bilinear, antialiased, to {network.resolution}",
         side=network.resolution,
         head=network.classify if len(network.labels) == 1 else None,

@@ -34,11 +34,9 @@ def measure_set(
     io_batch: int = IO_BATCH,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Measure a set of images against another one or its statistics.
+    """Measure a set of images, a folder or Parquet file, against another one or its statistics (.npz).
 
     Args:
-        images: a folder or Parquet file.
-        reference: another, or statistics (.npz) made by the same extractor.
         extractor: a name or a directory; None is the protocol's, else inception-2015 for FID and the embedded
             one for everything else.
         protocol: whose image path, extractor and number of samples are used; None is images as they are.
@@ -46,11 +44,8 @@ def measure_set(
         clip: directory of the CLIP model, where that is not the embedded one.
         io_batch: images decoded by one job; changes nothing but memory.
 
-    Returns:
-        Values by name, with what they were measured on, and `warnings`.
-
-    Raises:
-        UserError: a set cannot be read, or a metric needs what is not there.
+    Returns values by name, with what they were measured on, and `warnings`. Raises UserError for a set that cannot
+    be read, and where a metric needs what is not there.
     """
     chosen = get_protocol(protocol) if protocol is not None else None
     own = open_images(images, chosen.resize if chosen else AS_STORED, io_batch)
@@ -62,19 +57,14 @@ def measure_set(
         against = open_images(reference, reference_resize(chosen), io_batch)
     # Of a protocol only what is done to images counts here: these were drawn already, whatever for.
     bare = replace(chosen, conditions="none", captions=None, images_per_prompt=1) if chosen else None
+    said = _captions(captions, chosen, images, len(own))
     ready = Measurement(
-        bare,
-        metrics,
-        len(own),
-        extractor=net,
-        reference=against,
-        captions=_captions(captions, chosen, images, len(own)),
-        clip=clip or "",
+        bare, metrics, len(own), extractor=net, reference=against, captions=said, clip=clip or ""
     )
     found = ready.of(own)
+    facts, theirs = found.inputs.images.facts, getattr(against, "facts", None)
     reference_n = against.n if isinstance(against, FeatureStats) else len(against)
-    theirs = getattr(against, "facts", None)
-    warnings = doubts(found.inputs.images.facts, theirs, len(own), reference_n, net.dim, chosen)
+    warnings = doubts(facts, theirs, len(own), reference_n, net.dim, chosen)
     if Path(images).resolve() == Path(reference).resolve():
         warnings.insert(0, "the images were compared with themselves.")
     return found.numbers | {

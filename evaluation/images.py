@@ -34,13 +34,17 @@ IO_BATCH = 16
 
 @dataclass
 class Facts:
-    """What a pass over a set found out: for warnings beside a number."""
+    """What a pass over a set found out: for warnings beside a number.
+
+    size: (width, height) after a Resize. lossy: JPEG files. grey: images stored without colour. hashes: 64 bits of
+    every image's pixels.
+    """
 
     n: int = 0
-    size: tuple[int, int] | None = None  # width, height, after a Resize
-    lossy: int = 0  # JPEG files
-    grey: int = 0  # images stored without colour
-    hashes: array = field(default_factory=lambda: array("Q"))  # 64 bits of every image's pixels
+    size: tuple[int, int] | None = None
+    lossy: int = 0
+    grey: int = 0
+    hashes: array = field(default_factory=lambda: array("Q"))
 
     @property
     def duplicates(self) -> int:

@@ -43,5 +43,6 @@ class Moments:
         step = self.low + delta * (other.n / n)
         mean = self.mean + step
         taken = mean - self.mean
-        low = (self.mean - (mean - taken)) + (step - taken)  # what `mean` lost, exactly (Knuth's two-sum)
+        # What `mean` lost, exactly (Knuth's two-sum).
+        low = (self.mean - (mean - taken)) + (step - taken)
         return Moments(n, mean, low, self.m2 + other.m2 + np.outer(delta, delta) * (self.n * (other.n / n)))

@@ -56,16 +56,17 @@ class Protocol:
     `quantise`: u in [0, 1] to uint8 by round(255 u), "edm" floor(255 u + 1/2) or "floor" floor(255 u).
     `resize`: what is done to a sample before it is measured, as uint8; what the extractor does after that is
     part of its name. `patch`: side of the centre crop, at full resolution, a patch distance is taken of.
+    `reference`: None where samples are judged by other means. `metrics`: measured unless others are asked for.
+    `resolution`: side of the samples, 0 for the pipeline's own. `clip`: the CLIP model, "" for the embedded one;
+    `clip_prefix` is put before every caption.
     """
 
     name: str
     version: int
     n: int
     conditions: str
-    reference: SceneReference | FileReference | NamedReference | None  # None: judged by other means
-    metrics: tuple[str, ...] = field(
-        metadata=UNHASHED
-    )  # what is measured under it unless others are asked for
+    reference: SceneReference | FileReference | NamedReference | None
+    metrics: tuple[str, ...] = field(metadata=UNHASHED)
     prompt_seed: int = HELD_OUT_SEED
     first_prompt: int = 0
     classes: int = 0
@@ -75,10 +76,10 @@ class Protocol:
     captions: CaptionFile | None = field(default=None, metadata=LATER)
     images_per_prompt: int = field(default=1, metadata=LATER)
     seeds_by: str = field(default="sample", metadata=LATER)
-    resolution: int = field(default=0, metadata=LATER)  # side of the samples; 0: the pipeline's own
+    resolution: int = field(default=0, metadata=LATER)
     resize: Resize = field(default=Resize(), metadata=LATER)
-    clip: str = field(default="", metadata=LATER)  # the CLIP model; "": the embedded one
-    clip_prefix: str = field(default="", metadata=LATER)  # put before every caption
+    clip: str = field(default="", metadata=LATER)
+    clip_prefix: str = field(default="", metadata=LATER)
     patch: int = field(default=0, metadata=LATER)
     about: str = field(default="", metadata=UNHASHED)
     source: str = field(default="", metadata=UNHASHED)

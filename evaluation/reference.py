@@ -15,7 +15,8 @@ from stepdistill import assets
 from stepdistill.errors import UserError
 
 ENVIRONMENT = "STEPDISTILL_CACHE"
-_FORM = "2"  # counts up when a network's features change in their last bits, as by folding its norms
+# Counts up when a network's features change in their last bits, as by folding its norms.
+_FORM = "2"
 
 
 def cache_directory() -> Path:
@@ -54,7 +55,8 @@ def reference_stats(
 
 def _given(reference: NamedReference, extractor: Extractor) -> FeatureStats:
     stats = FeatureStats.load(reference.path, expect=extractor.source)
-    if stats.n not in (0, reference.n):  # published files often don't say theirs
+    # Published files often don't say theirs.
+    if stats.n not in (0, reference.n):
         raise UserError(
             f"{reference.path} holds statistics of {stats.n} images, but the reference {reference.name} has "
             f"{reference.n}; {reference.about}"

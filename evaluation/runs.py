@@ -11,8 +11,11 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
 
 from evaluation import report
 from evaluation.folds import frechet_ratio_with_error
@@ -111,7 +114,7 @@ class Session:
         self, ready: Measurement, plan: Plan, settings: Settings, device: str, bar: Callable[..., Any] | None = None
     ) -> None:  # fmt: skip
         self.ready, self.plan, self.settings, self.device = ready, plan, settings, device
-        self.folder, self.bar = Path(settings.out) / "samples", bar or _NoBar
+        self.folder, self.bar = Path(settings.out) / "samples", bar or partial(tqdm, disable=True)
         self.hashes: dict[Path, str] = {}
         # By key, as far as this run has come.
         self.drawn: dict[str, Shards] = {}
@@ -294,19 +297,3 @@ def reference_doubts(reference: FileReference, sizes: set[tuple[int, int]]) -> l
 
 def _setting(drawer: Drawer) -> str:
     return f"{drawer.steps} step{'s' if drawer.steps > 1 else ''}, guidance {drawer.guidance:g}"
-
-
-class _NoBar:
-    """A progress bar that shows nothing."""
-
-    def __init__(self, total: int, desc: str) -> None:
-        pass
-
-    def __enter__(self) -> _NoBar:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-    def update(self, count: int) -> None:
-        """Take `count` more."""

@@ -23,11 +23,14 @@ _PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin")
 
 @dataclass(frozen=True)
 class Source:
-    """What made the features. Two sets of statistics can be compared only if theirs agree."""
+    """What made the features. Two sets of statistics can be compared only if theirs agree.
+
+    sha256: of the extractor's weights. resize: what was done to images before the network.
+    """
 
     extractor: str = ""
-    sha256: str = ""  # of the extractor's weights
-    resize: str = "none"  # what was done to images before the network
+    sha256: str = ""
+    resize: str = "none"
 
 
 class FeatureStats:
@@ -41,9 +44,11 @@ class FeatureStats:
     def __init__(self, dim: int, source: Source | None = None) -> None:
         self.dim = int(dim)
         self.source = source or Source()
-        self.marked = True  # the file it was read from, if any, said what made it
+        # The file it was read from, if any, said what made it.
+        self.marked = True
         self._state = Moments.empty(self.dim)
-        self._chunks: list[np.ndarray] | None = []  # all full chunks; None once there are more than dim rows
+        # All full chunks; None once there are more than dim rows.
+        self._chunks: list[np.ndarray] | None = []
         self._buffer = np.empty((CHUNK_ROWS, self.dim))
         self._waiting = 0
         self._count_known = True
@@ -153,7 +158,8 @@ class FeatureStats:
             stats = cls._from_arrays(path, found, source)
         except UserError:
             raise
-        except Exception as error:  # zipfile, json, key and value errors all mean the same to a reader
+        # zipfile, json, key and value errors all mean the same to a reader.
+        except Exception as error:
             raise UserError(
                 f"{path} is not a statistics file of ours ({type(error).__name__}); make it again with "
                 f"`python -m evaluation stats DIR -o {path}`."
@@ -182,7 +188,8 @@ class FeatureStats:
         if n is not None and n < 2:
             raise UserError(f"a covariance needs at least 2 images, got n = {n}.")
         stats = cls(mean.size, source)
-        count = mean.size + 1 if n is None else n  # with an unknown count the rank is read off the matrix
+        # With an unknown count the rank is read off the matrix.
+        count = mean.size + 1 if n is None else n
         stats._state = Moments(count, mean, np.zeros_like(mean), cov * (count - 1))
         stats._chunks, stats._count_known = None, n is not None
         return stats
@@ -206,7 +213,8 @@ class FeatureStats:
             raise UserError(
                 f"{path} holds damaged statistics (shapes {mean.shape} and {m2.shape}); make it again."
             )
-        if not moments.n:  # a foreign file's, saved again
+        # A foreign file's, saved again.
+        if not moments.n:
             return cls.of_moments(mean, m2 / mean.size, None, source)
         stats = cls(mean.size, source)
         stats._state, stats._chunks = moments, None

@@ -27,7 +27,8 @@ from stepdistill.errors import UserError, atomic_write, cli_errors, nearest
 from stepdistill.provenance import sha256_of_files
 
 ENVIRONMENT = "STEPDISTILL_WEIGHTS"
-_SOURCE = "source_sha256"  # in the metadata of a converted file: of the file it was converted from
+# In the metadata of a converted file: of the file it was converted from.
+_SOURCE = "source_sha256"
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,8 @@ def load_file(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle can fail in any way; all mean the same to a reader
+    # A damaged pickle can fail in any way; all mean the same to a reader.
+    except Exception as error:
         raise UserError(
             f"{path} cannot be read as weights ({type(error).__name__}); copy it again, or convert it where you "
             "trust it: python -m evaluation.weights convert IN.pth OUT.safetensors"

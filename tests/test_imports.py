@@ -102,3 +102,59 @@ def test_importing_the_library_stays_light() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_modules(tree: ast.AST, module: str, known: set[str]) -> Iterator[str]:
+    """Modules of `known` that `module` imports when it is itself imported: not in a function, not for types alone."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in known)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inner = {f"{node.module}.{alias.name}" for alias in node.names} & known
+            yield from inner
+            # A package is asked only for what is no module of it.
+            if len(inner) < len(node.names) and node.module in known:
+                yield node.module
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            yield from imported_modules(node, module, known)
+
+
+def circles(graph: dict[str, set[str]]) -> set[frozenset[str]]:
+    """Sets of two or more modules each of which comes to import all others of its set (or itself)."""
+    reached: dict[str, set[str]] = {}
+    for start in graph:
+        todo, seen = list(graph[start]), set()
+        while todo:
+            if (module := todo.pop()) not in seen:
+                seen.add(module)
+                todo += graph[module]
+        reached[start] = seen
+    return {
+        frozenset(other for other in reached[module] if module in reached[other])
+        for module in graph
+        if module in reached[module]
+    }
+
+
+def test_no_modules_import_each_other() -> None:
+    files = {module_of(path): path for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
+    graph = {
+        module: set(imported_modules(ast.parse(path.read_text(encoding="utf-8")), module, set(files)))
+        for module, path in files.items()
+    }
+    assert circles(graph) == set()
+
+
+def test_circles_are_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == {frozenset("abc")}
+    assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == set()
+    known = {"p", "p.a", "p.b"}
+    source = "from p import a, thing\nif TYPE_CHECKING:\n    import p.b\ndef f():\n    import p.b"
+    assert set(imported_modules(ast.parse(source), "p.b", known)) == {"p", "p.a"}

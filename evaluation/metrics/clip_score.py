@@ -44,7 +44,8 @@ _CHUNK = 50
 class _Clip:
     model: CLIPModel
     tokenizer: PreTrainedTokenizerBase
-    mean: Tensor  # (3, 1, 1), of pixels in 0 .. 1
+    # (3, 1, 1), of pixels in 0 .. 1.
+    mean: Tensor
     std: Tensor
 
 

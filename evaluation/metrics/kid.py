@@ -10,7 +10,8 @@ from evaluation.values import Value, measured
 
 SUBSETS = 100
 SUBSET_SIZE = 1000
-SEED = 2020  # torch-fidelity's, so that its subsets are drawn
+# torch-fidelity's, so that its subsets are drawn.
+SEED = 2020
 
 
 class KernelDistance(Metric):

@@ -14,7 +14,8 @@ import numpy as np
 from evaluation.folds import FOLDS, fold_of
 from evaluation.metrics.base import blocks
 
-Kernel = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (n, dim), (m, dim) float64 to (n, m)
+# (n, dim), (m, dim) float64 to (n, m).
+Kernel = Callable[[np.ndarray, np.ndarray], np.ndarray]
 _BLOCK = 1000
 
 

@@ -16,7 +16,8 @@ from stepdistill.errors import UserError
 
 K_PRECISION, K_DENSITY = 3, 5
 _BLOCK = 1000
-_SPARE = 3  # neighbours looked at beyond the k-th, so that near ties can be put in order
+# Neighbours looked at beyond the k-th, so that near ties can be put in order.
+_SPARE = 3
 
 
 class PRDC(Metric):
