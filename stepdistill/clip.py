@@ -133,7 +133,9 @@ def pretrained(kind: str, path: Path, **options: Any) -> nn.Module:
             path, dtype=torch.float32, local_files_only=True, output_loading_info=True, **options
         )
     except LOADING as error:
-        raise UserError(f"the model in {path} cannot be loaded ({first_line(error)}); copy it again.") from None
+        raise UserError(
+            f"the model in {path} cannot be loaded ({first_line(error)}); copy it again."
+        ) from None
     finally:
         if shown:
             logging.enable_progress_bar()
@@ -153,4 +155,6 @@ def tokenizer(path: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except LOADING as error:
-        raise UserError(f"the tokenizer in {path} cannot be loaded ({first_line(error)}); copy it again.") from None
+        raise UserError(
+            f"the tokenizer in {path} cannot be loaded ({first_line(error)}); copy it again."
+        ) from None

@@ -11,7 +11,7 @@ from torch import Tensor
 from stepdistill.config import closest
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
-from training.recipe import RunConfig
+from training.sections import RunConfig
 
 if TYPE_CHECKING:
     from evaluation.metrics.base import Metric

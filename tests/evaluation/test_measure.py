@@ -176,7 +176,7 @@ def test_a_metric_is_one_class_and_one_line(tmp_path, painters, net, tiny_sd, mo
     from evaluation.values import _declared
     from training.measure import check_metric
     from training.measure import measure as measure_in_run
-    from training.recipe import RunConfig
+    from training.sections import RunConfig
 
     monkeypatch.setitem(METRICS, "brightness", f"{__name__}:Brightness")
     _declared.cache_clear()
