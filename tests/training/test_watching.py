@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from runs import checkpoint, labelled_images, metrics, pixel, same, sd, toy
 
 import stepdistill
+from evaluation.values import Value
 from stepdistill.errors import UserError
 from training import monitor, preview
 from training import run as running
 from training.checkpoint import RunDirectory
-from training.measure import check_metric, lower_is_better
+from training.measure import check_metric, measure
 
 pytestmark = pytest.mark.usefixtures("short_runs")
 
@@ -53,9 +56,10 @@ def test_the_metric_is_logged_and_its_best_checkpoint_kept(tmp_path, monkeypatch
     real = monitor.measure
     values = []
 
-    def measured(*args: Any) -> float:
-        values.append(real(*args))
-        return values[-1]
+    def measured(*args: Any) -> Value:
+        value = real(*args)
+        values.append(value.value)
+        return value
 
     monkeypatch.setattr(monitor, "measure", measured)
     settings = ("run.metric=sw1", "run.metric_every=2", "run.keep=1", "optim.lr=1e-2")
@@ -66,25 +70,23 @@ def test_the_metric_is_logged_and_its_best_checkpoint_kept(tmp_path, monkeypatch
     assert set(RunDirectory(tmp_path / "run").steps()) == {best[0], 6}
 
 
-def test_scores_rise_and_distances_fall(tmp_path, tiny_sd, monkeypatch):
+@pytest.mark.parametrize(("better", "best"), [("higher", (2, 0.3)), ("lower", (1, 0.1))])
+def test_the_best_checkpoint_is_the_best_by_what_the_value_says(better, best, tmp_path, tiny_sd, monkeypatch):
     values = iter([0.1, 0.3, 0.2])
-    monkeypatch.setattr(monitor, "measure", lambda *args: next(values))
-    running.run(
-        sd(
-            tmp_path / "run",
-            tiny_sd,
-            "run.metric=attributes/all",
-            "run.metric_every=1",
-            "run.steps=3",
-            "run.keep=1",
-        )
-    )
-    assert RunDirectory(tmp_path / "run").best() == (2, 0.3) and RunDirectory(tmp_path / "run").steps() == [
-        2,
-        3,
-    ]
-    directions = {"fd:scenes-v1": True, "sw1": True, "clip:scenes-v1": False, "attributes/all": False}
-    assert {name: lower_is_better(name) for name in directions} == directions
+    monkeypatch.setattr(monitor, "measure", lambda *args: Value("v", next(values), better=better))
+    settings = ("run.metric=attributes/all", "run.metric_every=1", "run.steps=3", "run.keep=1")
+    running.run(sd(tmp_path / "run", tiny_sd, *settings))
+    directory = RunDirectory(tmp_path / "run")
+    assert directory.best() == best and directory.steps() == [best[0], 3]
+
+
+def test_more_modes_are_better_and_less_distance(tmp_path):
+    recipe = toy(tmp_path / "run", "run.metric=modes")
+    family, _ = running.build(recipe)
+    assert {name: better for name, (_, better) in family.metrics.items()} == {
+        "sw1": "lower",
+        "modes": "higher",
+    }
 
 
 def test_attributes_are_measured_on_the_exported_student(tmp_path, tiny_sd):
@@ -96,18 +98,53 @@ def test_attributes_are_measured_on_the_exported_student(tmp_path, tiny_sd):
     assert 0 <= value <= 1
 
 
-def test_the_evaluation_is_asked_for_the_metric_by_name(tmp_path, tiny_sd, monkeypatch):
-    asked = {}
+@pytest.mark.parametrize(
+    ("metric", "better"),
+    [
+        ("prdc:scenes-v1/recall", "higher"),
+        ("kid", "lower"),
+        ("clip:scenes-v1", "higher"),
+        ("fd:NET/infinity", "lower"),
+    ],
+)
+def test_a_run_is_watched_by_any_metric_as_the_evaluation_measures_it(
+    metric, better, tmp_path, tiny_sd, monkeypatch
+):
+    from evaluation import evaluate
+    from evaluation import protocol as protocols
+    from evaluation.feature_net import FeatureNet
+    from evaluation.references import SceneReference
 
-    def evaluate(draw: Any, **settings: Any) -> dict[str, float]:
-        asked.update(settings, images=draw(["a large red star on a black background"], [0]))
-        return {"fd:scenes-v1": 12.5, "fd:scenes-v1/se": 1.0}
+    monkeypatch.setenv("STEPDISTILL_CACHE", str(tmp_path / "cache"))
+    few = replace(protocols.PROTOCOLS["scenes-2k"], reference=SceneReference(n=20))
+    monkeypatch.setitem(protocols.PROTOCOLS, "scenes-2k", few)
+    torch.manual_seed(0)
+    FeatureNet("tiny", 32, 16, {"label": ["a", "b"]}).save(tmp_path / "net")
+    metric = metric.replace("NET", str(tmp_path / "net"))
+    recipe = sd(
+        tmp_path / "run", tiny_sd, f"run.metric={metric}", "run.metric_every=1", "run.metric_samples=12"
+    )
+    check_metric(recipe.run, running.build(recipe)[0])
+    sampler = stepdistill.load(tiny_sd)
+    found = measure(recipe.run, sampler.family_, sampler, steps=2)
+    kind = metric.partition(":")[0]
+    extractor = str(tmp_path / "net") if "net" in metric else None
+    alone = evaluate(sampler.at(2, chunk=64), n=12, metrics=(kind,), extractor=extractor)
+    assert (alone[found.name], found.better) == (found.value, better)
+    assert found.name == metric.replace(str(tmp_path / "net"), "tiny") or metric == "kid"
 
-    monkeypatch.setattr("evaluation.evaluate", evaluate)
-    running.run(sd(tmp_path / "run", tiny_sd, "run.metric_every=1", "run.steps=1", "run.metric_samples=7"))
-    assert (asked["n"], asked["metrics"], asked["extractor"]) == (7, ("fd",), "scenes-v1")
-    assert asked["reference"] is None and asked["images"].shape == (1, 3, 16, 16)
-    assert RunDirectory(tmp_path / "run").best() == (1, 12.5)
+
+def test_prompts_are_measured_against_ones_own_images_and_captions(tmp_path, tiny_sd):
+    images, captions = labelled_images(tmp_path / "images"), tmp_path / "captions.txt"
+    captions.write_text("a large red star on a black background\n" * 8)
+    own = (f"run.metric_reference={images}", f"run.metric_captions={captions}", "run.metric=fd:scenes-v1")
+    running.run(
+        sd(tmp_path / "run", tiny_sd, "run.metric_every=1", "run.steps=1", "run.metric_samples=8", *own)
+    )
+    step, value = RunDirectory(tmp_path / "run").best()
+    assert step == 1 and value > 0
+    with pytest.raises(UserError, match="has captions for 8 samples"):
+        running.run(sd(tmp_path / "more", tiny_sd, "run.metric_every=1", "run.metric_samples=9", *own))
 
 
 def test_classes_are_measured_against_a_reference(tmp_path, tiny_pixel):
@@ -127,11 +164,14 @@ def test_classes_are_measured_against_a_reference(tmp_path, tiny_pixel):
     ("metric", "reference", "message"),
     [
         ("fdd:scenes-v1", "", "run.metric=fdd:scenes-v1 cannot be measured on the family 'sd'"),
-        ("clip", "", "did you mean clip:scenes-v1?"),
         ("attributes/colors", "", "did you mean attributes/colours?"),
-        ("latency", "", "choose one of fd:scenes-v1, clip:scenes-v1, attributes/all"),
+        ("prdc:scenes-v1/recal", "", "cannot be measured on the family 'sd'"),
+        ("latency", "", "cannot be measured on the family 'sd'"),
+        ("paired/distance", "", "cannot be measured on the family 'sd'"),
+        ("kid:scenes-v1/subset_size", "", "cannot be measured on the family 'sd'"),
+        ("attributes:scenes-v1", "", "cannot be measured on the family 'sd'"),
         ("fd:scene-v1", "", "there is no extractor 'scene-v1'"),
-        ("fd:scenes-v1", "images", "run.metric_reference=images is for families without prompts"),
+        ("fd:scenes-v1", "images", "run.metric_reference=images needs run.metric_captions with it"),
     ],
 )
 def test_a_wrong_metric_is_found_before_training(metric, reference, message, tmp_path, tiny_sd):
