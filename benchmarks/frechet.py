@@ -25,8 +25,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from evaluation.frechet import frechet_distance, frechet_from_features
 from evaluation.results import machine
-from evaluation.stats import FeatureStats, frechet_distance, frechet_from_features
+from evaluation.stats import FeatureStats
 from stepdistill.errors import atomic_write
 
 DIM = 2048

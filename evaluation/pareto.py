@@ -130,7 +130,8 @@ def to_svg(found: Sequence[Point], metric: str, cost: str, lower: bool = True) -
     import matplotlib
     from matplotlib.figure import Figure
 
-    figure, buffer = Figure(_SIZE, layout="constrained"), io.StringIO()
+    figure, buffer = Figure(_SIZE), io.StringIO()
+    figure.subplots_adjust(left=0.13, right=0.97, top=0.91, bottom=0.14)
     says = draw(figure.subplots(), found, metric, cost, lower)
     # Text stays text, and ids depend on what is drawn alone.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": f"{metric} {cost}"}):

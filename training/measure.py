@@ -57,9 +57,11 @@ def check_metric(run: RunConfig, family: Family) -> None:
         return
     if not family.metrics:
         from evaluation.measure import Measurement
+        from evaluation.protocol import checked_n
 
         protocol, wanted, settings = _settings(run, family, run.metric)
-        Measurement(protocol, [wanted.name.partition("/")[0]], run.metric_samples, **settings)
+        samples = checked_n(run.metric_samples, protocol)
+        Measurement(protocol, [wanted.name.partition("/")[0]], samples, **settings)
     elif run.metric not in family.metrics:
         raise _refusal(run.metric, family, list(family.metrics))
 
@@ -102,7 +104,8 @@ def _parsed(metric: str, family: Family) -> tuple[type[Metric], str, Value]:
     }
     kind, colon, rest = metric.partition(":")
     # A directory may have slashes of its own, so the longest part that is known is cut off its end.
-    parts = sorted((name[len(kind) :] for name in offered if name.startswith(f"{kind}/")), key=len)
+    declared = (value.name for value in (classes[kind].values if kind in classes else ()))
+    parts = sorted((name[len(kind) :] for name in declared if name.startswith(f"{kind}/")), key=len)
     part = next((part for part in reversed(parts) if rest.endswith(part)), "")
     name = f"{kind}{part}" if colon else metric
     takes_source = name in offered and ("extractor" in offered[name][0].needs or kind == "clip")

@@ -20,6 +20,7 @@ from evaluation.metrics.clip_score import ClipScore
 from evaluation.metrics.paired import Paired
 from evaluation.metrics.prdc import prdc
 from evaluation.stats import FeatureStats
+from evaluation.values import flat
 from stepdistill import scenes
 from stepdistill.assets import ROOT
 from stepdistill.errors import UserError
@@ -121,7 +122,7 @@ def test_clip_falls_on_shuffled_captions(images: Tensor) -> None:
     score = ClipScore()
 
     def of(told: list[str]) -> float:
-        return score.compute(Inputs(MemoryImages([images]), told))["clip:scenes-v1"]
+        return flat(score.compute(Inputs(MemoryImages([images]), told)))["clip:scenes-v1"]
 
     half = captions[: N // 2] + captions[N // 2 + 1 :] + captions[N // 2 : N // 2 + 1]
     found = [of(captions), of(half), of(captions[1:] + captions[:1])]
@@ -134,7 +135,7 @@ def test_paired_distance_and_agreement_move_with_the_change(images: Tensor) -> N
         net = load_extractor(name)
         for student in (images, noisy(images, 16), images.roll(1, 0)):
             inputs = Inputs(MemoryImages([student]), extractor=net, teacher=MemoryImages([images]))
-            values = Paired().compute(inputs)
+            values = flat(Paired().compute(inputs))
             found.append((values[f"paired:{name}/distance"], values[f"paired:{name}/cosine"]))
     for same, near, other in (found[:3], found[3:]):
         assert same == pytest.approx((0, 1), abs=1e-6)

@@ -7,10 +7,11 @@ import shutil
 import subprocess
 import sys
 
+import pytest
 from fakes import refused, save_scenes
 from PIL import Image
 
-from evaluation.__main__ import main
+from evaluation.__main__ import COMMANDS, main
 from evaluation.protocol import PROTOCOLS
 from stepdistill import scenes
 
@@ -88,14 +89,17 @@ def test_protocols_are_listed_and_shown(capsys) -> None:
     assert "Did you mean 'scenes-2k'" in refused(capsys, "protocols", "show", "scene-2k")
 
 
-def test_help_and_exit_code_in_a_process_of_its_own(tmp_path) -> None:
-    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "evaluation", *arguments], capture_output=True, text=True
-        )
+def test_every_command_has_help_with_examples(capsys) -> None:
+    for name in COMMANDS:
+        with pytest.raises(SystemExit) as stopped:
+            main([name, "--help"])
+        assert stopped.value.code == 0 and "example" in capsys.readouterr().out
 
-    helped = call("run", "--help")
-    assert helped.returncode == 0 and "--teacher-guidance" in helped.stdout and "examples:" in helped.stdout
-    wrong = call("run", "--pipeline", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out"))
+
+def test_exit_code_in_a_process_of_its_own(tmp_path) -> None:
+    command = ["run", "--pipeline", tmp_path / "nowhere", "--out", tmp_path / "out"]
+    wrong = subprocess.run(
+        [sys.executable, "-m", "evaluation", *map(str, command)], capture_output=True, text=True
+    )
     assert wrong.returncode == 2 and "Traceback" not in wrong.stderr
     assert wrong.stderr.strip().splitlines()[-1].startswith("error: ") and "nowhere" in wrong.stderr

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation import compare, doctor, geneval
+from evaluation import compare, doctor, geneval, published
 from evaluation.__main__ import main
 from evaluation.captions import CaptionFile
 from evaluation.images import MemoryImages
@@ -102,7 +102,7 @@ def test_published_numbers_only_beside_their_protocol(tmp_path, capsys) -> None:
     )
     assert "has 5000 samples, but" in refused(capsys, "compare", saved(tmp_path / "c", n=5000), "--published")
     assert "at least two runs" in refused(capsys, "compare", tmp_path / "a")
-    for entries in compare.published().values():
+    for entries in published.published().values():
         for entry in entries:
             assert entry["source"] and entry["model"] and entry["steps"] >= 1
             assert all(value > 0 for value in entry["metrics"].values())

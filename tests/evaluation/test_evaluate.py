@@ -99,7 +99,7 @@ def test_evaluate_is_called_as_the_documentation_says(tmp_path, monkeypatch) -> 
     truth = frechet_distance(FeatureStats(net.dim, net.source).add(net(drawn)), reference)
     assert found["fd:tiny"] == pytest.approx(truth, rel=1e-9)
     with pytest.raises(AttributeError):
-        evaluation.frechet  # noqa: B018
+        evaluation.distance  # noqa: B018
 
 
 def test_what_a_metric_cannot_be_computed_from_is_said_before_anything_is_drawn() -> None:

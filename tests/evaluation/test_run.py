@@ -37,7 +37,7 @@ def run(tmp_path: Path, net: Path, *more: object) -> dict:
 
 
 def test_run_compares_students_with_their_teacher(tmp_path, painters, net, capsys) -> None:
-    results = run(tmp_path, net, "--teacher-guidance", "1,2,3", "--n", 40)
+    results = run(tmp_path, net, "--teacher-guidance", "1,2,3", "--n", 24)
     rows = {(row["role"], row["steps"]): row for row in results["rows"]}
     assert list(rows) == [
         ("teacher", 8), ("teacher, few steps", 1), ("teacher, few steps", 2), ("student", 1), ("student", 2)
@@ -55,37 +55,38 @@ def test_run_compares_students_with_their_teacher(tmp_path, painters, net, capsy
     assert student["metrics"]["fd_ratio/se"] > 0 and student["metrics"][
         "latency/speedup_denoise"
     ] == pytest.approx(8)
-    assert results["protocol"] == "scenes-2k[n=40]" and results["seeds"] == [0, 39]
+    assert results["protocol"] == "scenes-2k[n=24]" and results["seeds"] == [0, 23]
     assert results["extractor"]["name"] == "tiny" and len(results["extractor"]["sha256"]) == 64
     assert any("biased upwards" in warning for warning in results["warnings"])
     shown = capsys.readouterr().out
     text = (tmp_path / "out" / "results.md").read_text()
-    for part in ("fd:tiny ↓", "latency/speedup ↑", "±", "scenes-2k[n=40]"):
+    for part in ("fd:tiny ↓", "latency/speedup ↑", "±", "scenes-2k[n=24]"):
         assert part in shown and part in text
     assert "FID" not in shown
     html = (tmp_path / "out" / "results.html").read_text()
-    assert html.count("data:image/png;base64,") == 8 * 5 and "scenes-2k[n=40]" in html
+    assert html.count("data:image/png;base64,") == 8 * 5 and "scenes-2k[n=24]" in html
     assert (tmp_path / "out" / "pareto.png").stat().st_size > 1000
     assert [len(row["folds"]["fd:tiny"]) for row in results["rows"]] == [10] * 5
 
-    # The same command again draws nothing but what is timed; --force draws everything.
+    # The same command again draws nothing but what is timed: two images each, after one that warms up.
     drawn = painters["teacher"].drawn
-    again = run(tmp_path, net, "--teacher-guidance", "1,2,3", "--n", 40)
-    timed = 3 + 4 * 16  # two images and three batches, each after one that warms up
-    assert painters["teacher"].drawn - drawn == 3 * timed
+    again = run(tmp_path, net, "--teacher-guidance", "1,2,3", "--n", 24, "--throughput-batch", 0)
+    assert painters["teacher"].drawn - drawn == 3 * 3
     for row, other in zip(results["rows"], again["rows"], strict=True):
         for name in ("fd:tiny", "fd:tiny/se", "attributes/all"):
             assert row["metrics"][name] == other["metrics"][name]
-    drawn = painters["teacher"].drawn
-    run(tmp_path, net, "--teacher-guidance", "1,2,3", "--n", 40, "--force")
-    assert painters["teacher"].drawn - drawn == 3 * 3 * 40 + 3 * timed
+    # --force draws everything: at 8 steps and at 1, at two scales.
+    drawn, few = painters["teacher"].drawn, ("--steps", 1, "--throughput-batch", 0)
+    run(tmp_path, net, "--teacher-guidance", "1,2", "--n", 24, "--force", *few)
+    assert painters["teacher"].drawn - drawn == 2 * 2 * 24 + 2 * 3
 
 
 def test_run_with_fewer_teacher_samples_compares_the_first_of_both(tmp_path, painters, net) -> None:
-    results = run(tmp_path, net, "--teacher-guidance", "2", "--n", 40, "--teacher-n", 24, "--steps", "1")
+    few = ("--steps", 1, "--throughput-batch", 0)
+    results = run(tmp_path, net, "--teacher-guidance", "2", "--n", 32, "--teacher-n", 24, *few)
     teacher, _, student = results["rows"]
-    alone = run(tmp_path, net, "--teacher-guidance", "2", "--n", 24, "--steps", "1")["rows"][2]
-    assert (teacher["n"], student["n"], student["metrics"]["fd_ratio/n"]) == (24, 40, 24)
+    alone = run(tmp_path, net, "--teacher-guidance", "2", "--n", 24, *few)["rows"][2]
+    assert (teacher["n"], student["n"], student["metrics"]["fd_ratio/n"]) == (24, 32, 24)
     assert student["metrics"]["fd_ratio"] == alone["metrics"]["fd_ratio"]
     assert any("first 24 of both" in warning for warning in results["warnings"])
 
@@ -219,6 +220,8 @@ def test_metrics_that_need_rows_the_reference_or_the_teacher(
 
 
 def test_another_extractor_is_another_protocol(tmp_path, painters, net) -> None:
-    results = run(tmp_path, net, "--teacher-guidance", "2", "--n", 24, "--steps", "1")
+    command = ["run", "--pipeline", tmp_path / "student", "--metrics", "fd", "--n", 9, "--steps", 1]
+    main([str(part) for part in (*command, "--extractor", net, "--out", tmp_path / "out")])
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
     scenes_2k = protocols.PROTOCOLS["scenes-2k"]
     assert results["protocol_hash"] == replace(scenes_2k, extractor="tiny").hash != scenes_2k.hash

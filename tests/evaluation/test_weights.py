@@ -147,7 +147,7 @@ def repository(path: Path, content: bytes = b"weights", file: str = "model.safet
 def test_a_repository_is_found_in_the_hubs_cache_by_its_main_branch(nowhere) -> None:
     cached = nowhere / "hub" / "models--openai--clip-vit-base-patch32"
     (cached / "refs").mkdir(parents=True)
-    (cached / "refs" / "main").write_text("abc\n")
+    (cached / "refs" / "main").write_text("abc")
     repository(cached / "snapshots" / "old")
     with pytest.raises(MissingWeights):
         find("clip-vit-b32")
