@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from worlds import gradients, world
 
 from stepdistill.errors import UserError
 from training.recipe import SECTIONS, recipe_from
@@ -97,6 +98,18 @@ def test_code_blocks_can_be_read(page):
             if {"family", "run"} <= found.keys():
                 assert found.keys() <= {*SECTIONS, "stages"}
                 recipe_from(found)
+
+
+def test_the_example_of_a_method_trains_its_student():
+    code = next(
+        block for kind, block in FENCE.findall((ROOT / "CONTRIBUTING.md").read_text()) if kind == "python"
+    )
+    names = {"__name__": __name__}
+    exec(code, names)
+    made = world(names["Mine"](names["Mine"].Config()))
+    (phase,) = made.method.phases(0)
+    made.backward(phase)
+    assert all(gradients(made.nets.student)) and not any(gradients(made.nets.teacher))
 
 
 def test_tables_of_results_are_those_of_their_files():
