@@ -18,7 +18,7 @@ from training.recipe import Recipe, recipe_from
 from training.run import run
 
 # The rewards and eyes of the tests are code of their own.
-pytestmark = pytest.mark.usefixtures("accelerator_state", "own_code")
+pytestmark = pytest.mark.usefixtures("short_runs", "own_code")
 
 PAIRS = {"pair_count": 16, "pair_steps": 2}
 # What keeps two runs of four iterations short, and resuming worth a test.
