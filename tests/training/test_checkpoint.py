@@ -171,7 +171,8 @@ def test_a_full_disk_leaves_the_older_checkpoints(tmp_path: Path, monkeypatch: p
 
     def full(tensors: dict, path: str) -> None:
         calls.append(path)
-        if len(calls) == 2:  # the words of safetensors 0.8 on a full disk
+        # The words of safetensors 0.8 on a full disk.
+        if len(calls) == 2:
             raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
         real(tensors, path)
 
@@ -195,7 +196,8 @@ def test_a_killed_save_leaves_the_older_checkpoint(tmp_path: Path) -> None:
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == 9
     run = RunDirectory(tmp_path)
     assert run.latest() == 1 and same(run.load(1).tensors["student"]["w"], torch.ones(3))
-    assert len(list(run.checkpoints.iterdir())) == 2  # the left-over of the killed save
+    # The left-over of the killed save.
+    assert len(list(run.checkpoints.iterdir())) == 2
     run.begin(recipe(tmp_path))
     assert [path.name for path in run.checkpoints.iterdir()] == ["1"]
 
@@ -204,7 +206,8 @@ def test_begin_resumes_the_same_run_only(tmp_path: Path) -> None:
     out = tmp_path / "run"
     run = RunDirectory(out)
     assert run.begin(recipe(out)) == 0
-    assert run.begin(recipe(out, student={"steps": 4})) == 0  # nothing was trained yet: free to change
+    # Nothing was trained yet: free to change.
+    assert run.begin(recipe(out, student={"steps": 4})) == 0
     save(run, 7)
     same_run = recipe(out, student={"steps": 4}, optim={"lr": 1e-6})
     assert run.begin(same_run) == 7
@@ -235,8 +238,10 @@ def test_stages_are_part_of_what_a_run_is(tmp_path: Path) -> None:
         run.begin(recipe(tmp_path, stages=stages))
     stages[1]["method"] = {"scale": 3}
     with pytest.raises(UserError, match=r"stages\.1"):
-        run.begin(recipe(tmp_path, stages=stages[:1]))  # none may go
-    assert run.begin(recipe(tmp_path, stages=[*stages, {"run": {"steps": 4}}])) == 1  # but more may come
+        # None may go.
+        run.begin(recipe(tmp_path, stages=stages[:1]))
+    # But more may come.
+    assert run.begin(recipe(tmp_path, stages=[*stages, {"run": {"steps": 4}}])) == 1
 
 
 def test_fresh_removes_the_run_and_nothing_else(tmp_path: Path) -> None:

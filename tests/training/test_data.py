@@ -35,14 +35,16 @@ def write_parquet(
 def test_order_visits_every_example_once_per_epoch() -> None:
     flat = [index for batch in range(10) for index in order(3, 20, batch, 6)]
     assert sorted(flat[:20]) == sorted(flat[20:40]) == list(range(20))
-    assert flat[:20] != flat[20:40]  # another permutation every epoch
+    # Another permutation every epoch.
+    assert flat[:20] != flat[20:40]
     assert flat[:20] != list(range(20)) and flat[:20] != order(4, 20, 0, 20)
 
 
 def test_order_does_not_depend_on_how_the_stream_is_cut() -> None:
     flat = [index for batch in range(6) for index in order(0, 7, batch, 4)]
     assert flat == order(0, 7, 0, 24) == [index for batch in range(24) for index in order(0, 7, batch, 1)]
-    assert order(0, 7, 5, 4) == flat[20:24]  # batch 5 needs none of those before it
+    # Batch 5 needs none of those before it.
+    assert order(0, 7, 5, 4) == flat[20:24]
     assert len(order(0, 3, 0, 50)) == 50
     with pytest.raises(ValueError, match="must be at least 1"):
         order(0, 0, 0, 4)
@@ -71,7 +73,8 @@ def test_partitions_of_scenes_are_disjoint_and_complete() -> None:
     assert sorted(caption for part in parts for caption in part.captions) == sorted(whole.captions)
     kept = parts[1].size
     assert parts[1].counts == {"kept": kept, "in other partitions": 11 - kept}
-    for part in parts:  # the pictures are those of the captions
+    # The pictures are those of the captions.
+    for part in parts:
         index = list(whole.captions).index(part.captions[0])
         assert np.array_equal(part.images([0]), whole.images([index]))
     assert len({part.fingerprint() for part in parts}) == 3
@@ -149,7 +152,8 @@ def test_folder_labels_and_class_partition(tmp_path: Path) -> None:
     assert folder.captions is None
     first = source("folder", path=tmp_path, resolution=16, partition="1/2")
     second = source("folder", path=tmp_path, resolution=16, partition="2/2")
-    assert first.labels == [0] and second.labels == [1, 1, 2]  # blocks of classes, numbered as in the whole
+    # Blocks of classes, numbered as in the whole.
+    assert first.labels == [0] and second.labels == [1, 1, 2]
     assert second.class_names == folder.class_names
     assert np.array_equal(
         np.concatenate([first.images([0]), second.images(range(3))]), folder.images(range(4))

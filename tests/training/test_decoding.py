@@ -39,7 +39,8 @@ def test_images_are_cut_to_the_centre_and_resized() -> None:
 def test_exif_orientation_is_applied() -> None:
     upright = noise(3)
     exif = Image.Exif()
-    exif[0x0112] = 6  # stored lying on its left side
+    # Stored lying on its left side.
+    exif[0x0112] = 6
     buffer = io.BytesIO()
     Image.fromarray(np.rot90(upright).copy()).save(buffer, "PNG", exif=exif)
     assert np.array_equal(decoded(buffer.getvalue(), 16), upright)
@@ -50,6 +51,7 @@ def test_decompression_bombs_are_dropped(monkeypatch: pytest.MonkeyPatch) -> Non
     assert decoded(encoded(noise(0, 20, 20)), 16) == "too large"
     monkeypatch.undo()
     huge = bytearray(encoded(noise(0)))
-    huge[16:24] = (30_000).to_bytes(4, "big") * 2  # a header that promises 2.7 GB
+    # A header that promises 2.7 GB.
+    huge[16:24] = (30_000).to_bytes(4, "big") * 2
     huge[29:33] = __import__("zlib").crc32(huge[12:29]).to_bytes(4, "big")
     assert decoded(bytes(huge), 16) == "too large"

@@ -63,7 +63,8 @@ def test_a_gradient_that_grows_is_divergence():
     assert "divergence" in said
 
 
-REFERENCED = set(METHODS) - {"reward"}  # has one with an anchor only
+# Has one with an anchor only.
+REFERENCED = set(METHODS) - {"reward"}
 
 
 @EVERY
@@ -109,7 +110,8 @@ def test_a_composition_is_judged_part_by_part():
 def test_a_fake_score_that_falls_behind_is_named():
     health = Health(worlds.method("dmd2"))
     assert health.check({"critic/denoising": 0.4})[1] == []
-    assert health.check({"critic/denoising": 0.8})[1] == []  # as a run at a high rate begins
+    # As a run at a high rate begins.
+    assert health.check({"critic/denoising": 0.8})[1] == []
     (said,) = health.check({"critic/denoising": 1.2})[1]
     assert "critic/denoising_growth = 3" in said and "fake-score lag" in said
 
@@ -125,7 +127,8 @@ def test_every_range_of_every_method_is_of_a_value_it_logs(name, settings):
                 logged |= {f"{phase.name}/{key}" for key in loss(made.nets, batch)}
             logged |= {f"{phase.name}/grad_norm_{network}" for network in phase.trains}
     derived, _ = Health(made.method).check(dict.fromkeys(logged, 1.0))
-    optional = {key for key in made.method.health if key.endswith("critic/accuracy")}  # with a GAN
+    # With a GAN.
+    optional = {key for key in made.method.health if key.endswith("critic/accuracy")}
     assert set(made.method.health) - set(COMMON) - optional <= logged | set(derived)
     assert all(low < high and cause for low, high, cause in made.method.health.values())
 
@@ -140,6 +143,7 @@ def test_the_run_warns_logs_and_draws_it(tmp_path, monkeypatch, capsys):
     first, later = (
         np.asarray(Image.open(tmp_path / "a" / "previews" / f"{step:07d}.png")) for step in (0, 4)
     )
-    assert later.shape[0] > first.shape[0]  # lines of text below the pictures
+    # Lines of text below the pictures.
+    assert later.shape[0] > first.shape[0]
     red = (later[..., 0] > 200) & (later[..., 1] < 80) & (later[..., 2] < 80)
     assert red[first.shape[0] :].any()

@@ -34,7 +34,8 @@ def small_parts(monkeypatch):
 
 
 def test_they_end_where_the_flow_takes_them(one_mode, source, tmp_path):
-    settings = PairSettings(40, 300, times=(0.7, 0.301))  # 0.301 is no point of the teacher's own grid
+    # 0.301 is no point of the teacher's own grid.
+    settings = PairSettings(40, 300, times=(0.7, 0.301))
     made = precompute.trajectories(one_mode, source, settings, tmp_path, batch=7, progress=False)
     pairs = made.rows(range(40))
     assert pairs.z.shape == pairs.x0.shape == (40, 2) and pairs.states.shape == (40, 2, 2)
@@ -64,7 +65,8 @@ def test_they_are_computed_once_and_go_on_after_an_interruption(one_mode, source
     with pytest.raises(KeyboardInterrupt):
         precompute.trajectories(one_mode, source, settings, tmp_path, batch=8, progress=False)
     made = precompute.trajectories(one_mode, source, settings, tmp_path, batch=8, progress=False)
-    assert calls[5][0] == 32  # the two finished files of 16 are kept
+    # The two finished files of 16 are kept.
+    assert calls[5][0] == 32
     count = len(calls)
     again = precompute.trajectories(one_mode, source, settings, tmp_path, batch=8, progress=False)
     fewer = precompute.trajectories(one_mode, source, PairSettings(20, 5), tmp_path, progress=False)
@@ -112,7 +114,8 @@ def test_they_are_made_for_a_pipeline_of_prompts(tiny_sd, tmp_path):
     settings = PairSettings(3, 2, 2.0, (499.0,))
     pairs = precompute.trajectories(family, source, settings, tmp_path, batch=8, progress=False).rows([0, 2])
     assert pairs.x0.shape == (2, *family.shape) and pairs.states.shape == (2, 1, *family.shape)
-    assert torch.equal(pairs.cond[0], pairs.cond[1])  # number 2 has the first prompt again
+    # Number 2 has the first prompt again.
+    assert torch.equal(pairs.cond[0], pairs.cond[1])
     assert not torch.equal(pairs.x0[0], pairs.x0[1])
 
 
@@ -162,7 +165,8 @@ def test_dmd_regresses_at_the_first_time_of_its_sampling_and_only_if_asked(one_m
     )
     torch.testing.assert_close(method.regression_loss(nets, batch)["total"], torch.full((32,), 0.25))
     assert torch.equal(heard[0][0], batch.pairs.z) and bool((heard[0][1] == 1).all())
-    assert heard[0][2] is batch.pairs.cond  # its own, not the batch's
+    # Its own, not the batch's.
+    assert heard[0][2] is batch.pairs.cond
     (student, critic) = method.phases(0)
     assert [weight for weight, _ in student.terms] == [1.0, 0.25] and len(critic.terms) == 1
     without = worlds.method("dmd", steps=(1,), regression_weight=0.0)

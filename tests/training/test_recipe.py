@@ -177,8 +177,10 @@ def test_stages_are_laid_over_the_base() -> None:
     assert recipe_from(apply_overrides(staged(), ["stages.1.run.steps=9"])).total_steps == 12
     with_method = {**staged(), "method": BASE["method"]}
     inherited = recipe_from(with_method).stages()
-    assert inherited[0].method.config.guidance_scale == 4.0  # the same method: the base's values hold
-    assert inherited[1].method.config == OtherMethod.Config(2.0)  # another one: its own defaults
+    # The same method: the base's values hold.
+    assert inherited[0].method.config.guidance_scale == 4.0
+    # Another one: its own defaults.
+    assert inherited[1].method.config == OtherMethod.Config(2.0)
 
 
 @pytest.mark.parametrize(

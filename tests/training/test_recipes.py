@@ -32,7 +32,8 @@ def test_a_shipped_recipe_is_valid(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     recipe = load_recipe(path)
     assert recipe_from(recipe.mapping()) == recipe
-    assert Path(recipe.run.out).parts[0] == "runs"  # which git ignores
+    # Which git ignores.
+    assert Path(recipe.run.out).parts[0] == "runs"
     for stage in recipe.stages():
         method = stage.new_method()
         for part in [part for *_, part in getattr(method, "parts", ())] or [method]:
@@ -77,7 +78,8 @@ def test_accelerate_reads_its_configurations(path):
     processes = {"cpu": 1, "2cpu": 2, "1gpu": 1, "8gpu": 8}[path.stem]
     assert config.num_processes == processes
     assert bool(config.use_cpu) == path.stem.endswith("cpu")
-    assert str(config.mixed_precision) == "no"  # the recipe's own setting decides
+    # The recipe's own setting decides.
+    assert str(config.mixed_precision) == "no"
 
 
 def test_a_recipe_of_a_run_runs_again(tmp_path, monkeypatch):

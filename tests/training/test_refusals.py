@@ -24,7 +24,8 @@ DATA_FREE = (
     "dmd2", "sim", "sid", "diff_instruct", "vsd", "dmd", "kd", "boot", "reward", "disback", "compose",
 )  # fmt: skip
 GAN = {"name": "dmd2", "gan_weight": 0.1}
-CASES = [  # and whether real images are needed
+# And whether real images are needed.
+CASES = [
     *((name, SETTINGS.get(name, {}), name not in DATA_FREE) for name in METHODS),
     ("dmd2", {"gan_weight": 0.1}, True),
     ("disback", {"base": GAN}, True),
@@ -37,7 +38,8 @@ def refusal(call, *arguments) -> str:
     with pytest.raises(UserError) as caught:
         call(*arguments)
     said = str(caught.value)
-    assert re.fullmatch(r"[^\n]+\.", said) and ". " not in said, said  # one sentence
+    # One sentence.
+    assert re.fullmatch(r"[^\n]+\.", said) and ". " not in said, said
     return said
 
 

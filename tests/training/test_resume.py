@@ -90,7 +90,8 @@ def assert_goes_on_alike(recipe: Recipe, before: int, end: int) -> None:
             moved |= not torch.equal(value, middle[key])
         elif "seconds" not in key:
             assert value == again[key], key
-    assert moved  # the second half did train
+    # The second half did train.
+    assert moved
 
 
 @pytest.mark.parametrize("name", METHODS)

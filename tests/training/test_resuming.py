@@ -53,8 +53,10 @@ def test_an_interrupted_run_goes_on_bit_for_bit(kind, tmp_path, tiny_sd, monkeyp
         interrupt_in(patch, 2)
         with pytest.raises(KeyboardInterrupt):
             running.run(make(halves))
-    assert RunDirectory(halves).steps() == [3]  # the step that was under way is finished and kept
-    assert signal.getsignal(signal.SIGINT) is before  # which a background shell may have set to be ignored
+    # The step that was under way is finished and kept.
+    assert RunDirectory(halves).steps() == [3]
+    # Which a background shell may have set to be ignored.
+    assert signal.getsignal(signal.SIGINT) is before
     running.run(make(halves))
     assert_same_run(whole, halves)
     assert len(metrics(whole)) >= 3
@@ -98,7 +100,8 @@ def test_a_finished_run_says_so_and_fresh_starts_over(tmp_path, capsys):
         running.run(toy(out, "method.student_every=3"))
     running.run(toy(out, "method.student_every=3"), fresh=True)
     assert checkpoint(out).extra["counters"]["updates"] == {"student": 2, "fake_score": 6}
-    running.run(toy(out, "method.student_every=3", "run.steps=8"))  # more steps go on from what there is
+    # More steps go on from what there is.
+    running.run(toy(out, "method.student_every=3", "run.steps=8"))
     assert RunDirectory(out).latest() == 8
 
 

@@ -135,7 +135,8 @@ def test_each_network_is_clipped_by_itself(tmp_path):
     norms = {name: math.sqrt(sum(float(g.square().sum()) for g in part)) for name, part in found.items()}
     line = metrics(tmp_path / "run")[0]
     assert norms["fake_score"] == pytest.approx(1e-3, rel=1e-3)
-    assert line["critic/grad_norm_fake_score"] > 1e-2  # logged as it was before
+    # Logged as it was before.
+    assert line["critic/grad_norm_fake_score"] > 1e-2
     assert norms["student"] == pytest.approx(line["student/grad_norm_student"], rel=1e-4)
 
 

@@ -99,9 +99,8 @@ def prompts() -> dict[str, str]:
 def test_wrong_settings(override, message, capsys):
     said = stopped(capsys, "toy.yaml", override)
     assert message in said
-    assert Path("out").exists() == override.startswith(
-        "student.init"
-    )  # all else is found before anything is made
+    # All else is found before anything is made.
+    assert Path("out").exists() == override.startswith("student.init")
 
 
 @pytest.mark.parametrize(
@@ -117,7 +116,8 @@ def test_wrong_recipes(capsys):
     assert "there is no file toi.yaml. Did you mean 'toy.yaml'?" in stopped(capsys, "toi.yaml")
     assert "broken.yaml, line" in stopped(capsys, "broken.yaml")
     assert "empty.yaml: expected sections" in stopped(capsys, "empty.yaml")
-    assert load_recipe("toy.yaml").optim.lr == 1e-3  # YAML reads 1e-3 as text
+    # YAML reads 1e-3 as text.
+    assert load_recipe("toy.yaml").optim.lr == 1e-3
 
 
 def test_wrong_teachers(capsys, tiny_sd):
@@ -184,7 +184,8 @@ def test_an_unreadable_image_is_counted_and_the_dry_run_says_so(capsys, tiny_sd)
     main(["sd.yaml", "method.gan_weight=1e-3", "run.steps=1", "optim.batch_size=2"])
     said = capsys.readouterr().err
     assert "Loading pipeline components" not in said and "exported to out/student" in said
-    assert "critic/total=" in said and "images/s=" in said  # the progress bar
+    # The progress bar.
+    assert "critic/total=" in said and "images/s=" in said
 
 
 def test_ctrl_c_keeps_a_checkpoint_and_the_same_command_goes_on(capsys, monkeypatch):
@@ -225,7 +226,8 @@ def test_a_full_disk_keeps_the_checkpoint_before(capsys, monkeypatch):
 
     def full(tensors: Any, path: str, *rest: Any) -> None:
         calls.append(path)
-        if len(calls) > 4:  # three networks and the counters of the first checkpoint fit
+        # Three networks and the counters of the first checkpoint fit.
+        if len(calls) > 4:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
         original(tensors, path, *rest)
 

@@ -105,9 +105,8 @@ def test_two_processes_stop_after_the_same_step_and_measure(tmp_path, monkeypatc
             original(self)
 
         patch.setattr(Trainer, "train_step", train_step)
-        two_processes(
-            toy(halves, *measuring), tmp_path / "ranks2"
-        )  # torch takes KeyboardInterrupt for an end
+        # torch takes KeyboardInterrupt for an end.
+        two_processes(toy(halves, *measuring), tmp_path / "ranks2")
     assert RunDirectory(halves).latest() == 3
     two_processes(toy(halves, *measuring), tmp_path / "ranks3")
     assert same(checkpoint(whole).tensors, checkpoint(halves).tensors)
