@@ -82,7 +82,11 @@ def read(directory: Path) -> Card | None:
         raise UserError(
             f"{path} is of format {number!r}, and this version reads up to {FORMAT}; update stepdistill."
         )
-    return build(Card, {key: value for key, value in content.items() if key != "format"}, str(path))
+    try:
+        return build(Card, {key: value for key, value in content.items() if key != "format"}, str(path))
+    except UserError as error:
+        # What a sampling refuses it names as the recipe does.
+        raise UserError(str(error) if NAME in str(error) else f"{path}: {error}") from None
 
 
 def required(directory: Path) -> Card:

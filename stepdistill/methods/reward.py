@@ -54,7 +54,7 @@ class Reward(Method):
         super().__init__(config, sampling)
         if not 0 <= config.late < 1:
             raise UserError(f"method.late must be at least 0 and below 1, got {config.late:g}.")
-        self.cls = resolve(config.reward, REWARDS, "reward")
+        self.cls = resolve(config.reward, REWARDS, "reward", where="method.reward")
         self._model: RewardModel | None = None
 
     @property
