@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import yaml
 from worlds import gradients, world
 
+from evaluation import report
 from stepdistill.errors import UserError
 from training.recipe import SECTIONS, recipe_from
 
@@ -119,6 +121,15 @@ def test_tables_of_results_are_those_of_their_files():
             row for row in (ROOT / "assets" / "results" / name).read_text().splitlines() if row[:1] == "|"
         ]
         assert len(rows) > 2 and set(rows) <= set(results)
+
+
+def test_the_table_of_the_demo_is_what_is_printed():
+    results = json.loads((ROOT / "assets" / "results" / "demo.json").read_text())
+    printed = report.table(results).split("\n\n")[0].splitlines()
+    blocks = [block.splitlines() for _, block in FENCE.findall((ROOT / "README.md").read_text())]
+    (shown,) = (block for block in blocks if block[0].startswith("model "))
+    assert len(shown) == len(printed)
+    assert all(whole.startswith(line) for whole, line in zip(printed, shown, strict=True))
 
 
 def test_the_readmes_results_are_those_of_the_benchmark():
