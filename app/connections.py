@@ -21,7 +21,8 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 RECEIPT_SECONDS = 15.0
-RECEIPT_RATE = 100_000  # bytes per second, at least, of a body
+# Bytes per second, at least, of a body.
+RECEIPT_RATE = 100_000
 STALL_SECONDS = 60.0
 PER_ADDRESS = 128
 IN_ALL = 1024

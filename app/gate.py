@@ -33,7 +33,8 @@ OPEN = (
     ("POST", re.escape(UPLOAD) + "|" + re.escape(JOIN)),
 )
 OPEN = tuple((methods.split(), re.compile(pattern)) for methods, pattern in OPEN)
-NAME = re.compile(r"[A-Za-z0-9-]{1,64}")  # of a browser's tab, which the tab has chosen
+# Of a browser's tab, which the tab has chosen.
+NAME = re.compile(r"[A-Za-z0-9-]{1,64}")
 # The one field of a query that a route reads.
 QUERY = {STREAM: "session_hash"}
 FILE_KEYS = {"path", "url", "meta", "_type"}

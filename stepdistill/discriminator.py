@@ -34,8 +34,8 @@ class Head(nn.Module):
             convolution = nn.Conv2d(width, width, kernel, padding=kernel // 2)
             self.mix = nn.Sequential(convolution, nn.GroupNorm(groups, width), nn.SiLU())
 
-    def forward(self, features: Tensor, told: Tensor | None = None) -> Tensor:
-        """told: (B, condition) -> logits (B, places)."""
+    def forward(self, features: Tensor, condition: Tensor | None = None) -> Tensor:
+        """condition: (B, width) -> logits (B, places)."""
         shape = features.shape[2:] if features.ndim == 4 else (1, -1)
         if features.ndim == 4:
             places = features.flatten(2).transpose(1, 2)
@@ -48,7 +48,7 @@ class Head(nn.Module):
         hidden = hidden.transpose(1, 2)
         logits = self.leave(hidden)[..., 0]
         if self.project is not None:
-            logits = logits + (hidden * self.project(told)[:, None]).sum(-1) / hidden.shape[-1] ** 0.5
+            logits = logits + (hidden * self.project(condition)[:, None]).sum(-1) / hidden.shape[-1] ** 0.5
         return logits
 
 
@@ -62,9 +62,9 @@ class Discriminator(nn.Module):
         super().__init__()
         self.heads = nn.ModuleList(Head(count, width, condition, kernel) for count in channels)
 
-    def forward(self, features: Sequence[Tensor], told: Tensor | None = None) -> Tensor:
+    def forward(self, features: Sequence[Tensor], condition: Tensor | None = None) -> Tensor:
         pairs = zip(self.heads, features, strict=True)
-        return torch.cat([head(feature, told) for head, feature in pairs], 1)
+        return torch.cat([head(feature, condition) for head, feature in pairs], 1)
 
 
 Blocks = Literal["all", "half", "middle"]
@@ -149,14 +149,14 @@ def discriminator_losses(
     if misaligned is not None:
         critic, x_t = misaligned
         again = {"misaligned": game(logits[0], critic(x_t))}
-    told = [each.detach().flatten(1).mean(1) for each in logits]
-    right = told[0] > told[1] if config.gan == "relativistic" else torch.cat((told[0] > 0, told[1] < 0))
+    means = [each.detach().flatten(1).mean(1) for each in logits]
+    right = means[0] > means[1] if config.gan == "relativistic" else torch.cat((means[0] > 0, means[1] < 0))
     return {
         "total": gan + config.r1_weight * sum(penalties.values()) + sum(again.values()),
         "gan": gan,
         "accuracy": right.float().mean(),
-        "real_logit": told[0],
-        "fake_logit": told[1],
+        "real_logit": means[0],
+        "fake_logit": means[1],
         **penalties,
         **again,
     }

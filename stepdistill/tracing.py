@@ -70,7 +70,7 @@ class _Positional(nn.Module):
         self.network, self.names, self.conds, self.extras = network, names, conds, extras
 
     def forward(self, x_t: Tensor, t: Tensor, *rest: Tensor) -> Tensor:
-        told: Cond = None
+        cond: Cond = None
         if self.conds:
-            told = dict(zip(self.names, rest, strict=False)) if self.names else rest[0]
-        return self.network(x_t, t, told, **dict(zip(self.extras, rest[self.conds :], strict=True)))
+            cond = dict(zip(self.names, rest, strict=False)) if self.names else rest[0]
+        return self.network(x_t, t, cond, **dict(zip(self.extras, rest[self.conds :], strict=True)))

@@ -17,7 +17,8 @@ from stepdistill.methods.base import Batch, Method, Networks, Pairs
 from stepdistill.rewards import RewardModel
 from stepdistill.schedule import EDM, VP, Flow, Schedule, TrigFlow, expand
 
-RHOS = (9.0, 3.0, 1.0, 0.3)  # of a student of four steps; of fewer, evenly from these
+# Of a student of four steps; of fewer, evenly from these.
+RHOS = (9.0, 3.0, 1.0, 0.3)
 
 
 class Net(nn.Module):
@@ -93,7 +94,8 @@ def prepared(
                 "fake_score",
                 "predecessor",
                 "start",
-            ):  # copies, which would agree with their originals
+                # copies, which would agree with their originals.
+            ):
                 for parameter in network.parameters():
                     parameter += 0.1
     if name == "add":

@@ -16,9 +16,12 @@ from stepdistill.families.toy import SCHEDULES, Mixture
 from stepdistill.methods.base import Batch, Method, Networks
 from stepdistill.schedule import Schedule
 
-RHO = 0.7  # the noise level of every comparison
-SHIFT, SCALE = 0.4, 0.8  # the student: x0 = SHIFT + SCALE z
-ELSEWHERE = (-0.6, 0.3)  # another one
+# The noise level of every comparison.
+RHO = 0.7
+# The student: x0 = SHIFT + SCALE z.
+SHIFT, SCALE = 0.4, 0.8
+# Another one.
+ELSEWHERE = (-0.6, 0.3)
 EVERY_SCHEDULE = pytest.mark.parametrize("schedule", [f() for f in SCHEDULES.values()], ids=list(SCHEDULES))
 TWO_STUDENTS = pytest.mark.parametrize("theta", [(SHIFT, SCALE), ELSEWHERE], ids=["wide", "narrow"])
 
@@ -34,7 +37,8 @@ class Nodes:
         self.queue = ["z", "eps"]
 
     def randn(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        if not shape:  # a time
+        # A time.
+        if not shape:
             return torch.zeros(len(self.draws["z"]), dtype=torch.float64)
         return self.draws[self.queue.pop(0)][:, None]
 

@@ -127,7 +127,8 @@ def stock_images(directory: Path, tmp_path: Path, **call: Any) -> np.ndarray:
     out, process = tmp_path / "stock.npy", stock_process()
     print(json.dumps([str(directory), call, str(out)]), file=process.stdin, flush=True)
     answered = None
-    while answered != str(out):  # a test that was stopped while it waited leaves its answer behind
+    # A test that was stopped while it waited leaves its answer behind.
+    while answered != str(out):
         answered, failed = json.loads(process.stdout.readline())
     assert not failed, failed
     return np.load(out)

@@ -50,13 +50,15 @@ def from_yaml(text: str) -> Outer:
 @pytest.mark.parametrize(
     ("line", "name", "value"),
     [
-        ("rate: 1e-5", "rate", 1e-5),  # PyYAML reads this as text
+        # PyYAML reads this as text.
+        ("rate: 1e-5", "rate", 1e-5),
         ("rate: 3", "rate", 3.0),
         ("count: 1e3", "count", 1000),
         ("count: 2.0", "count", 2),
         ('flag: "true"', "flag", True),
         ("flag: False", "flag", False),
-        ("mode: no", "mode", "no"),  # PyYAML reads this as False
+        # PyYAML reads this as False.
+        ("mode: no", "mode", "no"),
         ("path: a/b", "path", Path("a/b")),
         ("path: null", "path", None),
         ("steps: [1, 2, 4]", "steps", (1, 2, 4)),

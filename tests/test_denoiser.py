@@ -28,14 +28,16 @@ def points(schedule, rho: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return schedule.add_noise(x0, eps, t), t
 
 
-RHO = torch.logspace(-1.4, 1.1, 26, dtype=torch.float64)  # inside every schedule's range
+# Inside every schedule's range.
+RHO = torch.logspace(-1.4, 1.1, 26, dtype=torch.float64)
 
 
 def test_one_mixture_says_the_same_in_every_schedule():
     said = {name: mixture(schedule)(*points(schedule, RHO)) for name, schedule in SCHEDULES.items()}
     for name in said:
         torch.testing.assert_close(said[name], said["edm"], rtol=1e-9, atol=1e-9, msg=name)
-    assert float(said["edm"].std()) > 0.3  # not one constant
+    # Not one constant.
+    assert float(said["edm"].std()) > 0.3
 
 
 @pytest.mark.parametrize("spoken", SCHEDULES)
@@ -72,7 +74,8 @@ def test_wrapping_carries_any_kind_of_network(kind):
     said = Denoiser(network, kind, vp).under(edm)(x_t, t)
     torch.testing.assert_close(said.x0, mixture(edm)(x_t, t), rtol=1e-8, atol=1e-8)
     ((_, told),) = network.calls
-    torch.testing.assert_close(vp.rho(told), RHO, rtol=1e-9, atol=0)  # in its own time
+    # In its own time.
+    torch.testing.assert_close(vp.rho(told), RHO, rtol=1e-9, atol=0)
 
 
 def test_noise_beyond_the_networks_range_keeps_its_norm():
@@ -128,7 +131,8 @@ def test_scale_one_is_one_call_of_one_batch_and_needs_no_uncond():
 @pytest.mark.parametrize("kind", ["x0", "eps", "v", "flow", "score"])
 def test_guiding_any_kind_is_the_same(kind, schedule):
     network, said, (x_t, t, cond, uncond) = guided_parts(schedule, kind)
-    assert [count for count, _ in network.calls] == [2 * len(RHO)]  # both halves in one call
+    # Both halves in one call.
+    assert [count for count, _ in network.calls] == [2 * len(RHO)]
     with_cond, without = network.inner(x_t, t, cond), network.inner(x_t, t, uncond)
     torch.testing.assert_close(said.x0, without + 3 * (with_cond - without), rtol=1e-8, atol=1e-8)
     # x0 and eps fit each other: together they are the state they were asked at.
@@ -154,9 +158,8 @@ def test_a_scale_per_sample_equals_one_call_per_scale():
         alone = guided(denoiser, x_t[row], t[row], cond[row], uncond[row], float(scales[i]))
         torch.testing.assert_close(said.x0[row], alone.x0, rtol=1e-10, atol=1e-10)
     without = denoiser(x_t[:1], t[:1], uncond[:1]).x0
-    torch.testing.assert_close(
-        said.x0[:1], without, rtol=1e-10, atol=1e-10
-    )  # scale 0 is the unconditional one
+    # Scale 0 is the unconditional one.
+    torch.testing.assert_close(said.x0[:1], without, rtol=1e-10, atol=1e-10)
 
 
 def test_map_cond_takes_tensors_dicts_and_none():
@@ -173,7 +176,8 @@ def test_clones_share_nothing_and_are_trainable():
     network = nn.Linear(2, 2)
     original = Denoiser(network, "x0", SCHEDULES["vp"]).requires_grad_(False)
     twin = original.clone()
-    assert twin.schedule is twin.native  # still unwrapped after the copy
+    # Still unwrapped after the copy.
+    assert twin.schedule is twin.native
     assert all(p.requires_grad for p in twin.parameters()) and not any(
         p.requires_grad for p in original.parameters()
     )
@@ -182,7 +186,8 @@ def test_clones_share_nothing_and_are_trainable():
     assert float(network.weight.abs().sum()) > 0
     assert parameter_count(original) == 6
     assert unwrap(nn.DataParallel(original)) is original
-    assert original.under(SCHEDULES["edm"]).network is network  # shared, on the other hand
+    # shared, on the other hand.
+    assert original.under(SCHEDULES["edm"]).network is network
 
 
 def test_expand_puts_the_batch_first():

@@ -41,7 +41,8 @@ def test_the_relativistic_game_sees_differences_only():
     discriminator, generator = GAN_LOSSES["relativistic"]
     real, fake = logits(0.3, 2.0), logits(-0.1, 5.0)
     torch.testing.assert_close(discriminator(real, fake), discriminator(real + 7, fake + 7))
-    torch.testing.assert_close(generator(fake, real), discriminator(fake, real))  # the roles are exchanged
+    # The roles are exchanged.
+    torch.testing.assert_close(generator(fake, real), discriminator(fake, real))
     closed = torch.log1p((fake - real).exp())[:, 0]
     torch.testing.assert_close(discriminator(real, fake), closed)
 
@@ -196,7 +197,8 @@ def test_a_residual_head_sees_the_places_around_it_and_no_further():
     changed[:, 10] += 1
     moved = head(changed) - head(tokens) != 0
     assert moved[:, 9:12].all() and moved.sum() == 2 * 3
-    assert head(tokens[:, 0]).shape == (2, 1)  # a vector has no neighbours
+    # A vector has no neighbours.
+    assert head(tokens[:, 0]).shape == (2, 1)
 
 
 @pytest.mark.parametrize("name", ["ladd", "add", "lightning"])

@@ -32,7 +32,8 @@ def test_the_exported_sd_student_equals_the_in_memory_sampler(tiny_sd, tmp_path,
         directory, tmp_path, prompt=[PROMPT, PROMPT], num_inference_steps=steps, seeds=[5, 6]
     )
     assert np.abs(stock * 255 - in_memory).max() <= 1.0
-    assert in_memory.std() > 1  # a picture, not one grey
+    # A picture, not one grey.
+    assert in_memory.std() > 1
 
 
 @pytest.mark.parametrize(("steps", "noise", "first"), [((1,), "sigma", 625), ((1, 4), "unit", 623)])
@@ -49,7 +50,8 @@ def test_a_student_that_starts_at_a_lower_noise_level_equals_the_stock_pipeline(
     reloaded = load(directory)
     assert reloaded.times(max(steps)) == sampler.times(max(steps))
     again = reloaded([PROMPT, PROMPT], [5, 6], steps=max(steps), chunk=2).permute(0, 2, 3, 1).numpy()
-    assert np.abs(ours.astype(int) - again).max() <= 1  # the shorter table is read from 32-bit betas
+    # The shorter table is read from 32-bit betas.
+    assert np.abs(ours.astype(int) - again).max() <= 1
     assert np.abs(stock_images(directory, tmp_path, **call) * 255 - ours).max() <= 1.0
     assert ours.std() > 1
 
@@ -76,7 +78,8 @@ def test_a_guidance_embedded_student_equals_the_stock_pipeline(tiny_sd, tmp_path
         )
         assert np.abs(stock * 255 - ours.permute(0, 2, 3, 1).numpy()).max() <= 1.0
     other = sampler([PROMPT], [7], steps=4, guidance_scale=4.0, chunk=1)
-    assert not torch.equal(ours, other)  # the scale reaches the network
+    # The scale reaches the network.
+    assert not torch.equal(ours, other)
 
 
 @pytest.mark.parametrize("steps", [1, 4])
@@ -121,7 +124,8 @@ def test_the_pipelines_own_defaults_say_what_to_pass(tiny_sd, tmp_path):
     )
     pipeline = DiffusionPipeline.from_pretrained(directory)
     pipeline.set_progress_bar_config(disable=True)
-    for wrong in ({}, {"num_inference_steps": 5}):  # the default 50, and one more than it was made for
+    # The default 50, and one more than it was made for.
+    for wrong in ({}, {"num_inference_steps": 5}):
         with pytest.raises(ValueError, match="original_steps"):
             pipeline(PROMPT, **wrong)
 

@@ -70,10 +70,12 @@ def test_early_exit_gives_the_same_features_and_input_gradient_and_computes_noth
         return features.detach(), x.grad
 
     early, whole = through(True), through(False)
-    assert denoiser.network.hidden[2].calls == 1  # by the whole forward alone
+    # By the whole forward alone.
+    assert denoiser.network.hidden[2].calls == 1
     assert torch.equal(early[0], whole[0]) and torch.equal(early[1], whole[1])
     assert float(early[1].abs().max()) > 0
-    assert not any(module._forward_hooks for module in denoiser.modules())  # nothing is left behind
+    # Nothing is left behind.
+    assert not any(module._forward_hooks for module in denoiser.modules())
 
 
 def test_frozen_parameters_get_no_gradient_but_the_input_does():
@@ -105,7 +107,8 @@ def test_every_listed_block_of_a_unet_has_the_channels_it_says(tiny_sd):
         teacher(x, t, cond)
     for name, feature in zip(names, features, strict=True):
         torch.testing.assert_close(feature, collected[name], rtol=0, atol=0)
-    (middle,) = block_features(nn.DataParallel(teacher), x, t, cond, [teacher.middle])  # wrapped by a trainer
+    # Wrapped by a trainer.
+    (middle,) = block_features(nn.DataParallel(teacher), x, t, cond, [teacher.middle])
     assert torch.equal(middle, collected[teacher.middle])
 
 
@@ -114,7 +117,8 @@ def test_discriminator_takes_maps_tokens_and_vectors():
     logits = Discriminator([8, 6, 10], width=32)([maps, tokens, vectors])
     assert logits.shape == (3, 4 * 5 + 7 + 1)
     head = Head(8)
-    places = maps.flatten(2).transpose(1, 2)  # the same places as tokens
+    # The same places as tokens.
+    places = maps.flatten(2).transpose(1, 2)
     torch.testing.assert_close(head(maps), head(places))
     assert head(vectors[:, :8]).shape == (3, 1)
     with pytest.raises(ValueError):
@@ -123,7 +127,8 @@ def test_discriminator_takes_maps_tokens_and_vectors():
 
 def test_a_samples_logits_are_its_own():
     maps = torch.randn(3, 8, 4, 4)
-    head = Head(8, width=12)  # an odd width finds its groups
+    # An odd width finds its groups.
+    head = Head(8, width=12)
     torch.testing.assert_close(head(maps)[1:2], head(maps[1:2]))
 
 
@@ -142,7 +147,8 @@ def test_ema_arithmetic_and_warm_up():
         decay = min(0.5, (1 + n) / (10 + n))
         expected = decay * expected + (1 - decay) * value
         assert float(average.shadow["weight"]) == pytest.approx(expected, rel=1e-6), n
-    assert min(0.5, (1 + 10) / (10 + 10)) == 0.5  # the last one was past the warm-up
+    # The last one was past the warm-up.
+    assert min(0.5, (1 + 10) / (10 + 10)) == 0.5
 
 
 def test_no_decay_is_the_network_itself():
@@ -181,7 +187,8 @@ def test_ema_state_comes_back_in_place():
     average, other = EMA(network, 0.9), EMA(nn.Linear(2, 2), 0.9)
     for _ in range(3):
         average.update(network)
-    kept = other.shadow["weight"]  # the tensor that lies on the network's device
+    # The tensor that lies on the network's device.
+    kept = other.shadow["weight"]
     other.load_state_dict(average.state_dict())
     assert (
         other.updates == 3 and torch.equal(kept, average.shadow["weight"]) and other.shadow["weight"] is kept
@@ -202,4 +209,5 @@ def test_a_pass_can_record_its_first_half_alone():
     (slope,) = torch.autograd.grad(seen["1"].sum(), x)
     (expected,) = torch.autograd.grad(body[1](body[0](x)).sum(), x)
     assert torch.equal(slope, expected)
-    assert torch.is_grad_enabled() and body(x).requires_grad  # the mode and the network are as before
+    # The mode and the network are as before.
+    assert torch.is_grad_enabled() and body(x).requires_grad

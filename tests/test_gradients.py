@@ -52,7 +52,8 @@ def kd(method: Method, nets: Networks, twin: Batch) -> Tensor:
 def reward(method: Method, nets: Networks, twin: Batch) -> Tensor:
     """10 + |x0 - 2|^2 of one step, or of the second of two, the first of which has no gradient."""
     first, second = method.sampling.grid(nets.schedule, 2)
-    two = twin.generator.shared_randint(0, 2) == 1  # of the places (1, 0) and (2, 1)
+    # Of the places (1, 0) and (2, 1).
+    two = twin.generator.shared_randint(0, 2) == 1
     x_t = at_first(nets, twin.randn(), first)
     t = times_like(first, x_t)
     if two:
@@ -83,7 +84,8 @@ def add(method: Method, nets: Networks, twin: Batch) -> Tensor:
     gan = nnf.softplus(-nets.discriminator(method.eye.features(x0))).mean()
     t = lognormal(schedule, twin.generator, 0.0, 0.7)
     said = constant(nets.teacher, schedule.add_noise(x0.detach(), twin.randn(), t), t).x0
-    weight = (1 + schedule.rho(t) ** 2) ** -0.5  # alpha of the VP schedule at this noise
+    # alpha of the VP schedule at this noise.
+    weight = (1 + schedule.rho(t) ** 2) ** -0.5
     return gan + 2.5 * (weight[:, None] * (x0 - said).square()).mean()
 
 

@@ -28,9 +28,11 @@ def test_both_agree_with_a_closed_form():
     torch.testing.assert_close(value, f(x, t), rtol=1e-7, atol=1e-7)
     torch.testing.assert_close(along, exact, rtol=1e-6, atol=1e-7)
     errors = [float((difference(f, (x, t), (dx, dt), h)[1] - exact).norm()) for h in (0.1, 0.05)]
-    assert errors[0] / errors[1] == pytest.approx(4, rel=0.1)  # second order
+    # Second order.
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.1)
     errors = [float((upwind(f, (x, t), (dx, dt), h)[1] - exact).norm()) for h in (1e-3, 5e-4)]
-    assert errors[0] / errors[1] == pytest.approx(2, rel=0.02)  # first order, from behind
+    # First order, from behind.
+    assert errors[0] / errors[1] == pytest.approx(2, rel=0.02)
     value, along = upwind(f, (x, t), (dx, dt), 0.5)
     assert torch.equal(value, f(x, t))
     torch.testing.assert_close(along, (f(x, t) - f(x - 0.5 * dx, t - 0.5 * dt)) / 0.5)
@@ -42,7 +44,8 @@ def test_both_agree_with_a_closed_form():
 
 def test_a_constant_has_a_zero_derivative_and_expanded_times_are_fine():
     x = torch.randn(4, 2)
-    t = times_like(0.3, x)  # one number in memory
+    # One number in memory.
+    t = times_like(0.3, x)
     value, along = jvp(lambda x, t: torch.ones_like(x), (x, t), (x, torch.ones_like(t)))
     assert torch.equal(along, torch.zeros_like(value))
     _, along = jvp(lambda x, t: x * t[:, None].float(), (x, t), (torch.zeros_like(x), torch.ones_like(t)))
@@ -117,7 +120,8 @@ def test_no_graph_is_left_and_parameters_get_no_gradient():
     for how in ("forward", "difference", "upwind"):
         value, along = directional(how, net, (x,), (torch.ones(2, 3),))
         assert not value.requires_grad and not along.requires_grad
-    net(x).sum().backward()  # an ordinary pass afterwards is not disturbed
+    # An ordinary pass afterwards is not disturbed.
+    net(x).sum().backward()
     assert net.weight.grad is not None and x.grad is not None
 
 

@@ -44,7 +44,8 @@ def test_the_surrogates_gradient_is_fake_minus_real(normalise):
 
 def test_no_gradient_where_the_fake_agrees_with_the_teacher():
     x0, teacher, _ = triple()
-    for real in (teacher, x0.detach()):  # the second: even where the normaliser is 0
+    # The second: even where the normaliser is 0.
+    for real in (teacher, x0.detach()):
         assert torch.equal(gradient(x0, real, real.clone()), torch.zeros_like(x0))
 
 
@@ -117,7 +118,8 @@ def test_the_surrogates_gradient_is_the_kl_gradient(schedule, t):
     true = torch.stack(torch.autograd.grad(kl(a, b, schedule, time), (a, b)))
     ours = torch.stack(torch.autograd.grad(surrogate(a, b, schedule, time), (a, b)))
     scale = float(schedule.rho(time) ** 2)
-    assert float(true.abs().min()) > 1e-3  # both parameters have somewhere to go
+    # Both parameters have somewhere to go.
+    assert float(true.abs().min()) > 1e-3
     torch.testing.assert_close(ours / scale, true, rtol=1e-8, atol=1e-8)
 
 

@@ -41,7 +41,8 @@ CASES: dict[str, dict[str, Any]] = {
     "sim": LOGNORMAL,
     "sid": LOGNORMAL,
 }
-SINGLE = ("ladd", "lightning", "dmd2", "f_distill")  # whose features are float32
+# Whose features are float32.
+SINGLE = ("ladd", "lightning", "dmd2", "f_distill")
 
 
 def said(case: str, schedule: Schedule, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, Tensor]:
@@ -50,7 +51,8 @@ def said(case: str, schedule: Schedule, monkeypatch: pytest.MonkeyPatch) -> tupl
     method, nets = prepared(name, CASES[case], schedule, monkeypatch)
     phase = next(iter(method.phases(7)))
     losses = torch.stack([loss(nets, batch(method, schedule))["total"].double() for _, loss in phase.terms])
-    if name == "tscd":  # which measures states at the segment's edge, not what they show
+    # Which measures states at the segment's edge, not what they show.
+    if name == "tscd":
         edges = method.lower_edge(
             schedule, torch.tensor(method.sampling.grid(schedule, 4), dtype=torch.float64)
         )

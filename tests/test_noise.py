@@ -49,9 +49,8 @@ def draws(index, **kwargs) -> list[torch.Tensor]:
 
 def test_a_samples_numbers_are_independent_of_its_batch():
     whole = draws(range(12), seed=1, step=4, phase="critic")
-    halves = [
-        draws(part, seed=1, step=4, phase="critic") for part in (range(6), range(6, 12))
-    ]  # two processes
+    # Two processes.
+    halves = [draws(part, seed=1, step=4, phase="critic") for part in (range(6), range(6, 12))]
     shuffled = draws([11, 3, 7], seed=1, step=4, phase="critic")
     for i, drawn in enumerate(whole):
         assert torch.equal(drawn, torch.cat([half[i] for half in halves]))
@@ -82,7 +81,8 @@ def test_moments():
         assert abs(float(normal.pow(power).mean()) - moment) < 5 * (variance / n) ** 0.5
     assert abs(float(uniform.mean()) - 0.5) < 5 * (1 / 12 / n) ** 0.5
     assert abs(float(uniform.square().mean()) - 1 / 3) < 5 * (4 / 45 / n) ** 0.5
-    assert float(normal.abs().max()) > 4  # the tails are there
+    # The tails are there.
+    assert float(normal.abs().max()) > 4
 
 
 def test_uniforms_are_float64_and_never_an_end():
@@ -114,7 +114,8 @@ def test_randint_is_uniform_over_its_range():
     counts = torch.bincount(drawn, minlength=10)
     assert counts[:3].sum() == 0 and len(counts) == 10
     expected = 30_000 / 7
-    assert float(((counts[3:] - expected) ** 2 / expected).sum()) < 30  # chi^2 with 6 degrees of freedom
+    # chi^2 with 6 degrees of freedom.
+    assert float(((counts[3:] - expected) ** 2 / expected).sum()) < 30
 
 
 def test_a_shared_number_is_equal_on_all_parts_and_uniform_over_steps():
@@ -125,14 +126,17 @@ def test_a_shared_number_is_equal_on_all_parts_and_uniform_over_steps():
     counts = torch.zeros(4)
     for step in range(2000):
         counts[SampleNoise([0], step=step, phase="student").shared_randint(0, 4)] += 1
-    assert float(((counts - 500) ** 2 / 500).sum()) < 25  # chi^2 with 3 degrees of freedom
+    # chi^2 with 3 degrees of freedom.
+    assert float(((counts - 500) ** 2 / 500).sum()) < 25
     again = [SampleNoise([0], step=step).shared_randint(0, 2) for step in range(400)]
     pairs = sum(a == b for a, b in itertools.pairwise(again))
-    assert 150 < pairs < 250  # neither constant nor alternating
+    # Neither constant nor alternating.
+    assert 150 < pairs < 250
 
 
 def test_shapes():
     noise = SampleNoise(torch.arange(3))
     assert noise.randn(2, 5).shape == (3, 2, 5) and noise.randn(2, 5).dtype == torch.float32
     assert noise.randn().shape == noise.rand().shape == noise.randint(0, 2).shape == (3,)
-    assert noise.randn(3).shape == (3, 3)  # an odd count
+    # An odd count.
+    assert noise.randn(3).shape == (3, 3)

@@ -74,7 +74,8 @@ def test_merged_students_draw_each_prompt_as_its_own_student_would(halves, tmp_p
     from stepdistill import scenes
     from training.merge import main
 
-    main([str(tmp_path / "merged"), str(halves[1]), str(halves[0])])  # in any order
+    # In any order.
+    main([str(tmp_path / "merged"), str(halves[1]), str(halves[0])])
     students = stepdistill.load(tmp_path / "merged")
     alone = [stepdistill.load(path) for path in halves]
     prompts = [scenes.scene_at(i).caption for i in range(12)]
@@ -90,7 +91,8 @@ def test_merged_students_draw_each_prompt_as_its_own_student_would(halves, tmp_p
     assert students.parameters["denoiser"] == 2 * alone[0].parameters["denoiser"]
     # Each is a stock pipeline, and each saw only its own prompts.
     DiffusionPipeline.from_pretrained(tmp_path / "merged" / "1")
-    main([str(tmp_path / "merged"), *map(str, halves)])  # again over the old one
+    # Again over the old one.
+    main([str(tmp_path / "merged"), *map(str, halves)])
     with pytest.raises(UserError, match="steps=3 is not what"):
         students(prompts, list(range(12)), steps=3)
     with pytest.raises(UserError, match="of one length"):
@@ -155,5 +157,5 @@ def test_the_students_of_a_class_partition_each_see_their_own_classes():
     from training.data.toy import Toy
 
     family = Family(Family.Config(modes=8, classes=4, fit_steps=0))
-    seen = [set(family.told(Toy(Toy.Config(partition=f"{k}/2")), range(100))) for k in (1, 2)]
+    seen = [set(family.prompts(Toy(Toy.Config(partition=f"{k}/2")), range(100))) for k in (1, 2)]
     assert seen == [{0, 1}, {2, 3}]

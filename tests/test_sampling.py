@@ -47,7 +47,8 @@ def test_renoise_equals_lcm_scheduler_step_by_step(steps, theirs, kind):
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
     start, outputs = drawn(steps)
     ours = states(outputs, kind, schedule, start, times, seeded(start, torch.float64))
-    close(ours, stock_states(scheduler, outputs, start), 1e-6)  # c_skip is not quite 0
+    # c_skip is not quite 0.
+    close(ours, stock_states(scheduler, outputs, start), 1e-6)
 
 
 @EVERY_KIND
@@ -69,7 +70,8 @@ def test_ode_equals_ddim_scheduler_step_by_step(steps, theirs, kind):
 
 
 @pytest.mark.parametrize(
-    ("name", "settings", "rule", "dtype"),  # of the noise they draw
+    # Of the noise they draw.
+    ("name", "settings", "rule", "dtype"),
     [
         ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}, "renoise", torch.float32),
         ("FlowMatchLCMScheduler", {}, "renoise", torch.float64),
@@ -104,7 +106,8 @@ def test_renoising_with_the_oracle_keeps_the_distribution(steps, name):
     bias = 0.002 if name == "edm" else 0.0
     assert abs(float(x0.mean()) - MEAN) < 5 * STD / n**0.5 + bias
     assert abs(float(x0.std()) - STD) < 5 * STD / (2 * n) ** 0.5
-    if steps > 1:  # the posterior mean in its place does not keep it
+    # The posterior mean in its place does not keep it.
+    if steps > 1:
         mean = Denoiser(gaussian(schedule, [MEAN], STD), "x0", schedule)
         assert (
             float(Sampling().sample(mean, x, grid, lambda _: noise.randn(1, dtype=torch.float64)).std())
@@ -136,7 +139,8 @@ def test_ode_with_the_exact_teacher_converges_to_the_flow_map(schedule):
 
     coarse, fine, finest = error(50), error(200), error(800) if schedule.t_max < 900 else error(500)
     assert coarse > fine > finest and finest < 0.01 < float(clean.std())
-    assert coarse / fine > 2.5  # of first order
+    # Of first order.
+    assert coarse / fine > 2.5
 
 
 def test_first_input():
@@ -235,7 +239,8 @@ def test_on_step_counts_per_chunk_and_may_raise(tiny_sd):
     with pytest.raises(Stop):
         sampler(prompts, seeds, **how, on_step=stop)
     assert counted == [(1, 4), (2, 4)]
-    assert torch.equal(sampler(prompts, seeds, **how), images)  # and it goes on working
+    # And it goes on working.
+    assert torch.equal(sampler(prompts, seeds, **how), images)
 
 
 def test_a_student_is_called_at_its_own_times_and_a_teacher_at_trailing_ones(toy):

@@ -85,7 +85,8 @@ def test_scenes_are_drawn_as_promised() -> None:
     shapes = [thing.shape for scene in seen for thing in scene.objects]
     assert all(abs(shapes.count(shape) / len(shapes) - 1 / 6) < 0.03 for shape in scenes.SHAPES)
     pairs = [scene.caption for scene in seen if scene.relation]
-    assert len(set(pairs)) > 0.95 * len(pairs)  # of 193,536
+    # Of 193,536.
+    assert len(set(pairs)) > 0.95 * len(pairs)
 
 
 def test_shapes_of_one_size_have_one_area_and_their_centroid_at_the_origin() -> None:
@@ -150,7 +151,8 @@ def test_wrong_captions_are_at_chance(drawn: tuple[np.ndarray, list[str]]) -> No
     images, captions = drawn
     accuracy = scenes.attribute_accuracy(images, captions[1:] + captions[:1])
     assert accuracy["all"] == 0.0
-    assert accuracy["background"] < 0.25  # chance is 1/8
+    # Chance is 1/8.
+    assert accuracy["background"] < 0.25
     assert accuracy["colours"] < 0.1
     assert accuracy["shapes"] < 0.1
     # Two captions agree on the number of objects with probability 0.75^2 + 0.25^2 = 0.625.
@@ -165,7 +167,8 @@ def test_each_change_of_a_scene_fails_its_own_attribute() -> None:
     star = scenes.Object("star", "red", "small")
     large = scenes.Object("circle", "red", "large")
     asked = {
-        frozenset(): scenes.Scene((other, one), "below", "yellow"),  # the same, said the other way round
+        # The same, said the other way round.
+        frozenset(): scenes.Scene((other, one), "below", "yellow"),
         frozenset({"shapes"}): scenes.Scene((star, other), "above", "yellow"),
         frozenset({"sizes"}): scenes.Scene((large, other), "above", "yellow"),
         frozenset({"relation"}): scenes.Scene((one, other), "left of", "yellow"),
@@ -184,11 +187,13 @@ def test_an_extra_object_is_counted() -> None:
     rows, columns = np.mgrid[:64, :64]
     image[(rows - 20) ** 2 + (columns - 20) ** 2 < 7.5**2] = scenes.COLOURS["red"]
     assert scenes.check(image, scene)["all"]
-    for colour in ("red", "green"):  # a second one of the same colour, and one of another
+    # A second one of the same colour, and one of another.
+    for colour in ("red", "green"):
         more = image.copy()
         more[45:55, 45:55] = scenes.COLOURS[colour]
         assert not scenes.check(more, scene)["count"], colour
-    image[60:62, 60:62] = scenes.COLOURS["green"]  # a speck is no object
+    # A speck is no object.
+    image[60:62, 60:62] = scenes.COLOURS["green"]
     assert scenes.check(image, scene)["all"]
 
 

@@ -96,7 +96,8 @@ def test_the_table_equals_diffusers(kind):
     theirs = DDPMScheduler(beta_start=start, beta_end=end, beta_schedule=kind)
     ours, t = VP.from_betas(kind, start, end), torch.arange(1000)
     torch.testing.assert_close(ours.alpha(t) ** 2, theirs.alphas_cumprod.double(), rtol=2e-5, atol=0)
-    read = VP(theirs.alphas_cumprod)  # exact at whole times
+    # Exact at whole times.
+    read = VP(theirs.alphas_cumprod)
     torch.testing.assert_close(read.alpha(t) ** 2, theirs.alphas_cumprod.double(), rtol=1e-12, atol=0)
     generator = torch.Generator().manual_seed(0)
     x0, eps = torch.randn(2, 5, 3, 4, 4, generator=generator)

@@ -61,7 +61,8 @@ def test_local_error_falls_with_the_solvers_order(solver, factor, schedule, t, s
     errors = [local_error(solver, schedule, t, step / 2**i) for i in range(4)]
     ratios = [a / b for a, b in itertools.pairwise(errors)]
     assert ratios[-1] == pytest.approx(factor, rel=0.08), ratios
-    assert errors[-1] > 1e-12  # the ratio is of errors, not of rounding
+    # The ratio is of errors, not of rounding.
+    assert errors[-1] > 1e-12
 
 
 def test_under_edm_ddim_is_euler():

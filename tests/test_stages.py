@@ -40,10 +40,12 @@ def test_the_second_stage_takes_over_what_the_first_recorded_and_resumes_bit_for
     for name, value in recorded["path_1"].items():
         assert torch.equal(value, at_6["path_1"][name]) and torch.equal(value, at_8["path_1"][name])
     first = "network.enter.weight"
-    assert not torch.equal(recorded["path_1"][first], recorded["fake_score"][first])  # two iterations apart
+    # Two iterations apart.
+    assert not torch.equal(recorded["path_1"][first], recorded["fake_score"][first])
     assert not torch.equal(at_6["student"][first], at_8["student"][first])
     shutil.rmtree(directory.checkpoints / "8")
-    run(recipe)  # goes on in the second stage, at 6
+    # Goes on in the second stage, at 6.
+    run(recipe)
     again = directory.load(8).tensors
     for network, state in at_8.items():
         for name, value in state.items():
@@ -55,7 +57,8 @@ def test_a_degrade_stage_too_short_for_its_record_is_refused(tmp_path):
     from training.run import run
 
     short = backtracked(tmp_path / "run")
-    short["stages"][0]["run"]["steps"] = 1  # of 2 to the first record
+    # Of 2 to the first record.
+    short["stages"][0]["run"]["steps"] = 1
     with pytest.raises(
         UserError, match=r"method\.path=2: the degrade stage recorded no path_1; give it run\.steps of"
     ):

@@ -45,7 +45,8 @@ def test_more_steps_than_a_table_has_are_refused():
 
 def test_a_fraction_of_the_karras_range_is_the_same_noise_under_schedules_that_reach_as_far():
     drawn = [s.rho(timesteps.karras(s, noise(), 0.0, 0.8)) for s in (EDM(), Flow(), TrigFlow())]
-    for rho in drawn:  # Flow and TrigFlow go on to where there is no signal at all
+    # Flow and TrigFlow go on to where there is no signal at all.
+    for rho in drawn:
         torch.testing.assert_close(rho, drawn[0], rtol=1e-6, atol=0)
     assert float(drawn[0].max()) < 24.5
 
@@ -135,7 +136,8 @@ def test_uniform_under_a_table_is_whole_and_reaches_both_ends():
     assert torch.equal(t, t.round()) and float(t.min()) == 0 and float(t.max()) == 999
     close(t, 499.5, ((1000**2 - 1) / 12) ** 0.5)
     inner = timesteps.uniform(VP_TABLE, noise(), 0.02, 0.98)
-    assert float(inner.min()) == 20 and float(inner.max()) == 979  # DMD2's 0.02 T .. 0.98 T
+    # DMD2's 0.02 T .. 0.98 T.
+    assert float(inner.min()) == 20 and float(inner.max()) == 979
     assert len(inner.unique()) == 960
     assert torch.equal(
         timesteps.uniform(VP_TABLE, noise(), 0.5, 0.5), torch.full((N,), 500.0, dtype=torch.float64)
@@ -145,7 +147,8 @@ def test_uniform_under_a_table_is_whole_and_reaches_both_ends():
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 def test_karras_is_uniform_in_the_seventh_root_of_rho(schedule):
     ends = torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64)
-    low, high = (schedule.rho(ends).clamp(0.002, 80.0) ** (1 / 7)).tolist()  # EDM's
+    # EDM's.
+    low, high = (schedule.rho(ends).clamp(0.002, 80.0) ** (1 / 7)).tolist()
     u = (schedule.rho(timesteps.karras(schedule, noise())) ** (1 / 7) - low) / (high - low)
     close(u, 0.5, 1 / 12**0.5)
     part = (schedule.rho(timesteps.karras(schedule, noise(1), 0.25, 0.5)) ** (1 / 7) - low) / (high - low)
@@ -154,7 +157,8 @@ def test_karras_is_uniform_in_the_seventh_root_of_rho(schedule):
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 def test_lognormal_is_normal_in_log_rho(schedule):
-    mean, std = 0.2, 0.4  # narrow enough to stay inside every schedule's range
+    # Narrow enough to stay inside every schedule's range.
+    mean, std = 0.2, 0.4
     close(schedule.rho(timesteps.lognormal(schedule, noise(), mean, std)).log(), mean, std)
 
 

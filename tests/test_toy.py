@@ -188,8 +188,9 @@ def test_toy_data_has_unit_variance_and_follows_the_labels():
     data = family.data(range(20_000))
     # The circle gives each coordinate variance 1, the modes their own 0.01.
     assert bool(((data.var(0) - 1.01).abs() < 0.04).all())
-    assert torch.equal(data[:10], family.data(range(10)))  # a sample is its index
-    labels = family.told(None, range(64))
+    # A sample is its index.
+    assert torch.equal(data[:10], family.data(range(10)))
+    labels = family.prompts(None, range(64))
     examples = family.examples(None, range(64))
     nearest = (examples[:, None].double() - family.mixture.means).norm(dim=2).argmin(1)
     assert (nearest % 4).tolist() == labels
@@ -202,7 +203,8 @@ def test_the_clone_is_a_fit_of_the_exact_teacher():
         family = Toy(Toy.Config(modes=3, classes=3, fit_steps=fit_steps, schedule="edm"))
         teacher, clone = family.teacher, family.teacher.clone()
         x0, eps = family.data(range(500), seed=9), SampleNoise(range(500), phase="test").randn(2)
-        told = torch.arange(500) % 4  # "no class" is among them
+        # "no class" is among them.
+        told = torch.arange(500) % 4
         for sigma in (5.0, 0.5):
             t = times_like(sigma, x0)
             x_t = clone.schedule.add_noise(x0, eps, t)
@@ -237,7 +239,8 @@ def test_the_picture_shows_the_points():
     empty, one = family.picture(torch.zeros(0, 2)), family.picture(torch.tensor([[2.0, 2.0]]))
     assert empty.shape == (192, 192, 3) and int(empty.min()) == 255
     rows, columns = (one[..., 0] < 255).nonzero()
-    assert rows.tolist() == [8] and columns.tolist() == [183]  # up and to the right
+    # Up and to the right.
+    assert rows.tolist() == [8] and columns.tolist() == [183]
 
 
 @pytest.mark.parametrize("name", ["Mixture", "Toy"])
@@ -261,6 +264,8 @@ def test_modes_covered_counts_what_is_reached():
     assert family.modes_covered(lambda n: family.data(range(n), seed=5)) == 8
     three = family.mixture.means[:3].float()
     assert family.modes_covered(lambda n: three[torch.arange(n) % 3]) == 3
-    assert family.modes_covered(lambda n: torch.zeros(n, 2)) == 0  # the centre is no mode
+    # The centre is no mode.
+    assert family.modes_covered(lambda n: torch.zeros(n, 2)) == 0
     thin = family.mixture.means[torch.cat((torch.zeros(4000), torch.ones(96))).long()].float()
-    assert family.modes_covered(lambda n: thin) == 1  # 96 of 4,096 is less than a quarter of an eighth
+    # 96 of 4,096 is less than a quarter of an eighth.
+    assert family.modes_covered(lambda n: thin) == 1

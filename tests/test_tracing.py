@@ -24,7 +24,8 @@ def test_images_are_bit_equal(pair, steps, chunk):
     plain, traced = pair
     traced.trace()
     expected = plain(PROMPTS, [3, 4], steps=steps, chunk=chunk)
-    for _ in range(2):  # as recorded, and as replayed
+    # As recorded, and as replayed.
+    for _ in range(2):
         assert torch.equal(traced(PROMPTS, [3, 4], steps=steps, chunk=chunk), expected)
     assert len(traced.denoiser.network._recorded) >= 1
 

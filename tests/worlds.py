@@ -24,7 +24,8 @@ from stepdistill.registry import allowing_code, resolve
 from stepdistill.rewards import RewardModel
 from stepdistill.sampling import Sampling
 
-COUNT = 16  # samples of a world's batch
+# Samples of a world's batch.
+COUNT = 16
 
 # Methods that need settings to exist, and variants worth a row; any other registered name runs on defaults.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -81,7 +82,7 @@ class World:
     ) -> Batch:
         family, index = self.family, torch.arange(count)
         images = self.method.needs_images if images is None else images
-        labels = family.told(None, range(count))
+        labels = family.prompts(None, range(count))
         x0 = family.examples(None, range(count)) if images else None
         noise = SampleNoise(index, step=step, phase=phase)
         cond = family.encode(labels)

@@ -93,7 +93,7 @@ class Batches:
     def _batch(self, examples: list[int], positions: range, phase: str, state: TrainState) -> Batch:
         family = self.family
         noise = state.noise(positions, phase, self.device)
-        prompts = family.told(self.source, examples)
+        prompts = family.prompts(self.source, examples)
         cond, uncond = self._moved(family.encode(prompts)), self._moved(family.uncond(len(examples)))
         x0 = self._real(examples) if self.needs_images else None
         return Batch(cond, uncond, family.shape, noise.index, noise, x0, prompts=prompts)

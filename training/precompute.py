@@ -86,7 +86,7 @@ class Trajectories:
 
 
 def _cond(family: Family, source: Source, indices: Sequence[int], device: torch.device | str) -> Cond:
-    told = family.told(source, [i % source.size for i in indices])
+    told = family.prompts(source, [i % source.size for i in indices])
     return map_cond(lambda c: c.to(device), family.encode(told))
 
 

@@ -64,12 +64,12 @@ def members(inputs: Inputs, count: int) -> list[np.ndarray]:
     Raises:
         UserError: there is no such prompt, or groups and images differ in number.
     """
-    told = inputs.groups if inputs.groups is not None else inputs.captions
-    if told is None or len(told) != count:
-        found = "none" if told is None else f"{len(told)}"
+    shown = inputs.groups if inputs.groups is not None else inputs.captions
+    if shown is None or len(shown) != count:
+        found = "none" if shown is None else f"{len(shown)}"
         raise UserError(f"diversity needs the prompt of each of the {count} images, got {found}.")
     by_group: dict = {}
-    for index, group in enumerate(told):
+    for index, group in enumerate(shown):
         by_group.setdefault(group, []).append(index)
     groups = [np.array(index) for index in by_group.values() if len(index) > 1]
     if not groups:

@@ -29,7 +29,7 @@ class Family:
         pipeline: the diffusers pipeline behind it, None for the toy.
         init_noises: the first states its pipeline can start from, of `sampling.InitNoise`.
         exportable: whether a student can become a pipeline directory (`export`).
-        own_data: it draws x0 and classes itself (`examples`, `told`); a data source gives indices only.
+        own_data: it draws x0 and classes itself (`examples`, `prompts`); a data source gives indices only.
         preview_count: x0 that make one picture of a preview, drawn at once; None = one picture for each.
     """
 
@@ -92,7 +92,7 @@ class Family:
             student.network.extras[extra]()
         return student
 
-    def told(self, source: Any, indices: Sequence[int]) -> list:
+    def prompts(self, source: Any, indices: Sequence[int]) -> list:
         """What `encode` is given for the examples `indices` of a data source: captions, class indices,
         or anything.
         """

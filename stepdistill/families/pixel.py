@@ -83,8 +83,10 @@ class PixelUNet(nn.Module):
         """The UNet's output; label and end in the units of its time embedding."""
         with contextlib.ExitStack() as hooked:
             if end is not None:
-                told = self.end(sinusoids(end.to(x.device) / 1000, 256).to(x.dtype))
-                hook = self.unet.time_embedding.register_forward_hook(lambda _m, _x, out: out + told.to(out))
+                embedded = self.end(sinusoids(end.to(x.device) / 1000, 256).to(x.dtype))
+                hook = self.unet.time_embedding.register_forward_hook(
+                    lambda _m, _x, out: out + embedded.to(out)
+                )
                 hooked.callback(hook.remove)
             dtype = self.unet.dtype
             return self.unet(x.to(dtype), label.to(x.device, torch.float32), class_labels=cond).sample

@@ -32,7 +32,7 @@ from stepdistill.untrusted import LOADING, check_directory
 # Of the files a component without a pipeline is read from.
 SUFFIXES = (".json", ".txt", ".safetensors")
 # Of the embedded guidance scale or end time, LCM's time_cond_proj_dim.
-TOLD_DIM = 256
+COND_PROJ_DIM = 256
 
 
 class ConditionedUNet(nn.Module):
@@ -44,7 +44,7 @@ class ConditionedUNet(nn.Module):
 
     @property
     def extras(self) -> dict[str, Callable[[], None]]:
-        return {"guidance": self.add_told, "end": self.add_told}
+        return {"guidance": self.add_cond_proj, "end": self.add_cond_proj}
 
     @property
     def blocks(self) -> dict[str, int]:
@@ -64,15 +64,15 @@ class ConditionedUNet(nn.Module):
         (B,) the time a two-time student jumps to. A UNet is told one of the two, through time_cond_proj.
         """
         dtype = self.unet.dtype
-        told = guidance - 1 if guidance is not None else end / 1000 if end is not None else None
+        scalar = guidance - 1 if guidance is not None else end / 1000 if end is not None else None
         embedded = None
-        if told is not None:
-            embedded = sinusoids(told, self.unet.config.time_cond_proj_dim).to(x_t.device, dtype)
+        if scalar is not None:
+            embedded = sinusoids(scalar, self.unet.config.time_cond_proj_dim).to(x_t.device, dtype)
         return self.unet(
             x_t.to(dtype), t.to(x_t.device, torch.float32), cond.to(dtype), timestep_cond=embedded
         ).sample
 
-    def add_told(self) -> None:
+    def add_cond_proj(self) -> None:
         """Give the UNet an embedded guidance scale or end time; its projection starts at zero, so nothing
         changes at first.
         """
@@ -86,7 +86,7 @@ def with_time_cond(unet: nn.Module) -> nn.Module:
     A stock pipeline never runs classifier-free guidance on such a UNet, which is what a guidance-free student
     wants too.
     """
-    config = dict(unet.config) | {"time_cond_proj_dim": TOLD_DIM}
+    config = dict(unet.config) | {"time_cond_proj_dim": COND_PROJ_DIM}
     # Of a UNet made from a partial configuration; it would undo ours.
     config.pop("_use_default_values", None)
     twin = cast(type(unet).from_config(config), unet.device, unet.dtype)

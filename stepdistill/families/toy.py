@@ -287,7 +287,7 @@ class Toy(Family):
         """Exact samples, one per index, (N, 2)."""
         return self.mixture.draw(SampleNoise(index, seed=seed, phase="data"), cond)
 
-    def told(self, source: Any, indices: Sequence[int]) -> list:
+    def prompts(self, source: Any, indices: Sequence[int]) -> list:
         """Classes in turn, all of them or those of the source's partition."""
         classes = range(self.config.classes)
         if source is not None and len(classes) > 1:
@@ -295,7 +295,7 @@ class Toy(Family):
         return [classes[i % len(classes)] for i in indices]
 
     def examples(self, source: object, indices: Sequence[int]) -> Tensor:
-        return self.data(indices, cond=self.encode(self.told(source, indices)))
+        return self.data(indices, cond=self.encode(self.prompts(source, indices)))
 
     def decode(self, x0: Tensor) -> Tensor:
         return x0

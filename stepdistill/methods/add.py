@@ -89,17 +89,17 @@ class ADD(Method):
         x_t = torch.where(first, start, schedule.add_noise(batch.x0, eps, t))
         return nets.student(x_t, t, batch.cond).x0
 
-    def told(self, batch: Batch) -> Tensor | None:
+    def condition(self, batch: Batch) -> Tensor | None:
         return self.eye.prompts(batch.prompts, batch.index.device) if self.eye.prompt_width else None
 
     def student_loss(self, nets: Networks, batch: Batch) -> Losses:
-        config, told = self.config, self.told(batch)
+        config, condition = self.config, self.condition(batch)
         x0 = self.generate(nets, batch)
-        fake = nets.discriminator(self.eye.features(nets.decode(x0)), told)
+        fake = nets.discriminator(self.eye.features(nets.decode(x0)), condition)
         real = None
         if config.gan == "relativistic":
             with torch.no_grad():
-                real = nets.discriminator(self.eye.features(nets.decode(batch.x0)), told)
+                real = nets.discriminator(self.eye.features(nets.decode(batch.x0)), condition)
         losses = {"gan": GAN_LOSSES[config.gan][1](fake, real)}
         losses["distillation"], teacher_x0 = self.distillation(nets, batch, x0)
         teacher = {f"teacher_{name}": value for name, value in moments(teacher_x0).items()}
@@ -118,21 +118,23 @@ class ADD(Method):
         return weight.to(x0) * mse(x0, target), target
 
     def discriminator_loss(self, nets: Networks, batch: Batch) -> Losses:
-        told = self.told(batch)
+        condition = self.condition(batch)
         with torch.no_grad():
             x0 = self.generate(nets, batch)
             seen = [self.eye.features(nets.decode(each)) for each in (batch.x0, x0)]
-        (real, critic), (fake, _) = (self.packed(nets, features, told) for features in seen)
+        (real, critic), (fake, _) = (self.packed(nets, features, condition) for features in seen)
         return discriminator_losses(self.config, (critic, real), (critic, fake), lambda: _like(real, batch))
 
-    def packed(self, nets: Networks, features: list[Tensor], told: Tensor | None) -> tuple[Tensor, Critic]:
+    def packed(
+        self, nets: Networks, features: list[Tensor], condition: Tensor | None
+    ) -> tuple[Tensor, Critic]:
         """All features of a sample as one vector (B, n), and the heads as a function of it: where R1 is taken."""
         shapes = [each.shape[1:] for each in features]
 
         def critic(vector: Tensor) -> Tensor:
             parts = vector.split([shape.numel() for shape in shapes], 1)
             unpacked = [part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)]
-            return nets.discriminator(unpacked, told)
+            return nets.discriminator(unpacked, condition)
 
         return torch.cat([each.flatten(1) for each in features], 1), critic
 

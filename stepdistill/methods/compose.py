@@ -113,8 +113,8 @@ class Compose(Method):
         for scope, weight, part in self.parts:
             for phase in part.phases(step):
                 trains = tuple(name if name == "student" else f"{scope}/{name}" for name in phase.trains)
-                told = f"{scope}/" if phase.name == "student" else ""
-                terms = tuple((weight * w, _scope_loss(loss, scope, told)) for w, loss in phase.terms)
+                prefix = f"{scope}/" if phase.name == "student" else ""
+                terms = tuple((weight * w, _scope_loss(loss, scope, prefix)) for w, loss in phase.terms)
                 name = phase.name if phase.name == "student" else f"{scope}/{phase.name}"
                 key = ("student",) if "student" in trains else trains
                 if key in merged:
@@ -144,12 +144,12 @@ class Compose(Method):
             part.load_state_dict(own)
 
 
-def _scope_loss(loss: LossFn, scope: str, told: str) -> LossFn:
-    """`loss` with its part's networks; what it logs beside the total gets `told` in front."""
+def _scope_loss(loss: LossFn, scope: str, prefix: str) -> LossFn:
+    """`loss` with its part's networks; what it logs beside the total gets `prefix` in front."""
 
     def scoped(nets: Networks, batch: Batch) -> Losses:
         losses = loss(nets.scoped(scope), batch)
-        return {name if name == "total" else told + name: value for name, value in losses.items()}
+        return {name if name == "total" else prefix + name: value for name, value in losses.items()}
 
     scoped.__name__ = f"{scope}.{term_name(loss)}"
     return scoped

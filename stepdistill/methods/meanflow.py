@@ -116,9 +116,6 @@ class MeanFlow(Method):
         v = eps - batch.x0
         if config.guidance_scale == 1 and config.kappa == 0:
             return v
-        own = [
-            unwrap(nets.student)(x_t, t, told, in_schedule=Flow(), end=t).flow
-            for told in (cond, batch.uncond)
-        ]
+        own = [unwrap(nets.student)(x_t, t, c, in_schedule=Flow(), end=t).flow for c in (cond, batch.uncond)]
         omega, kappa = config.guidance_scale, config.kappa
         return omega * v + kappa * own[0] + (1 - omega - kappa) * own[1]

@@ -31,7 +31,8 @@ def tiny_extractor(name: str = "tiny", dim: int = 24) -> Extractor:
         return torch.randn(*shape, generator=generator) / np.prod(shape[1:]) ** 0.5
 
     layers = [weight(12, 3, 5, 5), weight(16, 12, 3, 3), weight(dim // 2, 16, 3, 3)]
-    layers[0][:6] -= layers[0][:6].mean((2, 3), keepdim=True)  # half of the first filters see edges alone
+    # Half of the first filters see edges alone.
+    layers[0][:6] -= layers[0][:6].mean((2, 3), keepdim=True)
 
     def network(images: Tensor) -> Tensor:
         x = images.float() / 127.5 - 1

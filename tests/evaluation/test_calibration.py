@@ -96,7 +96,8 @@ def test_distance_strictly_rises(worse, levels, extractor: Extractor, images: Te
         for each in sets
     ]
     assert all(a < b for a, b in itertools.pairwise(found)), found
-    assert found[-1] > 2 * found[0]  # which is the bias of few samples, nearly all of it
+    # Which is the bias of few samples, nearly all of it.
+    assert found[-1] > 2 * found[0]
 
 
 def test_dropped_classes_raise_the_distance_and_lower_recall(extractor: Extractor, real: Tensor) -> None:
@@ -150,7 +151,8 @@ def test_inference_is_the_network_itself(extractor: Extractor, images: Tensor) -
     truth, found = plain(images[:30]), extractor(images[:30])
     assert float((found - truth).norm() / truth.norm()) < 1e-6
     assert not any(isinstance(part, torch.nn.BatchNorm2d) for part in plain.for_inference().modules())
-    assert torch.equal(plain(images[:30]), truth)  # the network that was copied is as it was
+    # The network that was copied is as it was.
+    assert torch.equal(plain(images[:30]), truth)
 
 
 def test_the_scene_network_answers_many_questions_and_has_no_inception_score(extractor: Extractor) -> None:

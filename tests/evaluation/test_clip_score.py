@@ -60,7 +60,8 @@ def test_clip_score_is_the_mean_cosine(clip_directory: Path) -> None:
     model = CLIPModel.from_pretrained(clip_directory)
     tokenizer = AutoTokenizer.from_pretrained(clip_directory)
     pixels = (images.float() / 255 - 0.5) / 0.25
-    with torch.no_grad():  # the definition, through the towers themselves, one caption at a time
+    # The definition, through the towers themselves, one caption at a time.
+    with torch.no_grad():
         pictured = model.visual_projection(model.vision_model(pixels).pooler_output)
         pooled = [model.text_model(**tokenizer(text, return_tensors="pt")).pooler_output for text in captions]
         spoken = model.text_projection(torch.cat(pooled))

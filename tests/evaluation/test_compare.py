@@ -187,7 +187,8 @@ def test_geneval_scores_and_their_errors(tmp_path, capsys) -> None:
     main(["geneval", "summarise", str(tmp_path / "r.jsonl"), "-o", str(tmp_path / "s.json")])
     found = json.loads((tmp_path / "s.json").read_text())
     assert found["geneval"] == 0.75 and found["geneval/counting"] == 0.5 and found["geneval/colors"] == 1
-    assert found["geneval/counting/se"] == pytest.approx(np.std([1, 0, 0.5], ddof=1) / 3**0.5)  # over prompts
+    # Over prompts.
+    assert found["geneval/counting/se"] == pytest.approx(np.std([1, 0, 0.5], ddof=1) / 3**0.5)
     assert found["geneval/se"] == pytest.approx(found["geneval/counting/se"] / 2)
     assert "5 prompts, 16 images" in capsys.readouterr().out
     (tmp_path / "r.jsonl").write_text("{}\n")
@@ -217,4 +218,5 @@ def test_geneval_export_from_the_command_line(tmp_path, tiny_sd, monkeypatch, ca
     main([*map(str, command), "--captions", str(tmp_path / "m.jsonl")])
     pixels = [np.asarray(Image.open(file)) for file in sorted((tmp_path / "o" / "images").rglob("*.png"))]
     assert len(pixels) == 4 and not np.array_equal(pixels[0], pixels[1])
-    assert np.array_equal(pixels[0], pixels[2])  # the same prompt and the same four seeds
+    # The same prompt and the same four seeds.
+    assert np.array_equal(pixels[0], pixels[2])

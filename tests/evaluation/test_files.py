@@ -66,7 +66,8 @@ def test_images_that_cannot_be_used(tmp_path) -> None:
         decode(encoded(clear), "x")
     with pytest.raises(UserError, match="x has 16 bits a channel"):
         decode(encoded(Image.fromarray(np.zeros((8, 8), np.uint16))), "x")
-    for channels in (3, 4):  # Pillow opens these as 8-bit RGB and RGBA
+    # Pillow opens these as 8-bit RGB and RGBA.
+    for channels in (3, 4):
         with pytest.raises(UserError, match="x has 16 bits a channel"):
             decode(deep_png(channels), "x")
     with pytest.raises(UserError, match=r"cannot be read as an image \(its format is none that is known\)"):

@@ -92,7 +92,8 @@ def test_infinity_finds_the_distance_of_the_distributions(dim: int) -> None:
         found.append(value)
         errors.append(error)
     bias = np.mean(naive) - truth
-    assert bias > 5 * np.std(naive) / 5  # what is to be removed stands out clearly
+    # What is to be removed stands out clearly.
+    assert bias > 5 * np.std(naive) / 5
     assert abs(np.mean(found) - truth) < 0.15 * bias + 3 * np.std(found) / 5
     assert np.mean(errors) == pytest.approx(np.std(found), rel=0.4)
 

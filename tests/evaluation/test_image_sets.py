@@ -26,7 +26,8 @@ def test_images_by_kernel_and_neighbours(tmp_path, net, capsys) -> None:
     command = ["images", one, "--ref", other, "--extractor", net, "--metrics", "fd,kid,prdc"]
     main([*map(str, command), "-o", str(tmp_path / "r.json")])
     found = json.loads((tmp_path / "r.json").read_text())
-    assert found["prdc:tiny/precision"] == 1 and found["kid:tiny"] < 0.01  # the first 20 of the same 30
+    # The first 20 of the same 30.
+    assert found["prdc:tiny/precision"] == 1 and found["kid:tiny"] < 0.01
     main(["stats", str(other), "-o", str(tmp_path / "ref.npz"), "--extractor", str(net)])
     command[3] = tmp_path / "ref.npz"
     assert "the metric 'kid' needs reference_images" in refused(capsys, *command)
@@ -117,7 +118,8 @@ def test_images_that_cannot_be_measured(tmp_path, net, capsys) -> None:
         ]
         assert reason in wrong(odd)
     bomb = save_scenes(tmp_path / "bomb")
-    Image.new("1", (10_000, 10_000)).save(bomb / "bomb.png")  # 100 megapixels in a few kilobytes
+    # 100 megapixels in a few kilobytes.
+    Image.new("1", (10_000, 10_000)).save(bomb / "bomb.png")
     assert "bomb.png cannot be read as an image (it has more than 89,478,485 pixels" in wrong(bomb)
     (tmp_path / "ref.pkl").write_bytes(b"")
     assert "ref.pkl is a pickle, which can run any code" in wrong(good, reference=tmp_path / "ref.pkl")

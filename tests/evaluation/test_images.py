@@ -75,9 +75,11 @@ def test_what_a_pass_finds_out(tmp_path) -> None:
     assert found.facts is None
     list(found)
     facts = found.facts
-    assert (facts.n, facts.grey, facts.lossy, facts.duplicates) == (8, 2, 1, 2)  # the two greys, and number 3
+    # The two greys, and number 3.
+    assert (facts.n, facts.grey, facts.lossy, facts.duplicates) == (8, 2, 1, 2)
     next(iter(found))
-    assert found.facts is facts  # an unfinished pass says nothing
+    # An unfinished pass says nothing.
+    assert found.facts is facts
 
 
 def test_facts_of_any_set() -> None:

@@ -73,7 +73,8 @@ def test_agrees_with_torchvisions_blocks_under_tensorflows_pooling(state, images
 
     def pool(x: Tensor, **options) -> Tensor:
         pooled.append(x.shape)
-        if len(pooled) == 9:  # of the last block
+        # Of the last block.
+        if len(pooled) == 9:
             return F.max_pool2d(x, **options)
         return F.avg_pool2d(x, **options, count_include_pad=False)
 
@@ -97,7 +98,8 @@ def test_agrees_with_torch_fidelity(state, images, tmp_path) -> None:
     kinds = ["2048", "logits_unbiased"]
     net = theirs.FeatureExtractorInceptionV3("random", kinds, str(tmp_path / "random.pth"))
     port = Inception.from_state(state)
-    for batch in (images, images.repeat(1, 1, 5, 7)):  # enlarged and reduced
+    # Enlarged and reduced.
+    for batch in (images, images.repeat(1, 1, 5, 7)):
         with torch.no_grad():
             truth, logits = net(batch)
             found = port(tf1_bilinear(batch))
@@ -187,12 +189,14 @@ def bicubic_matrix(before: int, after: int) -> np.ndarray:
 def test_clean_bicubic_is_antialiased_float_and_clipped(size) -> None:
     x = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     x[0, :, :, : size[1] // 2] = 0
-    x[0, :, :, size[1] // 2 :] = 255  # overshoots at the edge
+    # Overshoots at the edge.
+    x[0, :, :, size[1] // 2 :] = 255
     found = clean_bicubic(x, 41).numpy()
     exact = bicubic_matrix(size[0], 41) @ x.numpy().astype(float) @ bicubic_matrix(size[1], 41).T
     assert exact.min() < -1 and exact.max() > 256
     np.testing.assert_allclose(found, exact.clip(0, 255), atol=1e-3)
-    assert np.abs(found - found.round()).max() > 0.1  # nothing is rounded to grey levels
+    # Nothing is rounded to grey levels.
+    assert np.abs(found - found.round()).max() > 0.1
 
 
 def test_an_image_of_the_right_size_is_left_as_it_is() -> None:
@@ -292,7 +296,8 @@ def test_dino_features_and_its_position_embeddings(tmp_path) -> None:
     _hub_positions(model, 224)
     found = model.embeddings.position_embeddings[0]
     torch.testing.assert_close(found[1:], truth, rtol=0, atol=1e-4)
-    assert torch.equal(found[0], table[0, 0]) and relative(usual, truth) > 0.01  # it makes a difference
+    # It makes a difference.
+    assert torch.equal(found[0], table[0, 0]) and relative(usual, truth) > 0.01
 
     images = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
     mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)

@@ -69,7 +69,8 @@ def test_features_are_kept_once_in_memory_or_on_disk(limit: int, monkeypatch) ->
     found = flat(FrechetDistance().compute(inputs))
     assert np.array_equal(inputs.features, images.float().mean((2, 3)))
     assert isinstance(inputs.features, np.memmap) == (limit == 0)
-    assert sum(calls) == 24  # one pass of padded chunks
+    # One pass of padded chunks.
+    assert sum(calls) == 24
     once_more = Inputs(MemoryImages([images]), extractor=extractor, reference=reference)
     assert flat(FrechetDistance().compute(once_more)) == found
 

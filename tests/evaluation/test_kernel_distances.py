@@ -60,7 +60,8 @@ def test_kid_is_unbiased_and_its_error_honest() -> None:
         sums = mmd.Sums.of(rows(120, seed=seed), y, polynomial)
         values.append(sums.squared(False))
         errors.append(sums.error(False))
-    assert abs(np.mean(values)) < 3 * np.std(values) / 60**0.5 + 0.004  # one reference for all draws
+    # One reference for all draws.
+    assert abs(np.mean(values)) < 3 * np.std(values) / 60**0.5 + 0.004
     assert np.mean(errors) == pytest.approx(np.std(values), rel=0.35)
 
 

@@ -54,7 +54,8 @@ def two_clusters(seed: int) -> np.ndarray:
         (rows(90), rows(70, seed=1, shift=0.5)),
         (rows(60), rows(60)),
         (lattice(80, 1), lattice(60, 2)),
-        (lattice(25, 1)[:, :1], lattice(40, 2)[:, :1]),  # nearly all are duplicates
+        # Nearly all are duplicates.
+        (lattice(25, 1)[:, :1], lattice(40, 2)[:, :1]),
         (rows(8), rows(6, seed=1)),
         (rows(40) * 1e-3 + 1e4, rows(50, seed=1) * 1e-3 + 1e4),
         (two_clusters(1), two_clusters(2)),
@@ -74,7 +75,8 @@ def test_prdc_of_real_vectors_that_are_not_float32() -> None:
     y = np.array([[0.1 * i + 0.1, 0.3] for i in range(20)])
     truth = prdc_by_pairs(x, y, 3, 5)
     found = prdc.prdc(x, y)
-    mean = y.mean(0)  # centring rounds, so the truth is that of centred points
+    # Centring rounds, so the truth is that of centred points.
+    mean = y.mean(0)
     centred = prdc_by_pairs(x - mean, y - mean, 3, 5)
     assert {name: found[name] for name in truth} == {name: pytest.approx(v) for name, v in centred.items()}
 

@@ -24,7 +24,8 @@ from evaluation.processes import Processes
 from stepdistill.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-N = 300  # three shards, the last one short
+# Three shards, the last one short.
+N = 300
 PROTOCOL = """\
 {name: tiny, version: 1, n: 300, conditions: scenes, quantise: edm, resize: {size: 24, filter: bicubic},
  metrics: [fd], reference: {kind: scenes, n: 60}}
@@ -79,7 +80,8 @@ def test_two_processes_give_the_same_bits(setting, alone, tmp_path) -> None:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     shared = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    shared["STEPDISTILL_CACHE"] = str(tmp_path / "cache")  # so that the reference is computed by both
+    # So that the reference is computed by both.
+    shared["STEPDISTILL_CACHE"] = str(tmp_path / "cache")
     started = [
         subprocess.Popen(
             [sys.executable, "-m", "evaluation", *command(setting, tmp_path / "out")],
@@ -92,7 +94,8 @@ def test_two_processes_give_the_same_bits(setting, alone, tmp_path) -> None:
     assert [process.returncode for process in started] == [0, 0], said
     assert numbers(tmp_path / "out") == alone
     assert json.loads((tmp_path / "out" / "results.json").read_text())["processes"] == 2
-    assert ["written:" in out for out, _ in said] == [True, False]  # one of them speaks
+    # One of them speaks.
+    assert ["written:" in out for out, _ in said] == [True, False]
 
 
 @pytest.mark.slow
@@ -124,7 +127,8 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(setting, alone, tmp
     assert stopped.value.code == 130 and not (tmp_path / "out" / "results.json").exists()
     asked.clear()
     main(command(setting, tmp_path / "out"))
-    assert asked == list(range(generate.SHARD, N))  # the shard that was finished is not drawn again
+    # The shard that was finished is not drawn again.
+    assert asked == list(range(generate.SHARD, N))
     assert numbers(tmp_path / "out") == alone
 
 

@@ -18,7 +18,8 @@ from evaluation.references import NamedReference
 from stepdistill.drawing import QUANTISE
 from stepdistill.errors import UserError
 
-HASHES = {  # a change here makes every published result of that protocol incomparable: raise its version with it
+# A change here makes every published result of that protocol incomparable: raise its version with it.
+HASHES = {
     "cifar10-50k": "d16a867260aba230",
     "coco14-10k": "57f9bb2d1b38c273",
     "coco14-30k": "cb055106c67eb962",
@@ -97,7 +98,8 @@ def test_quantisation_is_what_each_name_says() -> None:
     found = {name: [int(x) for x in quantise(u)] for name, quantise in QUANTISE.items()}
     assert found["floor"] == [0, 0, 0, 0, 1, 1, 254, 255]
     assert found["edm"] == [0, 0, 1, 1, 1, 2, 255, 255]
-    assert found["round"] == [0, 0, 0, 1, 1, 2, 255, 255]  # halves to even
+    # Halves to even.
+    assert found["round"] == [0, 0, 0, 1, 1, 2, 255, 255]
 
 
 def test_resize_crops_the_middle_and_uses_its_filter() -> None:
@@ -167,7 +169,8 @@ def test_references_are_found_and_counted(tmp_path, monkeypatch) -> None:
         Image.new("RGB", size, (index, 0, 0)).save(tmp_path / "pictures" / f"{index}.png")
     reference = NamedReference("pictures", 3, Resize("centre", 8, "box")).found()
     (batch,) = reference
-    assert batch.shape == (3, 3, 8, 8) and batch[:, 0, 0, 0].tolist() == [0, 1, 2]  # three sizes, one result
+    # Three sizes, one result.
+    assert batch.shape == (3, 3, 8, 8) and batch[:, 0, 0, 0].tolist() == [0, 1, 2]
     content = reference.sha256()
     Image.new("RGB", (8, 8), (9, 0, 0)).save(tmp_path / "pictures" / "0.png")
     assert reference.sha256() != content

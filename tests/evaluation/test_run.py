@@ -142,7 +142,8 @@ def test_a_run_that_fails_keeps_what_is_finished(tmp_path, painters, net, capsys
     command += ["--extractor", net, "--out", out]
     with pytest.raises(SystemExit) as stopped:
         main([*map(str, command)])
-    last = capsys.readouterr().err.splitlines()[-1]  # after the progress bars
+    # After the progress bars.
+    last = capsys.readouterr().err.splitlines()[-1]
     assert stopped.value.code == 2 and last.startswith("error: images must be a uint8 tensor")
     results = json.loads((out / "results.json").read_text())
     assert [row["steps"] for row in results["rows"]] == [1] and results["complete"] is False
@@ -152,7 +153,8 @@ def test_a_run_that_fails_keeps_what_is_finished(tmp_path, painters, net, capsys
     main([*map(str, command)])
     again = json.loads((out / "results.json").read_text())
     assert again["complete"] and again["rows"][0]["metrics"] == results["rows"][0]["metrics"]
-    assert painter.drawn - before == 40  # of two steps; those of one step were kept
+    # Of two steps; those of one step were kept.
+    assert painter.drawn - before == 40
 
 
 def test_a_run_looks_for_all_it_needs_first(tmp_path, painters, net, capsys, monkeypatch) -> None:
@@ -170,9 +172,8 @@ def test_a_run_looks_for_all_it_needs_first(tmp_path, painters, net, capsys, mon
     monkeypatch.setenv("STEPDISTILL_WEIGHTS", str(tmp_path))
     with pytest.raises(SystemExit) as stopped:
         main([*map(str, command)])
-    assert (
-        stopped.value.code == 2 and "clip-vit-g14-laion2b" in capsys.readouterr().err
-    )  # and where it was looked for
+    # And where it was looked for.
+    assert stopped.value.code == 2 and "clip-vit-g14-laion2b" in capsys.readouterr().err
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     with monkeypatch.context() as full:
         full.setattr(shutil, "disk_usage", lambda place: usage)
@@ -204,12 +205,12 @@ def test_metrics_that_need_rows_the_reference_or_the_teacher(
         base, "stored", lambda net, images, what: extracted.append(what) or inner(net, images, what)
     )
     main([*map(str, (*command, *teacher))])
-    assert (
-        extracted.count("the reference") == 1 and "the teacher's samples" not in extracted
-    )  # known from its row
+    # Known from its row.
+    assert extracted.count("the reference") == 1 and "the teacher's samples" not in extracted
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     own, best = rows[-1]["metrics"], rows[0]["metrics"]
-    few = rows[1]["metrics"]  # of the same picture as the student's, and paired with the same
+    # Of the same picture as the student's, and paired with the same.
+    few = rows[1]["metrics"]
     assert rows[1]["role"] == "teacher, few steps"
     assert few["paired:tiny/distance"] == own["paired:tiny/distance"]
     assert own["paired:tiny/distance"] > 0 and "paired:tiny/distance" not in best

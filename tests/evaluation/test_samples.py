@@ -32,10 +32,12 @@ def test_samples_are_resumed_extended_and_forced(tmp_path) -> None:
     asked.clear()
     want = torch.arange(250) % 251
     assert torch.equal(collect(200)[:, 0, 0, 0], want[:200])
-    assert asked == list(range(SHARD, 200))  # the first shard was kept
+    # The first shard was kept.
+    assert asked == list(range(SHARD, 200))
     asked.clear()
     assert torch.equal(collect(240)[:, 0, 0, 0], want[:240])
-    assert asked == list(range(200, 240))  # the second is completed
+    # The second is completed.
+    assert asked == list(range(200, 240))
     asked.clear()
     assert len(collect(100)) == 100 and not asked
     assert len(collect(100, force=True)) == 100 and asked == list(range(100))

@@ -68,7 +68,8 @@ def test_inception_score_agrees_with_torch_fidelity() -> None:
 
 def test_diversity_is_the_mean_distance_of_pairs() -> None:
     x = rows(9)
-    groups = ["a", "b", "a", "c", "b", "a", "d", "d", "d"]  # c has one image and does not count
+    # c has one image and does not count.
+    groups = ["a", "b", "a", "c", "b", "a", "d", "d", "d"]
     found = flat(Diversity().compute(given(x, groups=groups)))
     per_prompt = []
     for name in "abd":

@@ -232,8 +232,10 @@ def foreign(path, **arrays):
 @pytest.mark.parametrize(
     "others",
     [
-        {},  # EDM, pytorch-fid, clean-fid
-        {"mu_s": np.zeros(3), "sigma_s": np.eye(3), "arr_0": np.zeros((2, 8, 8, 3), np.uint8)},  # ADM
+        # EDM, pytorch-fid, clean-fid.
+        {},
+        # ADM.
+        {"mu_s": np.zeros(3), "sigma_s": np.eye(3), "arr_0": np.zeros((2, 8, 8, 3), np.uint8)},
         {"num_images": np.array(300)},
     ],
 )

@@ -69,7 +69,8 @@ def test_the_first_place_that_has_them_wins(nowhere, published) -> None:
     explicit = put(published, nowhere / "elsewhere" / "renamed.pth")
     assert find("inception-2015", explicit) == explicit
     put(published, nowhere / "own" / "w.pth")
-    with pytest.raises(MissingWeights):  # a path that was given is the only place
+    # A path that was given is the only place.
+    with pytest.raises(MissingWeights):
         find("inception-2015", nowhere / "empty")
 
 
@@ -87,7 +88,8 @@ def test_a_miss_says_what_where_and_how(nowhere) -> None:
         "$STEPDISTILL_WEIGHTS",
     ):
         assert part in text, part
-    assert "\n" not in text  # one sentence
+    # One sentence.
+    assert "\n" not in text
     with pytest.raises(MissingWeights) as caught:
         find("dinov2-vitl14")
     assert "hf download facebook/dinov2-large" in str(caught.value)
@@ -169,7 +171,8 @@ def test_a_repository_is_found_in_the_hubs_cache_by_its_main_branch(nowhere) -> 
 
 def test_a_pipeline_of_the_hub_is_found_in_its_cache(nowhere, monkeypatch) -> None:
     monkeypatch.chdir(nowhere)
-    assert find_pipeline(nowhere / "gone") == nowhere / "gone"  # a path, which loading will complain about
+    # A path, which loading will complain about.
+    assert find_pipeline(nowhere / "gone") == nowhere / "gone"
     with pytest.raises(UserError, match=r"no directory me/student, .* get it with `hf download me/student`"):
         find_pipeline("me/student")
     cached = nowhere / "hub" / "models--me--student"
@@ -177,12 +180,14 @@ def test_a_pipeline_of_the_hub_is_found_in_its_cache(nowhere, monkeypatch) -> No
     for folder in (cached / "refs", snapshot):
         folder.mkdir(parents=True)
     (cached / "refs" / "main").write_text("abc")
-    with pytest.raises(UserError, match="no pipeline of that name"):  # an interrupted download
+    # An interrupted download.
+    with pytest.raises(UserError, match="no pipeline of that name"):
         find_pipeline("me/student")
     (snapshot / "model_index.json").write_text("{}")
     assert find_pipeline("me/student") == snapshot and pipeline_name(snapshot) == "me/student"
     (nowhere / "me" / "student").mkdir(parents=True)
-    assert find_pipeline("me/student") == "me/student"  # a directory comes first
+    # A directory comes first.
+    assert find_pipeline("me/student") == "me/student"
     assert pipeline_name(Path("me/student")) == "student"
 
 

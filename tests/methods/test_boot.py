@@ -41,7 +41,8 @@ def test_the_signal_ode(schedule):
         y = true_signal(schedule, x_first, eps, t)
         x_t = gaussian_flow_map(schedule, MEAN, STD, x_first, times_like(schedule.t_max, eps), t)
         f = exact(schedule)(x_t, t).x0
-        torch.testing.assert_close(slope, -(f - y), rtol=1e-4, atol=1e-5)  # in units of lambda
+        # In units of lambda.
+        torch.testing.assert_close(slope, -(f - y), rtol=1e-4, atol=1e-5)
 
 
 @EVERY_SCHEDULE
@@ -76,7 +77,8 @@ def test_the_answer_boot_converges_to_is_the_quantile_map(schedule):
     eps = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
     first = times_like(schedule.t_max, eps)
     x_first = schedule.pure_noise(eps, schedule.t_max)
-    y, t = teacher(x_first, first).x0, first  # the boundary
+    # The boundary.
+    y, t = teacher(x_first, first).x0, first
     angle = float(schedule.rho(first).atan()[0])
     while angle > 0:
         angle -= delta
@@ -86,7 +88,8 @@ def test_the_answer_boot_converges_to_is_the_quantile_map(schedule):
         x_t = schedule.add_noise(y, eps, t)
         y, t = method.step(schedule, y, teacher(x_t, t).x0, t, s), s
     torch.testing.assert_close(y, true_signal(schedule, x_first, eps, t), rtol=0, atol=0.01)
-    if not isinstance(schedule, VP):  # whose table ends where noise alone is not quite the teacher's x_T
+    # Whose table ends where noise alone is not quite the teacher's x_T.
+    if not isinstance(schedule, VP):
         torch.testing.assert_close(y, MEAN + STD * eps, rtol=0, atol=0.01)
 
 
@@ -144,7 +147,8 @@ def test_boot_touches_no_data_and_stops_the_gradient_at_the_target():
     loss = made.method.bootstrap(made.nets, made.batch())["total"]
     (start, start_grad, x_a, t_a), (reached, reached_grad, x_b, _) = heard
     assert not start_grad and not start.raw.requires_grad and reached_grad and reached.raw.requires_grad
-    assert torch.equal(x_a, x_b) and bool((t_a == schedule.t_max).all())  # the starting noise, twice
+    # The starting noise, twice.
+    assert torch.equal(x_a, x_b) and bool((t_a == schedule.t_max).all())
     batch = made.batch()
     eps = batch.randn()
     t, s = made.method.times(schedule, batch)

@@ -75,7 +75,8 @@ def test_a_composition_is_the_weighted_sum_of_its_parts(registered):
     made.backward(phases[0])
     ours = [p.grad.clone() for p in made.nets.student.parameters()]
     batch, total = made.batch(), 0.0
-    for to, scale, weight in ((1.0, 1.5, 1.0), (-2.0, 0.7, 0.3)):  # one batch, drawn from in the parts' order
+    # One batch, drawn from in the parts' order.
+    for to, scale, weight in ((1.0, 1.5, 1.0), (-2.0, 0.7, 0.3)):
         x = batch.randn()
         x0 = made.nets.student(x, times_like(500.0, x), batch.cond).x0
         total = total + weight * (scale * (x0 - to)).square().mean()
@@ -145,9 +146,12 @@ def test_a_composition_carries_what_its_parts_carry():
 def test_what_does_not_fit_together_is_refused(registered):
     for parts, says in (
         ([{"name": "pull"}], "at least two"),
-        ([{"name": "dmd2"}, {"name": "lcm"}], "cannot be composed"),  # the students take different inputs
-        ([{"name": "dmd2"}, {"name": "pretrain"}], "cannot be composed"),  # different sampling rules
-        ([{"name": "sim"}, {"name": "diff_instruct"}], "cannot be composed"),  # different sampling times
+        # The students take different inputs.
+        ([{"name": "dmd2"}, {"name": "lcm"}], "cannot be composed"),
+        # Different sampling rules.
+        ([{"name": "dmd2"}, {"name": "pretrain"}], "cannot be composed"),
+        # Different sampling times.
+        ([{"name": "sim"}, {"name": "diff_instruct"}], "cannot be composed"),
         ([{"name": "dmd2"}, {"name": "dmd3"}], "unknown method 'dmd3'"),
         ([{"name": "dmd2"}, {"name": "dmd2", "gan": 1}], r"method\.parts\.1"),
     ):
@@ -161,7 +165,8 @@ def test_parts_that_train_more_than_the_student_still_make_one_step():
     made = world("compose", steps=(1, 2), schedule="trig", first_rho=0.0, parts=parts)
     phases = list(made.method.phases(0))
     assert [phase.trains for phase in phases] == [("student", "scm/weighting"), ("ladd/discriminator",)]
-    assert [weight for weight, _ in phases[0].terms] == [0.5, 1.0]  # the term that reaches all comes last
+    # The term that reaches all comes last.
+    assert [weight for weight, _ in phases[0].terms] == [0.5, 1.0]
     made.backward(phases[0])
     ours = [p.grad.clone() for p in made.nets.student.parameters()]
     batch = made.batch()

@@ -23,7 +23,8 @@ def test_each_phase_reaches_the_named_networks_and_no_other(name, settings):
     made = world(name, **settings)
     seen = set()
     for phase, early in ((phase, step < 3) for step in range(10) for phase in made.method.phases(step)):
-        if phase.trains in seen and not early:  # targets that take turns are looked at one by one
+        # Targets that take turns are looked at one by one.
+        if phase.trains in seen and not early:
             continue
         seen.add(phase.trains)
         made.backward(phase)
@@ -67,7 +68,8 @@ def test_all_trained_parameters_move_and_the_rest_stays_byte_for_byte(name, sett
         made.method.after_step(made.nets, step, tuple(phase.name for phase in ran))
     for key, after in weights(made).items():
         moved = {part: not torch.equal(before[key][part], value) for part, value in after.items()}
-        if key in trained | {"target"}:  # which follows the student without being trained
+        # Which follows the student without being trained.
+        if key in trained | {"target"}:
             assert all(moved[part] for part, _ in made.nets.modules[key].named_parameters()), key
         else:
             assert moved and not any(moved.values()), key
@@ -209,7 +211,8 @@ def test_updates_in_20_iterations(name, settings, expected):
         phases = list(method.phases(step))
         trained = [key for phase in phases for key in phase.trains]
         assert len(trained) == len(set(trained)) and all(phase.terms for phase in phases)
-        if "student" in trained and name != "compose":  # where parts take turns each of its own accord
+        # Where parts take turns each of its own accord.
+        if "student" in trained and name != "compose":
             assert "student" in phases[0].trains
         for key in trained:
             counts[key] = counts.get(key, 0) + 1

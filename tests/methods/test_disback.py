@@ -31,7 +31,8 @@ def test_the_degradation_trains_the_fake_score_alone_and_records_it():
         recorded.append(made.nets.fake_score.network.enter.weight.detach().clone())
     for name, step in (("path_1", 1), ("path_2", 3)):
         assert torch.equal(made.nets.modules[name].network.enter.weight, recorded[step])
-    assert not torch.equal(recorded[5], recorded[3])  # the end of the path is the fake score itself
+    # The end of the path is the fake score itself.
+    assert not torch.equal(recorded[5], recorded[3])
 
 
 def test_after_the_degradation_the_fake_score_knows_the_students_samples_better_than_the_teacher():
@@ -85,7 +86,8 @@ def test_the_stages_agree_on_what_is_carried():
     record, back = (disback(stage=stage, path=3) for stage in ("degrade", "backtrack"))
     assert set(back.method.carried) <= set(record.nets.modules) and not record.method.carried
     for name in back.method.carried:
-        back.nets.modules[name].load_state_dict(record.nets.modules[name].state_dict())  # strict: all keys
+        # strict: all keys.
+        back.nets.modules[name].load_state_dict(record.nets.modules[name].state_dict())
     assert back.method.carried == ("fake_score", "path_1", "path_2")
 
 

@@ -64,7 +64,8 @@ def test_the_gan_gradient_flows_through_the_frozen_fake_scores_input():
         made.method.config.gan_weight = gan_weight
         frozen = made.nets.fake_score
 
-        class Agreeing(Denoiser):  # predicts what the teacher does, but keeps its own network for the taps
+        # Predicts what the teacher does, but keeps its own network for the taps.
+        class Agreeing(Denoiser):
             def forward(self, x_t, t, cond=None, **extras):
                 inner = super().forward(x_t, t, cond, **extras)
                 exact = made.nets.teacher(x_t, t, cond).x0
@@ -100,7 +101,8 @@ def test_the_critic_learns_both_from_denoising_and_from_the_gan():
     (through,) = torch.autograd.grad(
         losses["gan"].sum(), made.nets.fake_score.network.enter.weight, retain_graph=True
     )
-    assert float(through.abs().max()) > 0  # the GAN trains the fake score's body as well
+    # The GAN trains the fake score's body as well.
+    assert float(through.abs().max()) > 0
     assert not any(p.grad is not None for p in made.nets.student.parameters())
     assert (
         torch.autograd.grad(losses["total"].sum(), made.nets.student.network.enter.weight, allow_unused=True)[
@@ -112,7 +114,8 @@ def test_the_critic_learns_both_from_denoising_and_from_the_gan():
 
 def test_the_critic_tells_real_from_generated_and_not_the_reverse():
     made = world("dmd2", gan_weight=1e-3)
-    made.method.judge = lambda nets, seen, count: torch.full((count, 1), -50.0)  # what the student made
+    # What the student made.
+    made.method.judge = lambda nets, seen, count: torch.full((count, 1), -50.0)
     made.method.logits = lambda nets, x0, batch: torch.full((len(x0), 1), 50.0)
     losses = made.method.critic_loss(made.nets, made.batch(phase="critic"))
     assert float(losses["gan"].max()) < 1e-6 and float(losses["accuracy"]) == 1

@@ -67,7 +67,8 @@ def test_reverse_kl_is_dmd2_and_ratios_are_clipped_and_normalised():
     method.config.divergence = "forward_kl"
     clipped = torch.tensor([0.1, 1.0, math.e, 20.0])
     torch.testing.assert_close(method.weight(real, logits), clipped / clipped.mean())
-    method.config.divergence = "jensen_shannon"  # of ratios whose mean is 1
+    # Of ratios whose mean is 1.
+    method.config.divergence = "jensen_shannon"
     expected = clipped / (clipped + clipped.mean())
     torch.testing.assert_close(method.weight(real, logits), expected / expected.mean())
     for settings, says in (({"gan_weight": 0.0}, "gan_weight"), ({"ratio_low": 30.0}, "ratio_low")):
@@ -77,7 +78,8 @@ def test_reverse_kl_is_dmd2_and_ratios_are_clipped_and_normalised():
 
 def test_no_gradient_of_f_distill_either_whatever_the_ratio(monkeypatch):
     line = Line("f_distill", SCHEDULES["vp"](), guidance_scale=1.0)
-    line.method.config.gan_weight = 0.0  # of the discriminator's own pull
+    # Of the discriminator's own pull.
+    line.method.config.gan_weight = 0.0
     monkeypatch.setattr(line.method, "log_ratio", lambda real, logits: real.x_t[:, 0])
     assert float(line.gradient().abs().max()) > 0.01
     line.nets.modules["fake_score"] = line.nets.teacher

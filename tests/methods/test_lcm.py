@@ -34,7 +34,8 @@ def test_the_boundary_is_the_identity_without_noise(schedule):
 
     assert torch.equal(f(made.nets.schedule.t_min)[0], x)
     consistency, x0 = f(made.nets.schedule.t_max)
-    torch.testing.assert_close(consistency, x0, rtol=1e-4, atol=1e-4)  # and x0 where there is only noise
+    # And x0 where there is only noise.
+    torch.testing.assert_close(consistency, x0, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("schedule", ["vp", "edm", "flow", "trig"])
@@ -72,7 +73,8 @@ def test_without_guidance_the_target_is_conditional_ddim():
     nets, method, batch = made.nets, made.method, made.batch()
     grid = method.ode_times(nets.schedule)
     i = batch.generator.randint(0, 50)
-    batch.generator.rand()  # the guidance scales
+    # The guidance scales.
+    batch.generator.rand()
     t, s, g = grid[i], grid[i + 1], torch.ones(COUNT, dtype=torch.float64)
     x_t = nets.schedule.add_noise(batch.x0, batch.randn(), t)
     x_s = ddim(lambda x, time: nets.teacher(x, time, batch.cond), x_t, t, s)
@@ -110,7 +112,8 @@ def test_the_guidance_scale_is_drawn_per_sample_from_its_range():
     made.nets.modules |= {"student": Ear(), "target": Ear()}
     made.method.loss(made.nets, made.batch(count=320))
     drawn, target = heard
-    assert torch.equal(drawn, target)  # the target is told the same
+    # The target is told the same.
+    assert torch.equal(drawn, target)
     assert 3 <= float(drawn.min()) < 4 and 14 < float(drawn.max()) <= 15 and len(drawn.unique()) == len(drawn)
 
 
@@ -183,7 +186,8 @@ def test_lcms_gradient_is_the_online_networks_alone():
     ours = gradient(method.loss(nets, batch)["total"].mean(), nets.student)
     grid = method.ode_times(schedule)
     i = twin.generator.randint(0, 50)
-    twin.generator.rand()  # the guidance scales
+    # The guidance scales.
+    twin.generator.rand()
     t, s = grid[i], grid[i + 1]
     x_t = schedule.add_noise(twin.x0, twin.randn(), t)
     x_s = SOLVERS["ddim"](nets.teacher, x_t, t, s)

@@ -33,7 +33,8 @@ def test_lightnings_real_is_the_predecessors_sampler_from_the_same_place(schedul
         with torch.no_grad():
             if position == 0:
                 walked = Sampling(rule="ode").walk(nets.predecessor, x, grid[: start + 4], None, cond)
-            else:  # to the end: a sampler's last step is x0 itself
+            else:
+                # To the end: a sampler's last step is x0 itself.
                 walked = Sampling(rule="ode").sample(nets.predecessor, x, grid[start:], None, cond)
         torch.testing.assert_close(real[rows], walked, rtol=1e-4, atol=1e-5)
     assert set(i.tolist()) == {0, 1}
@@ -44,9 +45,8 @@ def test_the_student_that_is_its_own_predecessor_makes_what_is_real():
     made.nets.modules["predecessor"] = made.nets.student
     losses = made.method.student_loss(made.nets, made.batch())
     assert float(losses["total"].max().detach()) < 1e-10
-    assert [phase.trains for phase in made.method.phases(0)] == [
-        ("student",)
-    ]  # no discriminator without its game
+    # No discriminator without its game.
+    assert [phase.trains for phase in made.method.phases(0)] == [("student",)]
 
 
 def test_lightnings_error_is_weighed_and_its_relativistic_student_set_beside_what_is_real():
@@ -111,7 +111,8 @@ def test_the_encoder_is_the_teachers_first_half_with_weights_of_its_own(tiny_sd)
 def test_the_unconditional_stage_goes_on_with_the_same_predecessor():
     before, after = lightning(), lightning(predecessor="same", conditional=False)
     assert after.method.carried == ("predecessor",) and before.method.carried == ()
-    after.nets.predecessor.load_state_dict(before.nets.predecessor.state_dict())  # all keys match
+    # All keys match.
+    after.nets.predecessor.load_state_dict(before.nets.predecessor.state_dict())
 
 
 def test_lightning_refuses_what_makes_no_sense():

@@ -49,7 +49,8 @@ def test_the_loss_is_zero_for_the_student_that_does_two_steps_in_one(schedule, c
             for row, (x, time) in enumerate(zip(x_t, t.tolist(), strict=True)):
                 i = min(range(0, 2 * count, 2), key=lambda k: abs(grid[k] - time))
                 x = Sampling(rule="ode").walk(predecessor, x[None], grid[i : i + 3][:3], None)
-                if i + 2 >= 2 * count:  # the last step goes to x0
+                # The last step goes to x0.
+                if i + 2 >= 2 * count:
                     out[row] = predecessor(x, times_like(grid[i + 1], x)).x0[0]
                     continue
                 end, start = (times_like(grid[k], x) for k in (i + 2, i))
@@ -60,7 +61,8 @@ def test_the_loss_is_zero_for_the_student_that_does_two_steps_in_one(schedule, c
     nets = Networks({"student": Denoiser(Both(), "x0", schedule), "predecessor": predecessor}, schedule)
     losses = method.loss(nets, batch_of(32))
     assert float(losses["error"].max()) < 1e-12
-    nets.modules["student"] = predecessor  # which does one step, not two
+    # Which does one step, not two.
+    nets.modules["student"] = predecessor
     assert float(method.loss(nets, batch_of(32))["error"].max()) > 1e-5
 
 

@@ -112,13 +112,15 @@ def test_a_reward_raises_the_score_up_to_its_margin_and_then_lets_go():
         made.backward(phase, step)
         optimizer.step()
     assert sum(shorts[:5]) / 5 > 0.6 and sum(shorts[-20:]) / 20 < 0.15
-    assert sum(scores[-20:]) / 20 < -0.1  # not climbed to the top, which is 0
+    # Not climbed to the top, which is 0.
+    assert sum(scores[-20:]) / 20 < -0.1
 
 
 def test_the_anchor_holds_the_student_where_it_was():
     made = reward(margin=-1000.0, anchor_weight=2.0)
     losses = made.method.loss(made.nets, made.batch())
-    assert float(losses["anchor"].mean().detach()) > 0  # the world has moved the student since
+    # The world has moved the student since.
+    assert float(losses["anchor"].mean().detach()) > 0
     torch.testing.assert_close(losses["total"], 2.0 * losses["anchor"])
     made.nets.modules["start"] = made.nets.student
     assert float(made.method.loss(made.nets, made.batch())["total"].max().detach()) == 0

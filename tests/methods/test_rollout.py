@@ -43,11 +43,13 @@ def test_backward_simulation_with_an_oracle_student_lands_on_the_marginal(schedu
         assert abs(float(x_t.double().mean()) - alpha * mean) < 5 * spread / n**0.5 + bias
         assert abs(float(x_t.double().std()) - spread) < 5 * spread / (2 * n) ** 0.5
     assert set(met) == {time for count in (1, 2, 4) for time in schedule.few_step_grid(count, 4)}
-    assert met[schedule.t_max] > 10  # pure noise: K = 0 of all three counts
+    # Pure noise: K = 0 of all three counts.
+    assert met[schedule.t_max] > 10
 
 
 @pytest.mark.parametrize(
-    ("by", "shares"),  # of 84: seven states, three counts, these as 4 : 2 : 1, or four states
+    # Of 84: seven states, three counts, these as 4 : 2 : 1, or four states.
+    ("by", "shares"),
     [
         ("states", {1.0: 36, 0.75: 12, 0.5: 24, 0.25: 12}),
         ("counts", {1.0: 49, 0.75: 7, 0.5: 21, 0.25: 7}),
@@ -66,7 +68,8 @@ def test_backward_simulation_meets_every_state_or_every_count_alike(by, shares):
     for step in range(840):
         noise = SampleNoise(range(1), step=step)
         batch = Batch(None, None, (1,), noise.index, noise)
-        batch.randn = lambda: torch.zeros(1, 1)  # the states are drawn by the generator
+        # The states are drawn by the generator.
+        batch.randn = lambda: torch.zeros(1, 1)
         method.generate(Networks({"student": student}, schedule), batch)
         met[heard[-1]] = met.get(heard[-1], 0) + 1
     assert set(met) == set(shares)
@@ -86,7 +89,8 @@ def test_backward_simulation_uses_the_students_own_rule_and_pure_noise_first():
         twin.generator.shared_randint(0, 2)
         first, fresh = twin.randn(), twin.randn()
         if time == 999:
-            assert torch.equal(x_t, first) and not heard  # not noised with alpha_999 = 0.07
+            # Not noised with alpha_999 = 0.07.
+            assert torch.equal(x_t, first) and not heard
         else:
             assert time == 499 and torch.equal(heard[0][0], first)
             half = torch.full_like(first, 0.5)

@@ -17,7 +17,8 @@ from stepdistill.prediction import Prediction
 from stepdistill.schedule import Schedule, expand, times_like
 from stepdistill.timesteps import draw
 
-MEAN, STD = 1.5, 0.3  # of the data a student is to reach
+# Of the data a student is to reach.
+MEAN, STD = 1.5, 0.3
 
 
 @pytest.mark.parametrize("name", ["dmd2", "sid"])
@@ -29,18 +30,21 @@ def test_shared_samples_are_those_of_the_students_update_with_their_conditions(n
     first, second = made.batch(0), made.batch(1)
     second.cond = second.cond.flip(0)
     used = []
-    for batch in (first, second):  # two passes of accumulation
+    # Two passes of accumulation.
+    for batch in (first, second):
         made.method.student_loss(made.nets, batch)
         used.append(drawn[-1])
     calls = len(drawn)
     for x0, batch, fresh in zip(used, (first, second), (made.batch(2), made.batch(3)), strict=True):
         seen.clear()
         losses, shared = made.method.denoise(made.nets, fresh)
-        losses["total"].mean().backward()  # into the fake score; nothing of the student's graph is kept
+        # Into the fake score; nothing of the student's graph is kept.
+        losses["total"].mean().backward()
         assert torch.equal(shared, x0) and not shared.requires_grad
         assert torch.equal(seen[0][2], batch.cond)
     assert len(drawn) == calls, "the critic called the student"
-    made.method.critic_loss(made.nets, made.batch(4))  # without an update of the student it draws its own
+    # Without an update of the student it draws its own.
+    made.method.critic_loss(made.nets, made.batch(4))
     assert len(drawn) > calls
 
 

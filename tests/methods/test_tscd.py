@@ -30,7 +30,8 @@ class SegmentOracle(nn.Module):
 
     def forward(self, x_t, t, cond=None):
         b = self.method.lower_edge(self.schedule, t)
-        b = torch.where(b < t, b, t - 1e-6)  # at its own edge any line will do
+        # At its own edge any line will do.
+        b = torch.where(b < t, b, t - 1e-6)
         return self.two_time(x_t, t, end=b)
 
 
@@ -42,7 +43,8 @@ def test_tscd_with_the_exact_segment_maps_has_the_teachers_error_alone(schedule,
         nets = nets_of(schedule, SegmentOracle(schedule, method))
         return float(method.loss(nets, batch_of(256))["total"].mean().sqrt())
 
-    scale = 80 if isinstance(schedule, EDM) else 1  # a state at sigma = 40 is an error in units of 40
+    # A state at sigma = 40 is an error in units of 40.
+    scale = 80 if isinstance(schedule, EDM) else 1
     assert loss(200) < 0.5 * loss(50) < 0.5 * 0.05 * scale
 
 

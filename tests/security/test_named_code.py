@@ -1,5 +1,5 @@
-"""No file makes code run: what a recipe, a card, a pipeline directory or a protocol names is looked up, not
-imported.
+"""No file makes code run: what a recipe, a card, a pipeline directory or a protocol names is looked up,
+not imported.
 
 Each canary would leave a file behind if it ran; the test is that there is none, and one sentence instead.
 """
