@@ -15,6 +15,8 @@ from worlds import gradients, world
 
 from evaluation import report
 from stepdistill.errors import UserError
+from stepdistill.families import FAMILIES
+from stepdistill.methods import METHODS
 from training.recipe import SECTIONS, recipe_from
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -166,3 +168,8 @@ def test_the_checks_find_what_they_look_for():
                 "run": {"steps": 1, "out": "x"},
             }
         )
+
+
+def test_the_readme_names_every_family_and_method():
+    readme = (ROOT / "README.md").read_text()
+    assert [name for name in (*FAMILIES, *METHODS) if f"`{name}`" not in readme] == []
