@@ -134,8 +134,8 @@ class Gate:
         if not isinstance(data, list) or len(data) != len(handler.inputs):
             raise Invalid("data", f"data must be a list of {len(handler.inputs)} values.")
         trigger = body.get("trigger_id")
-        if trigger is not None and not (type(trigger) is int and trigger in self.page.blocks):
-            raise Invalid("trigger_id", "trigger_id names no part of this page.")
+        if trigger is not None and not (type(trigger) is int and trigger in self._triggers(handler)):
+            raise Invalid("trigger_id", "trigger_id names no part of this page that calls this function.")
         return {
             "session_hash": session,
             "fn_index": index,
@@ -147,6 +147,15 @@ class Gate:
             # left out: no handler needs it.
             "event_data": _chosen(body.get("event_data")) if handler.collects_event_data else None,
         }
+
+    def _triggers(self, handler: Any) -> set[int | None]:
+        """The parts whose events call a handler, also through one that it follows.
+
+        The page itself, whose loading is an event, is one of them.
+        """
+        while handler.trigger_after in self.page.fns:
+            handler = self.page.fns[handler.trigger_after]
+        return {part for part, _ in handler.targets}
 
     def _value(self, value: Any, part: Any, browser: str | None) -> Any:
         if part.get_block_name() == "file":

@@ -18,7 +18,7 @@ from PIL import Image
 
 from app import png, settings, words
 from app.engine import Engine
-from app.lanes import REPLACED, Job
+from app.lanes import REPLACED, STOPPED, Job
 from app.layout import EXAMPLES, Parts
 from app.request import MAX_SEED, Cancelled, Request, validate
 from app.result import Result
@@ -30,12 +30,29 @@ HISTORY = 24
 OPTIONS = {"show_progress": "hidden", "api_visibility": "private"}
 
 
+class Run:
+    """One call of `make`, from its start to its end.
+
+    The engine can end only what has been handed to it. Between the student and the teacher a call has nothing
+    there, so whatever ends it is also noted here.
+    """
+
+    def __init__(self) -> None:
+        self.ended: str | None = None
+
+    def check(self) -> None:
+        """Raise `Cancelled` where the run has been ended."""
+        if self.ended is not None:
+            raise Cancelled(self.ended)
+
+
 class Handlers:
     """The handlers of one page. Every one that draws is an `async def`, so that none holds a thread."""
 
     def __init__(self, engine: Engine, parts: Parts) -> None:
         self.engine = engine
         self.parts = parts
+        self._runs: dict[str | None, list[Run]] = {}
 
     def connect(self, page: gr.Blocks) -> None:
         """Tie every event of the page to its handler."""
@@ -65,7 +82,8 @@ class Handlers:
         p.drop.upload(self.read, p.drop, [p.prompt, p.steps, p.seed, p.fresh, p.read_back], **OPTIONS)
         p.gallery.select(_recall, p.past, [p.prompt, p.steps, p.seed, p.fresh], **OPTIONS)
         page.unload(self.stop)
-        changing = [p.status, p.footer, p.clock, p.steps, p.alone, p.teacher_card, p.guidance, p.prompt]
+        changing = [p.status, p.footer, p.clock, p.steps, p.alone, p.teacher_card]
+        changing += [p.advanced, p.negative, p.guidance, p.prompt]
         page.load(self.refresh, None, changing, **OPTIONS)
         p.clock.tick(self.refresh, None, changing, **OPTIONS)
 
@@ -82,43 +100,60 @@ class Handlers:
         request: gr.Request,
     ) -> AsyncIterator[dict]:
         """Student first, shown at once; then the teacher from the same seed."""
-        engine, session = self.engine, request.session_hash
-        engine.cancel(session, REPLACED)
+        engine, p, session = self.engine, self.parts, request.session_hash
+        self._end(session, REPLACED)
         alone = alone or engine.limits is None or engine.limits.teacher is None
         own = self._students_guidance(guidance)
         asked = Request(prompt, negative or "", -1 if fresh else seed, steps, guidance, "both")
         if alone:
             asked = replace(asked, model="student", guidance_scale=own)
+        run, first = Run(), None
+        self._runs.setdefault(session, []).append(run)
         try:
             if engine.limits is not None:
                 asked = validate(asked, engine.limits)
-            first = await _result(engine.submit(replace(asked, model="student", guidance_scale=own), session))
+            drawn = await _result(engine.submit(replace(asked, model="student", guidance_scale=own), session))
+            run.check()
+            first = drawn
             past = [*past, _entry(first, "student")][-HISTORY:]
             yield self._student(first, past, alone)
             if alone:
                 return
+            run.check()
             job = engine.submit(replace(asked, model="teacher", steps=None, seed=first.request.seed), session)
             future = asyncio.wrap_future(job.future)
             while not (await asyncio.wait({future}, timeout=0.25))[0]:
                 yield self._progress(job)
             second = future.result()
+            run.check()
             past = [*past, _entry(second, "teacher")][-HISTORY:]
             yield self._teacher(first, second, past)
         except Cancelled as stopped:
             # Where a newer request took its place, that one's handler owns the page.
-            if str(stopped) != REPLACED:
-                yield {self.parts.teacher_head: words.head("Teacher", "stopped")}
+            if str(stopped) != REPLACED and first is not None:
+                yield {p.teacher: None, p.teacher_head: words.head("Teacher", "stopped")}
         except UserError as error:
+            if first is not None:
+                yield {p.teacher: None, p.teacher_head: words.head("Teacher", "failed")}
             raise gr.Error(str(error), duration=8, print_exception=False) from None
+        finally:
+            self._runs[session].remove(run)
+            if not self._runs[session]:
+                del self._runs[session]
 
     async def typed(self, prompt: str, steps: int, seed: int, live: bool, request: gr.Request) -> dict:
         """While typing: the student alone, the seed kept, and mistakes passed over (half a word is none)."""
-        p = self.parts
-        if not live:
+        p, session, limits, ended = self.parts, request.session_hash, self.engine.limits, False
+        if not live or limits is None:
             return {p.student: gr.skip()}
         try:
-            first = await _result(self.engine.submit(Request(prompt, "", seed, steps), request.session_hash))
-        except UserError:
+            asked = validate(Request(prompt, "", seed, steps), limits)
+            # Otherwise the teacher of an earlier request would come to stand beside this student.
+            ended = self._end(session, REPLACED)
+            first = await _result(self.engine.submit(asked, session))
+        except UserError as error:
+            if ended and str(error) != REPLACED:
+                return {p.teacher: None, p.teacher_head: words.head("Teacher", "stopped")}
             return {p.student: gr.skip()}
         return {
             p.student: _pil(first, "student"),
@@ -130,7 +165,15 @@ class Handlers:
 
     def stop(self, request: gr.Request) -> None:
         """End what this tab has asked for: by its button, or by leaving."""
-        self.engine.cancel(request.session_hash)
+        self._end(request.session_hash, STOPPED)
+
+    def _end(self, session: str | None, why: str) -> bool:
+        """End everything of a tab, and say whether `make` was at work for it."""
+        runs = list(self._runs.get(session, ()))
+        for run in runs:
+            run.ended = run.ended or why
+        self.engine.cancel(session, why)
+        return bool(runs)
 
     def read(self, data: bytes | None) -> tuple[Any, ...]:
         """Fill the form from a dropped PNG; what it says is checked like anything typed."""
@@ -141,7 +184,7 @@ class Handlers:
             request = settings.from_settings(text, self.engine.limits)
         except UserError as error:
             raise gr.Error(str(error), duration=8, print_exception=False) from None
-        said = f"{request.model}, {request.steps} steps, seed {request.seed}\n{request.prompt}"
+        said = f"{request.model}, {words.steps(request.steps)}, seed {request.seed}\n{request.prompt}"
         return *_fill(settings.settings(request)), gr.Textbox(said, visible=True)
 
     def refresh(self) -> dict:
@@ -162,6 +205,8 @@ class Handlers:
             p.steps: gr.Radio(list(limits.steps), value=limits.default_steps),
             p.alone: gr.Checkbox(visible=limits.teacher is not None),
             p.teacher_card: gr.Column(visible=limits.teacher is not None),
+            p.advanced: gr.Accordion(visible=guided or not limits.guidance_free),
+            p.negative: gr.Textbox(visible=not limits.guidance_free),
             p.guidance: gr.Slider(value=limits.teacher_guidance, visible=guided),
             p.prompt: gr.Textbox(value=classes[0], placeholder=", ".join(classes[:12]))
             if classes
@@ -185,13 +230,15 @@ class Handlers:
             p.gallery: _gallery(past),
             p.album: gr.Column(visible=True),
             p.teacher: None if alone else gr.skip(),
-            p.teacher_head: words.head("Teacher", "" if alone else "waiting"),
+            p.teacher_head: words.head("Teacher", "")
+            if alone
+            else words.head("Teacher", "waiting", stale=True),
         }
 
     def _progress(self, job: Job) -> dict:
         done, total = job.progress
         text = f"step {done} of {total}" if total else "waiting"
-        return {self.parts.teacher_head: words.head("Teacher", text, done / max(total, 1))}
+        return {self.parts.teacher_head: words.head("Teacher", text, done / max(total, 1), stale=True)}
 
     def _teacher(self, first: Result, second: Result, past: list) -> dict:
         p = self.parts

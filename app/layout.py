@@ -35,6 +35,7 @@ class Parts:
     fresh: gr.Checkbox
     alone: gr.Checkbox
     live: gr.Checkbox
+    advanced: gr.Accordion
     negative: gr.Textbox
     guidance: gr.Slider
     drop: gr.File
@@ -107,12 +108,13 @@ def _controls() -> dict[str, Any]:
     fresh = gr.Checkbox(value=True, label="New seed every time")
     alone = gr.Checkbox(value=False, label="Student only (no waiting)")
     live = gr.Checkbox(value=False, label="Live: draw while I type")
-    with gr.Accordion("Advanced", open=False):
+    # What is in it, and whether there is anything, depends on the models.
+    with gr.Accordion("Advanced", open=False, visible=False) as advanced:
         negative = gr.Textbox(
             label="Negative prompt",
             lines=2,
             max_length=Limits.max_prompt,
-            info="Needs a model with guidance; a guidance-free student refuses it.",
+            visible=False,
         )
         guidance = gr.Slider(1, 15, value=7.5, step=0.5, label="Teacher guidance", visible=False)
     with gr.Accordion("Settings from an image", open=False):
@@ -120,7 +122,7 @@ def _controls() -> dict[str, Any]:
         read_back = gr.Textbox(label="Read back", interactive=False, visible=False, lines=3)
     return {
         "steps": steps, "seed": seed, "dice": dice, "fresh": fresh, "alone": alone, "live": live,
-        "negative": negative, "guidance": guidance, "drop": drop, "read_back": read_back,
+        "advanced": advanced, "negative": negative, "guidance": guidance, "drop": drop, "read_back": read_back,
     }  # fmt: skip
 
 

@@ -12,18 +12,20 @@ def _seconds(value: float) -> str:
     return f"{value:.2f} s" if value >= 0.9995 else f"{value * 1000:.0f} ms"
 
 
-def _steps(count: int) -> str:
+def steps(count: int) -> str:
     return f"{count} step" + ("s" if count != 1 else "")
 
 
-def head(name: str, facts: str, part: float | None = None) -> str:
+def head(name: str, facts: str, part: float | None = None, stale: bool = False) -> str:
+    """The line over an image: `part` of its run is done; `stale` dims an image of an earlier request."""
     bar = "" if part is None else f'<i class="bar"><i style="width:{100 * part:.0f}%"></i></i>'
-    return f'<div class="model-head"><b>{name}</b><span>{html.escape(facts)}</span>{bar}</div>'
+    kind = "model-head stale" if stale else "model-head"
+    return f'<div class="{kind}"><b>{name}</b><span>{html.escape(facts)}</span>{bar}</div>'
 
 
 def facts(result: Result, model: str) -> str:
     shot = result.shots[model]
-    return f"{_steps(shot.steps)} · {_seconds(shot.total)}"
+    return f"{steps(shot.steps)} · {_seconds(shot.total)}"
 
 
 def hint() -> str:
@@ -34,9 +36,7 @@ def verdict(shots: dict[str, Shot]) -> str:
     """The line people look at, and under it where the time went, both models on one scale."""
     order = [shots[model] for model in ("teacher", "student") if model in shots]
     longest = max(shot.total for shot in order) or 1.0
-    parts = [
-        f"<span>{shot.model} {_steps(shot.steps)} <b>{_seconds(shot.total)}</b></span>" for shot in order
-    ]
+    parts = [f"<span>{shot.model} {steps(shot.steps)} <b>{_seconds(shot.total)}</b></span>" for shot in order]
     if len(order) == 2:
         ratio = order[0].total / max(order[1].total, 1e-9)
         parts.append(f'<span class="times">{ratio:.{0 if ratio >= 10 else 1}f}×</span>')

@@ -90,8 +90,71 @@ def test_stop_ends_the_teacher(engine, page):
                 teacher.gate.set()
         return shown
 
-    last = asyncio.run(stopped())[-1]
-    assert "stopped" in last[page.parts.teacher_head] and page.parts.teacher not in last
+    shown = asyncio.run(stopped())
+    # What an earlier request drew is dimmed while the teacher runs, and gone when it will not come.
+    assert all("stale" in part[page.parts.teacher_head] for part in shown[:-1])
+    assert "stopped" in shown[-1][page.parts.teacher_head] and shown[-1][page.parts.teacher] is None
+
+
+@pytest.mark.parametrize("after", ["the student is drawn", "the student is shown", "the teacher is drawn"])
+def test_stop_counts_also_while_nothing_is_with_the_engine(engine, page, monkeypatch, after):
+    submit, calls = engine.submit, []
+
+    def submitted(asked, session=None):
+        job = submit(asked, session)
+        calls.append(asked.model)
+        if after == f"the {asked.model} is drawn":
+            job.future.add_done_callback(lambda _: page.stop(TAB))
+        return job
+
+    monkeypatch.setattr(engine, "submit", submitted)
+
+    async def gather():
+        shown = []
+        async for part in page.make(A, 1, 5, False, False, "", 3.0, [], TAB):
+            shown.append(part)
+            if after == "the student is shown" and len(shown) == 1:
+                page.stop(TAB)
+        return shown
+
+    shown = asyncio.run(gather())
+    assert calls == (["student", "teacher"] if after == "the teacher is drawn" else ["student"])
+    assert not any(page.parts.past in part for part in shown[1:])
+    # Before the student was shown the page stays as it was.
+    assert (
+        len(shown) == 0
+        if after == "the student is drawn"
+        else "stopped" in shown[-1][page.parts.teacher_head]
+    )
+    assert not page._runs
+
+
+def test_a_newer_request_or_a_key_ends_the_older(engine, page):
+    teacher = engine.models.samplers["teacher"]
+
+    async def both(newer):
+        teacher.gate.clear()
+        teacher.began.clear()
+        shown = []
+        async for part in page.make(A, 1, 5, False, False, "", 3.0, [], TAB):
+            shown.append(part)
+            if len(shown) == 2:
+                assert teacher.began.wait(5)
+                other = asyncio.ensure_future(newer())
+                await asyncio.sleep(0)
+                teacher.gate.set()
+                other = await other
+        return shown, other
+
+    async def generate():
+        return [part async for part in page.make("a blue star", 1, 6, False, True, "", 3.0, [], TAB)][-1]
+
+    for newer in (generate, lambda: page.typed("a blue star", 1, 6, True, TAB)):
+        older, other = asyncio.run(both(newer))
+        # Nothing of the older comes after the newer: its teacher belongs to another prompt.
+        assert not any(page.parts.past in part for part in older[1:])
+        assert other[page.parts.teacher] is None and page.parts.student in other
+    assert not page._runs
 
 
 def test_typing_draws_only_when_live_and_passes_over_half_a_word(page, engine):
@@ -108,7 +171,7 @@ def test_typing_draws_only_when_live_and_passes_over_half_a_word(page, engine):
 def test_a_dropped_image_fills_the_form(page, engine):
     result = engine.generate(Request(A, seed=9, steps=2, model="both"))
     prompt, steps, seed, fresh, said = page.read(result.png("student"))
-    assert (prompt, steps, seed, fresh) == (A, 2, 9, False) and "seed 9" in said.value
+    assert (prompt, steps, seed, fresh) == (A, 2, 9, False) and "2 steps, seed 9" in said.value
     # The teacher's steps are none of the student's.
     assert page.read(result.png("teacher"))[1] == gr.skip()
     with pytest.raises(gr.Error, match="not a PNG"):
@@ -127,10 +190,18 @@ def test_the_form_follows_the_models(page):
     p, shown = page.parts, page.refresh()
     assert [value for _, value in shown[p.steps].choices] == [1, 2, 4] and not shown[p.clock].active
     assert shown[p.guidance].visible and shown[p.guidance].value == 3.0
+    # A student without guidance takes no negative prompt, so the page offers none.
+    assert shown[p.advanced].visible and not shown[p.negative].visible
+    guided = engine_of(FakeSampler(guidance_free=False), False)
+    with Page():
+        other = Handlers(guided, lay_out(guided))
+    assert other.refresh()[other.parts.negative].visible and other.refresh()[other.parts.advanced].visible
+    guided.close()
     classes = engine_of(FakeSampler(conditions="class", class_names=("horse", "ship")), False)
     with Page():
         other = Handlers(classes, lay_out(classes))
     shown = other.refresh()
+    assert not shown[other.parts.advanced].visible
     assert shown[other.parts.prompt].value == "horse" and not shown[other.parts.teacher_card].visible
     classes.close()
     assert "stopped" in other.refresh()[other.parts.status]

@@ -1,0 +1,25 @@
+"""One server of fake models for all hostile clients, as `python -m app` runs it."""
+
+from __future__ import annotations
+
+import httpx
+import pytest
+from app_fakes import served
+
+
+@pytest.fixture(scope="session")
+def live(tmp_path_factory):
+    """The server's address, its log and its temporary directory."""
+    folder = tmp_path_factory.mktemp("served")
+    with served(folder, receipt=1.5) as (url, log):
+        yield httpx.URL(url), log, folder
+
+
+@pytest.fixture()
+def client(live):
+    """A client that asks after each test whether the server still answers, without a traceback in its log."""
+    url, log, _ = live
+    with httpx.Client(base_url=url, timeout=30) as client:
+        yield client
+        assert client.get("/healthz").status_code == 200
+    assert "Traceback" not in log.read_text()

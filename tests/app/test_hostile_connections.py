@@ -1,0 +1,108 @@
+"""Raw connections: odd heads, slow and silent clients, and too many of them."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+import pytest
+from app_clients import JOIN, answered, connect, raw
+
+from app import connections
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["[127.0.0.1]evil", "127.0.0.1evil", "[127.0.0.1", "127.0.0.1]", "127.0.0.1:80:80", "localhost:x", "a@localhost",
+     "localhost/", "localhost:999999", "[::1]x:1", "[]", "\xff", "local host", "evil, localhost", "localhost."],
+)  # fmt: skip
+def test_host_headers_that_are_no_host_are_refused(client, live, host):
+    assert raw(live[0], "GET /healthz HTTP/1.1", f"host: {host}").startswith(b"HTTP/1.1 400")
+
+
+def test_a_forwarded_host_is_checked_as_well(client):
+    assert client.get("/config", headers={"x-forwarded-host": "evil.example"}).status_code == 400
+
+
+def test_a_request_has_one_length(client, live):
+    lines = ("POST /v1/images/generations HTTP/1.1", "host: localhost", "content-type: application/json")
+    both = ("content-length: 5", "transfer-encoding: chunked")
+    assert raw(live[0], *lines, *both, body=b"0\r\n\r\n").startswith(b"HTTP/1.1 400")
+    for length in ("-1", "1e3", "99999999999999999999", "+5", "5, 6"):
+        assert raw(live[0], *lines, f"content-length: {length}")[9:12] in (b"400", b"413")
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["GET /\xff HTTP/1.1", "GET /%ff%fe HTTP/1.1", "GET http://evil.example/ HTTP/1.1", "GET * HTTP/1.1",
+     "GET /%00 HTTP/1.1", "GET /%0d%0aa HTTP/1.1", "GET /config?a=%ff&%00 HTTP/1.1", "nonsense",
+     "GET /gradio_api/queue/data?session_hash=%ff HTTP/1.1", "GET /gradio_api/queue/data HTTP/1.1",
+     "GET /gradio_api/queue/data?session_hash=a&session_hash=../b HTTP/1.1", "GET /?page=x HTTP/1.1",
+     "GET /config?deep_link=../../x&page=%00 HTTP/1.1", "GET /gradio_api/info?all_endpoints=1 HTTP/1.1",
+     "GET /gradio_api/heartbeat/%ed%a0%80 HTTP/1.1",
+     "GET //evil.example/ HTTP/1.1", "GET /?__theme=%00 HTTP/1.1", "GET /" + "a" * 100_000 + " HTTP/1.1"],
+)  # fmt: skip
+def test_odd_request_lines_are_answered(client, live, line):
+    assert raw(live[0], line, "host: localhost")[9:12] in (b"200", b"400", b"404")
+
+
+def test_an_upgrade_is_no_door(client, live):
+    upgrade = (
+        "connection: upgrade",
+        "upgrade: websocket",
+        "sec-websocket-key: AAAA",
+        "sec-websocket-version: 13",
+    )
+    assert raw(live[0], "GET /nothing HTTP/1.1", "host: localhost", *upgrade)[9:12] == b"404"
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [b"", b"GET", b"GET / HTTP/1.1\r\nhost: localhost\r\n",
+     b"POST /v1/images/generations HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n"
+     b"content-type: application/json\r\n\r\n{",
+     b"POST " + JOIN.encode() + b" HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n1\r\n{\r\n"],
+)  # fmt: skip
+@pytest.mark.parametrize("drip", [False, True])
+def test_a_request_has_to_arrive_in_time(client, live, sent, drip):
+    began = time.perf_counter()
+    with connect(live[0]) as link:
+        link.sendall(sent)
+        with contextlib.suppress(OSError):
+            while drip and time.perf_counter() - began < 4:
+                link.settimeout(0.2)
+                link.sendall(b"a")
+                with contextlib.suppress(TimeoutError):
+                    if not link.recv(65536):
+                        break
+        answered(link)
+    assert 1 < time.perf_counter() - began < 8
+
+
+def test_silent_connections_keep_nobody_out(client, live):
+    with contextlib.ExitStack() as stack:
+        for _ in range(256):
+            stack.enter_context(connect(live[0]))
+        stranger = stack.enter_context(connect(live[0], "127.0.0.2"))
+        began = time.perf_counter()
+        stranger.sendall(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+        assert b"200 OK" in answered(stranger)
+        assert time.perf_counter() - began < 5
+        time.sleep(connections.GRACE_SECONDS + 0.1)
+        # The address that holds them gets room as well: its oldest idle connection goes.
+        assert client.get("/healthz", timeout=5).status_code == 200
+
+
+def test_an_address_that_holds_too_much_is_told_to_wait(client, live):
+    ask = b"GET /gradio_api/heartbeat/a HTTP/1.1\r\nhost: localhost\r\n\r\n"
+    with contextlib.ExitStack() as stack:
+        links = [
+            stack.enter_context(connect(live[0], "127.0.0.3")) for _ in range(connections.PER_ADDRESS + 5)
+        ]
+        for link in links:
+            link.sendall(ask)
+            link.settimeout(30)
+        starts = [link.recv(4096) for link in links]
+        refused = [start for start in starts if b" 503 " in start]
+        assert len(refused) == 5 and all(b"retry-after: 1" in start for start in refused)
+        assert client.get("/healthz", timeout=5).status_code == 200

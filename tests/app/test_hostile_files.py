@@ -1,0 +1,152 @@
+"""Hostile clients and files: no path, link or address that a client names is opened."""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import os
+import threading
+import time
+
+import httpx
+import pytest
+from app_clients import JOIN, handlers, sentence, stream
+from app_fakes import CANARY
+
+
+@pytest.fixture(scope="module")
+def bait(tmp_path_factory):
+    """Everything that leads to a secret: paths, links, and a web server that notes who asks."""
+    folder = tmp_path_factory.mktemp("bait")
+    file = folder / "secret.png"
+    file.write_text(CANARY)
+    (folder / "link.png").symlink_to(file)
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(CANARY.encode())
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield [
+        str(file),
+        str(folder / "link.png"),
+        os.path.relpath(file),
+        f"{folder}/../{folder.name}/secret.png",
+        "/proc/self/environ",
+        f"file://{file}",
+        f"http://127.0.0.1:{server.server_port}/secret.png",
+    ]
+    assert not asked
+    server.shutdown()
+
+
+def disguises(path):
+    """Values that Gradio would take for the file at `path`."""
+    meta = {"_type": "gradio.FileData"}
+    whole = {"path": path, "meta": meta}
+    return [
+        whole,
+        {"path": path},
+        {"url": path, "path": path, "orig_name": "a.png", "size": 9, "is_stream": False, "meta": meta},
+        [whole],
+        {"value": whole},
+        [[{"image": whole, "caption": None}]],
+    ]
+
+
+def nowhere(live):
+    """No file of the server's temporary directory holds the secret."""
+    _, log, folder = live
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return log in files and not any(CANARY.encode() in path.read_bytes() for path in files)
+
+
+def test_no_input_of_any_function_opens_a_path(client, live, bait):
+    tried = 0
+    for index, inputs in handlers(client):
+        for at in range(len(inputs)):
+            for value in [value for path in bait for value in disguises(path)]:
+                data = [value if i == at else None for i in range(len(inputs))]
+                answer = client.post(JOIN, json={"fn_index": index, "session_hash": "a", "data": data})
+                assert answer.status_code == 400, (index, at, value)
+                assert CANARY not in answer.text and sentence(answer)
+                tried += 1
+    assert tried > 1000 and nowhere(live)
+
+
+@pytest.mark.parametrize("field", ["event_data", "trigger_id", "session_hash", "fn_index", "data", "more"])
+def test_no_other_field_of_a_call_opens_a_path(client, live, bait, field):
+    sessions = []
+    for index, inputs in handlers(client):
+        for at, path in enumerate(bait):
+            for value in [disguises(path)[2], path]:
+                session = f"{field.replace('_', '')}-{index}-{at}-{len(sessions)}"
+                body = {"fn_index": index, "session_hash": session, "data": [None] * len(inputs)}
+                answer = client.post(JOIN, json={**body, field: value})
+                assert answer.status_code < 500 and CANARY not in answer.text
+                if answer.status_code == 200:
+                    assert field in ("event_data", "more")  # which are left out
+                    sessions.append(session)
+                else:
+                    assert sentence(answer)
+        for session in sessions:
+            assert CANARY not in stream(client, session)
+        sessions.clear()
+    assert nowhere(live)
+
+
+def test_no_address_opens_a_path(client, live, bait):
+    for path in [*bait, "/dev/zero", "//etc/passwd", "%2e%2e/%2e%2e/etc/passwd", "/etc/passwd%00.png"]:
+        for before in ("file=", "file/", "proxy=", "stream/", "custom_component/"):
+            answer = client.get(f"/gradio_api/{before}{path}")
+            assert answer.status_code in (400, 404) and CANARY not in answer.text
+        for before in ("static/", "assets/", "svelte/", "gradio_api/"):
+            assert client.get(f"/{before}{path}").status_code in (400, 404)
+    for path in live[2].rglob("*"):  # the log and the directories beside the cache
+        assert client.get(f"/gradio_api/file={path}").status_code in (404, 200)
+    assert client.get(f"/gradio_api/file={live[1]}").status_code == 404
+
+
+def test_a_file_input_takes_what_the_same_browser_uploaded_and_nothing_else(client, live):
+    index, inputs = next((i, kinds) for i, kinds in handlers(client) if "file" in kinds)
+    assert inputs == ["file"]
+
+    def drop(asker, path, session):
+        value = {"path": path, "meta": {"_type": "gradio.FileData"}}
+        return asker.post(JOIN, json={"fn_index": index, "session_hash": session, "data": [value]})
+
+    (path,) = client.post("/gradio_api/upload", files={"files": ("a.png", b"no image", "image/png")}).json()
+    assert drop(client, path, "mine").status_code == 200
+    assert "not a PNG" in stream(client, "mine")
+    with httpx.Client(base_url=live[0]) as stranger:
+        stranger.get("/")
+        assert stranger.cookies and "uploaded" in sentence(drop(stranger, path, "theirs"))
+        stranger.cookies.clear()
+        assert drop(stranger, path, "nobodys").status_code == 400
+    secret = live[2] / "beside.png"
+    secret.write_text(CANARY)
+    os.remove(path)
+    os.symlink(secret, path)
+    assert drop(client, path, "linked").status_code == 400
+    assert client.get(f"/gradio_api/file={path}").status_code == 404
+    secret.unlink()
+
+
+def test_an_endless_file_stops_nobody(client):
+    began = time.perf_counter()
+    for index, inputs in handlers(client):
+        for at in range(len(inputs)):
+            data = [disguises("/dev/zero")[2] if i == at else None for i in range(len(inputs))]
+            with contextlib.suppress(httpx.ReadTimeout):
+                client.post(JOIN, json={"fn_index": index, "session_hash": "z", "data": data}, timeout=5)
+            assert client.get("/healthz", timeout=5).status_code == 200
+    assert client.get("/gradio_api/file=/dev/zero", timeout=5).status_code == 404
+    assert time.perf_counter() - began < 60
