@@ -130,7 +130,10 @@ class Handlers:
             yield self._teacher(first, second, past)
         except Cancelled as stopped:
             # Where a newer request took its place, that one's handler owns the page.
-            if str(stopped) != REPLACED and first is not None:
+            if first is None:
+                # Of a generator that yields nothing Gradio empties every output.
+                yield {p.student: gr.skip()}
+            elif str(stopped) != REPLACED:
                 yield {p.teacher: None, p.teacher_head: words.head("Teacher", "stopped")}
         except UserError as error:
             if first is not None:
