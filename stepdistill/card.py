@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -102,12 +102,6 @@ def write(card: Card, directory: Path) -> None:
     content = {key: value for key, value in asdict(card).items() if value not in (None, "", (), {})}
     with atomic_write(directory / NAME) as temporary:
         temporary.write_text(json.dumps({"format": FORMAT, **content}, indent=2) + "\n")
-
-
-def measured(directory: Path, metrics: Mapping[str, Any]) -> None:
-    """Add measured numbers to the card of a directory."""
-    card = required(directory)
-    write(replace(card, metrics={**card.metrics, **metrics}), directory)
 
 
 def _from_format_1(old: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -66,19 +66,6 @@ class Drawer:
         plural = "s" if self.steps != 1 else ""
         scale = "" if self.sampler.guidance_free else f", guidance {self.guidance:g}"
         return f"{self.sampler.kind}, {self.steps} step{plural}{scale}"
-
-    @property
-    def key(self) -> dict[str, Any]:
-        """All settings the pixels depend on beside the pipeline's files, prompts and seeds."""
-        return {
-            "steps": self.steps,
-            "guidance": self.guidance,
-            "chunk": self.chunk,
-            "quantise": self.quantise,
-            "negative": self.negative,
-            "device": str(self.sampler.device),
-            "dtype": str(self.sampler.dtype).removeprefix("torch."),
-        }
 
     def __call__(
         self,
@@ -179,8 +166,12 @@ class Sampler:
         """This model at fixed settings; None = its default.
 
         Raises:
-            UserError: steps, guidance or a negative prompt this model cannot serve.
+            UserError: steps, guidance, a negative prompt or other settings this model cannot serve.
         """
+        if chunk < 1:
+            raise UserError(f"chunk must be at least 1, got {chunk}.")
+        if quantise not in QUANTISE:
+            raise UserError(f"quantise must be one of {', '.join(QUANTISE)}, got {quantise!r}.")
         steps = self.default_steps if steps is None else steps
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise UserError(f"steps must be a whole number of at least 1, got {steps!r}.")

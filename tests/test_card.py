@@ -36,8 +36,6 @@ def test_a_card_survives_a_round_trip(tmp_path):
     cards.write(card, tmp_path)
     assert cards.read(tmp_path) == card and cards.required(tmp_path) == card
     assert json.loads((tmp_path / cards.NAME).read_text())["format"] == 2
-    cards.measured(tmp_path, {"fd:scenes-v1": 2.5})
-    assert cards.read(tmp_path).metrics == {"fd:scenes-v1": 2.5}
 
 
 def test_the_first_format_is_read_as_what_it_said(tmp_path):
@@ -48,6 +46,8 @@ def test_the_first_format_is_read_as_what_it_said(tmp_path):
     lcm = FORMAT_1 | {"rule": "renoise", "extras": ["guidance"], "guidance_free": False, "guidance_scale": 9}
     told = cards.read(written(tmp_path, lcm)).sampling
     assert (told.inputs, told.guidance, told.scale) == (("guidance",), "input", 9.0)
+    # A card that names no scale had none.
+    assert cards.read(written(tmp_path, FORMAT_1 | {"guidance_scale": None})).sampling.scale == 1.0
     teacher = {"format": 1, "kind": "teacher", "rule": "ode", "guidance_free": False, "guidance_scale": 3.0}
     assert cards.read(written(tmp_path, teacher)).sampling == Sampling((), "ode", guidance="cfg", scale=3.0)
 

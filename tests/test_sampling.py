@@ -297,10 +297,24 @@ def test_of_several_layers_the_last_that_names_a_value_wins():
 
 def test_equal_settings_are_one_drawer(toy):
     draw = toy.at(2, chunk=4)
-    assert draw == toy.at(2, chunk=4) != toy.at(4, chunk=4) and draw.key != toy.at(2, chunk=8).key
+    assert draw == toy.at(2, chunk=4) != toy.at(4, chunk=4) and draw != toy.at(2, chunk=8)
     assert draw.nfe == 2 and draw.label == "student, 2 steps" and toy.at().steps == 1
     with pytest.raises(UserError, match="steps=3 is not what 'toy' was trained for; use one of 1, 2, 4"):
         toy.at(3)
+    with pytest.raises(UserError, match="chunk must be at least 1, got 0"):
+        toy.at(2, chunk=0)
+    with pytest.raises(UserError, match="quantise must be one of round, edm, floor, got 'ceil'"):
+        toy.at(2, quantise="ceil")
+
+
+def test_a_drawers_negative_prompt_is_every_images(tiny_sd):
+    sampler, prompts = load(tiny_sd), ["a red circle", "a blue square"]
+    images = sampler.at(2, 3.0, chunk=2, negative="a star")(prompts, [1, 2])
+    each = sampler(prompts, [1, 2], steps=2, guidance_scale=3.0, chunk=2, negative_prompts=["a star"] * 2)
+    assert torch.equal(images, each)
+    assert not torch.equal(images, sampler.at(2, 3.0, chunk=2)(prompts, [1, 2]))
+    with pytest.raises(UserError, match="a negative prompt needs guidance at sampling time"):
+        sampler.at(2, 1.0, negative="a star")
 
 
 def test_a_guided_step_costs_two_evaluations(tiny_sd):

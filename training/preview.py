@@ -49,11 +49,9 @@ class Preview:
         """
         family, seeds = self.family, range(self.count)
         counts = sorted(sampler.steps or (TEACHER_STEPS,))
-        drawn = [sampler.at(steps, chunk=self.chunk).x0(self.prompts, seeds) for steps in counts]
-        rows: Rows = [
-            (f"{sampler.kind}, {steps} step{'s' * (steps > 1)}", family.picture(x0))
-            for steps, x0 in zip(counts, drawn, strict=True)
-        ]
+        draws = [sampler.at(steps, chunk=self.chunk) for steps in counts]
+        drawn = [draw.x0(self.prompts, seeds) for draw in draws]
+        rows: Rows = [(draw.label, family.picture(x0)) for draw, x0 in zip(draws, drawn, strict=True)]
         if self.method.needs_teacher:
             rows.append((f"teacher, {TEACHER_STEPS} steps", self._teachers(sampler.device)))
         for name, module in networks.items():
