@@ -45,8 +45,9 @@ from stepdistill.noise import SampleNoise
 from stepdistill.prediction import Prediction
 from stepdistill.provenance import git_commit
 from stepdistill.registry import allowing_code
-from stepdistill.schedule import as_edm, times_like
+from stepdistill.schedule import times_like
 from stepdistill.solvers import heun
+from stepdistill.timesteps import as_edm
 from training.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parents[1]

@@ -32,6 +32,7 @@ class Card:
         step, weights: how far the run was, and whether "ema" or "raw" weights these are.
         routing: of a part of the conditions (`routing.router`). students: folders of the parts, in order.
         commit, stepdistill: of the code that wrote it. metrics: measured numbers, by name.
+        settings: of the family, beyond what the pipeline says (`Family.settings`).
     """
 
     kind: Literal["student", "teacher", "students"] = "teacher"
@@ -49,6 +50,7 @@ class Card:
     commit: str = "unknown"
     stepdistill: str = ""
     metrics: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for steps, times in self.timesteps.items():

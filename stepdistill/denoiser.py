@@ -39,28 +39,42 @@ class Denoiser(nn.Module):
         self.schedule = schedule or native
 
     def forward(
-        self, x_t: Tensor, t: Tensor, cond: Cond = None, in_schedule: Schedule | None = None, **extras: Tensor
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Cond = None,
+        in_schedule: Schedule | None = None,
+        scale: float | Tensor | None = None,
+        **extras: Tensor,
     ) -> Prediction:
         """x_t: (B, ...); t: (B,) in `in_schedule`, by default `self.schedule`; extras: what the student alone
         is told: `guidance` (B,), or `end` (B,), the time in the same schedule a two-time student jumps to.
+
+        scale: of a network with a guidance rule of its own (`guided`): inputs are then two halves, without and
+            with the condition, and what comes back is one.
 
         `in_schedule` is for methods defined in one schedule (sCM's TrigFlow, MeanFlow's flow): unlike `under`
         it reaches the network through whatever wraps this module for training. The raw output is brought to
         at least float32 before any algebra.
         """
         ours, native = in_schedule or self.schedule, self.native
+        x_native, t_native = x_t, t
+        if ours is not native:
+            t_native = native.t_of_rho(ours.rho(t))
+            if "end" in extras:
+                extras = extras | {"end": native.t_of_rho(ours.rho(extras["end"]))}
+            # Same ratio, and stable as alpha goes to 0: both norms are taken of (alpha, sigma).
+            norm = torch.hypot(native.alpha(t_native), native.sigma(t_native)) / torch.hypot(
+                ours.alpha(t), ours.sigma(t)
+            )
+            x_native = x_t * expand(norm, x_t)
+        raw = self._raw(x_native, t_native, cond, extras)
+        if scale is not None:
+            raw = self.network.guide(*raw.chunk(2), scale)
+            x_t, t, x_native, t_native = (each[: len(raw)] for each in (x_t, t, x_native, t_native))
         if ours is native:
-            return Prediction(self._raw(x_t, t, cond, extras), self.kind, x_t, t, native)
-        t_native = native.t_of_rho(ours.rho(t))
-        if "end" in extras:
-            extras = extras | {"end": native.t_of_rho(ours.rho(extras["end"]))}
-        # Same ratio, and stable as alpha goes to 0: both norms are taken of (alpha, sigma).
-        norm = torch.hypot(native.alpha(t_native), native.sigma(t_native)) / torch.hypot(
-            ours.alpha(t), ours.sigma(t)
-        )
-        x_native = x_t * expand(norm, x_t)
-        x0 = Prediction(self._raw(x_native, t_native, cond, extras), self.kind, x_native, t_native, native).x0
-        return Prediction(x0, "x0", x_t, t, ours)
+            return Prediction(raw, self.kind, x_t, t, native)
+        return Prediction(Prediction(raw, self.kind, x_native, t_native, native).x0, "x0", x_t, t, ours)
 
     def _raw(self, x_t: Tensor, t: Tensor, cond: Cond, extras: dict[str, Tensor]) -> Tensor:
         raw = self.network(x_t, t, cond, **extras)
@@ -107,7 +121,9 @@ class Denoiser(nn.Module):
     def clone(self) -> Denoiser:
         """A copy with its own trainable parameters: how a student or a fake score starts from the teacher."""
         twin = copy.deepcopy(self)
-        return twin.requires_grad_(True)
+        halves = {p.dtype for p in twin.parameters()} & {torch.float16, torch.bfloat16}
+        # What is trained is float32, however the teacher is held.
+        return (twin.float() if halves else twin).requires_grad_(True)
 
 
 def guided(
@@ -121,17 +137,20 @@ def guided(
     """Classifier-free guidance, uncond + scale (cond - uncond); scale 1 is off and costs one call.
 
     Guidance is linear, so guiding x0, eps, v or flow at the same (x_t, t) is the same thing (Ho & Salimans
-    2022).
+    2022). A network whose pipeline rescales the result has a rule `guide(unconditional, conditional, scale)` for
+    its own raw output.
     scale: a number, or (B,) one per sample. Both halves run in one call of batch 2B.
     """
     if not isinstance(scale, Tensor) and scale == 1:
         return denoiser(x_t, t, cond)
-    both = denoiser(
-        torch.cat((x_t, x_t)), torch.cat((t, t)), map_cond(lambda u, c: torch.cat((u, c)), uncond, cond)
-    )
-    unconditional, conditional = both.raw.chunk(2)
     if isinstance(scale, Tensor):
         scale = expand(scale, x_t)
+    halves = torch.cat((x_t, x_t)), torch.cat((t, t)), map_cond(lambda u, c: torch.cat((u, c)), uncond, cond)
+    network = getattr(unwrap(getattr(denoiser, "func", denoiser)), "network", None)
+    if hasattr(network, "guide"):
+        return denoiser(*halves, scale=scale)
+    both = denoiser(*halves)
+    unconditional, conditional = both.raw.chunk(2)
     raw = unconditional + scale * (conditional - unconditional)
     return Prediction(raw, both.kind, x_t, t, both.schedule)
 

@@ -38,6 +38,7 @@ def card_of(family: Family, method: Method, recipe: dict[str, Any], **facts: Any
         sampling=sampling if student else replace(sampling, steps=(), finest=0),
         timesteps=times,
         teacher=recipe["family"].get("teacher", ""),
+        settings=family.settings,
         recipe=recipe,
         commit=git_commit(short=True) or "unknown",
         stepdistill=__version__,

@@ -19,7 +19,8 @@ class _Enough(Exception):
 def tap(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
     """Collect the outputs of the sub-modules `names` during the block, in a dict filled by each forward.
 
-    A block that returns a tuple (a UNet's down block) gives its first tensor.
+    Of a block that returns more than the image's features, such as the text's beside them, the network's
+    `image_part` says which those are; without one it is the first tensor (a UNet's down block).
 
     Raises:
         ValueError: a name is not a sub-module; the nearest ones are listed.
@@ -33,13 +34,24 @@ def tap(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
                 f"no block {name!r} to tap in {type(unwrap(module)).__name__}; it has {', '.join(close) or 'others'}"
             )
 
+    face, told = getattr(unwrap(module), "network", None), {}
+    image_part = getattr(face, "image_part", None)
+
+    def remember(_module: nn.Module, inputs: tuple) -> None:
+        told["x_t"], told["cond"] = inputs[0], inputs[2] if len(inputs) > 2 else None
+
     def keep(name: str):
         def hook(_module: nn.Module, _inputs: tuple, output: Tensor | tuple) -> None:
-            collected[name] = output if isinstance(output, Tensor) else output[0]
+            if image_part is not None:
+                collected[name] = image_part(name, output, told["x_t"], told["cond"])
+            else:
+                collected[name] = output if isinstance(output, Tensor) else output[0]
 
         return hook
 
     handles = [found[name].register_forward_hook(keep(name)) for name in names]
+    if image_part is not None:
+        handles.append(face.register_forward_pre_hook(remember))
     try:
         yield collected
     finally:

@@ -11,7 +11,8 @@ from stepdistill.card import Card
 from stepdistill.drawing import Sampler
 from stepdistill.errors import UserError
 from stepdistill.families import FAMILIES
-from stepdistill.families.base import Family, read_index
+from stepdistill.families.base import Family
+from stepdistill.families.reading import read_index
 from stepdistill.registry import resolve
 from stepdistill.students import Students
 
@@ -62,7 +63,7 @@ def _single(path: Path, card: Card | None, device: str, dtype: torch.dtype) -> S
         cls = resolve(card.family, FAMILIES, "family", where=where, registered_only=True)
     else:
         cls = family_of(path)
-    family = cls.from_directory(path)
+    family = cls.from_directory(path, card.settings if card is not None else None, dtype)
     family.to(device, dtype)
     denoiser = family.teacher.eval().requires_grad_(False)
     return Sampler(family, denoiser, path, card, device, dtype)

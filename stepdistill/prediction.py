@@ -23,6 +23,8 @@ from torch import Tensor
 from stepdistill.schedule import Schedule, expand
 
 KINDS = ("x0", "eps", "v", "flow", "F", "score")
+# Of alpha as a divisor: from noise alone no eps tells x0.
+_LEAST = 1e-4
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Prediction:
         if self.kind == "x0":
             return raw
         if self.kind == "eps":
-            return (x_t - sigma * raw) / alpha
+            return (x_t - sigma * raw) / alpha.clamp(min=_LEAST)
         if self.kind == "v":
             return (alpha * x_t - sigma * raw) / (alpha**2 + sigma**2)
         if self.kind == "flow":
@@ -63,7 +65,7 @@ class Prediction:
             # cos(t) x_t - sin(t) sigma_data F.
             return alpha * x_t - sigma * raw
         if self.kind == "score":
-            return (x_t + sigma**2 * raw) / alpha
+            return (x_t + sigma**2 * raw) / alpha.clamp(min=_LEAST)
         raise ValueError(f"prediction kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
 
     @cached_property

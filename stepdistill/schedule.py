@@ -10,13 +10,14 @@ for broadcasting.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from stepdistill.errors import UserError
+from stepdistill.shift import shifted, stretched
 
 # Keeps zero-terminal-SNR schedules finite: alpha is never below 1e-4.
 _RHO_LIMIT = 1e4
@@ -66,8 +67,8 @@ class Schedule:
         raise NotImplementedError
 
     def rho(self, t: Tensor) -> Tensor:
-        """Noise-to-signal ratio sigma / alpha."""
-        return self.sigma(t) / self.alpha(t)
+        """Noise-to-signal ratio sigma / alpha; finite where no signal is left, though alpha is exact there."""
+        return self.sigma(t) / self.alpha(t).clamp(min=1 / _RHO_LIMIT)
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t = alpha(t) x0 + sigma(t) eps. x0, eps: (B, ...), t: (B,)."""
@@ -157,17 +158,20 @@ class EDM(Schedule):
 class Flow(Schedule):
     """Rectified flow: alpha = 1 - t, sigma = t; flow time 0 is data, 1 is noise.
 
-    shift: of the samplers' grids alone, t -> shift t / (1 + (shift - 1) t) (Esser et al. 2024, Eq. 23); above 1
-        they stay longer where noise is high. 1 = off.
+    Of the samplers' grids alone:
+        shift: see `shift.shifted`; above 1 they stay longer where noise is high. A function gives that of each
+            number of steps (FLUX.2).
+        last: a many-step model's last time before the shift; 0 = 1 / steps.
+        terminal: what its last time is stretched to after the shift; 0 = off (Qwen-Image).
     """
 
     t_min, t_max = 0.0, 1.0
 
-    def __init__(self, shift: float = 1.0):
-        self.shift = shift
+    def __init__(self, shift: float | Callable[[int], float] = 1.0, last: float = 0.0, terminal: float = 0.0):
+        self.shift, self.last, self.terminal = shift, last, terminal
 
     def alpha(self, t: Tensor) -> Tensor:
-        return (1 - _time(t)).clamp(min=1 / _RHO_LIMIT)
+        return 1 - _time(t)
 
     def sigma(self, t: Tensor) -> Tensor:
         return _time(t)
@@ -184,15 +188,21 @@ class Flow(Schedule):
 
     def few_step_grid(self, steps: int, finest: int = 0, first_rho: float = 0.0) -> tuple[float, ...]:
         """Even in the time before the shift, which is a factor of rho = t / (1 - t)."""
-        grid = super().few_step_grid(steps, finest, first_rho / self.shift)
-        return tuple(map(self._shifted, grid))
+        shift = self.shift_at(_at_least(steps, finest))
+        grid = super().few_step_grid(steps, finest, first_rho / shift)
+        return tuple(shifted(t, shift) for t in grid)
 
     def teacher_grid(self, steps: int) -> tuple[float, ...]:
         """Even in the time before the shift, as `FlowMatchEulerDiscreteScheduler` has it."""
-        return tuple(map(self._shifted, super().teacher_grid(steps)))
+        grid = super().teacher_grid(steps)
+        if self.last:
+            grid = torch.linspace(1, self.last, steps, dtype=torch.float64).tolist()
+        shift = self.shift_at(steps)
+        return stretched([shifted(t, shift) for t in grid], self.terminal)
 
-    def _shifted(self, t: float) -> float:
-        return t if self.shift == 1 else self.shift * t / (1 + (self.shift - 1) * t)
+    def shift_at(self, steps: int) -> float:
+        """Of a grid of so many steps."""
+        return self.shift(steps) if callable(self.shift) else self.shift
 
 
 class TrigFlow(Schedule):
@@ -209,7 +219,7 @@ class TrigFlow(Schedule):
         self.sigma_data = sigma_data
 
     def alpha(self, t: Tensor) -> Tensor:
-        return torch.cos(_time(t)).clamp(min=1 / _RHO_LIMIT)
+        return torch.cos(_time(t))
 
     def sigma(self, t: Tensor) -> Tensor:
         return self.sigma_data * torch.sin(_time(t))
@@ -320,14 +330,6 @@ class VP(Schedule):
         if not 1 <= steps <= count:
             raise ValueError(f"steps must be between 1 and {count}, got {steps}")
         return tuple(float(round(count - i * count / steps) - 1) for i in range(steps))
-
-
-def as_edm(schedule: Schedule, least: float = 0.002, most: float = 80.0) -> EDM:
-    """The variance-exploding schedule over the noise levels `schedule` has, within EDM's range: where methods
-    written in EDM's terms run, whatever their networks were trained in.
-    """
-    low, high = schedule.rho(torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64)).tolist()
-    return EDM(max(low, least), min(high, most))
 
 
 def times_like(values: Sequence[float] | float, x: Tensor) -> Tensor:

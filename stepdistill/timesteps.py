@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.noise import SampleNoise
-from stepdistill.schedule import Schedule, as_edm
+from stepdistill.schedule import EDM, Schedule
 
 
 def uniform(schedule: Schedule, noise: SampleNoise, low: float = 0.0, high: float = 1.0) -> Tensor:
@@ -62,3 +62,11 @@ def draw(
     if density == "lognormal":
         return lognormal(schedule, noise, mean, std)
     return {"uniform": uniform, "karras": karras}[density](schedule, noise, low, high)
+
+
+def as_edm(schedule: Schedule, least: float = 0.002, most: float = 80.0) -> EDM:
+    """The variance-exploding schedule over the noise levels `schedule` has, within EDM's range: where methods
+    written in EDM's terms run, whatever their networks were trained in.
+    """
+    low, high = schedule.rho(torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64)).tolist()
+    return EDM(max(low, least), min(high, most))

@@ -9,6 +9,9 @@ FAMILIES = Table(
     {
         "toy": "stepdistill.families.toy:Toy",
         "sd": "stepdistill.families.sd:SD",
+        "sdxl": "stepdistill.families.sdxl:SDXL",
+        "flux": "stepdistill.families.flux:Flux",
+        "chroma": "stepdistill.families.flux:Chroma",
         "pixel": "stepdistill.families.pixel:Pixel",
     },
 )

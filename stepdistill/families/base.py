@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,8 +12,8 @@ from torch import Tensor, nn
 
 from stepdistill.card import Card
 from stepdistill.denoiser import Cond, Denoiser, parameter_count
-from stepdistill.errors import UserError, first_line
-from stepdistill.untrusted import LOADING, check_components, check_directory, read_json
+from stepdistill.errors import UserError
+from stepdistill.families.faces import cast
 
 
 class Family:
@@ -38,6 +37,8 @@ class Family:
     pipelines: ClassVar[tuple[str, ...]] = ()
     # What a model_index.json may name: component -> patterns of "library.Class".
     components: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    # Which of them a pipeline may lack.
+    optional: ClassVar[tuple[str, ...]] = ()
     default_guidance: float = 1.0
     teacher: Denoiser | None
     shape: tuple[int, ...]
@@ -55,11 +56,24 @@ class Family:
     preview_count: int | None = None
 
     @classmethod
-    def from_directory(cls, path: Path) -> Family:
-        """The family around a saved pipeline, teacher or student. Raises UserError as `read_pipeline` does."""
+    def from_directory(
+        cls, path: Path, settings: Mapping[str, Any] | None = None, dtype: torch.dtype = torch.float32
+    ) -> Family:
+        """The family around a saved pipeline, teacher or student.
+
+        settings: those of the family it was exported from (`settings`). dtype: to hold the weights in from the first.
+
+        Raises:
+            UserError: as `read_pipeline` does, or settings that are none.
+        """
         raise UserError(
             f"the family {cls.name!r} has no pipeline directories, so {path} cannot be loaded as one."
         )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a student's directory must say of its family beyond the pipeline, such as a resolution: plain values."""
+        return {}
 
     def fresh(self) -> Denoiser:
         """A network with random weights, for `student.init=random`."""
@@ -82,7 +96,7 @@ class Family:
                 )
             student = self.teacher.clone()
         else:
-            student = type(self).from_directory(Path(init)).teacher.clone()
+            student = type(self).from_directory(Path(init), self.settings).teacher.clone()
         for extra in extras:
             if extra not in getattr(student.network, "extras", {}):
                 raise UserError(
@@ -129,6 +143,10 @@ class Family:
             images = self.decode(x0).clamp(0, 1).mul(255).round().to(torch.uint8).cpu()
         return torch.cat(list(images), 2).permute(1, 2, 0).numpy()
 
+    def from_stock_noise(self, noise: Tensor) -> Tensor:
+        """What a stock pipeline draws between two steps, in its own layout -> (B, *shape)."""
+        return noise
+
     def modules(self) -> dict[str, nn.Module]:
         """Frozen helpers besides the denoiser (VAE, text encoder), by component name."""
         return {}
@@ -151,90 +169,3 @@ class Family:
             UserError: there is no pipeline to export to.
         """
         raise UserError(f"the family {self.name!r} has no pipeline to export to.")
-
-
-def cast(module: nn.Module, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
-    """`module.to(device, dtype)`, naming the dtype only where it changes: diffusers' models warn whenever it is named."""
-    module.to(device)
-    floating = next((p.dtype for p in module.parameters() if p.is_floating_point()), dtype)
-    return module if floating == dtype else module.to(dtype)
-
-
-def zero_linear(inputs: int, outputs: int) -> nn.Linear:
-    """A layer that adds nothing until it is trained."""
-    layer = nn.Linear(inputs, outputs)
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
-def sinusoids(value: Tensor, dim: int) -> Tensor:
-    """Sines and cosines of 1000 value at falling frequencies, (B,) -> (B, dim): the formula stock pipelines
-    embed `guidance_scale - 1` with, and, of t / 1000, the one UNets embed their time with.
-    """
-    half = dim // 2
-    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -(math.log(10000.0) / (half - 1)))
-    angles = 1000 * value.float()[:, None] * frequencies.to(value.device)[None]
-    return torch.cat((angles.sin(), angles.cos()), 1)
-
-
-# What of a diffusers UNet held as `unet` comes after its middle block.
-BEHIND_MIDDLE = ("unet.up_blocks", "unet.conv_norm_out", "unet.conv_out")
-
-
-def unet_blocks(unet: nn.Module) -> dict[str, int]:
-    """Down, middle and up blocks of a diffusers UNet held as `unet`, in forward order, name -> channels."""
-    widths = list(unet.config.block_out_channels)
-    down = {f"unet.down_blocks.{i}": width for i, width in enumerate(widths)}
-    up = {f"unet.up_blocks.{i}": width for i, width in enumerate(reversed(widths))}
-    return down | {"unet.mid_block": widths[-1]} | up
-
-
-def read_index(path: Path) -> dict[str, Any]:
-    """model_index.json of a pipeline directory, with a clear sentence when it is not one."""
-    if not path.exists():
-        raise UserError(f"{path} does not exist; give the directory of a diffusers pipeline.")
-    index = path / "model_index.json"
-    if not index.is_file():
-        raise UserError(f"{path} is not a diffusers pipeline directory: it has no model_index.json.")
-    content = read_json(index)
-    # A list here would name a file of code.
-    if not isinstance(content, dict) or not isinstance(content.get("_class_name"), str):
-        raise UserError(
-            f"{index} is damaged: not a JSON object naming a pipeline class; fetch or export it again."
-        )
-    return content
-
-
-def read_pipeline(path: Path, family: type[Family], **components: Any) -> Any:
-    """The stock pipeline in a directory or behind a hub id, float32, from safetensors only.
-
-    components: those that are not to be loaded, as the pipeline's constructor takes them.
-
-    Raises:
-        UserError: there is none, it cannot be loaded, or it names code or classes that `family` does not know.
-    """
-    from diffusers import DiffusionPipeline
-
-    text = str(path)
-    try:
-        if not path.exists() and not text.startswith((".", "/", "~")) and text.count("/") == 1:
-            _check_index(path, DiffusionPipeline.load_config(text), family, components)
-            path = Path(DiffusionPipeline.download(text, use_safetensors=True, **components))
-        _check_index(path / "model_index.json", read_index(path), family, components)
-        check_directory(path)
-        return DiffusionPipeline.from_pretrained(
-            str(path), dtype=torch.float32, use_safetensors=True, trust_remote_code=False, **components
-        )
-    except LOADING as error:
-        raise UserError(f"the pipeline at {text} cannot be loaded: {first_line(error)}") from None
-
-
-def _check_index(where: Path, index: Any, family: type[Family], left_out: Iterable[str]) -> None:
-    name = index.get("_class_name")
-    if name not in family.pipelines:
-        raise UserError(
-            f"{where}: a {name} is none of the pipelines that the family {family.name!r} serves,"
-            f" {', '.join(family.pipelines) or 'which are none'}; choose another directory or family."
-        )
-    check_components(where, index, family.components, tuple(left_out))

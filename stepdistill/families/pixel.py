@@ -9,7 +9,7 @@ student: teacher and student then differ in nothing but their weights.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,14 +21,9 @@ from torch import Tensor, nn
 from stepdistill.card import Card
 from stepdistill.denoiser import Cond, Denoiser
 from stepdistill.errors import UserError, first_line
-from stepdistill.families.base import (
-    BEHIND_MIDDLE,
-    Family,
-    read_pipeline,
-    sinusoids,
-    unet_blocks,
-    zero_linear,
-)
+from stepdistill.families.base import Family
+from stepdistill.families.faces import BEHIND_MIDDLE, Face, sinusoids, unet_blocks, zero_linear
+from stepdistill.families.reading import read_pipeline
 from stepdistill.families.schedulers import few_step_scheduler, schedule_of
 from stepdistill.schedule import EDM, expand
 from stepdistill.untrusted import LOADING
@@ -37,18 +32,18 @@ from stepdistill.untrusted import LOADING
 END = "end.safetensors"
 
 
-class PixelUNet(nn.Module):
+class PixelUNet(Face):
     """The face of a UNet2DModel; cond is class indices (B,) int64, the last one meaning "no class", or None.
 
     With `sigma_data` the network is preconditioned as `CMStochasticIterativeScheduler` does it (Song et al.
     2023, App. C): x0 = c_skip x_t + c_out unet(c_in x_t, 250 log sigma), and x0 = x_t at sigma_min exactly.
     """
 
-    middle, behind_middle = "unet.mid_block", BEHIND_MIDDLE
+    inner, middle, behind_middle = "unet", "unet.mid_block", BEHIND_MIDDLE
 
     def __init__(self, unet: nn.Module, sigma_data: float | None = None, sigma_min: float = 0.002):
-        super().__init__()
-        self.unet, self.sigma_data, self.sigma_min = unet, sigma_data, sigma_min
+        super().__init__(unet)
+        self.sigma_data, self.sigma_min = sigma_data, sigma_min
         self.end: nn.Linear | None = None
 
     @property
@@ -124,7 +119,9 @@ class Pixel(Family):
         self.class_names = tuple(config.class_names) or self.class_names
 
     @classmethod
-    def from_directory(cls, path: Path) -> Pixel:
+    def from_directory(
+        cls, path: Path, settings: Mapping[str, Any] | None = None, dtype: torch.dtype = torch.float32
+    ) -> Pixel:
         family = cls(cls.Config(teacher=str(path)))
         if (path / END).is_file():
             family.teacher.network.add_end()

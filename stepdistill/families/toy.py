@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.denoiser import Cond, Denoiser
-from stepdistill.families.base import Family, zero_linear
+from stepdistill.families.base import Family
+from stepdistill.families.faces import zero_linear
 from stepdistill.losses import denoising
 from stepdistill.noise import SampleNoise
 from stepdistill.schedule import EDM, VP, Flow, Schedule, TrigFlow, expand

@@ -246,7 +246,9 @@ def consistency(prediction: Prediction) -> Tensor:
     """
     schedule, x_t = prediction.schedule, prediction.x_t
     clean = expand(prediction.t, x_t) <= schedule.t_min
-    return torch.where(clean, x_t / expand(schedule.alpha(prediction.t), x_t), prediction.x0)
+    # At t_min for all: where no signal is left, the side that is not taken would have no finite gradient.
+    alpha = schedule.alpha(prediction.t.clamp(max=schedule.t_min))
+    return torch.where(clean, x_t / expand(alpha, x_t), prediction.x0)
 
 
 def term_name(loss: LossFn) -> str:

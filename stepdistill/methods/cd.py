@@ -39,8 +39,8 @@ from stepdistill.methods.base import (
     consistency,
     guided_teacher,
 )
-from stepdistill.schedule import as_edm
 from stepdistill.solvers import SOLVERS
+from stepdistill.timesteps import as_edm
 
 
 class CD(Method):

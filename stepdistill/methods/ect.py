@@ -31,8 +31,8 @@ from stepdistill import timesteps
 from stepdistill.jvp import same_draws
 from stepdistill.losses import moments, vector_huber
 from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase, consistency, guided_teacher
-from stepdistill.schedule import as_edm
 from stepdistill.solvers import euler
+from stepdistill.timesteps import as_edm
 
 
 class ECT(Method):

@@ -30,7 +30,8 @@ from stepdistill.denoiser import Cond, Denoiser, unwrap
 from stepdistill.jvp import directional, same_draws
 from stepdistill.losses import moments
 from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase, guided_teacher
-from stepdistill.schedule import Flow, as_edm, expand
+from stepdistill.schedule import Flow, expand
+from stepdistill.timesteps import as_edm
 
 
 class MeanFlow(Method):

@@ -40,7 +40,8 @@ from stepdistill.denoiser import Cond, Denoiser, unwrap
 from stepdistill.jvp import directional, same_draws
 from stepdistill.losses import moments, mse
 from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase, guided_teacher
-from stepdistill.schedule import TrigFlow, as_edm, expand
+from stepdistill.schedule import TrigFlow, expand
+from stepdistill.timesteps import as_edm
 
 
 class SCM(Method):

@@ -11,8 +11,9 @@ from worlds import COUNT
 
 from stepdistill.denoiser import Denoiser
 from stepdistill.methods.base import consistency
-from stepdistill.schedule import EDM, as_edm, times_like
+from stepdistill.schedule import EDM, times_like
 from stepdistill.solvers import SOLVERS
+from stepdistill.timesteps import as_edm
 
 
 @pytest.mark.parametrize(("solver", "order"), [("euler", 2), ("heun", 3)])

@@ -15,7 +15,8 @@ from stepdistill.families.toy import Toy
 from stepdistill.methods.base import Batch, Networks, consistency
 from stepdistill.noise import SampleNoise
 from stepdistill.prediction import Prediction
-from stepdistill.schedule import EDM, Flow, TrigFlow, as_edm, times_like
+from stepdistill.schedule import EDM, Flow, TrigFlow, times_like
+from stepdistill.timesteps import as_edm
 
 
 @EVERY_SCHEDULE

@@ -13,7 +13,7 @@ from worlds import COUNT, world
 
 from stepdistill.denoiser import guided
 from stepdistill.errors import UserError
-from stepdistill.families.base import sinusoids
+from stepdistill.families.faces import sinusoids
 from stepdistill.families.sd import SD
 from stepdistill.families.toy import gaussian_flow_map
 from stepdistill.methods.lcm import LCM

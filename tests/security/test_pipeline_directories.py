@@ -59,6 +59,11 @@ INDEXES = {
     "a custom pipeline": {"_class_name": ["payload", "Mine"]},
     "a community pipeline": {"_class_name": ["lpw_stable_diffusion", "X"]},
     "another pipeline": {"_class_name": "StableDiffusionXLPipeline"},
+    "another pipeline's part": {
+        "_class_name": "StableDiffusionXLPipeline",
+        "text_encoder_2": ["os", "system"],
+    },
+    "a pipeline no family serves": {"_class_name": "AudioLDMPipeline"},
     "the base of all": {"_class_name": "DiffusionPipeline"},
     "no pipeline": {"_class_name": "UNet2DConditionModel"},
     "a pipeline of another family": {"_class_name": "DDPMPipeline"},

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from stepdistill.errors import UserError, atomic_write, cli_errors
-from stepdistill.families.base import read_index
+from stepdistill.families.reading import read_index
 
 
 def ship(source: Path, target: Path) -> None:

@@ -1,0 +1,217 @@
+"""Faces: diffusers' denoisers spoken to as `network(x_t, t, cond, **extras) -> raw`, and what families share of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill.denoiser import Cond
+
+# What of a diffusers UNet comes after its middle block.
+BEHIND_MIDDLE = ("unet.up_blocks", "unet.conv_norm_out", "unet.conv_out")
+# Of the embedded guidance scale or end time, LCM's time_cond_proj_dim.
+COND_PROJ_DIM = 256
+
+
+class Face(nn.Module):
+    """A diffusers model held as `unet` or `transformer`, called alike whatever its own arguments are.
+
+    x_t: (B, *shape) and raw of the same shape, unpacked; t: (B,) in the teacher's schedule; cond: batch first.
+    It must hold nothing but the model: a student is a deep copy of it.
+
+    Attributes:
+        inner: the name the pipeline has for the model.
+        extras: what it can be told besides x_t, t and cond -> how it is made ready for that, changing nothing at
+            first.
+        blocks: worth tapping, in forward order, name -> channels; middle: the bottleneck or the middle one.
+        behind_middle: submodules that only matter behind it.
+    """
+
+    inner: ClassVar[str]
+    middle: str
+    blocks: dict[str, int]
+    behind_middle: tuple[str, ...]
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        setattr(self, self.inner, model)
+
+    @property
+    def model(self) -> nn.Module:
+        return getattr(self, self.inner)
+
+    @property
+    def extras(self) -> dict[str, Callable[[], None]]:
+        return {}
+
+    def leaving(self) -> nn.Module:
+        """The model as it leaves with a student, made so that the pipeline's default call does the least harm."""
+        return self.model
+
+    def image_part(self, name: str, output: Any, x_t: Tensor, cond: Cond) -> Tensor:
+        """Of what the block `name` returned, the features of the image: (B, C, h, w) or (B, N, C)."""
+        return output if isinstance(output, Tensor) else output[0]
+
+
+class UNetFace(Face):
+    """A UNet2DConditionModel whose condition becomes keyword arguments by `arguments`."""
+
+    inner, middle, behind_middle = "unet", "unet.mid_block", BEHIND_MIDDLE
+
+    @property
+    def extras(self) -> dict[str, Callable[[], None]]:
+        return {"guidance": self.add_cond_proj, "end": self.add_cond_proj}
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        return unet_blocks(self.unet)
+
+    def arguments(self, cond: Cond, dtype: torch.dtype) -> dict[str, Any]:
+        """What the UNet is told of a condition: the text encoder's states (B, tokens, width), for one."""
+        return {"encoder_hidden_states": cond.to(dtype)}
+
+    def forward(
+        self, x_t: Tensor, t: Tensor, cond: Cond, guidance: Tensor | None = None, end: Tensor | None = None
+    ) -> Tensor:
+        """guidance: (B,) the scale g; the embedding is of w = g - 1, as the exported pipeline makes it. end:
+        (B,) the time a two-time student jumps to. A UNet is told one of the two, through time_cond_proj.
+        """
+        dtype = self.unet.dtype
+        scalar = guidance - 1 if guidance is not None else end / 1000 if end is not None else None
+        embedded = None
+        if scalar is not None:
+            embedded = sinusoids(scalar, self.unet.config.time_cond_proj_dim).to(x_t.device, dtype)
+        told = self.arguments(cond, dtype)
+        time = t.to(x_t.device, torch.float32)
+        return self.unet(x_t.to(dtype), time, timestep_cond=embedded, **told).sample
+
+    def leaving(self) -> nn.Module:
+        """With a time_cond_proj, which keeps stock pipelines from classifier-free guidance at any scale."""
+        return self.unet if self.unet.config.time_cond_proj_dim else with_time_cond(self.unet)
+
+    def add_cond_proj(self) -> None:
+        """Give the UNet an embedded guidance scale or end time; its projection starts at zero, so nothing
+        changes at first.
+        """
+        if self.unet.config.time_cond_proj_dim is None:
+            self.unet = with_time_cond(self.unet).train(self.unet.training)
+
+
+class TransformerFace(Face):
+    """A diffusers transformer: lists of blocks, of which each returns the image's tokens, alone or with the text's.
+
+    Attributes:
+        stacks: lists of blocks in forward order -> where a block's output has the image: "whole", "second" (of a
+            pair), "first tokens" or "last tokens" of one sequence.
+        tail: submodules behind the last block.
+        patch: side of the latents' patch that makes one token.
+    """
+
+    inner = "transformer"
+    stacks: ClassVar[dict[str, str]] = {"transformer_blocks": "whole"}
+    tail: ClassVar[tuple[str, ...]] = ("norm_out", "proj_out")
+
+    @property
+    def patch(self) -> int:
+        return self.transformer.config.patch_size
+
+    @property
+    def width(self) -> int:
+        config = self.transformer.config
+        return config.num_attention_heads * config.attention_head_dim
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        return {
+            f"transformer.{stack}.{i}": self.width
+            for stack in self.stacks
+            for i in range(len(self.transformer.get_submodule(stack)))
+        }
+
+    @property
+    def middle(self) -> str:
+        names = list(self.blocks)
+        return names[(len(names) - 1) // 2]
+
+    @property
+    def behind_middle(self) -> tuple[str, ...]:
+        names = list(self.blocks)
+        tail = (f"transformer.{name}" for name in self.tail if hasattr(self.transformer, name))
+        return (*names[names.index(self.middle) + 1 :], *tail)
+
+    def tokens(self, x_t: Tensor) -> int:
+        """Of one image, whose latents are x_t (B, C, [F,] h, w)."""
+        return x_t[0, 0].numel() // self.patch**2
+
+    def image_part(self, name: str, output: Any, x_t: Tensor, cond: Cond) -> Tensor:
+        where = self.stacks[name.split(".")[-2]]
+        if where == "second":
+            return output[1]
+        if where == "first tokens":
+            return output[:, : self.tokens(x_t)]
+        if where == "last tokens":
+            return output[:, -self.tokens(x_t) :]
+        return output
+
+
+def pack(x: Tensor, patch: int = 2) -> Tensor:
+    """(B, C, h, w) -> (B, h w / patch^2, patch^2 C), the order (C, dy, dx) within a token."""
+    batch, channels, h, w = x.shape
+    x = x.reshape(batch, channels, h // patch, patch, w // patch, patch)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * patch**2)
+
+
+def unpack(tokens: Tensor, h: int, w: int, patch: int = 2) -> Tensor:
+    """The reverse of `pack`, for latents of h x w."""
+    batch, _, width = tokens.shape
+    x = tokens.reshape(batch, h // patch, w // patch, width // patch**2, patch, patch)
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(batch, -1, h, w)
+
+
+def with_time_cond(unet: nn.Module) -> nn.Module:
+    """A copy of `unet` with a zero time_cond_proj, which changes nothing at first."""
+    config = dict(unet.config) | {"time_cond_proj_dim": COND_PROJ_DIM}
+    # Of a UNet made from a partial configuration; it would undo ours.
+    config.pop("_use_default_values", None)
+    twin = cast(type(unet).from_config(config), unet.device, unet.dtype)
+    missing, unexpected = twin.load_state_dict(unet.state_dict(), strict=False)
+    assert missing == ["time_embedding.cond_proj.weight"] and not unexpected, (missing, unexpected)
+    nn.init.zeros_(twin.time_embedding.cond_proj.weight)
+    return twin
+
+
+def cast(module: nn.Module, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
+    """`module.to(device, dtype)`, naming the dtype only where it changes: diffusers' models warn whenever it is named."""
+    module.to(device)
+    floating = next((p.dtype for p in module.parameters() if p.is_floating_point()), dtype)
+    return module if floating == dtype else module.to(dtype)
+
+
+def zero_linear(inputs: int, outputs: int) -> nn.Linear:
+    """A layer that adds nothing until it is trained."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def sinusoids(value: Tensor, dim: int) -> Tensor:
+    """Sines and cosines of 1000 value at falling frequencies, (B,) -> (B, dim): the formula stock pipelines
+    embed `guidance_scale - 1` with, and, of t / 1000, the one UNets embed their time with.
+    """
+    half = dim // 2
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -(math.log(10000.0) / (half - 1)))
+    angles = 1000 * value.float()[:, None] * frequencies.to(value.device)[None]
+    return torch.cat((angles.sin(), angles.cos()), 1)
+
+
+def unet_blocks(unet: nn.Module) -> dict[str, int]:
+    """Down, middle and up blocks of a diffusers UNet held as `unet`, in forward order, name -> channels."""
+    widths = list(unet.config.block_out_channels)
+    down = {f"unet.down_blocks.{i}": width for i, width in enumerate(widths)}
+    up = {f"unet.up_blocks.{i}": width for i, width in enumerate(reversed(widths))}
+    return down | {"unet.mid_block": widths[-1]} | up

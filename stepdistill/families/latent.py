@@ -1,0 +1,271 @@
+"""What families of a VAE, text encoders and one denoiser have in common: everything but what the denoiser is told."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill import assets
+from stepdistill.card import Card
+from stepdistill.config import build
+from stepdistill.denoiser import Cond, Denoiser, map_cond, parameter_count
+from stepdistill.errors import UserError
+from stepdistill.families.base import Family
+from stepdistill.families.faces import Face
+from stepdistill.families.reading import read_pipeline
+from stepdistill.families.schedulers import few_step_scheduler, schedule_of
+from stepdistill.sampling import Sampling
+from stepdistill.schedule import Schedule
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass
+class LatentConfig:
+    """The recipe's section `family` of every family of latents.
+
+    Attributes:
+        teacher: pipeline directory or hub id; "assets/..." is found wherever the package lies.
+        revision: of a hub id: a branch, a tag or, so that a run can be made again, a commit.
+        variant: of the weights' files, such as "fp16"; "" = the plain ones.
+        resolution: of images in pixels: [height, width], [side], or [] for the pipeline's own.
+        dtype: of what is frozen; what is trained is float32.
+    """
+
+    teacher: str = ""
+    revision: str = ""
+    variant: str = ""
+    resolution: tuple[int, ...] = ()
+    dtype: Dtype = "float32"
+
+    def __post_init__(self) -> None:
+        if len(self.resolution) > 2 or any(side < 1 for side in self.resolution):
+            raise ValueError(
+                f"resolution must be [height, width] in pixels, or [side], got {list(self.resolution)}."
+            )
+
+
+class Latent(Family):
+    """A stock pipeline with a VAE. A family of this kind says what its network is told (`face`), how prompts become
+    conditions (`encode`), and what of the defaults below does not hold for it.
+
+    Attributes:
+        face: of the denoiser. unused: components not loaded, and what from_pretrained is told in their place.
+        text_parts: components that turn prompts into conditions, of no use once all are encoded.
+        passes_sigmas: the pipeline gives its flow scheduler even times of its own, so a scheduler's shift says all;
+            otherwise the scheduler makes them from its own smallest time.
+        kept: fields of `Config` that a student's directory must remember (`settings`), beside the resolution.
+        lora_targets: layers that a LoRA adapts, by any component of their dotted names.
+    """
+
+    Config: ClassVar[type] = LatentConfig
+    face: ClassVar[type[Face]]
+    unused: ClassVar[Mapping[str, Any]] = {}
+    text_parts: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    passes_sigmas: ClassVar[bool] = True
+    kept: ClassVar[tuple[str, ...]] = ()
+    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out")
+    conditions = "prompt"
+    latent = True
+
+    def __init__(self, config: Any):
+        self.config, self.metrics = config, {}
+        self._empty: Cond = None
+        path = Path(config.teacher)
+        if path.parts[:1] == ("assets",) and not path.exists():
+            path = assets.path(path.parts[1])
+        self.path = path
+        self.open()
+
+    @classmethod
+    def from_directory(
+        cls, path: Path, settings: Mapping[str, Any] | None = None, dtype: torch.dtype = torch.float32
+    ) -> Latent:
+        named = {"teacher": str(path), "dtype": str(dtype).removeprefix("torch.")}
+        return cls(build(cls.Config, dict(settings or {}) | named, "family"))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        kept = {name: getattr(self.config, name) for name in self.kept}
+        return {"resolution": list(self.resolution)} | kept
+
+    def open(self) -> None:
+        """Load the pipeline and describe it."""
+        if not self.config.teacher:
+            raise UserError("family.teacher is missing; give a pipeline directory or a hub id.")
+        config = self.config
+        pipeline = read_pipeline(
+            self.path, type(self), dtype=getattr(torch, config.dtype), revision=config.revision,
+            variant=config.variant, **self.unused,
+        )  # fmt: skip
+        self.set_pipeline(pipeline)
+
+    def set_pipeline(self, pipeline: Any) -> None:
+        """Describe a loaded pipeline: sizes, noise process, teacher."""
+        self.pipeline, self.scheduler = pipeline, pipeline.scheduler
+        for module in self.modules().values():
+            module.eval().requires_grad_(False)
+        model = getattr(pipeline, self.face.inner)
+        self.check_model(model)
+        self.resolution = self.checked_resolution(model)
+        self.shape = self.latent_shape(model, *self.resolution)
+        self.schedule, self.kind = self.process()
+        network = self.face(model)
+        self.teacher = Denoiser(network, self.kind, self.schedule).eval().requires_grad_(False)
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise UserError for a network of a layout this family cannot serve."""
+
+    # -------------------------------------------------------------------------------------------- what it is made of
+
+    @property
+    def device(self) -> torch.device:
+        """Of the text encoders."""
+        return next(next(iter(self.modules().values())).parameters()).device
+
+    @property
+    def vae(self) -> nn.Module:
+        return self.pipeline.vae
+
+    def modules(self) -> dict[str, nn.Module]:
+        text = {name: getattr(self.pipeline, name, None) for name in self.text_parts}
+        return {name: part for name, part in text.items() if part is not None} | {"decoder": self.vae}
+
+    def parameters(self) -> dict[str, int]:
+        modules = self.modules()
+        vae = modules.pop("decoder")
+        used = (getattr(vae, "decoder", vae), getattr(vae, "post_quant_conv", None))
+        text = sum(map(parameter_count, modules.values()))
+        return {"text": text, "decoder": sum(parameter_count(part) for part in used if part is not None)}
+
+    # ------------------------------------------------------------------------------------------- sizes and the process
+
+    @property
+    def stride(self) -> int:
+        """Pixels per latent, along each side."""
+        return self.pipeline.vae_scale_factor
+
+    @property
+    def multiple(self) -> int:
+        """What the sides of an image must be a multiple of: `stride` times the side of a patch."""
+        return self.stride * getattr(getattr(self.pipeline, self.face.inner).config, "patch_size", 1)
+
+    def default_side(self, model: nn.Module) -> int | Sequence[int] | None:
+        """The side of images in latents, or [h, w], where the recipe asks for none."""
+        return getattr(model.config, "sample_size", None)
+
+    def checked_resolution(self, model: nn.Module) -> tuple[int, int]:
+        sides, default = tuple(self.config.resolution), self.default_side(model)
+        if not sides and default is None:
+            raise UserError(
+                f"family.resolution: the pipeline at {self.path} says no size of its own;"
+                " give [height, width] in pixels."
+            )
+        if not sides:
+            sides = (default,) if isinstance(default, int) else tuple(default)
+            sides = tuple(side * self.stride for side in sides)
+        height, width = sides * 2 if len(sides) == 1 else sides
+        if height % self.multiple or width % self.multiple:
+            raise UserError(
+                f"family.resolution={[height, width]}: both sides must be multiples of {self.multiple} for this"
+                f" {self.name!r} teacher."
+            )
+        return height, width
+
+    def latent_shape(self, model: nn.Module, height: int, width: int) -> tuple[int, ...]:
+        """Of one x0: (channels, height, width) in latents."""
+        return (model.config.in_channels, height // self.stride, width // self.stride)
+
+    @property
+    def image_tokens(self) -> int:
+        """Of one image in the transformer."""
+        patch = self.multiple // self.stride
+        return self.shape[-2] * self.shape[-1] // patch**2
+
+    def process(self) -> tuple[Schedule, str]:
+        """The noise process of the teacher and what its network predicts."""
+        return schedule_of(self.scheduler, self.image_tokens, self.passes_sigmas)
+
+    # ------------------------------------------------------------------------------------------- conditions and images
+
+    def encode(self, prompts: Sequence[str]) -> Cond:
+        raise NotImplementedError
+
+    def uncond(self, count: int) -> Cond:
+        if self._empty is None:
+            # The same in every batch.
+            self._empty = self.encode([""])
+        return map_cond(lambda c: c.expand(count, *c.shape[1:]), self._empty)
+
+    def to(self, device: str | torch.device, dtype: torch.dtype = torch.float32) -> Latent:
+        self._empty = None
+        return super().to(device, dtype)
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        pixels = images.to(self.vae.device, self.vae.dtype) / 127.5 - 1
+        return self.normalised(self.latents_of(self.vae.encode(pixels)).float())
+
+    def latents_of(self, encoded: Any) -> Tensor:
+        """The mean, not a draw: a sample's latent must not depend on when it was encoded."""
+        return encoded.latent_dist.mean
+
+    def normalised(self, z: Tensor) -> Tensor:
+        """The VAE's latents as x0, of about unit variance."""
+        shift = getattr(self.vae.config, "shift_factor", None)
+        return (z if not shift else z - shift) * self.vae.config.scaling_factor
+
+    def denormalised(self, x0: Tensor) -> Tensor:
+        """The reverse."""
+        shift = getattr(self.vae.config, "shift_factor", None)
+        z = x0 / self.vae.config.scaling_factor
+        return z if not shift else z + shift
+
+    def latent_key(self) -> str:
+        digest = hashlib.sha256()
+        for name, parameter in sorted(self.vae.state_dict().items()):
+            digest.update(name.encode() + parameter.float().cpu().numpy().tobytes())
+        return f"mean {self.vae.config.scaling_factor} {digest.hexdigest()}"
+
+    def decode(self, x0: Tensor) -> Tensor:
+        return self.vae.decode(self.denormalised(x0.to(self.vae.dtype))).sample / 2 + 0.5
+
+    # --------------------------------------------------------------------------------------------------------- export
+
+    def few_step_scheduler(self, sampling: Sampling) -> Any:
+        """The stock scheduler a student leaves with."""
+        return few_step_scheduler(self.scheduler, sampling, self.schedule, self.passes_sigmas)
+
+    def export(self, student: Denoiser, directory: Path, card: Card) -> None:
+        network = student.network
+        if card.kind == "teacher":
+            model, scheduler = network.model, self.scheduler
+        else:
+            model, scheduler = network.leaving(), self.few_step_scheduler(card.sampling)
+        self.assembled(model, scheduler).save_pretrained(directory, safe_serialization=True)
+
+    def assembled(self, model: nn.Module, scheduler: Any, **settings: Any) -> Any:
+        """The stock pipeline around another network and scheduler; settings: further arguments that it is made with."""
+        stock = self.pipeline
+        told = (
+            dict(stock.config)
+            | stock.components
+            | {self.face.inner: model, "scheduler": scheduler}
+            | settings
+        )
+        names = inspect.signature(type(stock).__init__).parameters
+        return type(stock)(**{name: value for name, value in told.items() if name in names})
+
+    def stock_call(self, guidance_scale: float) -> dict[str, Any]:
+        """Arguments by which the stock pipeline draws at this family's resolution and guidance, 1 = off, besides prompts,
+        steps and generators.
+        """
+        height, width = self.resolution
+        return {"guidance_scale": guidance_scale, "height": height, "width": width}

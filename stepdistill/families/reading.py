@@ -1,0 +1,102 @@
+"""Pipeline directories and hub ids, opened: what they may hold is looked at first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from stepdistill.errors import UserError, first_line
+from stepdistill.untrusted import LOADING, check_components, check_directory, read_json
+
+if TYPE_CHECKING:
+    from stepdistill.families.base import Family
+
+# What a model_index.json may call the tokenizers that families share.
+T5_TOKENIZERS = (
+    "transformers.T5Tokenizer*",
+    "transformers.PreTrainedTokenizerFast",
+    "transformers.TokenizersBackend",
+)
+CLIP_TOKENIZERS = (
+    "transformers.CLIPTokenizer*",
+    "transformers.PreTrainedTokenizerFast",
+    "transformers.TokenizersBackend",
+)
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """model_index.json of a pipeline directory, with a clear sentence when it is not one."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give the directory of a diffusers pipeline.")
+    index = path / "model_index.json"
+    if not index.is_file():
+        raise UserError(f"{path} is not a diffusers pipeline directory: it has no model_index.json.")
+    content = read_json(index)
+    # A list here would name a file of code.
+    if not isinstance(content, dict) or not isinstance(content.get("_class_name"), str):
+        raise UserError(
+            f"{index} is damaged: not a JSON object naming a pipeline class; fetch or export it again."
+        )
+    return content
+
+
+def read_pipeline(
+    path: Path,
+    family: type[Family],
+    *,
+    dtype: torch.dtype = torch.float32,
+    revision: str = "",
+    variant: str = "",
+    **components: Any,
+) -> Any:
+    """The stock pipeline in a directory or behind a hub id, from safetensors only.
+
+    dtype: of its weights. revision: of a hub id, a branch, tag or commit. variant: of the weights' files, such as
+    "fp16". components: those that are not to be loaded, as the pipeline's constructor takes them.
+
+    Raises:
+        UserError: there is none, it cannot be loaded, or it names code or classes that `family` does not know.
+    """
+    from diffusers import DiffusionPipeline
+
+    text, chosen = str(path), {"revision": revision or None, "variant": variant or None}
+    try:
+        if is_hub_id(path):
+            _check_index(
+                path, DiffusionPipeline.load_config(text, revision=revision or None), family, components
+            )
+            path = Path(DiffusionPipeline.download(text, use_safetensors=True, **chosen, **components))
+        _check_index(path / "model_index.json", read_index(path), family, components)
+        check_directory(path)
+        return DiffusionPipeline.from_pretrained(
+            str(path), dtype=dtype, use_safetensors=True, trust_remote_code=False, variant=variant or None, **components
+        )  # fmt: skip
+    except LOADING as error:
+        raise UserError(f"the pipeline at {text} cannot be loaded: {first_line(error)}") from None
+
+
+def is_hub_id(path: Path) -> bool:
+    """Whether `path` is "owner/name" on a hub and no directory here."""
+    text = str(path)
+    return not path.exists() and not text.startswith((".", "/", "~")) and text.count("/") == 1
+
+
+def _check_index(where: Path, index: Any, family: type[Family], left_out: Iterable[str]) -> None:
+    name = index.get("_class_name")
+    if name not in family.pipelines:
+        raise UserError(
+            f"{where}: a {name} is none of the pipelines that the family {family.name!r} serves,"
+            f" {', '.join(family.pipelines) or 'which are none'}; choose another directory or family."
+        )
+    check_components(where, index, family.components, tuple(left_out))
+    lacking = [
+        part for part in family.components
+        if part not in family.optional and part not in left_out and index.get(part) in (None, [None, None])
+    ]  # fmt: skip
+    if lacking:
+        raise UserError(
+            f"{where} lacks {', '.join(lacking)}, which a {name} needs; fetch or export the whole pipeline again."
+        )

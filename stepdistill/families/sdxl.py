@@ -1,0 +1,64 @@
+"""Stable Diffusion XL: two CLIP encoders, whose pooled text and the image's size and crop are told beside the states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from stepdistill.denoiser import Cond
+from stepdistill.families.faces import UNetFace
+from stepdistill.families.latent import Latent
+from stepdistill.families.reading import CLIP_TOKENIZERS
+
+
+class SDXLUNet(UNetFace):
+    """cond: prompt (B, 77, 2048), pooled (B, 1280) of the second encoder, time_ids (B, 6): original height and
+    width, crop's top and left, target height and width, in pixels.
+    """
+
+    def arguments(self, cond: Cond, dtype: torch.dtype) -> dict[str, Any]:
+        # Sizes stay float32: half precision knows no 1023.
+        added = {"text_embeds": cond["pooled"].to(dtype), "time_ids": cond["time_ids"].float()}
+        return {"encoder_hidden_states": cond["prompt"].to(dtype), "added_cond_kwargs": added}
+
+
+class SDXL(Latent):
+    """StableDiffusionXLPipeline; without a prompt its condition is zeros where the pipeline says so, as SDXL's does."""
+
+    name = "sdxl"
+    pipelines = ("StableDiffusionXLPipeline",)
+    face = SDXLUNet
+    default_guidance = 5.0
+    init_noises = ("unit", "sigma")
+    unused: ClassVar = dict.fromkeys(("image_encoder", "feature_extractor"))
+    text_parts = ("text_encoder", "text_encoder_2")
+    components: ClassVar = {
+        "vae": ("diffusers.AutoencoderKL", "diffusers.AutoencoderTiny"),
+        "text_encoder": ("transformers.CLIPTextModel",),
+        "text_encoder_2": ("transformers.CLIPTextModelWithProjection",),
+        "tokenizer": CLIP_TOKENIZERS,
+        "tokenizer_2": CLIP_TOKENIZERS,
+        "unet": ("diffusers.UNet2DConditionModel",),
+        "scheduler": ("diffusers.*Scheduler",),
+    }
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Cond:
+        states, _, pooled, _ = self.pipeline.encode_prompt(
+            list(prompts), device=self.device, do_classifier_free_guidance=False
+        )
+        return {"prompt": states, "pooled": pooled, "time_ids": self._sizes(len(prompts))}
+
+    def uncond(self, count: int) -> Cond:
+        empty = super().uncond(count)
+        if not self.pipeline.config.force_zeros_for_empty_prompt:
+            return empty
+        zeros = {name: torch.zeros_like(empty[name]) for name in ("prompt", "pooled")}
+        return empty | zeros
+
+    def _sizes(self, count: int) -> Tensor:
+        size = (*self.resolution, 0, 0, *self.resolution)
+        return torch.tensor([size], dtype=torch.float32, device=self.device).repeat(count, 1)

@@ -1,0 +1,29 @@
+"""Stock pipelines of every model family, tiny and with random weights: the real ones' load path without downloads."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import tempfile
+from pathlib import Path
+
+import torch
+
+# Variant -> (family, module with a function `build`, its arguments).
+VARIANTS: dict[str, tuple[str, str, dict]] = {
+    "sdxl": ("sdxl", "sdxl", {}),
+    "flux-dev": ("flux", "flux", {"guidance": True}),
+    "flux-schnell": ("flux", "flux", {"guidance": False}),
+    "chroma": ("chroma", "chroma", {}),
+}
+
+
+@functools.cache
+def directory(variant: str) -> Path:
+    """Where such a pipeline lies, built once per process. Read it; copy it before you change anything."""
+    _, module, settings = VARIANTS[variant]
+    path = Path(tempfile.mkdtemp(prefix=f"tiny-{variant}-"))
+    torch.manual_seed(0)
+    pipeline = importlib.import_module(f"tiny.{module}").build(**settings)
+    pipeline.save_pretrained(path)
+    return path
