@@ -12,6 +12,9 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 RUN := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python
 LAUNCH := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --config_file training/accelerate
 
+# Set in many containers, it would have every process below compile torch and diffusers anew, in 13 seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: install demo test test-slow check assets
 .DELETE_ON_ERROR:
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -11,14 +12,20 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 from pathlib import Path
 
 import pytest
-import torch
 
-torch.set_num_threads(1)
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Keep what libraries and earlier tests have left out of later collections: each run of a trainer asks for one,
+    which took a second once everything was imported.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
 def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A StableDiffusionPipeline directory with random weights: 16x16 images, 4x4x4 latents, v-prediction."""
+    import torch
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -57,6 +64,7 @@ def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_pixel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A class-conditional ConsistencyModelPipeline with random weights: 8x8 images, 3 classes and "no class"."""
+    import torch
     from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, UNet2DModel
 
     torch.manual_seed(0)
@@ -72,6 +80,7 @@ def tiny_pixel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_ddpm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An unconditional DDPMPipeline directory with random weights, eps-prediction."""
+    import torch
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
     torch.manual_seed(0)

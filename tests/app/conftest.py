@@ -1,10 +1,17 @@
-"""One server of fake models for all hostile clients, as `python -m app` runs it."""
+"""Fake models: an engine, and for all hostile clients one server, as `python -m app` runs it."""
 
 from __future__ import annotations
 
 import httpx
 import pytest
-from app_fakes import served
+from app_fakes import engine_of, served
+
+
+@pytest.fixture(scope="module")
+def engine():
+    engine = engine_of()
+    yield engine
+    engine.close()
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import stepdistill
 from evaluation import protocol as protocols
 from evaluation.extractors import Extractor
 from evaluation.feature_net import FeatureNet
+from evaluation.metrics import mmd, prdc
 from evaluation.protocol import PROTOCOLS
 from evaluation.references import SceneReference
 from stepdistill.errors import UserError
@@ -29,6 +30,14 @@ def net(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     FeatureNet("tiny", 32, 16, {"label": ["a", "b"]}).save(path)
     return path
+
+
+@pytest.fixture(params=[1000, 7])
+def block(request, monkeypatch) -> int:
+    """Blocks larger than all sets, and blocks which divide nothing."""
+    for module in (mmd, prdc):
+        monkeypatch.setattr(module, "_BLOCK", request.param)
+    return request.param
 
 
 @pytest.fixture

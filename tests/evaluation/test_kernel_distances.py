@@ -5,24 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from fakes import (
-    given,
-    rows,
-)
+from fakes import given, rows
 
 from evaluation.folds import FOLDS, fold_of
-from evaluation.metrics import mmd, prdc
+from evaluation.metrics import mmd
 from evaluation.metrics.cmmd import ClipMMD
 from evaluation.metrics.kid import KernelDistance, by_subsets, polynomial
 from evaluation.values import flat
-
-
-@pytest.fixture(params=[1000, 7])
-def block(request, monkeypatch) -> int:
-    """Blocks larger than all sets, and blocks which divide nothing."""
-    for module in (mmd, prdc):
-        monkeypatch.setattr(module, "_BLOCK", request.param)
-    return request.param
 
 
 def mmd_by_pairs(x, y, kernel, biased: bool) -> float:

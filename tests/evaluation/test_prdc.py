@@ -5,20 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from fakes import (
-    rows,
-)
+from fakes import rows
 
-from evaluation.metrics import mmd, prdc
+from evaluation.metrics import prdc
 from stepdistill.errors import UserError
-
-
-@pytest.fixture(params=[1000, 7])
-def block(request, monkeypatch) -> int:
-    """Blocks larger than all sets, and blocks which divide nothing."""
-    for module in (mmd, prdc):
-        monkeypatch.setattr(module, "_BLOCK", request.param)
-    return request.param
 
 
 def prdc_by_pairs(x, y, k: int, k_wide: int) -> dict[str, float]:

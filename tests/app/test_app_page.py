@@ -22,13 +22,6 @@ A = "a red circle"
 
 
 @pytest.fixture(scope="module")
-def engine():
-    engine = engine_of()
-    yield engine
-    engine.close()
-
-
-@pytest.fixture(scope="module")
 def page(engine):
     with Page():
         return Handlers(engine, lay_out(engine))

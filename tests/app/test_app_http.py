@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from app_fakes import FakeSampler, engine_of
+from app_fakes import FakeSampler
 from starlette.testclient import TestClient
 
 from app import png, settings
@@ -19,15 +19,8 @@ from app.guard import MAX_JSON
 from app.http import create_app
 from app.request import Request
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ROUTE = "/v1/images/generations"
-
-
-@pytest.fixture(scope="module")
-def engine():
-    engine = engine_of()
-    yield engine
-    engine.close()
 
 
 @pytest.fixture(scope="module")
