@@ -54,12 +54,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with cli_errors():
         given = parser.parse_intermixed_args(arguments)
         _quieten()
-        from training.exporting import export_checkpoint
         from training.recipe import load_recipe
-        from training.run import dry_run, run
 
         with allowing_code(given.allow_code):
             recipe = load_recipe(given.recipe, given.overrides)
+            # After the recipe: a mistake in it is said in half the time.
+            from training.exporting import export_checkpoint
+            from training.run import dry_run, run
+
             if recipe.family.cls.exportable:
                 quieten_libraries()
             if given.dry_run:

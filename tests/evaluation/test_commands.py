@@ -97,9 +97,7 @@ def test_every_command_has_help_with_examples(capsys) -> None:
 
 
 def test_exit_code_in_a_process_of_its_own(tmp_path) -> None:
-    command = ["run", "--pipeline", tmp_path / "nowhere", "--out", tmp_path / "out"]
-    wrong = subprocess.run(
-        [sys.executable, "-m", "evaluation", *map(str, command)], capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "evaluation", "compare", str(tmp_path / "nowhere"), str(tmp_path)]
+    wrong = subprocess.run(command, capture_output=True, text=True)
     assert wrong.returncode == 2 and "Traceback" not in wrong.stderr
-    assert wrong.stderr.strip().splitlines()[-1].startswith("error: ") and "nowhere" in wrong.stderr
+    assert wrong.stderr.startswith("error: ") and wrong.stderr.count("\n") == 1 and "nowhere" in wrong.stderr

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forks import two_processes
 from torch import Tensor
 
 import evaluation
@@ -75,39 +76,26 @@ def test_io_batches_give_the_same_bits(setting, alone, tmp_path, io_batch: int) 
     assert numbers(tmp_path / "out") == alone
 
 
-def test_two_processes_give_the_same_bits(setting, alone, tmp_path) -> None:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    shared = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+def test_two_processes_give_the_same_bits(setting, alone, tmp_path, monkeypatch) -> None:
     # So that the reference is computed by both.
-    shared["STEPDISTILL_CACHE"] = str(tmp_path / "cache")
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "evaluation", *command(setting, tmp_path / "out")],
-            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    said = [process.communicate(timeout=200) for process in started]
-    assert [process.returncode for process in started] == [0, 0], said
+    monkeypatch.setenv("STEPDISTILL_CACHE", str(tmp_path / "cache"))
+
+    def measure(rank: int) -> None:
+        with open(tmp_path / f"said-{rank}", "w") as said, contextlib.redirect_stdout(said):
+            main(command(setting, tmp_path / "out"))
+
+    two_processes(measure)
     assert numbers(tmp_path / "out") == alone
     assert json.loads((tmp_path / "out" / "results.json").read_text())["processes"] == 2
     # One of them speaks.
-    assert ["written:" in out for out, _ in said] == [True, False]
+    assert ["written:" in (tmp_path / f"said-{rank}").read_text() for rank in range(2)] == [True, False]
 
 
 @pytest.mark.slow
 def test_accelerate_launch(setting, alone, tmp_path) -> None:
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        "training/accelerate/2cpu.yaml",
-    ]
-    subprocess.run([*launch, "-m", "evaluation", *command(setting, tmp_path / "out")], cwd=ROOT, check=True)
+    launch = ["-m", "accelerate.commands.launch", "--config_file", "training/accelerate/2cpu.yaml"]
+    line = [sys.executable, *launch, "-m", "evaluation", *command(setting, tmp_path / "out")]
+    subprocess.run(line, cwd=ROOT, check=True)
     assert numbers(tmp_path / "out") == alone
 
 

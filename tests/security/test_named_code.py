@@ -129,28 +129,32 @@ def test_a_process_that_a_recipe_names_is_never_started(tmp_path: Path, capsys: 
     assert not trace.exists()
 
 
-def test_the_command_line_allows_a_class_of_ones_own(tmp_path: Path) -> None:
+def test_the_command_line_allows_a_class_of_ones_own(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     """From another directory, as a person would; and going on with the run needs the permission again."""
+    from training.train import main
+
     (tmp_path / "own.py").write_text(
         "from stepdistill.methods.pretrain import Pretrain\nclass Mine(Pretrain):\n    pass\n"
     )
-    method = {"name": "own:Mine"}
-    (tmp_path / "recipe.yaml").write_text(
-        yaml.safe_dump(toy(tmp_path / "run", method=method) | {"family": {"name": "toy", "fit_steps": 1}})
-    )
+    # Few steps, as the run ends with a measurement.
+    short = {"family": {"name": "toy", "fit_steps": 1}, "student": {"steps": [1]}}
+    recipe = toy(tmp_path / "run", method="own:Mine", **short)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
 
-    def train(*options: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "training.train", *options]
-        env = os.environ | {"PYTHONPATH": str(ROOT)}
-        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-
-    done = train("recipe.yaml", "--allow-code")
+    command = [sys.executable, "-m", "training.train", "recipe.yaml", "--allow-code"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["method"]["name"] == "own:Mine"
-    done = train("run/recipe.yaml")
-    assert done.returncode == 2 and "would import the module own and run its class Mine" in done.stderr
-    done = train("run/recipe.yaml", "--allow-code")
-    assert done.returncode == 0 and "finished" in done.stderr, done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(["run/recipe.yaml"])
+    assert ended.value.code == 2 and "own" not in sys.modules
+    assert "would import the module own and run its class Mine" in capsys.readouterr().err
+    main(["run/recipe.yaml", "--allow-code"])
+    assert "finished" in capsys.readouterr().err
+    del sys.modules["own"]
 
 
 # -------------------------------------------------------------------------------------------------------- cards

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -205,13 +203,3 @@ def test_differences() -> None:
         ("d", None, 4),
     ]
     assert differences(BASE, dict(BASE)) == []
-
-
-def test_a_mistake_ends_with_one_line_and_exit_code_2() -> None:
-    code = (
-        "from stepdistill.errors import cli_errors\n"
-        "from training.recipe import load_recipe\n"
-        "with cli_errors():\n    load_recipe('no/such/recipe.yaml')\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr == "error: there is no file no/such/recipe.yaml.\n"

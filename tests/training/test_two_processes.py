@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forks import two_processes
 from runs import checkpoint, metrics, same, sd, toy
 from safetensors.torch import load_file, save_file
 
@@ -21,13 +21,7 @@ from training.trainer import Trainer
 pytestmark = pytest.mark.usefixtures("short_runs")
 
 
-def _process(rank: int, port: int, recipe: Recipe, folder: Path) -> None:
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(True)
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-    os.environ.update({key: str(value) for key, value in place.items()})
-    os.environ.update(MASTER_ADDR="127.0.0.1", ACCELERATE_USE_CPU="true")
+def train(rank: int, recipe: Recipe, folder: Path) -> None:
     original = Trainer.fit
 
     def fit(self: Trainer) -> Any:
@@ -42,13 +36,9 @@ def _process(rank: int, port: int, recipe: Recipe, folder: Path) -> None:
     running.run(recipe)
 
 
-def two_processes(recipe: Recipe, folder: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def train_in_two(recipe: Recipe, folder: Path) -> None:
     folder.mkdir()
-    # Forked, so that each need not import everything again.
-    torch.multiprocessing.start_processes(_process, (port, recipe, folder), nprocs=2, start_method="fork")
+    two_processes(train, recipe, folder)
 
 
 @pytest.mark.parametrize("kind", ["toy", "sd-gan"])
@@ -61,7 +51,7 @@ def test_two_processes_train_what_one_trains(kind, tmp_path, tiny_sd):
             return toy(tmp_path / name, *settings, *more)
         return sd(tmp_path / name, tiny_sd, *settings, *more)
 
-    two_processes(make("two", "optim.micro_batch_size=2", "run.preview_every=2"), tmp_path / "ranks")
+    train_in_two(make("two", "optim.micro_batch_size=2", "run.preview_every=2"), tmp_path / "ranks")
     running.run(make("one"))
     one, two = checkpoint(tmp_path / "one"), checkpoint(tmp_path / "two")
     names = {"toy": {"student", "fake_score"}, "sd-gan": {"student", "fake_score", "discriminator"}}[kind]
@@ -88,14 +78,14 @@ def test_what_the_first_process_refuses_ends_all(tmp_path):
     says = "is a file; name a directory|exit code 2"
     spawned = torch.multiprocessing
     with pytest.raises((spawned.ProcessRaisedException, spawned.ProcessExitedException), match=says):
-        two_processes(toy(tmp_path / "file"), tmp_path / "ranks")
+        train_in_two(toy(tmp_path / "file"), tmp_path / "ranks")
 
 
 def test_two_processes_stop_after_the_same_step_and_measure(tmp_path, monkeypatch):
     """One process alone gets the signal, and one alone measures; neither may leave the other waiting."""
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     measuring = ("run.metric=sw1", "run.metric_every=2", "run.save_every=3")
-    two_processes(toy(whole, *measuring), tmp_path / "ranks")
+    train_in_two(toy(whole, *measuring), tmp_path / "ranks")
     with monkeypatch.context() as patch:
         original = Trainer.train_step
 
@@ -106,7 +96,7 @@ def test_two_processes_stop_after_the_same_step_and_measure(tmp_path, monkeypatc
 
         patch.setattr(Trainer, "train_step", train_step)
         # torch takes KeyboardInterrupt for an end.
-        two_processes(toy(halves, *measuring), tmp_path / "ranks2")
+        train_in_two(toy(halves, *measuring), tmp_path / "ranks2")
     assert RunDirectory(halves).latest() == 3
-    two_processes(toy(halves, *measuring), tmp_path / "ranks3")
+    train_in_two(toy(halves, *measuring), tmp_path / "ranks3")
     assert same(checkpoint(whole).tensors, checkpoint(halves).tensors)
