@@ -133,9 +133,7 @@ def test_the_command_line_allows_a_class_of_ones_own(tmp_path: Path, monkeypatch
     """From another directory, as a person would; and going on with the run needs the permission again."""
     from training.train import main
 
-    (tmp_path / "own.py").write_text(
-        "from stepdistill.methods.pretrain import Pretrain\nclass Mine(Pretrain):\n    pass\n"
-    )
+    (tmp_path / "own.py").write_text("from stepdistill.methods.sim import SIM\nclass Mine(SIM):\n    pass\n")
     # Few steps, as the run ends with a measurement.
     short = {"family": {"name": "toy", "fit_steps": 1}, "student": {"steps": [1]}}
     recipe = toy(tmp_path / "run", method="own:Mine", **short)
