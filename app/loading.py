@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from app.request import Limits
 from app.run import Finite
 from stepdistill import assets
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, quieten_libraries
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -74,7 +73,7 @@ class Models:
             torch.set_num_threads(self._threads)
         from stepdistill.attention import choose
 
-        _quiet()
+        quieten_libraries()
         loader = self._loader
         if loader is None:
             from stepdistill import load as loader
@@ -135,14 +134,3 @@ class Models:
             about[f"{prefix}attention_why"] = chosen.why
             about[f"{model}_parameters"] = dict(self.samplers[model].parameters)
         return about
-
-
-def _quiet() -> None:
-    """No progress bars and no upgrade advice of the libraries on the console of a server."""
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.disable_progress_bar()
-        library.utils.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from stepdistill.errors import UserError
+from stepdistill.untrusted import IMAGES
 
 # Pillow's names; all of them antialias.
 FILTERS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
@@ -98,7 +99,7 @@ def decode(content: bytes, name: str, resize: Resize = AS_STORED) -> Decoded:
 def _opened(content: bytes, name: str) -> tuple[Image.Image, str, bool]:
     """The image as RGB, the format it was stored in, and whether that was without colour."""
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=IMAGES) as image:
             # Where Pillow would only warn.
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise Image.DecompressionBombError
@@ -118,7 +119,7 @@ def _opened(content: bytes, name: str) -> tuple[Image.Image, str, bool]:
     except Image.DecompressionBombError:
         reason = f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels, as a decompression bomb has"
     except UnidentifiedImageError:
-        reason = "its format is none that is known"
+        reason = f"it is none of {', '.join(IMAGES)}"
     except (OSError, SyntaxError, ValueError) as error:
         reason = str(error)
     raise UserError(f"{name} cannot be read as an image ({reason}); remove it or copy it again.")

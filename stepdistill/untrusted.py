@@ -29,6 +29,9 @@ LOADING = (
     SafetensorError,
 )
 PICKLES = ("bin", "ckpt", "pt", "pth", "pkl")
+# What Pillow may take an image for, by its names: decoders of pixels alone. It would hand an EPS to Ghostscript,
+# which runs the program the file holds, whatever the file is called.
+IMAGES = ("PNG", "JPEG", "WEBP", "BMP")
 # Keys by which a configuration names code or a loader that brings its own.
 CODE = ("auto_map", "custom_pipelines", "quantization_config", "kernel_config")
 # Attention of torch's own; any other name is a package or a kernel that transformers would fetch.

@@ -114,11 +114,13 @@ def accelerator_state():
 
 @pytest.fixture
 def short_runs(accelerator_state: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs of a few steps: caches stay out of the checkout, and the toy's own metrics, which cost more than such a
-    run, look at few points.
+    """Runs of a few steps: caches stay out of the checkout, and what costs more than such a run does less. The toy's
+    own metrics look at few points, and the teacher of a preview takes three steps.
     """
     from stepdistill.families.toy import Toy
+    from training import preview
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Toy, "sliced_w1", lambda self, draw: float(draw(8).std()))
+    monkeypatch.setattr(preview, "TEACHER_STEPS", 3)
     monkeypatch.setattr(Toy, "modes_covered", lambda self, draw: float(len(draw(8))))

@@ -99,7 +99,7 @@ def trackers(run_dir: str | Path, names: Sequence[str] = (), start_step: int = 0
 
 def log_picture(all_trackers: list[GeneralTracker], name: str, path: Path, step: int) -> None:
     """Show a picture that was written to `path` in every tracker that can."""
-    with Image.open(path) as image:
+    with Image.open(path, formats=("PNG",)) as image:
         pixels = np.asarray(image.convert("RGB"))[None]
     for tracker in all_trackers:
         extra = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}

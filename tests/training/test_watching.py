@@ -32,7 +32,6 @@ def test_previews_show_student_teacher_and_fake_score(tmp_path, tiny_sd, monkeyp
         return original(rows, notes)
 
     monkeypatch.setattr(preview, "grid", grid)
-    monkeypatch.setattr(preview, "TEACHER_STEPS", 3)
     settings = ("run.steps=2", "run.preview_every=1", "run.preview_count=3")
     for name in ("one", "two"):
         running.run(sd(tmp_path / name, tiny_sd, *settings))

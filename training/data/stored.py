@@ -18,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from stepdistill.errors import UserError
+from stepdistill.untrusted import IMAGES
 from training.data.base import Partition, Source, at_least, because, counts, digest, facts
 
 if TYPE_CHECKING:
@@ -176,7 +177,7 @@ def decoded(raw: bytes | None, resolution: int, min_size: int = 0) -> np.ndarray
     if not isinstance(raw, bytes) or not raw:
         return "no image bytes"
     try:
-        image = Image.open(io.BytesIO(raw))
+        image = Image.open(io.BytesIO(raw), formats=IMAGES)
         width, height = image.size
         if width * height > MAX_PIXELS:
             return "too large"
