@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from stepdistill.config import build
-from stepdistill.denoiser import Denoiser
+from stepdistill.denoiser import Cond, Denoiser, map_cond
+from stepdistill.families.base import Family
 from stepdistill.families.toy import Toy
 from stepdistill.methods import METHODS
 from stepdistill.methods.assemble import assemble
@@ -70,35 +71,38 @@ def method(name: str, steps: Sequence[int] | None = None, **settings: Any) -> Me
 
 @dataclass
 class World:
-    """A method on the toy, without a trainer. before: the student as it was when the networks were made."""
+    """A method on a family, without a trainer. before: the student as it was when the networks were made; source: of
+    the data, None for a family that draws its own.
+    """
 
     method: Method
-    family: Toy
+    family: Family
     nets: Networks
     before: Denoiser
+    source: Any = None
 
     def batch(
         self, step: int = 0, phase: str = "student", images: bool | None = None, count: int = COUNT
     ) -> Batch:
         family, index = self.family, torch.arange(count)
         images = self.method.needs_images if images is None else images
-        labels = family.prompts(None, range(count))
-        x0 = family.examples(None, range(count)) if images else None
+        labels = family.prompts(self.source, range(count))
+        x0 = family.examples(self.source, range(count)) if images else None
         noise = SampleNoise(index, step=step, phase=phase)
         cond = family.encode(labels)
-        pairs = self.pairs(step, cond)
+        pairs = self.pairs(step, cond, count)
         return Batch(cond, family.uncond(count), family.shape, index, noise, x0, pairs, labels)
 
-    def pairs(self, step: int, cond: torch.Tensor) -> Pairs | None:
+    def pairs(self, step: int, cond: Cond, count: int) -> Pairs | None:
         """Stand-ins for the teacher's trajectories, under other conditions than the batch's."""
         settings = self.method.pairs(self.family.schedule)
         if settings is None:
             return None
-        noise = SampleNoise(range(len(cond)), step=step, phase="pairs")
+        noise = SampleNoise(range(count), step=step, phase="pairs")
         points = noise.randn(2 + len(settings.times), *self.family.shape)
-        return Pairs(points[:, 0], points[:, 1], points[:, 2:], cond.flip(0))
+        return Pairs(points[:, 0], points[:, 1], points[:, 2:], map_cond(lambda c: c.flip(0), cond))
 
-    def backward(self, phase: Phase, step: int = 0) -> None:
+    def backward(self, phase: Phase, step: int = 0, count: int = COUNT) -> None:
         """As the trainer does it: everything but `trains` frozen, the terms one after another."""
         for module in self.nets.modules.values():
             module.requires_grad_(False)
@@ -106,7 +110,7 @@ class World:
                 parameter.grad = None
         for name in phase.trains:
             self.nets.modules[name].requires_grad_(True)
-        batch = self.batch(step, phase.name)
+        batch = self.batch(step, phase.name, count=count)
         for weight, loss in phase.terms:
             (weight * loss(self.nets, batch)["total"].mean()).backward()
 

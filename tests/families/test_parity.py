@@ -6,26 +6,19 @@ import pytest
 import tiny
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
+from models import family_of
 
 from stepdistill.drawing import Sampler
-from stepdistill.families import FAMILIES
-from stepdistill.registry import resolve
 
 PROMPTS, SEEDS = ["a red circle", "two stars"], [5, 6]
 # A divisor of 1000: with others DDIM steps to a time beside the one its network is called at next.
 STEPS = 4
-# Where the pipeline's own size is another, and prompts are padded to many tokens.
-SETTINGS = {"flux": {"resolution": [32], "max_tokens": 16}, "chroma": {"resolution": [32], "max_tokens": 16}}
 
 
-def family_of(variant):
-    name, _, _ = tiny.VARIANTS[variant]
-    cls = resolve(name, FAMILIES, "family")
-    return cls.from_directory(tiny.directory(variant), SETTINGS.get(name))
-
-
-@pytest.mark.parametrize("guidance", [1, 3])
-@pytest.mark.parametrize("variant", tiny.VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "guidance"),
+    [*tiny.one_of_each_family(3), *(pytest.param(v, 1, marks=pytest.mark.slow) for v in tiny.VARIANTS)],
+)
 def test_the_teacher_equals_its_stock_pipeline(variant, guidance):
     family = family_of(variant)
     stock = DiffusionPipeline.from_pretrained(tiny.directory(variant))

@@ -6,7 +6,9 @@ import functools
 import importlib
 import tempfile
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 # Variant -> (family, module with a function `build`, its arguments).
@@ -16,6 +18,16 @@ VARIANTS: dict[str, tuple[str, str, dict]] = {
     "flux-schnell": ("flux", "flux", {"guidance": False}),
     "chroma": ("chroma", "chroma", {}),
 }
+
+
+def one_of_each_family(*fixed: Any) -> list[Any]:
+    """Parameters of a test, one per variant and then `fixed`: the first of each family, the others marked slow."""
+    families = [family for family, _, _ in VARIANTS.values()]
+    firsts = {families.index(family) for family in families}
+    return [
+        pytest.param(variant, *fixed, marks=() if number in firsts else pytest.mark.slow)
+        for number, variant in enumerate(VARIANTS)
+    ]
 
 
 @functools.cache

@@ -1,0 +1,99 @@
+"""Every method on every model family: one optimiser step of each phase on a tiny pipeline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tiny
+import torch
+import worlds
+from worlds import World
+
+from stepdistill.errors import UserError
+from stepdistill.families import FAMILIES
+from stepdistill.families.base import Family
+from stepdistill.methods.assemble import assemble
+from stepdistill.registry import resolve
+
+COUNT = 2
+# Where a pipeline's own size is large, or prompts are padded to many tokens.
+SETTINGS = {
+    "flux": {"resolution": [32], "max_tokens": 16},
+    "chroma": {"resolution": [32], "max_tokens": 16},
+}
+# Methods on images look through the embedded CLIP, which knows the words of the scenes.
+METHODS: dict[str, dict[str, Any]] = {"add": {"gan": "non_saturating"}, "reward": {"margin": 10.0}}
+
+
+@dataclass
+class Pictures:
+    """A data source of noise for pictures, with captions and classes."""
+
+    side: tuple[int, int]
+    captions: tuple[str, ...] = ("a red circle", "a small blue square")
+    labels: tuple[int, ...] = (1, 0)
+
+    def images(self, indices: Any) -> np.ndarray:
+        return np.random.default_rng(0).integers(0, 256, (len(indices), *self.side, 3), np.uint8)
+
+
+def family_of(variant: str, **settings: Any) -> Family:
+    """The family of a tiny variant, its teacher the variant's pipeline."""
+    name, _, _ = tiny.VARIANTS[variant]
+    cls = resolve(name, FAMILIES, "family")
+    return cls.from_directory(tiny.directory(variant), SETTINGS.get(name, {}) | settings)
+
+
+def model_world(family: Family, name: str, **settings: Any) -> World:
+    """A method on a family's tiny pipeline, the student a little off its teacher.
+
+    Raises:
+        UserError: the two do not go together.
+    """
+    own = METHODS[name] if name in METHODS else worlds.SETTINGS.get(name, {})
+    settings = own | settings
+    made = worlds.method(name, **settings)
+    torch.manual_seed(0)
+    nets = assemble(made, family)
+    # At a fixed point nothing would move, and rightly so.
+    for key, module in nets.modules.items():
+        if key.rpartition("/")[2] in ("student", "fake_score") or key.startswith("path_"):
+            worlds.stir(module)
+    return World(made, family, nets, nets.student, Pictures(family.resolution))
+
+
+def step_of_each_phase(made: World, steps: int = 6) -> dict[tuple[str, ...], dict[str, float]]:
+    """Take an optimiser step in each of the method's phases; what was trained -> how far it moved."""
+    moved: dict[tuple[str, ...], dict[str, float]] = {}
+    for step in range(steps):
+        ran = list(made.method.phases(step))
+        for phase in ran:
+            if phase.trains in moved:
+                continue
+            made.backward(phase, step, COUNT)
+            moved[phase.trains] = {key: taken(made.nets.modules[key]) for key in phase.trains}
+        made.method.after_step(made.nets, step, tuple(phase.name for phase in ran))
+    return moved
+
+
+def taken(module: torch.nn.Module, lr: float = 1e-3) -> float:
+    """How far an optimiser step takes the parameters, in all."""
+    before = [parameter.detach().clone() for parameter in module.parameters()]
+    torch.optim.Adam(module.parameters(), lr).step()
+    after = [parameter.detach() for parameter in module.parameters()]
+    return sum(float((a - b).abs().sum()) for a, b in zip(before, after, strict=True))
+
+
+def refused(variant: str, name: str, **settings: Any) -> str:
+    """Why a method does not go with a variant's family, "" where it trains: every phase moves all it is to train."""
+    try:
+        made = model_world(family_of(variant), name, **settings)
+    except UserError as error:
+        return str(error)
+    moved = step_of_each_phase(made)
+    assert moved
+    for trained, distances in moved.items():
+        assert set(trained) == set(distances) and all(distances.values()), distances
+    return ""
