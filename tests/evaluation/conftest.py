@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fakes import Painter, tiny_extractor
+from fakes import Painter, tiny_extractor, without_plots
 
 import stepdistill
 from evaluation import protocol as protocols
@@ -38,6 +38,11 @@ def block(request, monkeypatch) -> int:
     for module in (mmd, prdc):
         monkeypatch.setattr(module, "_BLOCK", request.param)
     return request.param
+
+
+@pytest.fixture
+def no_plots(monkeypatch) -> None:
+    without_plots(monkeypatch)
 
 
 @pytest.fixture

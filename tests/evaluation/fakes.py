@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from evaluation import pareto
 from evaluation.__main__ import main
 from evaluation.extractors import Extractor
 from evaluation.images import MemoryImages
@@ -108,6 +109,11 @@ class Painter:
         for name in ("text", "denoise", "decode"):
             timings is not None and timings.update({name: timings.get(name, 0) + 0.001 * drawer.steps})
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+
+def without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on reports have no plots, which take longer than what a tiny run measures."""
+    monkeypatch.setattr(pareto, "plotted", lambda results: {})
 
 
 def refused(capsys, *arguments: object) -> str:

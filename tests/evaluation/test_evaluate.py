@@ -22,7 +22,7 @@ def test_evaluate_a_perfect_and_a_bad_sampler(tmp_path, monkeypatch) -> None:
     from dataclasses import replace
 
     monkeypatch.setenv("STEPDISTILL_CACHE", str(tmp_path))
-    protocol = replace(PROTOCOLS["scenes-2k"], reference=SceneReference(n=400))
+    protocol = replace(PROTOCOLS["scenes-2k"], reference=SceneReference(n=250))
     asked: list[int] = []
 
     def perfect(prompts, seeds) -> Tensor:
@@ -126,7 +126,7 @@ def test_embedded_networks_tell_right_from_wrong(tmp_path, monkeypatch) -> None:
     from dataclasses import replace
 
     monkeypatch.setenv("STEPDISTILL_CACHE", str(tmp_path))
-    protocol = replace(PROTOCOLS["scenes-2k"], reference=SceneReference(n=400))
+    protocol = replace(PROTOCOLS["scenes-2k"], reference=SceneReference(n=250))
 
     def draw(shift: int, noise: float):
         def sampler(prompts, seeds) -> Tensor:
@@ -137,7 +137,7 @@ def test_embedded_networks_tell_right_from_wrong(tmp_path, monkeypatch) -> None:
         return sampler
 
     right, noisy, moved = (
-        evaluation.evaluate(draw(shift, noise), protocol=protocol, n=200)
+        evaluation.evaluate(draw(shift, noise), protocol=protocol, n=120)
         for shift, noise in ((0, 0), (0, 40), (1, 0))
     )
     assert right["fd:scenes-v1"] < 0.2 * noisy["fd:scenes-v1"]

@@ -65,6 +65,8 @@ def test_grey_levels_are_rounded_as_the_protocol_says(quantise, tiny_sd, monkeyp
 
     protocol = replace(PROTOCOLS["scenes-2k"], quantise=quantise, reference=SceneReference(n=20))
     sampler, seen = stepdistill.load(tiny_sd), []
+    # The steps it takes where none are asked for.
+    sampler.default_steps = 3
 
     class Keep(Metric):
         needs = frozenset({"images"})
@@ -75,12 +77,13 @@ def test_grey_levels_are_rounded_as_the_protocol_says(quantise, tiny_sd, monkeyp
             return measured(self.values, {"keep": 0.0})
 
     monkeypatch.setattr("evaluation.measure.get_metrics", lambda names: {"keep": Keep()})
-    for draws in (sampler, sampler.at(steps=50)):
+    for draws in (sampler, sampler.at(steps=3)):
         measure(draws, protocol, ["keep"], n=3)
-    truth = sampler.at(steps=50, quantise=quantise)(protocol.prompts(3), protocol.seeds(3))
+    truth = sampler.at(steps=3, quantise=quantise)(protocol.prompts(3), protocol.seeds(3))
     assert torch.equal(seen[0], truth) and torch.equal(seen[1], truth)
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_run_images_and_evaluate_give_the_same_bits(tmp_path, painters, net) -> None:
     given = public(tmp_path)
     (tmp_path / "p.yaml").write_text("""\
@@ -119,6 +122,7 @@ def own_data(folder: Path, count: int = 12) -> list[object]:
     return ["--reference", folder, "--captions", folder / "c.txt"]
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_prompts_are_measured_against_ones_own_images_and_captions(tmp_path, painters, net, capsys) -> None:
     command = ["run", "--pipeline", tmp_path / "student", "--steps", 1, "--extractor", net]
     command += ["--metrics", "fd,attributes", "--out", tmp_path / "out"]
@@ -200,6 +204,7 @@ def test_a_metric_is_one_class_and_one_line(tmp_path, painters, net, tiny_sd, mo
 
     # The painters stand in for `stepdistill.load`.
     sampler = load(tiny_sd)
+    sampler.default_steps = 3
     run = RunConfig(steps=1, out="x", metric_every=1, metric="brightness", metric_samples=3)
     check_metric(run, sampler.family_)
     found = measure_in_run(run, sampler.family_, sampler)

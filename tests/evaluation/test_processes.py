@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,11 +23,13 @@ from evaluation.images import Images
 from evaluation.processes import Processes
 from stepdistill.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("no_plots")
+
 ROOT = Path(__file__).resolve().parents[2]
 # Three shards, the last one short.
-N = 300
+SHARD, N = 32, 75
 PROTOCOL = """\
-{name: tiny, version: 1, n: 300, conditions: scenes, quantise: edm, resize: {size: 24, filter: bicubic},
+{name: tiny, version: 1, n: 75, conditions: scenes, quantise: edm, resize: {size: 24, filter: bicubic},
  metrics: [fd], reference: {kind: scenes, n: 60}}
 """
 
@@ -40,10 +41,11 @@ def setting(tmp_path_factory, tiny_sd) -> dict[str, str]:
     (folder / "tiny.yaml").write_text(PROTOCOL)
     torch.manual_seed(0)
     FeatureNet("tiny", 32, 16, {"label": ["a", "b"]}).save(folder / "net")
-    os.environ["STEPDISTILL_CACHE"] = str(folder / "cache")
     options = {"pipeline": tiny_sd, "protocol": folder / "tiny.yaml", "extractor": folder / "net"}
-    yield {name: str(value) for name, value in options.items()} | {"folder": str(folder)}
-    del os.environ["STEPDISTILL_CACHE"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "SHARD", SHARD)
+        patch.setenv("STEPDISTILL_CACHE", str(folder / "cache"))
+        yield {name: str(value) for name, value in options.items()} | {"folder": str(folder)}
 
 
 def command(setting: dict[str, str], out: Path, *more: object) -> list[str]:
@@ -67,12 +69,8 @@ def alone(setting, tmp_path_factory) -> tuple[dict, dict, str]:
 
 @pytest.mark.parametrize("io_batch", [1, 7, 64])
 def test_io_batches_give_the_same_bits(setting, alone, tmp_path, io_batch: int) -> None:
-    # 40 samples of the 300 are enough for I/O batch 1, which pads every call to the 16 of the networks
-    n = 40 if io_batch == 1 else N
-    main(command(setting, tmp_path / "out", "--io-batch", io_batch, "--n", n))
-    if n < N:
-        main(command(setting, tmp_path / "other", "--n", n))
-        alone = numbers(tmp_path / "other")
+    """Even of one image, which pads every call to the 16 of the networks."""
+    main(command(setting, tmp_path / "out", "--io-batch", io_batch))
     assert numbers(tmp_path / "out") == alone
 
 
@@ -104,19 +102,19 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(setting, alone, tmp
     drawn = generate.drawn
 
     def counted(sample, prompts, seeds) -> Tensor:
-        if len(asked) >= 200:
+        if len(asked) >= SHARD + 16:
             raise KeyboardInterrupt
         asked.extend(seeds)
         return drawn(sample, prompts, seeds)
 
     monkeypatch.setattr(generate, "drawn", counted)
     with pytest.raises(SystemExit) as stopped:
-        main(command(setting, tmp_path / "out"))
+        main(command(setting, tmp_path / "out", "--io-batch", 16))
     assert stopped.value.code == 130 and not (tmp_path / "out" / "results.json").exists()
     asked.clear()
     main(command(setting, tmp_path / "out"))
     # The shard that was finished is not drawn again.
-    assert asked == list(range(generate.SHARD, N))
+    assert asked == list(range(SHARD, N))
     assert numbers(tmp_path / "out") == alone
 
 
@@ -129,16 +127,16 @@ def test_evaluate_gives_the_same_bits_for_every_batch_and_spills_to_disk(setting
     options = {
         "protocol": setting["protocol"],
         "extractor": setting["extractor"],
-        "n": 150,
+        "n": 60,
         "metrics": ("fd",),
     }
     found = [evaluation.evaluate(draw, batch=batch, **options) for batch in (7, 64)]
-    monkeypatch.setattr(generate, "IN_MEMORY", 50 * 3 * 16 * 16)
+    monkeypatch.setattr(generate, "IN_MEMORY", 20 * 3 * 16 * 16)
     held: list[type] = []
     inner = generate.kept
     monkeypatch.setattr("evaluation.measure.kept", lambda *given: held.append(inner(*given)) or held[-1])
     assert found[0] == found[1] == evaluation.evaluate(draw, batch=16, **options)
-    assert isinstance(held[0], generate.Shards) and len(held[0]) == 150
+    assert isinstance(held[0], generate.Shards) and len(held[0]) == 60
 
 
 def test_kept_keeps_order_on_both_sides_of_the_limit(tmp_path, monkeypatch) -> None:

@@ -185,17 +185,20 @@ def test_samples_are_kept_exactly_while_small_and_shrunk_when_large() -> None:
     assert "image/webp" in page._image(torch.zeros(3, 512, 512, dtype=torch.uint8))["source"]
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_published_numbers_stand_beside_their_protocol_only(tmp_path) -> None:
     for changes, there in (({}, True), ({"n": 500}, False), ({"protocol_hash": "0"}, False)):
         shown, text = written(tmp_path, **changes)
         assert ("DMD2, SD 1.5" in shown) == ("published: DMD2, SD 1.5, 1 steps: fid 8.35" in text) == there
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_the_page_says_what_is_fid_and_what_not(tmp_path) -> None:
     assert "this is not FID" in written(tmp_path)[0]
     assert "not FID" not in written(tmp_path, extractor={"name": "inception-2015", "sha256": "0" * 64})[1]
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_what_is_not_a_main_value_has_a_table_of_its_own(tmp_path) -> None:
     extra = {
         "kid:tiny": 0.5,

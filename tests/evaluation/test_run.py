@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fakes import Painter, refused, save_scenes
+from fakes import Painter, refused, save_scenes, without_plots
 from torch import Tensor
 
 from evaluation import protocol as protocols
@@ -36,7 +36,7 @@ def run(tmp_path: Path, net: Path, *more: object) -> dict:
     return json.loads((tmp_path / "out" / "results.json").read_text())
 
 
-def test_run_compares_students_with_their_teacher(tmp_path, painters, net, capsys) -> None:
+def test_run_compares_students_with_their_teacher(tmp_path, painters, net, capsys, monkeypatch) -> None:
     results = run(tmp_path, net, "--teacher-guidance", "1,2,3", "--n", 24)
     rows = {(row["role"], row["steps"]): row for row in results["rows"]}
     assert list(rows) == [
@@ -69,6 +69,7 @@ def test_run_compares_students_with_their_teacher(tmp_path, painters, net, capsy
     assert [len(row["folds"]["fd:tiny"]) for row in results["rows"]] == [10] * 5
 
     # The same command again draws nothing but what is timed: two images each, after one that warms up.
+    without_plots(monkeypatch)
     drawn = painters["teacher"].drawn
     again = run(tmp_path, net, "--teacher-guidance", "1,2,3", "--n", 24, "--throughput-batch", 0)
     assert painters["teacher"].drawn - drawn == 3 * 3
@@ -81,6 +82,7 @@ def test_run_compares_students_with_their_teacher(tmp_path, painters, net, capsy
     assert painters["teacher"].drawn - drawn == 2 * 2 * 24 + 2 * 3
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_run_with_fewer_teacher_samples_compares_the_first_of_both(tmp_path, painters, net) -> None:
     few = ("--steps", 1, "--throughput-batch", 0)
     results = run(tmp_path, net, "--teacher-guidance", "2", "--n", 32, "--teacher-n", 24, *few)
@@ -91,6 +93,7 @@ def test_run_with_fewer_teacher_samples_compares_the_first_of_both(tmp_path, pai
     assert any("first 24 of both" in warning for warning in results["warnings"])
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_a_long_sweep_chooses_on_a_subset_and_measures_on_all(tmp_path, painters, net, monkeypatch) -> None:
     monkeypatch.setattr("evaluation.runs.SWEEP_N", 30)
     results = run(tmp_path, net, "--teacher-guidance", "1,1.5,2,3", "--n", 50, "--steps", "2",
@@ -129,6 +132,7 @@ def test_run_refuses_wrong_input_before_drawing(tmp_path, painters, net, capsys)
     assert painters["student"].drawn == painters["teacher"].drawn == 0
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_a_run_that_fails_keeps_what_is_finished(tmp_path, painters, net, capsys) -> None:
     painter, drawn = painters["student"], painters["student"].draw
 
@@ -157,6 +161,7 @@ def test_a_run_that_fails_keeps_what_is_finished(tmp_path, painters, net, capsys
     assert painter.drawn - before == 40
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_a_run_looks_for_all_it_needs_first(tmp_path, painters, net, capsys, monkeypatch) -> None:
     public = replace(
         PROTOCOLS["coco14-30k"], name="public", n=4, captions=CaptionFile("lines", 4), extractor=str(net),
@@ -191,6 +196,7 @@ def test_a_run_looks_for_all_it_needs_first(tmp_path, painters, net, capsys, mon
     assert located.scored_captions(1) == ["A photo depicts " + scenes.scene_at(0, 1).caption]
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_metrics_that_need_rows_the_reference_or_the_teacher(
     tmp_path, painters, net, capsys, monkeypatch
 ) -> None:
@@ -220,6 +226,7 @@ def test_metrics_that_need_rows_the_reference_or_the_teacher(
         assert heading in shown
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_another_extractor_is_another_protocol(tmp_path, painters, net) -> None:
     command = ["run", "--pipeline", tmp_path / "student", "--metrics", "fd", "--n", 9, "--steps", 1]
     main([str(part) for part in (*command, "--extractor", net, "--out", tmp_path / "out")])
