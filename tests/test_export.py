@@ -8,11 +8,7 @@ import numpy as np
 import pytest
 import torch
 import worlds
-from stock import (
-    PROMPT,
-    exported,
-    stock_images,
-)
+from stock import PROMPT, exported, stock_images
 
 from stepdistill import load
 from stepdistill.errors import UserError
@@ -34,6 +30,16 @@ def test_the_exported_sd_student_equals_the_in_memory_sampler(tiny_sd, tmp_path,
     assert np.abs(stock * 255 - in_memory).max() <= 1.0
     # A picture, not one grey.
     assert in_memory.std() > 1
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_deterministic_student_equals_the_stock_ddim_pipeline(tiny_sd, tmp_path, steps):
+    family, directory = SD(SD.Config(teacher=str(tiny_sd))), tmp_path / "student"
+    method = worlds.method("progressive", steps=(steps,))
+    sampler = exported(family, method, directory, {"teacher": str(tiny_sd)})
+    ours = sampler([PROMPT, PROMPT], [5, 6], steps=steps, chunk=2).permute(0, 2, 3, 1).numpy()
+    call = {"prompt": [PROMPT, PROMPT], "num_inference_steps": steps, "seeds": [5, 6]}
+    assert np.abs(stock_images(directory, tmp_path, **call) * 255 - ours).max() <= 1.0
 
 
 @pytest.mark.parametrize(("steps", "noise", "first"), [((1,), "sigma", 625), ((1, 4), "unit", 623)])

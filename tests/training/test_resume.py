@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from runs import metrics
 from worlds import SETTINGS, STEPS
 
-from runs import metrics
 from stepdistill.methods import METHODS
 from training.checkpoint import Checkpoint, RunDirectory
 from training.recipe import Recipe, recipe_from

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from runs import LCM, TOY, assert_same_run, checkpoint, interrupt_in, metrics, sd, toy
 from torch import Tensor
 
-from runs import LCM, TOY, assert_same_run, checkpoint, interrupt_in, metrics, sd, toy
 from stepdistill.config import apply_overrides
 from stepdistill.errors import UserError
 from stepdistill.methods.dmd2 import DMD2

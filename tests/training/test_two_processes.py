@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from forks import two_processes
+from runs import checkpoint, metrics, same, sd, toy
 from safetensors.torch import load_file, save_file
 
-from runs import checkpoint, metrics, same, sd, toy
 from training import run as running
 from training.checkpoint import RunDirectory
 from training.recipe import Recipe

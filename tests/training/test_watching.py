@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import checkpoint, labelled_images, metrics, pixel, same, sd, toy
 
 import stepdistill
 from evaluation.values import Value
-from runs import checkpoint, labelled_images, metrics, pixel, same, sd, toy
 from stepdistill.errors import UserError
 from training import monitor, preview
 from training import run as running
