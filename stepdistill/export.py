@@ -19,6 +19,7 @@ from stepdistill.denoiser import Denoiser, unwrap
 from stepdistill.drawing import DEFAULT_TEACHER_STEPS
 from stepdistill.errors import atomic_write
 from stepdistill.families.base import Family
+from stepdistill.lora import LoRA
 from stepdistill.methods.base import Method
 from stepdistill.provenance import git_commit
 
@@ -48,8 +49,10 @@ def card_of(family: Family, method: Method, recipe: dict[str, Any], **facts: Any
 
 def write(family: Family, student: Denoiser, directory: Path, card: Card) -> None:
     """Write the pipeline, stepdistill.json and the model card; `directory` appears whole or not at all."""
+    student = unwrap(student)
+    whole = student.merged() if isinstance(student, LoRA) else student
     with atomic_write(directory) as temporary:
-        family.export(unwrap(student), temporary, card)
+        family.export(whole, temporary, card)
         cards.write(card, temporary)
         temporary.joinpath("README.md").write_text(readme(family, card))
 

@@ -26,7 +26,7 @@ def tap(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
         ValueError: a name is not a sub-module; the nearest ones are listed.
     """
     collected: dict[str, Tensor] = {}
-    found = dict(unwrap(module).named_modules())
+    found = submodules(module)
     for name in names:
         if name not in found:
             close = [known for known in found if known.split(".")[-1] == name.split(".")[-1]][:5]
@@ -69,7 +69,7 @@ def tap_with_gradient(module: nn.Module, names: Sequence[str]) -> Iterator[dict[
         torch.set_grad_enabled(False)
 
     with tap(module, names) as collected, torch.enable_grad():
-        handle = dict(unwrap(module).named_modules())[names[-1]].register_forward_hook(stop)
+        handle = submodules(module)[names[-1]].register_forward_hook(stop)
         try:
             yield collected
         finally:
@@ -91,7 +91,7 @@ def block_features(
         raise _Enough
 
     with tap(inner, names) as collected:
-        handle = dict(inner.named_modules())[names[-1]].register_forward_hook(stop)
+        handle = submodules(inner)[names[-1]].register_forward_hook(stop)
         try:
             inner(x_t, t, cond)
         except _Enough:
@@ -99,3 +99,11 @@ def block_features(
         finally:
             handle.remove()
     return [collected[name].float() for name in names]
+
+
+def submodules(module: nn.Module) -> dict[str, nn.Module]:
+    """By dotted name, those of a network that is held by reference (`LoRA`) as well."""
+    inner = unwrap(module)
+    held = getattr(inner, "network", None)
+    below = held.named_modules(prefix="network") if isinstance(held, nn.Module) else ()
+    return dict(inner.named_modules()) | dict(below)

@@ -7,9 +7,14 @@ kind (SwiftBrush, VSD) holds the teacher's weights once for both, and trains a h
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from stepdistill.denoiser import Cond, Denoiser
 from stepdistill.errors import UserError
@@ -18,6 +23,39 @@ from stepdistill.schedule import Schedule
 # Layers adapted by default, by any component of their dotted name: attention in transformers and UNets, and
 # the toy's MLP.
 TARGETS = ("to_q", "to_k", "to_v", "to_out", "enter", "hidden", "leave")
+
+
+# Adapters attached now, the innermost last.
+_attached: list[LoRA] = []
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Adapters in a recipe; rank 0 = none, a whole network.
+
+    Attributes:
+        rank: of the updates. alpha: they are multiplied by alpha / rank; 0 = rank, so by 1.
+        targets: see `LoRA`; () = the network's own.
+    """
+
+    rank: int = 0
+    alpha: float = 0.0
+    targets: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise ValueError(f"rank must be 0 (none) or more, got {self.rank}.")
+        if self.alpha < 0:
+            raise ValueError(f"alpha must be 0 (as rank) or more, got {self.alpha:g}.")
+
+    def __bool__(self) -> bool:
+        return self.rank > 0
+
+    def over(self, base: Denoiser) -> LoRA:
+        return LoRA(base, self.rank, self.alpha or self.rank, self.targets)
+
+
+NO_LORA = LoraConfig()
 
 
 class LoRA(Denoiser):
@@ -30,20 +68,20 @@ class LoRA(Denoiser):
         base: any denoiser; the trainer keeps it frozen and on the device.
         rank: of the updates, at most the smaller side of each layer. scale: LoRA's alpha.
         targets: components of dotted names ("to_q"); every linear or convolution layer under one is adapted.
+            () = the network's `lora_targets`, or else attention.
 
     Raises:
         UserError: rank is below 1, or no layer of the base matches.
     """
 
-    def __init__(
-        self, base: Denoiser, rank: int = 64, scale: float = 108.0, targets: Sequence[str] = TARGETS
-    ):
+    def __init__(self, base: Denoiser, rank: int = 64, scale: float = 108.0, targets: Sequence[str] = ()):
         nn.Module.__init__(self)
         if rank < 1:
             raise UserError(f"the rank of a LoRA must be at least 1, got {rank}.")
         # In a list, so as not to count as this module's own parameters.
         self._base = [base]
-        self.rank, self.scale, self.targets = rank, scale, tuple(targets)
+        targets = tuple(targets) or tuple(getattr(base.network, "lora_targets", TARGETS))
+        self.rank, self.scale, self.targets = rank, scale, targets
         layers = {
             name: module
             for name, module in base.network.named_modules()
@@ -82,6 +120,20 @@ class LoRA(Denoiser):
         twin.load_state_dict(self.state_dict())
         return twin
 
+    def merged(self) -> Denoiser:
+        """A whole denoiser of its own that says the same: W + (scale / rank) up down in place of each adapted W."""
+        twin = copy.deepcopy(self.base)
+        layers = dict(twin.network.named_modules())
+        with torch.no_grad():
+            for name, adapter in self.adapters.items():
+                weight = layers[name.replace("/", ".")].weight
+                weight += (self._factor * _product(adapter)).to(weight)
+        return twin
+
+    @property
+    def _factor(self) -> float:
+        return self.scale / self.rank
+
     def _raw(self, x_t: Tensor, t: Tensor, cond: Cond, extras: dict[str, Tensor]) -> Tensor:
         with self._attached():
             return super()._raw(x_t, t, cond, extras)
@@ -94,19 +146,44 @@ class LoRA(Denoiser):
             modules[name.replace("/", ".")].register_forward_hook(self._hook(adapter))
             for name, adapter in self.adapters.items()
         ]
+        _attached.append(self)
         try:
             yield
         finally:
+            _attached.pop()
             for handle in handles:
                 handle.remove()
 
     def _hook(self, adapter: nn.Module):
-        factor = self.scale / self.rank
+        factor = self._factor
 
         def hook(_layer: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
             return output + factor * adapter(inputs[0].to(adapter[0].weight.dtype)).to(output.dtype)
 
         return hook
+
+
+def checkpointed(function: Callable[..., Any], *inputs: Any) -> Any:
+    """`torch.utils.checkpoint` for networks that several LoRAs share: what is computed again in the backward pass is
+    computed with the adapters that were attached in the forward pass, or with none, whatever is attached by then.
+
+    For `enable_gradient_checkpointing` of diffusers' models.
+    """
+    adapters = _attached[-1] if _attached else None
+
+    def contexts() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+        again = adapters._attached() if adapters is not None else contextlib.nullcontext()
+        return contextlib.nullcontext(), again
+
+    return checkpoint(function, *inputs, use_reentrant=False, context_fn=contexts)
+
+
+def _product(adapter: nn.Sequential) -> Tensor:
+    """up down, in the shape of the adapted layer's weight."""
+    down, up = adapter
+    if isinstance(down, nn.Linear):
+        return up.weight @ down.weight
+    return torch.einsum("or,rihw->oihw", up.weight[:, :, 0, 0], down.weight)
 
 
 def _adapter(layer: nn.Linear | nn.Conv2d, rank: int) -> nn.Sequential:

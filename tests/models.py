@@ -14,6 +14,7 @@ from worlds import World
 from stepdistill.errors import UserError
 from stepdistill.families import FAMILIES
 from stepdistill.families.base import Family
+from stepdistill.lora import NO_LORA, LoraConfig
 from stepdistill.methods.assemble import assemble
 from stepdistill.registry import resolve
 
@@ -46,7 +47,7 @@ def family_of(variant: str, **settings: Any) -> Family:
     return cls.from_directory(tiny.directory(variant), SETTINGS.get(name, {}) | settings)
 
 
-def model_world(family: Family, name: str, **settings: Any) -> World:
+def model_world(family: Family, name: str, lora: LoraConfig = NO_LORA, **settings: Any) -> World:
     """A method on a family's tiny pipeline, the student a little off its teacher.
 
     Raises:
@@ -56,7 +57,7 @@ def model_world(family: Family, name: str, **settings: Any) -> World:
     settings = own | settings
     made = worlds.method(name, **settings)
     torch.manual_seed(0)
-    nets = assemble(made, family)
+    nets = assemble(made, family, lora=lora)
     # At a fixed point nothing would move, and rightly so.
     for key, module in nets.modules.items():
         if key.rpartition("/")[2] in ("student", "fake_score") or key.startswith("path_"):

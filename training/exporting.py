@@ -17,6 +17,7 @@ from stepdistill.drawing import Sampler
 from stepdistill.ema import EMA
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
+from stepdistill.methods.assemble import new_student
 from stepdistill.methods.base import Method
 from training.checkpoint import Checkpoint, RunDirectory
 from training.recipe import Recipe
@@ -115,7 +116,7 @@ def export_checkpoint(recipe: Recipe, which: str) -> str:
     stage = recipe.stages()[checkpoint.extra["stage"]]
     family: Family = stage.family.make()
     method = stage.new_method()
-    student = family.student(stage.student.init, method.sampling.inputs)
+    student = new_student(method, family, stage.student.init, stage.student.lora)
     card = StudentCard(stage, recipe, method, family, _routing(checkpoint, stage))
     student.load_state_dict(checkpoint.tensors["student"])
     if card.average:

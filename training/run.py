@@ -209,7 +209,7 @@ def dry_run(recipe: Recipe) -> str:
 def _forecast(number: int, stage: Recipe, family: Family, source: Source) -> list[str]:
     """What a stage would train, on what, and in how much memory."""
     method = stage.new_method()
-    modules = assemble(method, family, stage.student.init).modules
+    modules = assemble(method, family, stage.student.init, lora=stage.student.lora).modules
     counts = {name: parameter_count(module) for name, module in modules.items() if name != "teacher"}
     trained = trained_by(method, stage.run.steps)
     helpers = [m for m in (family.teacher, *family.modules().values()) if m is not None]

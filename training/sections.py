@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from stepdistill.config import UnknownKey, build, closest
 from stepdistill.errors import UserError
+from stepdistill.lora import NO_LORA, LoraConfig
 from stepdistill.sampling import InitNoise, Rule, Sampling
 
 
@@ -27,12 +28,14 @@ class StudentConfig:
         rule, first_rho, init_noise, eta, finest, middle_time: as `Sampling` has them; what is left out is as the
             method's paper has it, or in a later stage as the stage before left it.
         init: "teacher", "random", or a directory with a student.
+        lora: train adapters of this rank over the network, not the network: see `LoraConfig`.
         ema: decay of the average of its weights per update of the student, in [0, 1); 0 = off.
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
     """
 
     steps: tuple[int, ...] = (1,)
     init: str = "teacher"
+    lora: LoraConfig = NO_LORA
     ema: float = 0.999
     gradient_checkpointing: bool = False
     rule: Rule | None = None

@@ -71,11 +71,10 @@ class Trainer:
         self.state = TrainState(self.run.seed, stage, offset)
         # Fresh weights, the same in every process.
         torch.manual_seed(self.run.seed + stage)
-        checkpointing = recipe.student.gradient_checkpointing
+        wanted = recipe.student
+        checkpointing = {"gradient_checkpointing": wanted.gradient_checkpointing}
         self._prepare(
-            assemble(
-                method, family, recipe.student.init, before=student, gradient_checkpointing=checkpointing
-            )
+            assemble(method, family, wanted.init, lora=wanted.lora, before=student, **checkpointing)
         )
         # A later stage without them goes on from a checkpoint, which brings the weights.
         if extras is not None or stage == 0:

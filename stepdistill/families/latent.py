@@ -118,6 +118,7 @@ class Latent(Family):
         self.shape = self.latent_shape(model, *self.resolution)
         self.schedule, self.kind = self.process()
         network = self.face(model)
+        network.lora_targets = self.lora_targets
         self.teacher = Denoiser(network, self.kind, self.schedule).eval().requires_grad_(False)
 
     def check_model(self, model: nn.Module) -> None:

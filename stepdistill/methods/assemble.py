@@ -9,6 +9,7 @@ from torch import nn
 from stepdistill.denoiser import Denoiser, unwrap
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
+from stepdistill.lora import NO_LORA, LoRA, LoraConfig, checkpointed
 from stepdistill.methods.base import Method, Networks
 
 
@@ -17,6 +18,7 @@ def assemble(
     family: Family,
     init: str = "teacher",
     *,
+    lora: LoraConfig = NO_LORA,
     before: Denoiser | None = None,
     gradient_checkpointing: bool = False,
 ) -> Networks:
@@ -26,13 +28,14 @@ def assemble(
 
     Args:
         init: what the student starts as: "teacher", "random", or a saved student's directory.
+        lora: with a rank, the student is adapters over that network, which for "teacher" is the teacher itself.
         before: a student whose weights this one takes over, wherever both have them: the stage before's.
         gradient_checkpointing: recompute the student's activations, and those of copies of it, in backward.
 
     Raises:
         UserError: the family has no such student, or cannot checkpoint its gradients.
     """
-    student = family.student(init, method.sampling.inputs)
+    student = new_student(method, family, init, lora)
     if before is not None:
         _start_from(before, student)
     if gradient_checkpointing:
@@ -42,6 +45,24 @@ def assemble(
     if teacher is not None:
         modules["teacher"] = teacher
     return Networks(modules, family.schedule, family.decode)
+
+
+def new_student(method: Method, family: Family, init: str, lora: LoraConfig) -> Denoiser:
+    """The student a run starts from. Raises UserError where the family has none such."""
+    if not lora:
+        return family.student(init, method.sampling.inputs)
+    if init == "random":
+        raise UserError(
+            "student.lora adapts weights that are there; with student.init=random set its rank to 0."
+        )
+    if method.sampling.inputs:
+        raise UserError(
+            f"student.lora: {type(method).__name__} tells its student {', '.join(method.sampling.inputs)}, through"
+            " a layer no LoRA file holds; set student.lora.rank to 0, or choose another method."
+        )
+    if init == "teacher" and family.teacher is not None:
+        return lora.over(family.teacher.backbone())
+    return lora.over(family.student(init, ()).requires_grad_(False))
 
 
 def take_over(
@@ -87,6 +108,15 @@ def _start_from(before: Denoiser, student: Denoiser) -> None:
     What only `student` has starts at zero by contract, and what only `before` had is left behind.
     """
     own = student.state_dict()
+    if isinstance(student, LoRA):
+        theirs = before.state_dict() if isinstance(before, LoRA) else {}
+        if {k: v.shape for k, v in theirs.items()} != {k: v.shape for k, v in own.items()}:
+            raise UserError(
+                "student.lora: the stage before left other weights than adapters of this rank and these targets;"
+                " give all stages the same student.lora."
+            )
+    elif isinstance(before, LoRA):
+        before = before.merged()
     known = {name: value for name, value in before.state_dict().items() if name in own}
     student.load_state_dict(own | known)
 
@@ -94,7 +124,7 @@ def _start_from(before: Denoiser, student: Denoiser) -> None:
 def _checkpoint_gradients(student: Denoiser) -> None:
     for module in unwrap(student).network.children():
         if hasattr(module, "enable_gradient_checkpointing"):
-            module.enable_gradient_checkpointing()
+            module.enable_gradient_checkpointing(checkpointed)
             return
     raise UserError(
         "student.gradient_checkpointing=true: this family's network cannot do it; set it to false."

@@ -28,6 +28,7 @@ from torch import Tensor, nn, no_grad
 from stepdistill import timesteps
 from stepdistill.denoiser import Cond, Denoiser, guided, unwrap
 from stepdistill.errors import UserError
+from stepdistill.lora import NO_LORA, LoraConfig
 from stepdistill.losses import denoising, moments, mse
 from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase
 from stepdistill.prediction import Prediction
@@ -69,6 +70,8 @@ class ScoreDistillation(Method):
         guidance_scale: float = 1.0
         # Of the fake score in the student's loss.
         fake_guidance_scale: float = 1.0
+        # Adapters over the teacher in place of a copy of it; rank 0 = a copy.
+        fake_score_lora: LoraConfig = NO_LORA
         # In a later stage: go on with the fake score of the stage before.
         carry_fake_score: bool = False
         # Share of samples the fake score learns without their condition.
@@ -113,7 +116,8 @@ class ScoreDistillation(Method):
         return ("fake_score",)
 
     def networks(self, teacher: Denoiser, student: Denoiser) -> dict[str, nn.Module]:
-        return {"fake_score": teacher.clone()}
+        lora = self.config.fake_score_lora
+        return {"fake_score": lora.over(teacher.backbone()) if lora else teacher.clone()}
 
     def phases(self, step: int) -> Iterator[Phase]:
         if step % self.config.student_every == 0:

@@ -22,7 +22,7 @@ from training.trainer import Trainer
 pytestmark = pytest.mark.usefixtures("short_runs")
 
 
-@pytest.mark.parametrize("kind", ["toy-dmd2", "toy-compose", "sd-prompts", "sd-gan", "sd-vsd"])
+@pytest.mark.parametrize("kind", ["toy-dmd2", "toy-compose", "sd-prompts", "sd-gan", "sd-lora"])
 def test_an_interrupted_run_goes_on_bit_for_bit(kind, tmp_path, tiny_sd, monkeypatch):
     before = signal.getsignal(signal.SIGINT)
     (tmp_path / "prompts.txt").write_text("a small red circle on a black background\na large blue star\n" * 3)
@@ -35,7 +35,9 @@ def test_an_interrupted_run_goes_on_bit_for_bit(kind, tmp_path, tiny_sd, monkeyp
             out, tiny_sd, *few, method="dmd2", data={"name": "prompts", "path": str(tmp_path / "prompts.txt")}
         ),
         "sd-gan": lambda out: sd(out, tiny_sd, *few),
-        "sd-vsd": lambda out: sd(out, tiny_sd, *few, method={"name": "vsd", "lora_rank": 2}),
+        "sd-lora": lambda out: sd(
+            out, tiny_sd, *few, "student.lora.rank=2", method={"name": "vsd", "lora_rank": 2}
+        ),
     }[kind]
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     running.run(make(whole))
