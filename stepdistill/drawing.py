@@ -138,9 +138,10 @@ class Sampler:
         """Replay the denoiser's operations without its Python from now on; the images stay bit-equal.
 
         Worth it for many calls of one shape on a CPU, where bookkeeping is half of a small network's time.
-        Choose the attention backend before.
+        Choose the attention backend before. A network whose operations depend on more than shapes stays as it is.
         """
-        if not isinstance(self.denoiser.network, Traced):
+        network = self.denoiser.network
+        if not isinstance(network, Traced) and getattr(network, "traceable", True):
             self.denoiser.network = Traced(self.denoiser.network).eval()
         return self
 
@@ -265,7 +266,7 @@ class Sampler:
         if sampling.guidance == "input":
             inputs["guidance"] = torch.full((size,), drawer.guidance, dtype=torch.float64)
         elif drawer.guidance != 1:
-            uncond = self._cast(family.encode(negatives) if negatives else family.uncond(size))
+            uncond = self._cast(family.encode_negative(negatives) if negatives else family.uncond(size))
 
             def predict(x_t: Tensor, t: Tensor, c: Cond) -> Prediction:
                 return guided(self.denoiser, x_t, t, c, uncond, drawer.guidance)

@@ -115,7 +115,9 @@ class Sampling:
             ValueError: steps is not at least 1 or exceeds the finest grid.
         """
         if self.rule == "ode":
-            return schedule.teacher_grid(steps)
+            return (
+                schedule.few_step_ode_grid(steps, self.points) if self.steps else schedule.teacher_grid(steps)
+            )
         grid = schedule.few_step_grid(steps, self.points, self.first_rho)
         return (grid[0], self.middle_time) if steps == 2 and self.middle_time and schedule.angular else grid
 

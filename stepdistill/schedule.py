@@ -104,6 +104,10 @@ class Schedule:
         """The times a many-step model is called at in `steps` steps of DDIM, falling from t_max: even in t."""
         return tuple(self.ode_grid(steps)[:-1].tolist())
 
+    def few_step_ode_grid(self, steps: int, finest: int) -> tuple[float, ...]:
+        """The times a student of `steps` steps of DDIM is called at, falling from t_max; finest: as `few_step_grid`."""
+        return self.teacher_grid(steps)
+
     def ode_grid(
         self, steps: int, spacing: Literal["trailing", "karras"] = "trailing", power: float = 7.0
     ) -> Tensor:
@@ -199,6 +203,13 @@ class Flow(Schedule):
             grid = torch.linspace(1, self.last, steps, dtype=torch.float64).tolist()
         shift = self.shift_at(steps)
         return stretched([shifted(t, shift) for t in grid], self.terminal)
+
+    def few_step_ode_grid(self, steps: int, finest: int) -> tuple[float, ...]:
+        """Even before the shift of `finest` steps, of which a stock scheduler holds one. A many-step model's own last
+        time is left out: it would stretch two steps to (1, `terminal`), and one step to nothing.
+        """
+        shift = self.shift_at(_at_least(finest, finest))
+        return tuple(shifted(t, shift) for t in super().few_step_grid(steps))
 
     def shift_at(self, steps: int) -> float:
         """Of a grid of so many steps."""

@@ -7,6 +7,8 @@ import math
 import pytest
 import torch
 
+from stepdistill.families.schedulers import flow_scheduler
+from stepdistill.sampling import Sampling
 from stepdistill.schedule import EDM, VP, Flow, TrigFlow, expand
 
 SCHEDULES = {
@@ -159,3 +161,16 @@ def test_a_shift_moves_the_grids_and_not_the_process():
     # It starts at the noise level asked for, whatever the shift.
     first = torch.tensor(shifted.few_step_grid(4, 4, 2.5)[:1], dtype=torch.float64)
     assert float(shifted.rho(first)) == pytest.approx(2.5)
+
+
+@pytest.mark.parametrize("passes_sigmas", [True, False])
+@pytest.mark.parametrize("rule", ["ode", "renoise"])
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_a_few_step_flow_student_is_called_at_the_times_its_stock_scheduler_lists(steps, rule, passes_sigmas):
+    """Whatever a many-step model's own last time: FLUX.2's shift by steps, Qwen-Image's terminal, SD3's smallest time."""
+    schedule = Flow(lambda n: 3 + n / 10, last=0.0 if passes_sigmas else 0.003, terminal=0.02)
+    sampling = Sampling(steps=(steps,), rule=rule)
+    scheduler = flow_scheduler(schedule, sampling, passes_sigmas)
+    even = {"sigmas": [1 - i / steps for i in range(steps)]} if passes_sigmas else {}
+    scheduler.set_timesteps(num_inference_steps=steps, **even)
+    assert scheduler.sigmas[:-1].tolist() == pytest.approx(sampling.grid(schedule, steps), abs=1e-6)

@@ -111,3 +111,11 @@ def test_what_cannot_be_recorded_still_runs():
     with torch.no_grad():
         x_t = torch.ones(1, 2)
         assert torch.equal(traced(x_t, torch.zeros(1)), x_t * 3)
+
+
+def test_a_network_that_depends_on_more_than_shapes_is_not_recorded(pair, monkeypatch):
+    _, sampler = pair
+    plain = getattr(sampler.denoiser.network, "network", sampler.denoiser.network)
+    monkeypatch.setattr(type(plain), "traceable", False)
+    monkeypatch.setattr(sampler.denoiser, "network", plain)
+    assert sampler.trace().denoiser.network is plain

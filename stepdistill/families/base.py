@@ -117,6 +117,10 @@ class Family:
         """Captions or class indices -> condition, batch first."""
         raise NotImplementedError
 
+    def encode_negative(self, prompts: Sequence[str]) -> Cond:
+        """Negative prompts -> condition; pipelines that add words of their own to a prompt leave them out here."""
+        return self.encode(prompts)
+
     def uncond(self, count: int) -> Cond:
         """The condition that stands for none."""
         raise NotImplementedError

@@ -29,9 +29,11 @@ class Face(nn.Module):
             first.
         blocks: worth tapping, in forward order, name -> channels; middle: the bottleneck or the middle one.
         behind_middle: submodules that only matter behind it.
+        traceable: its operations depend on shapes alone; False where on the length of each prompt, say.
     """
 
     inner: ClassVar[str]
+    traceable: ClassVar[bool] = True
     middle: str
     blocks: dict[str, int]
     behind_middle: tuple[str, ...]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,8 @@ class Latent(Family):
         passes_sigmas: the pipeline gives its flow scheduler even times of its own, so a scheduler's shift says all;
             otherwise the scheduler makes them from its own smallest time.
         kept: fields of `Config` that a student's directory must remember (`settings`), beside the resolution.
+        empty_prompt: what guidance compares with where no negative prompt is given.
+        student_settings: what a pipeline around a student is made with, beyond its parts.
         lora_targets: layers that a LoRA adapts, by any component of their dotted names.
     """
 
@@ -71,6 +74,8 @@ class Latent(Family):
     text_parts: ClassVar[tuple[str, ...]] = ("text_encoder",)
     passes_sigmas: ClassVar[bool] = True
     kept: ClassVar[tuple[str, ...]] = ()
+    empty_prompt: ClassVar[str] = ""
+    student_settings: ClassVar[Mapping[str, Any]] = {}
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out")
     conditions = "prompt"
     latent = True
@@ -178,7 +183,17 @@ class Latent(Family):
                 f"family.resolution={[height, width]}: both sides must be multiples of {self.multiple} for this"
                 f" {self.name!r} teacher."
             )
+        rows, columns = (side * self.stride for side in self.largest(model) or (height, width))
+        if height > rows or width > columns:
+            raise UserError(
+                f"family.resolution={[height, width]}: this {self.name!r} teacher has positions for at most"
+                f" {rows} x {columns} pixels; ask for less."
+            )
         return height, width
+
+    def largest(self, model: nn.Module) -> tuple[int, int] | None:
+        """(h, w) in latents where a network's table of positions ends; None = it has no such table."""
+        return None
 
     def latent_shape(self, model: nn.Module, height: int, width: int) -> tuple[int, ...]:
         """Of one x0: (channels, height, width) in latents."""
@@ -202,7 +217,7 @@ class Latent(Family):
     def uncond(self, count: int) -> Cond:
         if self._empty is None:
             # The same in every batch.
-            self._empty = self.encode([""])
+            self._empty = self.encode_negative([self.empty_prompt])
         return map_cond(lambda c: c.expand(count, *c.shape[1:]), self._empty)
 
     def to(self, device: str | torch.device, dtype: torch.dtype = torch.float32) -> Latent:
@@ -230,10 +245,12 @@ class Latent(Family):
         return z if not shift else z + shift
 
     def latent_key(self) -> str:
-        digest = hashlib.sha256()
+        # Of the configuration as well: the same weights can be scaled and shifted otherwise.
+        said = {key: value for key, value in self.vae.config.items() if not key.startswith("_")}
+        digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode())
         for name, parameter in sorted(self.vae.state_dict().items()):
             digest.update(name.encode() + parameter.float().cpu().numpy().tobytes())
-        return f"mean {self.vae.config.scaling_factor} {digest.hexdigest()}"
+        return f"mean {digest.hexdigest()}"
 
     def decode(self, x0: Tensor) -> Tensor:
         return self.vae.decode(self.denormalised(x0.to(self.vae.dtype))).sample / 2 + 0.5
@@ -247,10 +264,12 @@ class Latent(Family):
     def export(self, student: Denoiser, directory: Path, card: Card) -> None:
         network = student.network
         if card.kind == "teacher":
-            model, scheduler = network.model, self.scheduler
+            pipeline = self.assembled(network.model, self.scheduler)
         else:
-            model, scheduler = network.leaving(), self.few_step_scheduler(card.sampling)
-        self.assembled(model, scheduler).save_pretrained(directory, safe_serialization=True)
+            settings = self.student_settings if card.sampling.guidance == "none" else {}
+            scheduler = self.few_step_scheduler(card.sampling)
+            pipeline = self.assembled(network.leaving(), scheduler, **settings)
+        pipeline.save_pretrained(directory, safe_serialization=True)
 
     def assembled(self, model: nn.Module, scheduler: Any, **settings: Any) -> Any:
         """The stock pipeline around another network and scheduler; settings: further arguments that it is made with."""
