@@ -58,7 +58,7 @@ def new_student(method: Method, family: Family, init: str, lora: LoraConfig) -> 
     if method.sampling.inputs:
         raise UserError(
             f"student.lora: {type(method).__name__} tells its student {', '.join(method.sampling.inputs)}, through"
-            " a layer no LoRA file holds; set student.lora.rank to 0, or choose another method."
+            " a layer no LoRA file holds; set student.lora.rank to 0, or for lcm method.tell_guidance to false."
         )
     if init == "teacher" and family.teacher is not None:
         return lora.over(family.teacher.backbone())

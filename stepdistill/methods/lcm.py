@@ -8,6 +8,9 @@ needs no second network call:
     boundary             f(x, t, w) = c_skip(t) x + c_out(t) x0_theta(x, t, w),  f(x, 0) = x            (Eq. 5, Sec. 4.1)
     loss                 d( f_theta(x_t, t, w), sg f_ema(x_s, s, w) ),  d pseudo-Huber                  (Eq. 14)
 
+LCM-LoRA (Luo et al. 2023, arXiv 2311.05556) is the same without that input (`tell_guidance: false`): the teacher is
+guided by the scale that was drawn, the student hears nothing of it, and low = high fixes one.
+
 t and s are neighbours on the teacher's grid of `ddim_steps` points ("skipping-step", Sec. 4.3). The paper's
 w is g - 1; here guidance is g everywhere, and w exists only inside the student's embedding and in the
 exported pipeline.
@@ -42,6 +45,8 @@ class LCM(Method):
         # g, drawn uniformly per sample (paper: w in [2, 14]).
         guidance_low: float = 3.0
         guidance_high: float = 15.0
+        # g is an input of the student; false is what a LoRA needs.
+        tell_guidance: bool = True
         # Points of the teacher's grid, the N of the skipping-step.
         ddim_steps: int = 50
         # Of f_ema, the target network.
@@ -53,9 +58,11 @@ class LCM(Method):
 
     @classmethod
     def sampled(cls, config: Any) -> dict[str, Any]:
+        grid = {"rule": "renoise", "finest": config.ddim_steps}
+        if not config.tell_guidance:
+            return grid
         scale = (config.guidance_low + config.guidance_high) / 2
-        embedded = {"inputs": ("guidance",), "guidance": "input", "scale": scale}
-        return {"rule": "renoise", "finest": config.ddim_steps, **embedded}
+        return grid | {"inputs": ("guidance",), "guidance": "input", "scale": scale}
 
     def networks(self, teacher: Denoiser, student: Denoiser) -> dict[str, nn.Module]:
         return {"target": unwrap(student).clone()}
@@ -91,13 +98,14 @@ class LCM(Method):
         i = noise.randint(0, config.ddim_steps)
         t, s = grid[i], grid[i + 1]
         g = config.guidance_low + (config.guidance_high - config.guidance_low) * noise.rand()
+        told = {"guidance": g} if config.tell_guidance else {}
         x_t = nets.schedule.add_noise(batch.x0, batch.randn(), t)
         # Teacher step and target, Eq. 14.
         with torch.no_grad():
             x_s = guided(nets.teacher, x_t, t, batch.cond, batch.uncond, g).at(s).to(x_t.dtype)
             with same_draws(x_t):
-                target = self.boundary(nets.target(x_s, s, batch.cond, guidance=g))
-        online = self.boundary(nets.student(x_t, t, batch.cond, guidance=g))
+                target = self.boundary(nets.target(x_s, s, batch.cond, **told))
+        online = self.boundary(nets.student(x_t, t, batch.cond, **told))
         losses = {"total": pseudo_huber(online, target, config.huber_c)}
         return losses | moments(online) | moments(target, "teacher_")
 

@@ -7,15 +7,19 @@ import itertools
 import pytest
 import torch
 import worlds
+from diffusers import DiffusionPipeline
 from gaussians import MEAN, STD, Affine, batch_of, gradient, nets_of
 from torch import Tensor, nn
 from worlds import COUNT, world
 
+from stepdistill import export
 from stepdistill.denoiser import guided
 from stepdistill.errors import UserError
 from stepdistill.families.faces import sinusoids
 from stepdistill.families.sd import SD
 from stepdistill.families.toy import gaussian_flow_map
+from stepdistill.lora import LoraConfig
+from stepdistill.methods.assemble import assemble
 from stepdistill.methods.lcm import LCM
 from stepdistill.prediction import Prediction
 from stepdistill.schedule import VP, Schedule, times_like
@@ -115,6 +119,42 @@ def test_the_guidance_scale_is_drawn_per_sample_from_its_range():
     # The target is told the same.
     assert torch.equal(drawn, target)
     assert 3 <= float(drawn.min()) < 4 and 14 < float(drawn.max()) <= 15 and len(drawn.unique()) == len(drawn)
+
+
+def test_a_student_that_is_told_nothing_learns_the_guided_steps():
+    """LCM-LoRA: the loss put together again from the teacher's step under the drawn scales, which no network hears."""
+    made = world("lcm", guidance_low=3.0, guidance_high=15.0, tell_guidance=False)
+    nets, method, batch = made.nets, made.method, made.batch()
+    grid = method.ode_times(nets.schedule)
+    i = batch.generator.randint(0, 50)
+    t, s, g = grid[i], grid[i + 1], 3 + 12 * batch.generator.rand()
+    x_t = nets.schedule.add_noise(batch.x0, batch.randn(), t)
+    x_s = guided(nets.teacher, x_t, t, batch.cond, batch.uncond, g).at(s).float()
+    online = method.boundary(nets.student(x_t, t, batch.cond))
+    target = method.boundary(nets.target(x_s, s, batch.cond))
+    expected = (((online - target) ** 2 + 1e-3**2).sqrt() - 1e-3).mean(1)
+    torch.testing.assert_close(method.loss(nets, made.batch())["total"], expected, rtol=1e-4, atol=1e-6)
+    assert method.sampling.inputs == () and method.sampling.guidance == "none"
+
+
+def test_a_student_that_is_told_nothing_may_be_a_lora_whose_pipeline_is_free_of_guidance(tiny_sd, tmp_path):
+    method = worlds.method("lcm", steps=(2,), guidance_low=7.5, guidance_high=7.5, tell_guidance=False)
+    family = SD(SD.Config(teacher=str(tiny_sd)))
+    student = worlds.stir(assemble(method, family, lora=LoraConfig(rank=2)).student)
+    recipe = {"family": {"name": "sd"}, "method": {"name": "lcm"}, "run": {"out": "runs/x"}}
+    card = export.card_of(family, method, recipe)
+    export.write(family, student, tmp_path / "student", card)
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "student")
+    pipeline.set_progress_bar_config(disable=True)
+
+    def images(scale: float) -> Tensor:
+        generator, size = torch.Generator().manual_seed(0), {"height": 16, "width": 16}
+        call = {"num_inference_steps": 2, "guidance_scale": scale, "output_type": "pt", **size}
+        return pipeline("a red circle", generator=generator, **call).images
+
+    assert type(pipeline.scheduler).__name__ == "LCMScheduler"
+    # Neither a second call nor an embedding: any scale draws the same.
+    assert torch.equal(images(1.0), images(9.0))
 
 
 def test_the_embedding_of_w_equals_the_stock_pipelines(tiny_sd):
