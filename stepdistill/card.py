@@ -33,6 +33,7 @@ class Card:
         routing: of a part of the conditions (`routing.router`). students: folders of the parts, in order.
         commit, stepdistill: of the code that wrote it. metrics: measured numbers, by name.
         settings: of the family, beyond what the pipeline says (`Family.settings`).
+        revision: the commit at which the teacher was fetched from a hub.
     """
 
     kind: Literal["student", "teacher", "students"] = "teacher"
@@ -51,6 +52,7 @@ class Card:
     stepdistill: str = ""
     metrics: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    revision: str = ""
 
     def __post_init__(self) -> None:
         for steps, times in self.timesteps.items():

@@ -40,6 +40,7 @@ def card_of(family: Family, method: Method, recipe: dict[str, Any], **facts: Any
         timesteps=times,
         teacher=recipe["family"].get("teacher", ""),
         settings=family.settings,
+        revision=family.revision,
         recipe=recipe,
         commit=git_commit(short=True) or "unknown",
         stepdistill=__version__,
@@ -53,8 +54,18 @@ def write(family: Family, student: Denoiser, directory: Path, card: Card) -> Non
     whole = student.merged() if isinstance(student, LoRA) else student
     with atomic_write(directory) as temporary:
         family.export(whole, temporary, card)
+        _name_known_tokenizers(temporary)
         cards.write(card, temporary)
         temporary.joinpath("README.md").write_text(readme(family, card))
+
+
+def _name_known_tokenizers(directory: Path) -> None:
+    """Tokenizers of tokenizer.json go by the name that transformers 4 knows as well as 5."""
+    for file in (directory / "model_index.json", *directory.glob("tokenizer*/tokenizer_config.json")):
+        if file.is_file() and '"TokenizersBackend"' in (text := file.read_text(encoding="utf-8")):
+            file.write_text(
+                text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'), encoding="utf-8"
+            )
 
 
 def readme(family: Family, card: Card) -> str:
@@ -79,13 +90,17 @@ def readme(family: Family, card: Card) -> str:
     lines += [f"| {key} | {value} |" for key, value in _facts(card).items()]
     for name, value in card.metrics.items():
         lines.append(f"| {name} | {value} |")
+    if student:
+        notes = getattr(getattr(family, "face", None), "notes", ())
+        lines += ["", *notes] if notes else []
     return "\n".join([*lines, "", "The resolved recipe is in `stepdistill.json`.", ""])
 
 
 def _facts(card: Card) -> dict[str, Any]:
     """The rows of the model card's table."""
     sampling = card.sampling
-    rows = {"method": card.method, "teacher": card.teacher or "none (trained from data)"}
+    at = f" at {card.revision}" if card.revision else ""
+    rows = {"method": card.method, "teacher": f"{card.teacher}{at}" or "none (trained from data)"}
     if card.kind == "student":
         rows["steps"] = "; ".join(
             f"{n}: t = {', '.join(f'{t:g}' for t in ts)}" for n, ts in card.timesteps.items()

@@ -40,6 +40,8 @@ def run(recipe: Recipe, fresh: bool = False) -> None:
         say(main, f"{directory.path} is finished at step {done}; nothing to do (--fresh starts over).")
         accelerator.end_training()
         return
+    if cut := _cut(family, sources):
+        say(main, cut)
     count = accelerator.num_processes
     say(
         main, f"{count} process{'es' * (count > 1)} on {accelerator.device}, precision {recipe.run.precision}"
@@ -52,6 +54,15 @@ def run(recipe: Recipe, fresh: bool = False) -> None:
             _finish(trainer, accelerator)
     finally:
         accelerator.end_training()
+
+
+def _cut(family: Family, sources: list[Source], most: int = 10_000) -> str:
+    """A sentence on captions that the text encoders do not read to their end, "" where there are none."""
+    if family.conditions != "prompt":
+        return ""
+    captions = [caption for source in set(sources) for caption in source.captions[:most]]
+    cut = family.cut(captions)
+    return f"{cut:,} of {len(captions):,} prompts are cut at the tokenizer's limit." if cut else ""
 
 
 def _begin(accelerator: Accelerator, directory: RunDirectory, recipe: Recipe, fresh: bool) -> int:

@@ -54,6 +54,8 @@ class Family:
     exportable: bool = True
     own_data: bool = False
     preview_count: int | None = None
+    # The commit at which the teacher was fetched from a hub.
+    revision: str = ""
 
     @classmethod
     def from_directory(
@@ -112,6 +114,10 @@ class Family:
         """
         listed = {"prompt": source.captions, "class": source.labels}.get(self.conditions)
         return [listed[i] for i in indices] if listed is not None else list(indices)
+
+    def cut(self, prompts: Sequence) -> int:
+        """How many of the prompts are longer than what `encode` reads of them."""
+        return 0
 
     def encode(self, prompts: Sequence[str] | Sequence[int]) -> Cond:
         """Captions or class indices -> condition, batch first."""

@@ -30,10 +30,12 @@ class Face(nn.Module):
         blocks: worth tapping, in forward order, name -> channels; middle: the bottleneck or the middle one.
         behind_middle: submodules that only matter behind it.
         traceable: its operations depend on shapes alone; False where on the length of each prompt, say.
+        notes: what people who use an exported student should know, a sentence each, for its model card.
     """
 
     inner: ClassVar[str]
     traceable: ClassVar[bool] = True
+    notes: ClassVar[tuple[str, ...]] = ()
     middle: str
     blocks: dict[str, int]
     behind_middle: tuple[str, ...]
@@ -63,6 +65,11 @@ class UNetFace(Face):
     """A UNet2DConditionModel whose condition becomes keyword arguments by `arguments`."""
 
     inner, middle, behind_middle = "unet", "unet.mid_block", BEHIND_MIDDLE
+    notes = (
+        "ControlNets of the teacher work with this student.",
+        "To begin a new one, call `ControlNetModel.from_unet` on the teacher's UNet: the student's has a `time_cond_proj`,"
+        " which ControlNets do not know.",
+    )
 
     @property
     def extras(self) -> dict[str, Callable[[], None]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,8 @@ from stepdistill.config import build
 from stepdistill.denoiser import Cond, Denoiser, map_cond, parameter_count
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
-from stepdistill.families.faces import Face
-from stepdistill.families.reading import read_pipeline
+from stepdistill.families.faces import Face, UNetFace
+from stepdistill.families.reading import commit_of, read_pipeline
 from stepdistill.families.schedulers import few_step_scheduler, schedule_of
 from stepdistill.sampling import Sampling
 from stepdistill.schedule import Schedule
@@ -114,9 +115,10 @@ class Latent(Family):
 
     def set_pipeline(self, pipeline: Any) -> None:
         """Describe a loaded pipeline: sizes, noise process, teacher."""
-        self.pipeline, self.scheduler = pipeline, pipeline.scheduler
+        self.pipeline, self.scheduler, self.revision = pipeline, pipeline.scheduler, commit_of(pipeline)
         for module in self.modules().values():
             module.eval().requires_grad_(False)
+        self.limit_tokens()
         model = getattr(pipeline, self.face.inner)
         self.check_model(model)
         self.resolution = self.checked_resolution(model)
@@ -206,13 +208,48 @@ class Latent(Family):
         return self.shape[-2] * self.shape[-1] // patch**2
 
     def process(self) -> tuple[Schedule, str]:
-        """The noise process of the teacher and what its network predicts."""
-        return schedule_of(self.scheduler, self.image_tokens, self.passes_sigmas)
+        """The noise process of the teacher and what its network predicts.
+
+        Raises:
+            UserError: a process its stock pipeline cannot step, so that no student could leave.
+        """
+        schedule, kind = schedule_of(self.scheduler, self.image_tokens, self.passes_sigmas)
+        if issubclass(self.face, UNetFace) and not schedule.discrete:
+            raise UserError(
+                f"the teacher's scheduler {type(self.scheduler).__name__} stands for flow matching, which"
+                f" {type(self.pipeline).__name__} cannot sample by; put the scheduler with alphas_cumprod that its"
+                " network was trained with into its directory."
+            )
+        return schedule, kind
 
     # ------------------------------------------------------------------------------------------- conditions and images
 
     def encode(self, prompts: Sequence[str]) -> Cond:
         raise NotImplementedError
+
+    def cut(self, prompts: Sequence[str]) -> int:
+        most = getattr(self.config, "max_tokens", math.inf)
+        limits = [(min(each.model_max_length, most), each) for each in self.tokenizers.values()]
+        if not limits or not len(prompts):
+            return 0
+        # The one that reads furthest; another may only give the pooled text.
+        limit, tokenizer = max(limits, key=lambda pair: pair[0])
+        return sum(len(ids) > limit for ids in tokenizer(list(prompts), truncation=False).input_ids)
+
+    @property
+    def tokenizers(self) -> dict[str, Any]:
+        """By component name."""
+        names = [name for name in self.components if name.startswith("tokenizer")]
+        parts = {name: getattr(self.pipeline, name, None) for name in names}
+        return {name: part for name, part in parts.items() if callable(part)}
+
+    def limit_tokens(self) -> None:
+        """Let no tokenizer give more than its encoder has places for, which one without a limit of its own would."""
+        for name, tokenizer in self.tokenizers.items():
+            encoder = self.modules().get(name.replace("tokenizer", "text_encoder"))
+            places = getattr(getattr(encoder, "config", None), "max_position_embeddings", None)
+            if places and tokenizer.model_max_length > places:
+                tokenizer.model_max_length = places
 
     def uncond(self, count: int) -> Cond:
         if self._empty is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,8 +64,9 @@ def read_pipeline(
     from diffusers import DiffusionPipeline
 
     text, chosen = str(path), {"revision": revision or None, "variant": variant or None}
+    hub = is_hub_id(path)
     try:
-        if is_hub_id(path):
+        if hub:
             _check_index(
                 path, DiffusionPipeline.load_config(text, revision=revision or None), family, components
             )
@@ -72,10 +74,33 @@ def read_pipeline(
         _check_index(path / "model_index.json", read_index(path), family, components)
         check_directory(path)
         return DiffusionPipeline.from_pretrained(
-            str(path), dtype=dtype, use_safetensors=True, trust_remote_code=False, variant=variant or None, **components
+            str(path), dtype=dtype, use_safetensors=True, trust_remote_code=False,
+            variant=variant or only_variant(path), **components,
         )  # fmt: skip
     except LOADING as error:
-        raise UserError(f"the pipeline at {text} cannot be loaded: {first_line(error)}") from None
+        way = ""
+        if hub and "safetensors" in str(error) and not variant:
+            way = "; if its files are called *.fp16.safetensors, set family.variant=fp16"
+        elif hub:
+            way = "; offline, fetch it before with `hf download` or give a directory"
+        raise UserError(f"the pipeline at {text} cannot be loaded: {first_line(error)}{way}") from None
+
+
+def commit_of(pipeline: Any) -> str:
+    """The commit of a hub that a pipeline was fetched at; "" of a directory from elsewhere."""
+    path = Path(pipeline.name_or_path or "")
+    return path.name if path.parent.name == "snapshots" else ""
+
+
+def only_variant(path: Path) -> str | None:
+    """The variant in the names of all weights of a directory, such as fp16 of model.fp16.safetensors, or None."""
+    names = [file.name for file in path.glob("*/*.safetensors")]
+    # With shards model.fp16-00001-of-00002.safetensors, too.
+    found = {
+        match[1] if (match := re.match(r"[^.]+\.([a-z]\w*)(-\d+-of-\d+)?\.safetensors$", name)) else None
+        for name in names
+    }
+    return found.pop() if len(found) == 1 else None
 
 
 def is_hub_id(path: Path) -> bool:

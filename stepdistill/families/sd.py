@@ -67,6 +67,7 @@ class SD(Latent):
         self.teacher, self.pipeline, self._parts = None, None, _components(self.path)
         for module in self.modules().values():
             module.eval().requires_grad_(False)
+        self.limit_tokens()
         self.scheduler = _teacher_scheduler(self.config.prediction_type)
         self.schedule, self.kind = schedule_of(self.scheduler)
         size = self.config.unet.get("sample_size", 8)
@@ -87,6 +88,10 @@ class SD(Latent):
     @property
     def tokenizer(self) -> Any:
         return self.part("tokenizer")
+
+    @property
+    def tokenizers(self) -> dict[str, Any]:
+        return {"tokenizer": self.tokenizer}
 
     @property
     def stride(self) -> int:
