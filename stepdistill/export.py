@@ -8,6 +8,7 @@ is in `stepdistill.json` and in the README.md beside them.
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -138,14 +139,15 @@ def beyond_stock(family: Family, card: Card) -> str:
 
 def _stock_call(family: Family, card: Card) -> list[str]:
     """The lines of the card that draw an image where this package is not installed."""
-    steps = min(card.sampling.steps, default=DEFAULT_TEACHER_STEPS)
-    if family.conditions == "prompt":
-        guidance = "" if card.sampling.guidance == "none" else f", guidance_scale={card.sampling.scale:g}"
-        eta = f", eta={card.sampling.eta:g}" if card.sampling.rule == "tcd" else ""
-        call = f'pipeline("PROMPT", num_inference_steps={steps}{guidance}{eta})'
-    else:
-        label = ", class_labels=0" if family.conditions == "class" else ""
-        call = f"pipeline(num_inference_steps={steps}{label})"
+    told: dict[str, Any] = {"prompt": {"prompt": "PROMPT"}, "class": {"class_labels": 0}}.get(
+        family.conditions, {}
+    )
+    told |= {"num_inference_steps": min(card.sampling.steps, default=DEFAULT_TEACHER_STEPS)}
+    told |= family.stock_call(1.0 if card.sampling.guidance == "none" else card.sampling.scale)
+    if family.conditions == "prompt" and card.sampling.rule == "tcd":
+        told["eta"] = card.sampling.eta
+    # Double quotes, as Python's formatters write strings.
+    call = f"pipeline({', '.join(f'{name}={json.dumps(value)}' for name, value in told.items())})"
     return [
         "import torch",
         "from diffusers import DiffusionPipeline",

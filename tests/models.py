@@ -23,6 +23,7 @@ COUNT = 2
 SETTINGS = {
     "flux": {"resolution": [32], "max_tokens": 16},
     "chroma": {"resolution": [32], "max_tokens": 16},
+    "flux2": {"resolution": [32], "max_tokens": 48},
 }
 # Methods on images look through the embedded CLIP, which knows the words of the scenes.
 METHODS: dict[str, dict[str, Any]] = {"add": {"gan": "non_saturating"}, "reward": {"margin": 10.0}}
@@ -40,11 +41,11 @@ class Pictures:
         return np.random.default_rng(0).integers(0, 256, (len(indices), *self.side, 3), np.uint8)
 
 
-def family_of(variant: str, **settings: Any) -> Family:
+def family_of(variant: str, dtype: torch.dtype = torch.float32, **settings: Any) -> Family:
     """The family of a tiny variant, its teacher the variant's pipeline."""
     name, _, _ = tiny.VARIANTS[variant]
     cls = resolve(name, FAMILIES, "family")
-    return cls.from_directory(tiny.directory(variant), SETTINGS.get(name, {}) | settings)
+    return cls.from_directory(tiny.directory(variant), SETTINGS.get(name, {}) | settings, dtype)
 
 
 def model_world(family: Family, name: str, lora: LoraConfig = NO_LORA, **settings: Any) -> World:

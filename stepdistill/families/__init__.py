@@ -12,6 +12,7 @@ FAMILIES = Table(
         "sdxl": "stepdistill.families.sdxl:SDXL",
         "flux": "stepdistill.families.flux:Flux",
         "chroma": "stepdistill.families.flux:Chroma",
+        "flux2": "stepdistill.families.flux2:Flux2",
         "pixel": "stepdistill.families.pixel:Pixel",
     },
 )

@@ -153,6 +153,12 @@ class Family:
             images = self.decode(x0).clamp(0, 1).mul(255).round().to(torch.uint8).cpu()
         return torch.cat(list(images), 2).permute(1, 2, 0).numpy()
 
+    def stock_call(self, guidance_scale: float) -> dict[str, Any]:
+        """Arguments by which the stock pipeline draws at this family's resolution and guidance, 1 = off, besides prompts,
+        steps and generators.
+        """
+        return {}
+
     def from_stock_noise(self, noise: Tensor) -> Tensor:
         """What a stock pipeline draws between two steps, in its own layout -> (B, *shape)."""
         return noise

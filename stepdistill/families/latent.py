@@ -321,8 +321,5 @@ class Latent(Family):
         return type(stock)(**{name: value for name, value in told.items() if name in names})
 
     def stock_call(self, guidance_scale: float) -> dict[str, Any]:
-        """Arguments by which the stock pipeline draws at this family's resolution and guidance, 1 = off, besides prompts,
-        steps and generators.
-        """
         height, width = self.resolution
         return {"guidance_scale": guidance_scale, "height": height, "width": width}

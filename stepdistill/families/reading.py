@@ -26,6 +26,11 @@ CLIP_TOKENIZERS = (
     "transformers.PreTrainedTokenizerFast",
     "transformers.TokenizersBackend",
 )
+QWEN_TOKENIZERS = (
+    "transformers.Qwen2Tokenizer*",
+    "transformers.PreTrainedTokenizerFast",
+    "transformers.TokenizersBackend",
+)
 
 
 def read_index(path: Path) -> dict[str, Any]:

@@ -17,6 +17,9 @@ VARIANTS: dict[str, tuple[str, str, dict]] = {
     "flux-dev": ("flux", "flux", {"guidance": True}),
     "flux-schnell": ("flux", "flux", {"guidance": False}),
     "chroma": ("chroma", "chroma", {}),
+    "flux2-klein": ("flux2", "flux2", {"klein": True}),
+    "flux2-distilled": ("flux2", "flux2", {"klein": True, "distilled": True}),
+    "flux2-dev": ("flux2", "flux2", {"klein": False}),
 }
 
 

@@ -6,7 +6,18 @@ import string
 from typing import Any
 
 from diffusers import AutoencoderKL
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    GemmaTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 
 def byte_symbols() -> list[str]:
@@ -52,3 +63,31 @@ def kl_vae(channels: int = 4, blocks: int = 3, **settings: Any) -> AutoencoderKL
         up_block_types=("UpDecoderBlock2D",) * blocks, layers_per_block=1, latent_channels=channels, norm_num_groups=4,
         mid_block_add_attention=False, **settings,
     )  # fmt: skip
+
+
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    symbols = [*byte_symbols(), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Qwen2Tokenizer(
+        vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[], model_max_length=1024,
+        extra_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )  # fmt: skip
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    return tokenizer
+
+
+def qwen3_text(tokenizer: Any, layers: int, cls: type = Qwen3Model) -> Any:
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=layers, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, max_position_embeddings=1024, bos_token_id=None,
+        eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"), pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return cls(config)
+
+
+def gemma_tokenizer() -> GemmaTokenizer:
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
+    pieces += [*string.ascii_letters, *string.digits, *string.punctuation]
+    return GemmaTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[])
