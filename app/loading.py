@@ -82,7 +82,7 @@ class Models:
             self.samplers[model] = sampler
             self._chosen[model] = choose(sampler.pipeline, self._attention)
             if self.device == "cpu":
-                # Half of a small network's time there is Python's.
+                # A quarter of a small network's time there is Python's.
                 sampler.trace()
             self.finite[model] = Finite(sampler)
         self.limits = self._read_limits()

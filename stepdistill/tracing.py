@@ -1,5 +1,9 @@
-"""A network's operations without its Python: half of a small network's batch-1 time on a CPU is diffusers' own
+"""A network's operations without its Python: a quarter of a small network's batch-1 time on a CPU is diffusers' own
 bookkeeping, and a trace replays the same kernels in the same order without it.
+
+By `torch.jit.trace`, although torch deprecates it: as bit-equal as it on the embedded student, `torch.export` takes
+0.91 and `torch.compile` (backend "eager") 0.83 of the plain network's time where the trace takes 0.75, and the latter
+compiles for 14 seconds (benchmarks/tracing.json).
 """
 
 from __future__ import annotations
