@@ -181,9 +181,11 @@ def check(recipe: Recipe, family: Family, source: Source) -> None:
     if family.conditions == "class":
         _check_classes(family, source, data)
     height, width = family.resolution
-    if method.needs_images and source.has_images and (source.resolution,) * 2 != (height, width):
+    if method.needs_images and source.has_images and source.image_size != (height, width):
+        wanted = height if height == width else [height, width]
         raise UserError(
-            f"data.resolution={source.resolution} differs from the family's {height}x{width}; set it to that."
+            f"data.resolution={source.config.resolution} differs from the family's {height}x{width};"
+            f" set it to {wanted}, or family.resolution to that of the data where the family takes it."
         )
     if method.sampling.init_noise not in family.init_noises:
         raise UserError(

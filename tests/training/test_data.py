@@ -258,3 +258,14 @@ def test_parquet_errors(tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match=r"holds no \.parquet file"):
         source("parquet", path=tmp_path / "none")
+
+
+def test_images_of_any_shape(tmp_path: Path) -> None:
+    for i in range(3):
+        Image.fromarray(noise(i, 18, 12)).save(tmp_path / f"{i}.png")
+    tall = source("folder", path=str(tmp_path), resolution=[18, 12])
+    assert tall.image_size == (18, 12) and "3 images at 18x12" in tall.describe()
+    assert np.array_equal(tall.images([0, 2]), np.stack([noise(0, 18, 12), noise(2, 18, 12)]))
+    assert tall.fingerprint() != source("folder", path=str(tmp_path), resolution=[12, 18]).fingerprint()
+    with pytest.raises(UserError, match="resolution must be at least 8"):
+        source("folder", path=str(tmp_path), resolution=[18, 4])

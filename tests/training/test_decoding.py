@@ -36,6 +36,17 @@ def test_images_are_cut_to_the_centre_and_resized() -> None:
     assert np.array_equal(decoded(encoded(noise(2, 32, 32)), 16), np.asarray(expected))
 
 
+def test_images_are_cut_to_any_shape_about_their_centre() -> None:
+    tall = np.full((40, 12, 3), 255, np.uint8)
+    tall[11:29] = noise(1, 18, 12)
+    assert np.array_equal(decoded(encoded(tall), (18, 12)), tall[11:29])
+    expected = Image.fromarray(tall).resize((8, 12), Image.Resampling.LANCZOS, box=(0, 11, 12, 29))
+    assert np.array_equal(decoded(encoded(tall), (12, 8)), np.asarray(expected))
+    # As wide as it can be: what is too wide keeps its height.
+    wide = np.concatenate([tall[11:29], np.zeros((18, 30, 3), np.uint8)], 1)
+    assert np.array_equal(decoded(encoded(wide), (18, 12)), wide[:, 15:27])
+
+
 def test_exif_orientation_is_applied() -> None:
     upright = noise(3)
     exif = Image.Exif()

@@ -145,7 +145,7 @@ def test_data_that_does_not_fit(capsys, tiny_sd, tiny_pixel):
     )
     assert "needs captions, and data.name=toy has none" in stopped(capsys, sd(tiny_sd))
     scenes = {"name": "scenes", "size": 8}
-    assert "data.resolution=64 differs from the family's 16x16; set it to that." in stopped(
+    assert "data.resolution=64 differs from the family's 16x16; set it to 16, or" in stopped(
         capsys, sd(tiny_sd, data=scenes), "method.gan_weight=1e-3"
     )
     Path("images").mkdir()

@@ -17,6 +17,11 @@ from stepdistill import routing
 from stepdistill.errors import UserError, nearest
 
 
+def image_size(resolution: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of a recipe's resolution, [height, width] or the side of a square."""
+    return (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
+
+
 class Source:
     """Examples by index, 0 .. size - 1.
 
@@ -25,7 +30,7 @@ class Source:
 
     Attributes:
         size: examples kept.
-        resolution: side of the square images in pixels, 0 without images.
+        image_size: (height, width) of the images in pixels, (0, 0) without.
         has_images: whether `images` works; a source of prompts has none.
         captions: one text per example, or None.
         labels: one class number per example, or None; `class_names[label]` is its name.
@@ -38,7 +43,7 @@ class Source:
     def __init__(self, config: Any) -> None:
         self.config = config
         self.size = 0
-        self.resolution: int = getattr(config, "resolution", 0)
+        self.image_size = image_size(getattr(config, "resolution", 0))
         self.captions: Sequence[str] | None = None
         self.labels: Sequence[int] | None = None
         self.class_names: tuple[str, ...] | None = None
@@ -46,7 +51,7 @@ class Source:
         self.routing: dict[str, Any] | None = None
 
     def images(self, indices: Sequence[int]) -> np.ndarray:
-        """uint8 (n, resolution, resolution, 3), RGB.
+        """uint8 (n, height, width, 3), RGB.
 
         Raises:
             UserError: the source has no images.
@@ -65,7 +70,7 @@ class Source:
         """One line: what there is and what was dropped."""
         parts = [f"{self.size:,} {'images' if self.has_images else 'examples'}"]
         if self.has_images:
-            parts[0] += f" at {self.resolution}x{self.resolution}"
+            parts[0] += " at {}x{}".format(*self.image_size)
         parts += ["captions"] if self.captions is not None else []
         parts += [f"{len(self.class_names)} classes"] if self.class_names else []
         dropped = ", ".join(f"{n:,} {why}" for why, n in self.counts.items() if why != "kept" and n)

@@ -49,11 +49,11 @@ class Scenes(Source):
         self.counts = counts(self.size, {"in other partitions": config.size - self.size})
 
     def images(self, indices: Sequence[int]) -> np.ndarray:
-        out = np.empty((len(indices), self.resolution, self.resolution, 3), np.uint8)
+        out = np.empty((len(indices), *self.image_size, 3), np.uint8)
         for row, index in enumerate(indices):
             # As scenes.image_at, at any size.
             rng = np.random.default_rng((self.config.seed, self._block[index]))
-            out[row] = scenes.render(scenes.sample_scene(rng), rng, self.resolution)
+            out[row] = scenes.render(scenes.sample_scene(rng), rng, self.config.resolution)
         return out
 
     def fingerprint(self) -> str:

@@ -6,6 +6,7 @@ import collections
 import functools
 import hashlib
 import io
+import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from stepdistill.errors import UserError
 from stepdistill.untrusted import IMAGES
-from training.data.base import Partition, Source, at_least, because, counts, digest, facts
+from training.data.base import Partition, Source, at_least, because, counts, digest, facts, image_size
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -36,7 +37,8 @@ class Files(Partition):
 
     Attributes:
         path: where they lie.
-        resolution: images are cut to their central square and resized to this side in pixels, at least 8.
+        resolution: [height, width] in pixels that images are resized to, at least 8, once they are cut to that shape
+            about their centre; or the side of a square.
         min_size: images whose shorter side is below this are dropped; 0 = keep and enlarge.
         memory_gb: up to this (GiB), decoded images stay in memory. Beyond it a batch is read and decoded when it is
             asked for; a shuffled batch of a Parquet file then reads whole row groups, so encode such data to
@@ -44,13 +46,13 @@ class Files(Partition):
     """
 
     path: Path
-    resolution: int = 64
+    resolution: int | tuple[int, int] = 64
     min_size: int = 0
     memory_gb: float = 2.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(8, resolution=self.resolution)
+        at_least(8, resolution=min(image_size(self.resolution)))
         at_least(0, min_size=self.min_size, memory_gb=self.memory_gb)
 
 
@@ -107,11 +109,11 @@ class Stored(Source):
 
     def _decode(self, candidates: list[int], dropped: collections.Counter[str]) -> list[int]:
         """The candidates that decode; their pixels stay in memory where they fit, and their bytes are hashed."""
-        config, side = self.config, self.resolution
-        fits = len(candidates) * side * side * 3 <= config.memory_gb * 2**30
-        pixels = np.empty((len(candidates), side, side, 3), np.uint8) if fits else None
+        config, size = self.config, self.image_size
+        fits = len(candidates) * math.prod(size) * 3 <= config.memory_gb * 2**30
+        pixels = np.empty((len(candidates), *size, 3), np.uint8) if fits else None
         kept, hashed = [], hashlib.sha256()
-        decode = functools.partial(decoded, resolution=side, min_size=config.min_size)
+        decode = functools.partial(decoded, resolution=size, min_size=config.min_size)
         main = os.environ.get("LOCAL_RANK", "0") == "0"
         shown = {"desc": "reading images", "unit": "image", "disable": None if main else True, "delay": 1}
         with (
@@ -147,12 +149,12 @@ class Stored(Source):
     def images(self, indices: Sequence[int]) -> np.ndarray:
         if self._pixels is not None:
             return self._pixels[np.asarray(indices, dtype=np.int64)]
-        out = np.empty((len(indices), self.resolution, self.resolution, 3), np.uint8)
+        out = np.empty((len(indices), *self.image_size, 3), np.uint8)
         listed = np.array([self._kept[index] for index in indices], np.int64)
         # In the order of the files, so that each is read once.
         rows = np.argsort(listed, kind="stable")
         for row, raw in zip(rows, self._raw(listed[rows].tolist()), strict=True):
-            result = decoded(raw, self.resolution, self.config.min_size)
+            result = decoded(raw, self.image_size, self.config.min_size)
             if isinstance(result, str):
                 raise UserError(
                     f"data.path={self.config.path} changed while it was in use ({result}); start again."
@@ -166,8 +168,9 @@ class Stored(Source):
         return digest([facts(self.config), self._digest, texts, labels])
 
 
-def decoded(raw: bytes | None, resolution: int, min_size: int = 0) -> np.ndarray | str:
-    """The central square of an encoded image as uint8 (resolution, resolution, 3), or why it cannot be used.
+def decoded(raw: bytes | None, resolution: int | tuple[int, int], min_size: int = 0) -> np.ndarray | str:
+    """The middle of an encoded image as uint8 (height, width, 3), as much of it as has that shape, or why it cannot
+    be used. resolution: (height, width) in pixels, or the side of a square.
 
     RGB, turned upright by its EXIF tag, transparency laid on white, resized with a Lanczos filter. Pillow's, as the
     evaluation's protocols are: torchvision has no Lanczos filter for tensors and no 16-bit grey.
@@ -184,11 +187,14 @@ def decoded(raw: bytes | None, resolution: int, min_size: int = 0) -> np.ndarray
         if min(width, height) < min_size:
             return "too small"
         image = _rgb(ImageOps.exif_transpose(image))
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        if image.size != (resolution, resolution):
-            box = (left, top, left + side, top + side)
-            image = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
+        height, width = image_size(resolution)
+        # The largest box of the wanted shape; whole numbers where it is a square.
+        scale = min(image.height / height, image.width / width)
+        tall, wide = min(image.height, round(scale * height)), min(image.width, round(scale * width))
+        left, top = (image.width - wide) // 2, (image.height - tall) // 2
+        if image.size != (width, height):
+            box = (left, top, left + wide, top + tall)
+            image = image.resize((width, height), Image.Resampling.LANCZOS, box=box)
         return np.asarray(image)
     except Image.DecompressionBombError:
         return "too large"
