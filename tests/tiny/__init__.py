@@ -13,6 +13,7 @@ import torch
 
 # Variant -> (family, module with a function `build`, its arguments).
 VARIANTS: dict[str, tuple[str, str, dict]] = {
+    "sd15": ("sd", "sd", {}),
     "sdxl": ("sdxl", "sdxl", {}),
     "flux-dev": ("flux", "flux", {"guidance": True}),
     "flux-schnell": ("flux", "flux", {"guidance": False}),
