@@ -24,6 +24,11 @@ SETTINGS = {
     "flux": {"resolution": [32], "max_tokens": 16},
     "chroma": {"resolution": [32], "max_tokens": 16},
     "flux2": {"resolution": [32], "max_tokens": 48},
+    "z_image": {"resolution": [32], "max_tokens": 48},
+    # A system prompt of its own length, so that the pipeline's own is not all that is heard.
+    "lumina2": {"max_tokens": 48, "system_prompt": "draw"},
+    # The pipeline's own words are 200 letters.
+    "qwen_image": {"resolution": [32], "max_tokens": 256},
 }
 # Methods on images look through the embedded CLIP, which knows the words of the scenes.
 METHODS: dict[str, dict[str, Any]] = {"add": {"gan": "non_saturating"}, "reward": {"margin": 10.0}}

@@ -13,6 +13,9 @@ FAMILIES = Table(
         "flux": "stepdistill.families.flux:Flux",
         "chroma": "stepdistill.families.flux:Chroma",
         "flux2": "stepdistill.families.flux2:Flux2",
+        "qwen_image": "stepdistill.families.qwen_image:QwenImage",
+        "z_image": "stepdistill.families.z_image:ZImage",
+        "lumina2": "stepdistill.families.lumina2:Lumina2",
         "pixel": "stepdistill.families.pixel:Pixel",
     },
 )

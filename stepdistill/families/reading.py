@@ -31,6 +31,11 @@ QWEN_TOKENIZERS = (
     "transformers.PreTrainedTokenizerFast",
     "transformers.TokenizersBackend",
 )
+GEMMA_TOKENIZERS = (
+    "transformers.GemmaTokenizer*",
+    "transformers.PreTrainedTokenizerFast",
+    "transformers.TokenizersBackend",
+)
 
 
 def read_index(path: Path) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from stock import exported
 
 from stepdistill.drawing import Sampler
 
-PROMPTS, SEEDS = ["a red circle", "two stars"], [5, 6]
+# A tuple, as some stock pipelines write into the list they are handed.
+PROMPTS, SEEDS = ("a red circle", "two stars"), (5, 6)
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def test_a_student_draws_the_same_images_in_its_stock_pipeline(variant, rule, st
     sampler = exported(family, method, directory, {"teacher": variant})
     stock = DiffusionPipeline.from_pretrained(directory)
     stock.set_progress_bar_config(disable=True)
-    call = {"prompt": PROMPTS, "output_type": "pt", **family.stock_call(1.0)}
+    call = {"prompt": list(PROMPTS), "output_type": "pt", **family.stock_call(1.0)}
     generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
     theirs = stock(num_inference_steps=steps, generator=generators, **call).images
     assert len(renoised) >= (steps - 1 if rule == "renoise" else 0)

@@ -10,7 +10,8 @@ from models import family_of
 
 from stepdistill.drawing import Sampler
 
-PROMPTS, SEEDS = ["a red circle", "two stars"], [5, 6]
+# A tuple, as some stock pipelines write into the list they are handed.
+PROMPTS, SEEDS = ("a red circle", "two stars"), (5, 6)
 # A divisor of 1000: with others DDIM steps to a time beside the one its network is called at next.
 STEPS = 4
 # Their pipelines never call the network without the prompt.
@@ -33,7 +34,8 @@ def test_the_teacher_equals_its_stock_pipeline(variant, guidance):
             stock.scheduler.config, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True
         )
     theirs = stock(
-        prompt=PROMPTS, num_inference_steps=STEPS, output_type="pt", generator=[torch.Generator().manual_seed(s) for s in SEEDS],
+        prompt=list(PROMPTS), num_inference_steps=STEPS, output_type="pt",
+        generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
         **family.stock_call(guidance),
     ).images  # fmt: skip
     sampler = Sampler(family, family.teacher, tiny.directory(variant))

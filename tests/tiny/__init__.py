@@ -21,6 +21,10 @@ VARIANTS: dict[str, tuple[str, str, dict]] = {
     "flux2-klein": ("flux2", "flux2", {"klein": True}),
     "flux2-distilled": ("flux2", "flux2", {"klein": True, "distilled": True}),
     "flux2-dev": ("flux2", "flux2", {"klein": False}),
+    "qwen-image": ("qwen_image", "qwen_image", {}),
+    "z-image": ("z_image", "z_image", {}),
+    "lumina2": ("lumina2", "lumina2", {}),
+    "lumina2-dynamic": ("lumina2", "lumina2", {"dynamic": True}),
 }
 
 
