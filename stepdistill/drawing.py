@@ -261,12 +261,12 @@ class Sampler:
         clock = time.perf_counter()
         family, sampling, size = self.family_, self.sampling, len(prompts)
         schedule, times = self.denoiser.schedule, self.times(drawer.steps)
-        cond = self._cast(family.encode(prompts))
+        cond = self._moved(family.encode(prompts))
         inputs, predict = {}, self.denoiser
         if sampling.guidance == "input":
             inputs["guidance"] = torch.full((size,), drawer.guidance, dtype=torch.float64)
         elif drawer.guidance != 1:
-            uncond = self._cast(family.encode_negative(negatives) if negatives else family.uncond(size))
+            uncond = self._moved(family.encode_negative(negatives) if negatives else family.uncond(size))
 
             def predict(x_t: Tensor, t: Tensor, c: Cond) -> Prediction:
                 return guided(self.denoiser, x_t, t, c, uncond, drawer.guidance)
@@ -285,11 +285,9 @@ class Sampler:
         self._lap(timings, "denoise", clock)
         return x0
 
-    def _cast(self, cond: Cond) -> Cond:
-        def cast(c: Tensor) -> Tensor:
-            return c.to(self.device, self.dtype) if c.is_floating_point() else c.to(self.device)
-
-        return map_cond(cast, cond)
+    def _moved(self, cond: Cond) -> Cond:
+        """On our device, in its own precision: a network casts what it may (a size of 1023 pixels is none in half)."""
+        return map_cond(lambda c: c.to(self.device), cond)
 
     def _lap(self, timings: dict[str, float], stage: str, since: float) -> float:
         if self.device.type == "cuda":

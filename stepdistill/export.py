@@ -139,15 +139,14 @@ def beyond_stock(family: Family, card: Card) -> str:
 
 def _stock_call(family: Family, card: Card) -> list[str]:
     """The lines of the card that draw an image where this package is not installed."""
-    told: dict[str, Any] = {"prompt": {"prompt": "PROMPT"}, "class": {"class_labels": 0}}.get(
+    told: dict[str, Any] = {"prompt": {"prompt": "PROMPT"}, "class": {"class_labels": [0]}}.get(
         family.conditions, {}
     )
     told |= {"num_inference_steps": min(card.sampling.steps, default=DEFAULT_TEACHER_STEPS)}
     told |= family.stock_call(1.0 if card.sampling.guidance == "none" else card.sampling.scale)
     if family.conditions == "prompt" and card.sampling.rule == "tcd":
         told["eta"] = card.sampling.eta
-    # Double quotes, as Python's formatters write strings.
-    call = f"pipeline({', '.join(f'{name}={json.dumps(value)}' for name, value in told.items())})"
+    call = f"pipeline({', '.join(f'{name}={_literal(value)}' for name, value in told.items())})"
     return [
         "import torch",
         "from diffusers import DiffusionPipeline",
@@ -155,6 +154,11 @@ def _stock_call(family: Family, card: Card) -> list[str]:
         'pipeline = DiffusionPipeline.from_pretrained("PATH_TO_THIS_DIRECTORY")',
         f"image = {call}.images[0]",
     ]
+
+
+def _literal(value: Any) -> str:
+    """As Python's formatters write it: strings in double quotes."""
+    return json.dumps(value) if isinstance(value, str) else repr(value)
 
 
 def _own_call(family: Family, card: Card) -> list[str]:

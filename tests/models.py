@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tiny
 import torch
 import worlds
+from diffusers import DDIMScheduler, DiffusionPipeline
+from torch import Tensor
 from worlds import World
 
+from stepdistill.drawing import Sampler
 from stepdistill.errors import UserError
 from stepdistill.families import FAMILIES
 from stepdistill.families.base import Family
@@ -19,6 +23,9 @@ from stepdistill.methods.assemble import assemble
 from stepdistill.registry import resolve
 
 COUNT = 2
+SEEDS = [5, 6]
+# A divisor of 1000: with others DDIM steps to a time beside the one its network is called at next.
+STEPS = 4
 # Where a pipeline's own size is large, or prompts are padded to many tokens.
 SETTINGS = {
     "flux": {"resolution": [32], "max_tokens": 16},
@@ -30,6 +37,10 @@ SETTINGS = {
     # The pipeline's own words are 200 letters.
     "qwen_image": {"resolution": [32], "max_tokens": 256},
 }
+# Pipelines that draw squares alone.
+SQUARE = {"dit"}
+# Conditions of two images.
+TOLD: dict[str, list[Any]] = {"prompt": ["a red circle", "two stars"], "class": [1, 0]}
 # Methods on images look through the embedded CLIP, which knows the words of the scenes.
 METHODS: dict[str, dict[str, Any]] = {"add": {"gan": "non_saturating"}, "reward": {"margin": 10.0}}
 
@@ -40,7 +51,7 @@ class Pictures:
 
     side: tuple[int, int]
     captions: tuple[str, ...] = ("a red circle", "a small blue square")
-    labels: tuple[int, ...] = (1, 0)
+    labels: tuple[int, ...] = tuple(TOLD["class"])
 
     def images(self, indices: Any) -> np.ndarray:
         return np.random.default_rng(0).integers(0, 256, (len(indices), *self.side, 3), np.uint8)
@@ -51,6 +62,39 @@ def family_of(variant: str, dtype: torch.dtype = torch.float32, **settings: Any)
     name, _, _ = tiny.VARIANTS[variant]
     cls = resolve(name, FAMILIES, "family")
     return cls.from_directory(tiny.directory(variant), SETTINGS.get(name, {}) | settings, dtype)
+
+
+def asked_for(family: Family) -> dict[str, Any]:
+    """How a stock pipeline is asked for two images."""
+    name = {"prompt": "prompt", "class": "class_labels"}[family.conditions]
+    # A list of its own, as some stock pipelines write into the one they are handed.
+    return {name: list(TOLD[family.conditions])}
+
+
+def drawn_by_both(family: Family, directory: Path, guidance: float) -> tuple[Tensor, Tensor]:
+    """Two images in [0, 1] of a teacher's directory: by our sampler, and by its stock pipeline with DDIM, of which the
+    process is the teacher's whatever its own solver.
+    """
+    stock = DiffusionPipeline.from_pretrained(directory)
+    stock.set_progress_bar_config(disable=True)
+    if hasattr(stock.scheduler, "alphas_cumprod"):
+        stock.scheduler = DDIMScheduler.from_config(
+            stock.scheduler.config, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True
+        )
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    call = asked_for(family) | family.stock_call(guidance) | {"output_type": "pt"}
+    theirs = stock(num_inference_steps=STEPS, generator=generators, **call).images
+    draw = Sampler(family, family.teacher, directory).at(STEPS, guidance, chunk=2)
+    with torch.no_grad():
+        ours = family.decode(draw.x0(TOLD[family.conditions], SEEDS)).clamp(0, 1)
+    return ours, theirs
+
+
+def wide(variant: str) -> Family:
+    """The family at images half as wide again as high, where its pipeline takes such."""
+    family = family_of(variant)
+    height = family.resolution[0]
+    return family if family.name in SQUARE else family_of(variant, resolution=[height, height * 3 // 2])
 
 
 def model_world(family: Family, name: str, lora: LoraConfig = NO_LORA, **settings: Any) -> World:

@@ -39,6 +39,8 @@ class Family:
     components: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     # Which of them a pipeline may lack.
     optional: ClassVar[tuple[str, ...]] = ()
+    # What it may say beside them, values that name no class.
+    plain: ClassVar[tuple[str, ...]] = ()
     default_guidance: float = 1.0
     teacher: Denoiser | None
     shape: tuple[int, ...]

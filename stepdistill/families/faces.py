@@ -167,6 +167,13 @@ class TransformerFace(Face):
         return output
 
 
+def without_variance(raw: Tensor, x_t: Tensor) -> Tensor:
+    """The first of raw's channels, as many as x_t has: where a network learned its variance too (Nichol & Dhariwal
+    2021, arXiv 2102.09672), that is the second half, of no use to a student.
+    """
+    return raw[:, : x_t.shape[1]]
+
+
 def pack(x: Tensor, patch: int = 2) -> Tensor:
     """(B, C, h, w) -> (B, h w / patch^2, patch^2 C), the order (C, dy, dx) within a token."""
     batch, channels, h, w = x.shape

@@ -126,7 +126,7 @@ def _check_index(where: Path, index: Any, family: type[Family], left_out: Iterab
             f"{where}: a {name} is none of the pipelines that the family {family.name!r} serves,"
             f" {', '.join(family.pipelines) or 'which are none'}; choose another directory or family."
         )
-    check_components(where, index, family.components, tuple(left_out))
+    check_components(where, index, family.components, (*left_out, *family.plain))
     lacking = [
         part for part in family.components
         if part not in family.optional and part not in left_out and index.get(part) in (None, [None, None])

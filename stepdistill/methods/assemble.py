@@ -123,7 +123,7 @@ def _start_from(before: Denoiser, student: Denoiser) -> None:
 
 def _checkpoint_gradients(student: Denoiser) -> None:
     for module in unwrap(student).network.children():
-        if hasattr(module, "enable_gradient_checkpointing"):
+        if getattr(module, "_supports_gradient_checkpointing", False):
             module.enable_gradient_checkpointing(checkpointed)
             return
     raise UserError(

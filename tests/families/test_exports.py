@@ -12,14 +12,13 @@ from diffusers.schedulers import (
     scheduling_flow_match_lcm,
     scheduling_lcm,
 )
-from models import family_of
+from models import TOLD, asked_for, family_of
 from PIL import Image
 from stock import exported
 
 from stepdistill.drawing import Sampler
 
-# A tuple, as some stock pipelines write into the list they are handed.
-PROMPTS, SEEDS = ("a red circle", "two stars"), (5, 6)
+SEEDS = [5, 6]
 
 
 @pytest.fixture
@@ -50,7 +49,7 @@ def ours(sampler: Sampler, steps: int, renoised: list[torch.Tensor]) -> torch.Te
             first,
             times,
             lambda i: family.from_stock_noise(renoised[i]),
-            family.encode(PROMPTS),
+            family.encode(TOLD[family.conditions]),
         )
         return family.decode(x0).clamp(0, 1)
 
@@ -72,7 +71,7 @@ def test_a_student_draws_the_same_images_in_its_stock_pipeline(variant, rule, st
     sampler = exported(family, method, directory, {"teacher": variant})
     stock = DiffusionPipeline.from_pretrained(directory)
     stock.set_progress_bar_config(disable=True)
-    call = {"prompt": list(PROMPTS), "output_type": "pt", **family.stock_call(1.0)}
+    call = asked_for(family) | {"output_type": "pt"} | family.stock_call(1.0)
     generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
     theirs = stock(num_inference_steps=steps, generator=generators, **call).images
     assert len(renoised) >= (steps - 1 if rule == "renoise" else 0)

@@ -15,6 +15,10 @@ import torch
 VARIANTS: dict[str, tuple[str, str, dict]] = {
     "sd15": ("sd", "sd", {}),
     "sdxl": ("sdxl", "sdxl", {}),
+    "pixart-alpha": ("pixart", "pixart", {"sigma": False}),
+    "pixart-sigma": ("pixart", "pixart", {"sigma": True}),
+    "dit": ("dit", "dit", {}),
+    "hunyuan_dit": ("hunyuan_dit", "hunyuan_dit", {}),
     "flux-dev": ("flux", "flux", {"guidance": True}),
     "flux-schnell": ("flux", "flux", {"guidance": False}),
     "chroma": ("chroma", "chroma", {}),

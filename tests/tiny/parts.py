@@ -7,6 +7,7 @@ from typing import Any
 
 from diffusers import AutoencoderKL
 from transformers import (
+    BertTokenizer,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
@@ -41,6 +42,12 @@ def clip_text(tokenizer: CLIPTokenizer, width: int = 32, cls: type = CLIPTextMod
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     return cls(config)
+
+
+def bert_tokenizer() -> BertTokenizer:
+    signs = [*string.ascii_lowercase, *string.digits]
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *signs, *("##" + sign for sign in signs)]
+    return BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, model_max_length=77)
 
 
 def t5_tokenizer() -> T5Tokenizer:
