@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +11,31 @@ from models import SETTINGS
 from runs import labelled_images
 
 from stepdistill.config import read_yaml
+from training.checkpoint import RunDirectory
 from training.recipe import Recipe, recipe_from
+from training.run import run
 
-
-@dataclass(frozen=True)
-class StandIn:
-    """variant: of `tiny.VARIANTS`. family: what its section says in the small, beside what all of the family say."""
-
-    variant: str
-    family: Mapping[str, Any] = field(default_factory=dict)
-
-
-# Recipe -> its stand-in.
+# Recipe -> the variant of `tiny.VARIANTS` in its teacher's place; a recipe whose run in the small leaves its teacher; ""
+# where it has none.
 STAND_INS = {
-    "shapes_flux_teacher": StandIn("flux-schnell"),
-    "shapes_sdxl_teacher": StandIn("sdxl"),
-    "sd15_dmd2_1step": StandIn("sd15"),
-    "sd15_lcm_lora": StandIn("sd15"),
-    "sd21_swiftbrush": StandIn("sd15"),
-    "sdxl_dmd2_4step": StandIn("sdxl"),
-    "sdxl_hyper_lora": StandIn("sdxl"),
-    "sdxl_lightning": StandIn("sdxl"),
-    "flux_dmd2_lora": StandIn("flux-dev"),
+    "cifar10_dmd2": "cifar10_teacher",
+    "cifar10_teacher": "",
+    "flux_dmd2_lora": "flux-dev",
+    "qwen_image_dmd2_lora": "qwen-image",
+    "sd15_dmd2_1step": "sd15",
+    "sd15_lcm_lora": "sd15",
+    "sd21_swiftbrush": "sd15",
+    "sdxl_dmd2_4step": "sdxl",
+    "sdxl_hyper_lora": "sdxl",
+    "sdxl_lightning": "sdxl",
+    "shapes_flux_dmd2": "flux-schnell",
+    "shapes_flux_teacher": "flux-schnell",
+    "shapes_sdxl_dmd2": "sdxl",
+    "shapes_sdxl_teacher": "sdxl",
 }
+# Of families told classes, whose size is the network's own.
+CLASSES = {"pixel": 10}
+SIDE = 32
 # What one iteration on two examples needs less of, wherever a recipe says it. A rank of 0 means none.
 SMALL = {
     "batch_size": 2,
@@ -51,20 +52,29 @@ def small(path: Path, folder: Path) -> Recipe:
     """The recipe with its stand-in's teacher and data in `folder`; every stage is one iteration, in which each of its
     phases has a turn.
     """
-    mapping, stand_in = _reduced(read_yaml(path)), STAND_INS[path.stem]
-    name = mapping["family"]["name"]
-    own = {
-        key: value
-        for key, value in mapping["family"].items()
-        if key not in ("revision", "variant", "resolution")
-    }
-    size = {"resolution": [32]} | SETTINGS.get(name, {}) | dict(stand_in.family)
-    mapping["family"] = own | size | {"teacher": str(tiny.directory(stand_in.variant))}
-    mapping["data"] = _data(mapping["data"], size["resolution"][0], folder)
+    folder.mkdir(exist_ok=True)
+    mapping = _reduced(read_yaml(path))
+    family = mapping["family"]
+    name = family["name"]
+    family = {key: value for key, value in family.items() if key not in ("revision", "variant", "resolution")}
+    size = {} if name in CLASSES else {"resolution": [SIDE]}
+    mapping["family"] = family | size | SETTINGS.get(name, {}) | _teacher(path, folder)
+    mapping["data"] = _data(name, mapping["data"], folder)
     mapping["run"] |= {"out": str(folder / "run"), "trackers": []}
     for stage in mapping.get("stages", [mapping]):
         stage["run"] = stage["run"] | {"steps": 1}
     return recipe_from(mapping)
+
+
+def _teacher(path: Path, folder: Path) -> dict[str, str]:
+    stand_in = STAND_INS[path.stem]
+    if not stand_in:
+        return {}
+    if stand_in in tiny.VARIANTS:
+        return {"teacher": str(tiny.directory(stand_in))}
+    before = small(path.with_stem(stand_in), folder / stand_in)
+    run(before)
+    return {"teacher": str(RunDirectory(before.run.out).student)}
 
 
 def _reduced(value: Any) -> Any:
@@ -76,16 +86,13 @@ def _reduced(value: Any) -> Any:
     return small | {key: min(2, value[key]) for key in RANKS if key in value}
 
 
-def _data(section: Mapping[str, Any], side: int, folder: Path) -> dict[str, Any]:
-    """A source of the same kind: prompts, pictures with captions, pictures with classes."""
+def _data(family: str, section: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A source of the same kind: prompts, pictures with classes, pictures with captions."""
     if section["name"] == "prompts":
         path = folder / "prompts.txt"
         path.write_text("a red circle\na small blue square\n")
         return {"name": "prompts", "path": str(path)}
-    if section["name"] == "folder":
-        return {
-            "name": "folder",
-            "path": str(labelled_images(folder / "images", size=side)),
-            "resolution": side,
-        }
-    return {"name": "scenes", "size": 8, "resolution": side}
+    if family in CLASSES:
+        images = labelled_images(folder / "images", CLASSES[family], each=1, size=SIDE)
+        return {"name": "folder", "path": str(images), "resolution": SIDE}
+    return {"name": "scenes", "size": 8, "resolution": SIDE}
