@@ -20,7 +20,9 @@ from training.run import run
 STAND_INS = {
     "cifar10_dmd2": "cifar10_teacher",
     "cifar10_teacher": "",
+    "dit_imagenet_scm": "dit",
     "flux_dmd2_lora": "flux-dev",
+    "pixart_sim": "pixart-alpha",
     "qwen_image_dmd2_lora": "qwen-image",
     "sd15_dmd2_1step": "sd15",
     "sd15_lcm_lora": "sd15",
@@ -34,7 +36,7 @@ STAND_INS = {
     "shapes_sdxl_teacher": "sdxl",
 }
 # Of families told classes, whose size is the network's own.
-CLASSES = {"pixel": 10}
+CLASSES = {"pixel": 10, "dit": 1000}
 SIDE = 32
 # What one iteration on two examples needs less of, wherever a recipe says it. A rank of 0 means none.
 SMALL = {
