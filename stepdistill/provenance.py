@@ -6,6 +6,10 @@ import hashlib
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def git_commit(short: bool = False) -> str | None:
@@ -34,4 +38,15 @@ def sha256_of_files(files: Iterable[Path], root: Path | None = None) -> str:
                 digest.update(block)
         if root is not None:
             digest.update(file.stat().st_size.to_bytes(8, "little"))
+    return digest.hexdigest()
+
+
+def sha256_of_weights(module: nn.Module) -> str:
+    """Of every tensor of a module's state, with its name and dtype; a copy of one tensor at a time is made."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

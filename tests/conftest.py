@@ -22,6 +22,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What is computed once is computed once per session of tests, and leaves no trace in the checkout."""
+    from training import precompute
+
+    precompute.CACHE = tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture(scope="session")
 def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A StableDiffusionPipeline directory with random weights: 16x16 images, 4x4x4 latents, v-prediction."""

@@ -20,11 +20,12 @@ from typing import Any
 
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from stepdistill.config import dump, read_yaml
 from stepdistill.errors import UserError, atomic_write
+from training.files import flush, save_tensors
 from training.recipe import Recipe, differences
 
 _OWN = ("recipe.yaml", "metrics.jsonl", "tensorboard", "previews", "checkpoints", "student", "results")
@@ -137,7 +138,7 @@ class RunDirectory:
         with atomic_write(target) as folder:
             folder.mkdir()
             for name, state in tensors.items():
-                _write_tensors(folder / f"{_stem(name)}.safetensors", state)
+                save_tensors(folder / f"{_stem(name)}.safetensors", state)
             for name, state in optimizers.items():
                 _write_optimizer(folder / f"{_stem(name)}.optimizer", state)
             _write_json(folder / "extra.json", extra)
@@ -210,32 +211,9 @@ class RunDirectory:
                 shutil.rmtree(self.checkpoints / str(step))
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    ready, seen = {}, set()
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().to("cpu").contiguous()
-        storage = tensor.untyped_storage().data_ptr()
-        # safetensors refuses tensors that share memory.
-        ready[name] = tensor.clone() if storage in seen else tensor
-        seen.add(storage)
-    try:
-        save_file(ready, str(path))
-    except SafetensorError as error:
-        if f"os error {errno.ENOSPC}" not in str(error):
-            raise
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
-    _flush(path)
-
-
 def _write_json(path: Path, tree: Any) -> None:
     path.write_text(json.dumps(tree), encoding="utf-8")
-    _flush(path)
-
-
-def _flush(path: Path) -> None:
-    """Onto the disk before the rename: after a power cut, a checkpoint that has its name has its content."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    flush(path)
 
 
 def _stem(network: str) -> str:
@@ -250,7 +228,7 @@ def _write_optimizer(path: Path, state: Mapping[str, Any]) -> None:
         for number, part in state["state"].items()
         for key, value in part.items()
     }
-    _write_tensors(path.with_name(f"{path.name}.safetensors"), tensors)
+    save_tensors(path.with_name(f"{path.name}.safetensors"), tensors)
     _write_json(path.with_name(f"{path.name}.json"), {"param_groups": state["param_groups"]})
 
 

@@ -66,6 +66,14 @@ def check_metric(run: RunConfig, family: Family) -> None:
         raise _refusal(run.metric, family, list(family.metrics))
 
 
+def metric_prompts(run: RunConfig, family: Family) -> list[str]:
+    """What the run's metric draws for; [] where nothing is measured, or not for prompts."""
+    if not run.metric_every or family.metrics or family.conditions != "prompt":
+        return []
+    protocol, _, _ = _settings(run, family, run.metric)
+    return protocol.prompts(run.metric_samples)
+
+
 def _settings(run: RunConfig, family: Family, metric: str) -> tuple[Protocol, Value, dict[str, Any]]:
     """The protocol, the value that is wanted, as its metric declares it, and what to measure it with.
 

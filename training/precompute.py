@@ -1,186 +1,132 @@
-"""Work that is the same in every epoch, done once: latents of a data source, trajectories of a teacher."""
+"""Do once what is the same in every epoch: `python -m training.precompute RECIPE.yaml [section.key=value ...]`.
+
+Conditions of prompts, latents of images and a teacher's trajectories become checksummed safetensors shards in ./cache,
+computed a shard at a time: stop it at any point, and the same command goes on. Under `accelerate launch` the processes
+share the work. Training with the same recipe then reads them, and its text encoders leave memory.
+"""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-from tqdm import tqdm
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
-from stepdistill.denoiser import Cond, guided, map_cond
-from stepdistill.errors import UserError, atomic_write
-from stepdistill.families.base import Family
-from stepdistill.methods.base import Pairs, PairSettings
-from stepdistill.noise import SampleNoise
-from stepdistill.schedule import times_like
-from training.data import Source
+    from stepdistill.families.base import Family
+    from stepdistill.methods.base import Method
+    from training.batches import Batches
+    from training.data import Source
+    from training.recipe import Recipe
 
-# Trajectories per file: what an interruption can cost.
-PART = 1024
+CACHE = Path("cache")
 
 
-def latents(
-    source: Source,
-    encode: Callable[[Tensor], Tensor],
-    cache_dir: str | Path,
-    key: str,
-    batch: int = 64,
-    progress: bool = True,
-) -> Tensor:
-    """`encode` of every image of `source`: (size, ...) on the CPU, float16 or float32 as `encode` returns it.
-
-    Computed once and kept in `cache_dir`; `key` must name what `encode` depends on: model, weights, dtype.
-    `encode` gets uint8 (n, 3, H, W), n = `batch` or less at the end.
-
-    Raises:
-        UserError: a latent is not finite, which half precision is known for in some VAEs.
-    """
-    name = hashlib.sha256(f"{source.fingerprint()}\n{key}".encode()).hexdigest()[:20]
-    path = Path(cache_dir) / f"latents-{name}.safetensors"
-    cached = _read(path, source.size)
-    if cached is not None:
-        return cached
-    out = None
-    firsts = range(0, source.size, batch)
-    with torch.no_grad():
-        for first in tqdm(firsts, desc="encoding images", unit="batch", disable=not progress):
-            indices = range(first, min(first + batch, source.size))
-            pixels = torch.from_numpy(source.images(indices)).permute(0, 3, 1, 2).contiguous()
-            part = encode(pixels).detach().cpu()
-            part = part if part.dtype == torch.float16 else part.float()
-            if not part.isfinite().all():
-                where = f"of examples {first} to {indices[-1]}"
-                raise UserError(f"the latents {where} are not finite; run the encoder in float32.")
-            if out is None:
-                out = torch.empty((source.size, *part.shape[1:]), dtype=part.dtype)
-            out[first : first + len(part)] = part
-    # A source has at least one example.
-    assert out is not None
-    with atomic_write(path) as temporary:
-        save_file({"latents": out}, str(temporary), metadata={"key": key})
-    return out
-
-
-class Trajectories:
-    """All pairs of a run; `rows` is what a batch carries.
-
-    Args:
-        tensors: on the CPU, z and x0 (count, *shape), and states (count, K, *shape) at the K times asked for.
-
-    The condition of number i is that of example i modulo the source's size.
-    """
-
-    def __init__(self, family: Family, source: Source, tensors: dict[str, Tensor]):
-        self.family, self.source, self.tensors = family, source, tensors
-        self.size = len(tensors["z"])
-
-    def rows(self, indices: Sequence[int], device: torch.device | str = "cpu") -> Pairs:
-        """The trajectories of these numbers, with their conditions."""
-        rows = {name: tensor[list(indices)].to(device) for name, tensor in self.tensors.items()}
-        return Pairs(cond=_cond(self.family, self.source, indices, device), **rows)
-
-
-def _cond(family: Family, source: Source, indices: Sequence[int], device: torch.device | str) -> Cond:
-    told = family.prompts(source, [i % source.size for i in indices])
-    return map_cond(lambda c: c.to(device), family.encode(told))
-
-
-def trajectories(
+def prepare(
+    recipe: Recipe,
+    method: Method,
     family: Family,
     source: Source,
-    settings: PairSettings,
-    cache_dir: str | Path,
-    device: torch.device | str = "cpu",
-    batch: int = 64,
-    progress: bool = True,
-) -> Trajectories:
-    """The guided teacher's DDIM trajectories from unit noise, for the conditions of `source` in turn.
+    accelerator: Accelerator,
+    *,
+    all_of_it: bool = False,
+) -> Batches:
+    """The batches of one stage, after what is computed once per data set and teacher.
 
-    They lie in `cache_dir`/pairs-KEY, `PART` to a file; an interrupted computation goes on at the first file
-    that is missing or damaged. Number i depends on i, the teacher, `settings` and the source, not on `batch`
-    (beyond the last bits) or on how many there are.
+    What lies in ./cache is read from there; all processes call it and compute a share of what is missing. Helpers that
+    nothing in the stage needs any more have left memory, or moved to the CPU.
+
+    Args:
+        all_of_it: make everything a run could read, and again what is damaged.
 
     Raises:
-        UserError: one of them is not finite.
+        UserError: something computed is not finite, a shard is missing or damaged, or the batch cannot be split over
+            the processes.
     """
-    directory = Path(cache_dir) / f"pairs-{_pairs_key(family, source, settings)}"
-    directory.mkdir(parents=True, exist_ok=True)
-    parts = []
-    firsts = range(0, settings.count, PART)
-    for first in tqdm(firsts, desc="sampling the teacher", unit="file", disable=not progress):
-        path = directory / f"{first // PART:06d}.safetensors"
-        part = _read_part(path, PART)
-        if part is None:
-            pieces = [
-                _trajectory(family, source, settings, range(i, min(i + batch, first + PART)), device)
-                for i in range(first, first + PART, batch)
-            ]
-            part = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
-            with atomic_write(path) as temporary:
-                save_file(part, str(temporary))
-        parts.append(part)
-    whole = {name: torch.cat([part[name] for part in parts])[: settings.count] for name in parts[0]}
-    return Trajectories(family, source, whole)
+    from training.batches import Batches
+    from training.encoded import Conditions, Latents, forget
+    from training.measure import metric_prompts
+    from training.shards import Share
+    from training.trajectories import Trajectories
 
-
-@torch.no_grad()
-def _trajectory(
-    family: Family, source: Source, settings: PairSettings, indices: range, device: torch.device | str
-) -> dict[str, Tensor]:
-    schedule, cond = family.schedule, _cond(family, source, indices, device)
-    uncond = map_cond(lambda c: c.to(device), family.uncond(len(indices)))
-    z = SampleNoise(indices, phase="pairs", device=device).randn(*family.shape)
-    grid = schedule.teacher_grid(settings.steps)
-    times = sorted({*grid, *settings.times}, reverse=True)
-    x_t, states = schedule.first_state(z, times[0]), {}
-    for number, t in enumerate(times):
-        states[t] = x_t
-        now = times_like(t, x_t)
-        said = guided(family.teacher, x_t, now, cond, uncond, settings.guidance_scale)
-        x_t = said.at(times_like(times[number + 1], x_t)) if number + 1 < len(times) else said.x0
-    kept = [states[t] for t in settings.times]
-    stacked = torch.stack(kept, 1) if kept else z.new_empty(len(z), 0, *family.shape)
-    if not x_t.isfinite().all():
-        raise UserError(
-            f"the teacher's trajectories {indices[0]} to {indices[-1]} are not finite;"
-            " raise method.pair_steps or lower method.guidance_scale."
+    split, device = recipe.optim.split(accelerator.num_processes), accelerator.device
+    share = Share(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
+    how = {"mend": all_of_it, "share": share, "progress": accelerator.is_main_process}
+    # A stage before may have sent some of it away.
+    forget(family)
+    family.to(device)
+    if _may_answer(recipe, family, all_of_it):
+        conditions = Conditions(family, [source.all_captions(), metric_prompts(recipe.run, family)], CACHE)
+        if all_of_it or conditions.complete or _pays(recipe, method, source):
+            conditions.fill(split[0], **how).answer()
+    latents = pairs = None
+    if method.needs_images and family.latent:
+        latents = Latents(
+            source, lambda images: family.encode_images(images.to(device)), CACHE, family.latent_key()
         )
-    return {"z": z.cpu(), "x0": x_t.float().cpu(), "states": stacked.float().cpu().contiguous()}
+        latents.fill(**how)
+    if (settings := method.pairs(family.schedule)) is not None:
+        pairs = Trajectories(family, source, settings, CACHE, device).fill(split[0], **how)
+    if family.latent and not method.needs_decoder:
+        family.park_decoder()
+    return Batches(
+        family, source, accelerator, split, needs_images=method.needs_images, latents=latents, pairs=pairs
+    )
 
 
-def _pairs_key(family: Family, source: Source, settings: PairSettings) -> str:
-    """Names what a trajectory depends on; the number of them is not part of it."""
-    digest = hashlib.sha256(f"{family.name} {family.config} {source.fingerprint()} ".encode())
-    digest.update(repr((settings.steps, settings.guidance_scale, settings.times)).encode())
-    for name, value in sorted(family.teacher.state_dict().items()):
-        digest.update(name.encode() + value.float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:20]
+def _may_answer(recipe: Recipe, family: Family, all_of_it: bool) -> bool:
+    """Whether conditions may come from shards: the family has encoders, and some shards are there or to be made."""
+    if family.conditions != "prompt" or not family.has_text:
+        return False
+    return all_of_it or recipe.run.precompute != "never"
 
 
-def _read_part(path: Path, size: int) -> dict[str, Tensor] | None:
-    """A file of trajectories, or None if there is none or it is damaged."""
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            part = {name: file.get_tensor(name) for name in ("z", "x0", "states")}
-    except (SafetensorError, OSError):
-        return None
-    return part if all(len(tensor) == size for tensor in part.values()) else None
+def _pays(recipe: Recipe, method: Method, source: Source) -> bool:
+    """Whether the run draws more prompts than there are."""
+    if recipe.run.precompute == "always":
+        return True
+    draws = 0
+    for step in range(recipe.run.steps):
+        draws += recipe.optim.batch_size * sum(1 for _ in method.phases(step))
+        if draws > source.size:
+            return True
+    return False
 
 
-def _read(path: Path, size: int) -> Tensor | None:
-    """The cached latents, or None if there are none or the file is damaged."""
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            cached = file.get_tensor("latents")
-    except (SafetensorError, OSError):
-        return None
-    return cached if len(cached) == size else None
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; what is wrong with it is one sentence and exit code 2."""
+    parser = argparse.ArgumentParser(
+        prog="training.precompute",
+        description="Compute conditions, latents and trajectories of a recipe's stages once, into ./cache; resumable.",
+    )
+    parser.add_argument("recipe", help="a YAML file, such as those in training/recipes/")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="replaces a value of the recipe"
+    )
+    from stepdistill.errors import cli_errors, quieten_libraries
+    from stepdistill.registry import add_allow_code, allowing_code
+
+    add_allow_code(parser)
+    with cli_errors():
+        given = parser.parse_intermixed_args(arguments)
+        from training.recipe import load_recipe
+        from training.run import accelerator_of, build, say
+
+        with allowing_code(given.allow_code):
+            recipe = load_recipe(given.recipe, given.overrides)
+            quieten_libraries()
+            accelerator = accelerator_of(recipe)
+            family, sources = build(recipe)
+            for stage, source in zip(recipe.stages(), sources, strict=True):
+                prepare(stage, stage.new_method(), family, source, accelerator, all_of_it=True)
+            say(
+                accelerator.is_main_process,
+                f"all that {given.recipe} computes once lies in {CACHE.resolve()}",
+            )
+            accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import AutocastKwargs, broadcast_object_list
+from accelerate.utils import AutocastKwargs, GradientAccumulationPlugin, broadcast_object_list
 
 from stepdistill.config import dump
 from stepdistill.denoiser import Denoiser, parameter_count
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
 from stepdistill.methods.assemble import assemble, trained_by
-from training.batches import prepare
 from training.checkpoint import Checkpoint, RunDirectory
 from training.data import Source
 from training.measure import check_metric, measure
+from training.precompute import prepare
 from training.recipe import Recipe
 from training.trackers import check_trackers, trackers
 from training.trainer import Trainer
@@ -27,7 +27,7 @@ def run(recipe: Recipe, fresh: bool = False) -> None:
     """Train every stage and export the student; an interrupted run goes on where it was."""
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
-    accelerator = _accelerator(recipe)
+    accelerator = accelerator_of(recipe)
     main = accelerator.is_main_process
     directory = RunDirectory(recipe.run.out, recipe.run.keep)
     family, sources = build(recipe)
@@ -81,14 +81,19 @@ def _begin(accelerator: Accelerator, directory: RunDirectory, recipe: Recipe, fr
     return done
 
 
-def _accelerator(recipe: Recipe) -> Accelerator:
+def accelerator_of(recipe: Recipe) -> Accelerator:
+    """accelerate's, as every run here is set up. Raises UserError for what the trainer cannot serve."""
     precision = recipe.run.precision
     # Its cache would hand weights that were cast under no_grad (backward simulation) to the call that trains,
     # which then has no gradient.
     autocast = AutocastKwargs(cache_enabled=False)
     # accelerate takes several processes without a GPU for one each unless it is told that the CPU is meant.
     cpu = not torch.accelerator.is_available()
-    accelerator = Accelerator(mixed_precision=precision, cpu=cpu, kwargs_handlers=[autocast])
+    # The trainer accumulates by itself; a number in the environment would divide gradients once more.
+    once = GradientAccumulationPlugin(num_steps=1)
+    accelerator = Accelerator(
+        mixed_precision=precision, cpu=cpu, kwargs_handlers=[autocast], gradient_accumulation_plugin=once
+    )
     # accelerate would train in float32 and not say so.
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError(
@@ -211,7 +216,7 @@ def _check_classes(family: Family, source: Source, data: str) -> None:
 
 def dry_run(recipe: Recipe) -> str:
     """The resolved recipe, what the data holds, and a memory estimate."""
-    _accelerator(recipe)
+    accelerator_of(recipe)
     family, sources = build(recipe)
     lines = [dump(recipe).rstrip(), ""]
     for number, (stage, source) in enumerate(zip(recipe.stages(), sources, strict=True)):

@@ -183,6 +183,8 @@ class RunConfig:
         threads: torch CPU threads; 0 = leave as they are.
         trackers: beside metrics.jsonl. TensorBoard is left out where it is not installed; W&B writes offline
             unless the environment sets WANDB_MODE.
+        precompute: when the prompts' conditions are encoded once, into ./cache, and text encoders leave memory: "auto" =
+            if that has been done already (training.precompute), or the run draws more prompts than there are.
         resume: go on with a run that lies in `out`; false = refuse.
     """
 
@@ -203,6 +205,7 @@ class RunConfig:
     export: Literal["ema", "raw"] = "ema"
     threads: int = 0
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    precompute: Literal["auto", "always", "never"] = "auto"
     resume: bool = True
 
     def __post_init__(self) -> None:

@@ -24,8 +24,7 @@ class TrainState:
         seed: the run's.
         stage: its number, from 0; offset: the global step it starts at.
         step: loop iterations done in this stage.
-        batches: global batches drawn, of all phases, from which data order follows.
-        samples: examples in them.
+        samples: examples drawn by all phases, from which data order follows.
         updates: optimiser steps taken, by network.
     """
 
@@ -33,7 +32,6 @@ class TrainState:
     stage: int = 0
     offset: int = 0
     step: int = 0
-    batches: int = 0
     samples: int = 0
     updates: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
@@ -53,10 +51,10 @@ class TrainState:
 
     def state_dict(self) -> dict[str, Any]:
         """The counters, as plain values."""
-        return {"batches": self.batches, "samples": self.samples, "updates": dict(self.updates)}
+        return {"samples": self.samples, "updates": dict(self.updates)}
 
     def load_state_dict(self, state: Mapping[str, Any], global_step: int) -> None:
         """Go on after `global_step` with the counters that `state_dict` gave there."""
         self.step = global_step - self.offset
-        self.batches, self.samples = state["batches"], state["samples"]
+        self.samples = state["samples"]
         self.updates.update(state["updates"])

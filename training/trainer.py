@@ -1,7 +1,7 @@
 """The one loop: phases, accumulation, clipping, EMA, logs, previews, metrics, checkpoints, under accelerate.
 
 A method says whose turn it is (`Method.phases`); everything else of a run is here, once. What is random is
-drawn from (seed, step, phase, sample index) and data order from the number of batches drawn, so a run that
+drawn from (seed, step, phase, sample index) and data order from the number of samples drawn, so a run that
 was interrupted and goes on equals one that was not.
 """
 
@@ -39,7 +39,7 @@ class Trainer:
 
     Args:
         recipe: the stage's recipe; whole: the recipe it came from, for the card.
-        batches: its data, see `batches.prepare`.
+        batches: its data, see `precompute.prepare`.
         stage: its number; offset: the global step it starts at.
         student: the one of the stage before, whose weights this stage starts from, or None to start as the
             recipe says.

@@ -54,6 +54,8 @@ class Family:
     # The family's own, {} for most: of n points, and which way is better, "lower" or "higher".
     metrics: dict[str, tuple[Callable[[Callable[[int], Tensor]], float], str]]
     exportable: bool = True
+    # Conditions come from encoders that may leave memory (`drop_text`), worth encoding once per data set.
+    has_text: bool = False
     own_data: bool = False
     preview_count: int | None = None
     # The commit at which the teacher was fetched from a hub.
@@ -142,8 +144,21 @@ class Family:
         return self.encode_images(torch.from_numpy(source.images(indices)).permute(0, 3, 1, 2))
 
     def latent_key(self) -> str:
-        """Names the encoder and its weights, for caches of x0."""
+        """Names everything that `encode_images` depends on besides the images, for caches of x0."""
         raise NotImplementedError
+
+    def text_key(self) -> str:
+        """Names everything that `encode` depends on besides the prompts, for caches of conditions."""
+        raise NotImplementedError
+
+    def drop_text(self) -> None:
+        """Let what turns prompts into conditions leave memory until `load_text`; nothing where there is none."""
+
+    def load_text(self) -> None:
+        """Bring back what `drop_text` took, onto the CPU."""
+
+    def park_decoder(self) -> None:
+        """Move what `decode` needs to the CPU, where it goes on working; nothing where there is nothing."""
 
     def decode(self, x0: Tensor) -> Tensor:
         """x0 (N, *shape) -> images in about [0, 1] (N, 3, H, W); differentiable."""
@@ -169,8 +184,8 @@ class Family:
         """Frozen helpers besides the denoiser (VAE, text encoder), by component name."""
         return {}
 
-    def to(self, device: str | torch.device, dtype: torch.dtype = torch.float32) -> Family:
-        """Move teacher and helpers."""
+    def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Family:
+        """Move teacher and helpers; dtype: None = each as it is held."""
         for module in (self.teacher, *self.modules().values()):
             if module is not None:
                 cast(module, device, dtype)

@@ -200,11 +200,13 @@ def with_time_cond(unet: nn.Module) -> nn.Module:
     return twin
 
 
-def cast(module: nn.Module, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
-    """`module.to(device, dtype)`, naming the dtype only where it changes: diffusers' models warn whenever it is named."""
+def cast(module: nn.Module, device: str | torch.device, dtype: torch.dtype | None = None) -> nn.Module:
+    """`module.to(device, dtype)`, None = as it is. The dtype is named only where it changes: diffusers' models warn
+    whenever it is.
+    """
     module.to(device)
     floating = next((p.dtype for p in module.parameters() if p.is_floating_point()), dtype)
-    return module if floating == dtype else module.to(dtype)
+    return module if dtype in (None, floating) else module.to(dtype)
 
 
 def zero_linear(inputs: int, outputs: int) -> nn.Linear:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 import math
@@ -19,7 +18,7 @@ from stepdistill.card import Card
 from stepdistill.config import build
 from stepdistill.denoiser import Cond, Denoiser, map_cond, parameter_count
 from stepdistill.errors import UserError
-from stepdistill.families.base import Family
+from stepdistill.families.encoders import TextParts, described
 from stepdistill.families.faces import Face, UNetFace
 from stepdistill.families.reading import commit_of, read_pipeline
 from stepdistill.families.schedulers import few_step_scheduler, schedule_of
@@ -54,13 +53,12 @@ class LatentConfig:
             )
 
 
-class Latent(Family):
+class Latent(TextParts):
     """A stock pipeline with a VAE. A family of this kind says what its network is told (`face`), how prompts become
     conditions (`encode`), and what of the defaults below does not hold for it.
 
     Attributes:
         face: of the denoiser. unused: components not loaded, and what from_pretrained is told in their place.
-        text_parts: components that turn prompts into conditions, of no use once all are encoded.
         passes_sigmas: the pipeline gives its flow scheduler even times of its own, so a scheduler's shift says all;
             otherwise the scheduler makes them from its own smallest time.
         kept: fields of `Config` that a student's directory must remember (`settings`), beside the resolution.
@@ -72,7 +70,6 @@ class Latent(Family):
     Config: ClassVar[type] = LatentConfig
     face: ClassVar[type[Face]]
     unused: ClassVar[Mapping[str, Any]] = {}
-    text_parts: ClassVar[tuple[str, ...]] = ("text_encoder",)
     passes_sigmas: ClassVar[bool] = True
     kept: ClassVar[tuple[str, ...]] = ()
     empty_prompt: ClassVar[str] = ""
@@ -143,8 +140,7 @@ class Latent(Family):
         return self.pipeline.vae
 
     def modules(self) -> dict[str, nn.Module]:
-        text = {name: getattr(self.pipeline, name, None) for name in self.text_parts}
-        return {name: part for name, part in text.items() if part is not None} | {"decoder": self.vae}
+        return self.text_modules() | {"decoder": self.vae}
 
     def parameters(self) -> dict[str, int]:
         modules = self.modules()
@@ -257,7 +253,7 @@ class Latent(Family):
             self._empty = self.encode_negative([self.empty_prompt])
         return map_cond(lambda c: c.expand(count, *c.shape[1:]), self._empty)
 
-    def to(self, device: str | torch.device, dtype: torch.dtype = torch.float32) -> Latent:
+    def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Latent:
         self._empty = None
         return super().to(device, dtype)
 
@@ -282,15 +278,15 @@ class Latent(Family):
         return z if not shift else z + shift
 
     def latent_key(self) -> str:
-        # Of the configuration as well: the same weights can be scaled and shifted otherwise.
-        said = {key: value for key, value in self.vae.config.items() if not key.startswith("_")}
-        digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode())
-        for name, parameter in sorted(self.vae.state_dict().items()):
-            digest.update(name.encode() + parameter.float().cpu().numpy().tobytes())
-        return f"mean {digest.hexdigest()}"
+        return json.dumps(["mean", *described(self.vae), list(self.resolution)])
+
+    def park_decoder(self) -> None:
+        self.vae.to("cpu")
 
     def decode(self, x0: Tensor) -> Tensor:
-        return self.vae.decode(self.denormalised(x0.to(self.vae.dtype))).sample / 2 + 0.5
+        # Wherever the decoder is now.
+        z = self.denormalised(x0.to(self.vae.device, self.vae.dtype))
+        return (self.vae.decode(z).sample / 2 + 0.5).to(x0.device)
 
     # --------------------------------------------------------------------------------------------------------- export
 
@@ -299,6 +295,7 @@ class Latent(Family):
         return few_step_scheduler(self.scheduler, sampling, self.schedule, self.passes_sigmas)
 
     def export(self, student: Denoiser, directory: Path, card: Card) -> None:
+        self.load_text()
         network = student.network
         if card.kind == "teacher":
             pipeline = self.assembled(network.model, self.scheduler)

@@ -98,7 +98,8 @@ class SD(Latent):
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def modules(self) -> dict[str, nn.Module]:
-        return {"text_encoder": self.text_encoder, "decoder": self.vae}
+        text = {"text_encoder": self.text_encoder} if self.text_encoder is not None else {}
+        return text | {"decoder": self.vae}
 
     def fresh(self) -> Denoiser:
         from diffusers import UNet2DConditionModel

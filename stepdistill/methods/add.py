@@ -41,6 +41,7 @@ from stepdistill.schedule import expand
 
 class ADD(Method):
     needs_images = True
+    needs_decoder = True
     health: ClassVar[dict[str, tuple[float, float, str]]] = ACCURACY
 
     @dataclass

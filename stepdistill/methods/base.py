@@ -161,6 +161,8 @@ class Method:
         pass
 
     needs_teacher: ClassVar[bool] = True
+    # Whether a loss looks at images, decoded by `Networks.decode`.
+    needs_decoder: ClassVar[bool] = False
     # What it leaves takes any number of steps by DDIM, and no later stage inherits its sampling.
     many_steps: ClassVar[bool] = False
     # The rules (`sampling.RULES`) its student may be sampled by.

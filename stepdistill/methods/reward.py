@@ -38,6 +38,8 @@ from stepdistill.sampling import Sampling
 
 
 class Reward(Method):
+    needs_decoder = True
+
     @dataclass
     class Config:
         # A name in rewards.REWARDS, or with --allow-code my_module:MyReward.

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 import training.checkpoint as checkpoint
+import training.files as files
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
 from stepdistill.methods.base import Method
@@ -166,16 +167,16 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_the_older_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunDirectory(tmp_path, keep=1)
     save(run, 1, 1.0)
-    real, calls = checkpoint.save_file, []
+    real, calls = files.save_file, []
 
-    def full(tensors: dict, path: str) -> None:
+    def full(tensors: dict, path: str, metadata: None) -> None:
         calls.append(path)
         # The words of safetensors 0.8 on a full disk.
         if len(calls) == 2:
             raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
         real(tensors, path)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(files, "save_file", full)
     with pytest.raises(OSError) as error:
         save(run, 2, 2.0)
     assert error.value.errno == errno.ENOSPC and error.value.filename == calls[1]

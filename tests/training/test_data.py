@@ -33,7 +33,7 @@ def write_parquet(
 
 
 def test_order_visits_every_example_once_per_epoch() -> None:
-    flat = [index for batch in range(10) for index in order(3, 20, batch, 6)]
+    flat = [index for batch in range(10) for index in order(3, 20, 6 * batch, 6)]
     assert sorted(flat[:20]) == sorted(flat[20:40]) == list(range(20))
     # Another permutation every epoch.
     assert flat[:20] != flat[20:40]
@@ -41,10 +41,10 @@ def test_order_visits_every_example_once_per_epoch() -> None:
 
 
 def test_order_does_not_depend_on_how_the_stream_is_cut() -> None:
-    flat = [index for batch in range(6) for index in order(0, 7, batch, 4)]
-    assert flat == order(0, 7, 0, 24) == [index for batch in range(24) for index in order(0, 7, batch, 1)]
-    # Batch 5 needs none of those before it.
-    assert order(0, 7, 5, 4) == flat[20:24]
+    flat = [index for batch in range(6) for index in order(0, 7, 4 * batch, 4)]
+    assert flat == order(0, 7, 0, 24) == [index for first in range(24) for index in order(0, 7, first, 1)]
+    # Those after the first 20 need none of the 20, whatever sizes their batches had.
+    assert order(0, 7, 20, 4) == flat[20:24] and order(0, 7, 13, 5) == flat[13:18]
     assert len(order(0, 3, 0, 50)) == 50
     with pytest.raises(ValueError, match="must be at least 1"):
         order(0, 0, 0, 4)

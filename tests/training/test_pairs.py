@@ -6,6 +6,7 @@ import pytest
 import torch
 import worlds
 
+import training.trajectories as module
 from stepdistill.errors import UserError
 from stepdistill.families.sd import SD
 from stepdistill.families.toy import Toy, gaussian_flow_map
@@ -13,7 +14,6 @@ from stepdistill.methods.base import Batch, Networks, PairSettings
 from stepdistill.noise import SampleNoise
 from stepdistill.prediction import Prediction
 from stepdistill.schedule import Flow, times_like
-from training import precompute
 from training.data.prompts import Prompts
 from training.data.toy import Toy as Indices
 
@@ -30,13 +30,21 @@ def source() -> Indices:
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
-    monkeypatch.setattr(precompute, "PART", 16)
+    monkeypatch.setattr(module, "PART", 16)
+
+
+def trajectories(family, source, settings, cache, batch=64, **how) -> module.Trajectories:
+    return module.Trajectories(family, source, settings, cache).fill(batch, progress=False, **how)
+
+
+def tensors(made: module.Trajectories) -> dict[str, torch.Tensor]:
+    return made.shards.rows(range(made.size))
 
 
 def test_they_end_where_the_flow_takes_them(one_mode, source, tmp_path):
     # 0.301 is no point of the teacher's own grid.
     settings = PairSettings(40, 300, times=(0.7, 0.301))
-    made = precompute.trajectories(one_mode, source, settings, tmp_path, batch=7, progress=False)
+    made = trajectories(one_mode, source, settings, tmp_path, batch=7)
     pairs = made.rows(range(40))
     assert pairs.z.shape == pairs.x0.shape == (40, 2) and pairs.states.shape == (40, 2, 2)
     mean = one_mode.mixture.means.float()
@@ -52,7 +60,7 @@ def test_they_end_where_the_flow_takes_them(one_mode, source, tmp_path):
 
 def test_they_are_computed_once_and_go_on_after_an_interruption(one_mode, source, tmp_path, monkeypatch):
     calls = []
-    original = precompute._trajectory
+    original = module._trajectory
 
     def counted(*arguments):
         calls.append(list(arguments[3]))
@@ -60,34 +68,38 @@ def test_they_are_computed_once_and_go_on_after_an_interruption(one_mode, source
             raise KeyboardInterrupt
         return original(*arguments)
 
-    monkeypatch.setattr(precompute, "_trajectory", counted)
+    monkeypatch.setattr(module, "_trajectory", counted)
     settings = PairSettings(40, 5)
     with pytest.raises(KeyboardInterrupt):
-        precompute.trajectories(one_mode, source, settings, tmp_path, batch=8, progress=False)
-    made = precompute.trajectories(one_mode, source, settings, tmp_path, batch=8, progress=False)
+        trajectories(one_mode, source, settings, tmp_path, batch=8)
+    made = trajectories(one_mode, source, settings, tmp_path, batch=8)
     # The two finished files of 16 are kept.
     assert calls[5][0] == 32
     count = len(calls)
-    again = precompute.trajectories(one_mode, source, settings, tmp_path, batch=8, progress=False)
-    fewer = precompute.trajectories(one_mode, source, PairSettings(20, 5), tmp_path, progress=False)
+    again = trajectories(one_mode, source, settings, tmp_path, batch=8)
+    fewer = trajectories(one_mode, source, PairSettings(20, 5), tmp_path)
     assert len(calls) == count and fewer.size == 20
-    whole = precompute.trajectories(one_mode, source, settings, tmp_path / "other", batch=8, progress=False)
+    whole = trajectories(one_mode, source, settings, tmp_path / "other", batch=8)
     for other in (again, whole):
-        for name, tensor in made.tensors.items():
-            assert torch.equal(tensor, other.tensors[name])
-    assert torch.equal(fewer.tensors["x0"], made.tensors["x0"][:20])
+        for name, tensor in tensors(made).items():
+            assert torch.equal(tensor, tensors(other)[name])
+    assert torch.equal(tensors(fewer)["x0"], tensors(made)["x0"][:20])
 
 
-def test_a_damaged_file_is_made_again_and_other_settings_lie_elsewhere(one_mode, source, tmp_path):
+def test_a_damaged_file_is_refused_or_made_again_and_other_settings_lie_elsewhere(one_mode, source, tmp_path):
     settings = PairSettings(16, 5)
-    made = precompute.trajectories(one_mode, source, settings, tmp_path, progress=False)
+    made = tensors(trajectories(one_mode, source, settings, tmp_path))
     (path,) = tmp_path.glob("pairs-*/*.safetensors")
     path.write_bytes(path.read_bytes()[:100])
-    again = precompute.trajectories(one_mode, source, settings, tmp_path, progress=False)
-    assert torch.equal(made.tensors["x0"], again.tensors["x0"])
+    with pytest.raises(
+        UserError, match=r"000000.safetensors is damaged; run `python -m training.precompute`"
+    ):
+        trajectories(one_mode, source, settings, tmp_path)
+    again = trajectories(one_mode, source, settings, tmp_path, mend=True)
+    assert torch.equal(made["x0"], tensors(again)["x0"])
     other = Toy(Toy.Config(modes=2, std=0.5, schedule="flow", fit_steps=0))
     for family, changed in ((one_mode, PairSettings(16, 6)), (other, settings)):
-        precompute.trajectories(family, source, changed, tmp_path, progress=False)
+        trajectories(family, source, changed, tmp_path)
     assert len(list(tmp_path.glob("pairs-*"))) == 3
 
 
@@ -96,15 +108,14 @@ def test_conditions_and_guidance_are_the_examples(tmp_path):
     family = Toy(Toy.Config(modes=4, std=0.1, classes=2, schedule="flow", fit_steps=0))
     source = Indices(Indices.Config(size=6))
     made = {
-        scale: precompute.trajectories(family, source, PairSettings(16, 40, scale), tmp_path, progress=False)
-        for scale in (1.0, 3.0)
+        scale: trajectories(family, source, PairSettings(16, 40, scale), tmp_path) for scale in (1.0, 3.0)
     }
     pairs = made[1.0].rows(range(16))
     assert pairs.cond.tolist() == [i % 6 % 2 for i in range(16)]
     nearest = torch.cdist(pairs.x0.double(), family.mixture.means).argmin(1)
     assert torch.equal(family.mixture.classes[nearest], pairs.cond)
-    assert torch.equal(made[3.0].tensors["z"], made[1.0].tensors["z"])
-    assert not torch.allclose(made[3.0].tensors["x0"], made[1.0].tensors["x0"], atol=1e-3)
+    assert torch.equal(tensors(made[3.0])["z"], tensors(made[1.0])["z"])
+    assert not torch.allclose(tensors(made[3.0])["x0"], tensors(made[1.0])["x0"], atol=1e-3)
 
 
 def test_they_are_made_for_a_pipeline_of_prompts(tiny_sd, tmp_path):
@@ -112,7 +123,7 @@ def test_they_are_made_for_a_pipeline_of_prompts(tiny_sd, tmp_path):
     source = Prompts(Prompts.Config(path=tmp_path / "prompts.txt"))
     family = SD(SD.Config(teacher=str(tiny_sd)))
     settings = PairSettings(3, 2, 2.0, (499.0,))
-    pairs = precompute.trajectories(family, source, settings, tmp_path, batch=8, progress=False).rows([0, 2])
+    pairs = trajectories(family, source, settings, tmp_path, batch=8).rows([0, 2])
     assert pairs.x0.shape == (2, *family.shape) and pairs.states.shape == (2, 1, *family.shape)
     # Number 2 has the first prompt again.
     assert torch.equal(pairs.cond[0], pairs.cond[1])
@@ -122,7 +133,7 @@ def test_they_are_made_for_a_pipeline_of_prompts(tiny_sd, tmp_path):
 def test_a_teacher_that_diverges_is_one_sentence(one_mode, source, tmp_path):
     one_mode.mixture.means *= float("nan")
     with pytest.raises(UserError, match=r"method\.pair_steps"):
-        precompute.trajectories(one_mode, source, PairSettings(4, 2), tmp_path, progress=False)
+        trajectories(one_mode, source, PairSettings(4, 2), tmp_path)
 
 
 # ---------------------------------------------------------------------------------- the methods that want them
@@ -130,7 +141,7 @@ def test_a_teacher_that_diverges_is_one_sentence(one_mode, source, tmp_path):
 
 def carried(family: Toy, method, source, tmp_path, count: int = 32) -> tuple[Networks, Batch]:
     settings = method.pairs(family.schedule)
-    made = precompute.trajectories(family, source, settings, tmp_path, progress=False)
+    made = trajectories(family, source, settings, tmp_path)
     noise = SampleNoise(range(count))
     batch = Batch(None, None, family.shape, noise.index, noise, pairs=made.rows(range(count)))
     return Networks({"teacher": family.teacher}, family.schedule), batch

@@ -18,7 +18,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from training import checkpoint
+from training import files
 from training.checkpoint import RunDirectory
 from training.recipe import load_recipe
 from training.train import main
@@ -222,7 +222,7 @@ def test_ctrl_c_keeps_a_checkpoint_and_the_same_command_goes_on(capsys, monkeypa
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(capsys, monkeypatch):
-    original, calls = checkpoint.save_file, []
+    original, calls = files.save_file, []
 
     def full(tensors: Any, path: str, *rest: Any) -> None:
         calls.append(path)
@@ -232,7 +232,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(capsys, monkeypatch):
         original(tensors, path, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", full)
+        patch.setattr(files, "save_file", full)
         message = stopped(capsys, "toy.yaml", "run.save_every=1")
     assert message.startswith("the disk is full while writing ")
     assert len(RunDirectory("out").steps()) <= 1

@@ -1,7 +1,8 @@
 """Where training examples come from: one small contract, `Source`, and a file per kind of source.
 
 A source is opened once, drops what cannot be used and says how much of it and why; from then on it has `size`
-examples that never change. Which of them make up batch number k is a pure function of (seed, k), see `order`.
+examples that never change. Which of them come after the first n samples of a run is a pure function of (seed, n), see
+`order`.
 A new source is one file and one line in `DATA`.
 """
 

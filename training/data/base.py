@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,10 @@ class Source:
         self.counts: dict[str, int] = {}
         self.routing: dict[str, Any] | None = None
 
+    def all_captions(self) -> Iterator[str]:
+        """Every text that an example may be given, some more than once."""
+        yield from self.captions or ()
+
     def images(self, indices: Sequence[int]) -> np.ndarray:
         """uint8 (n, height, width, 3), RGB.
 
@@ -84,19 +88,19 @@ def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(size)
 
 
-def order(seed: int, size: int, batch_index: int, batch_size: int) -> list[int]:
-    """Dataset indices, 0 .. size - 1, of global batch number `batch_index` (0-based).
+def order(seed: int, size: int, first: int, count: int) -> list[int]:
+    """Dataset indices, 0 .. size - 1, of the `count` samples that come after the first `first` of a run.
 
-    The batches cut up one endless sequence, a permutation of 0 .. size - 1 per epoch, each from (seed, epoch)
-    alone. Nothing is remembered between calls and no process count enters, so a resumed run sees what an
-    uninterrupted one sees.
+    They are cut out of one endless sequence, a permutation of 0 .. size - 1 per epoch, each from (seed, epoch)
+    alone. Nothing is remembered between calls, and neither a process count nor a batch size enters: a resumed run sees
+    what an uninterrupted one sees, and one whose batches have another size now repeats and skips nothing.
 
     Raises:
-        ValueError: `size` or `batch_size` is below 1.
+        ValueError: `size` or `count` is below 1.
     """
-    if size < 1 or batch_size < 1:
-        raise ValueError(f"size and batch_size must be at least 1, got {size} and {batch_size}.")
-    start, stop = batch_index * batch_size, (batch_index + 1) * batch_size
+    if size < 1 or count < 1:
+        raise ValueError(f"size and count must be at least 1, got {size} and {count}.")
+    start, stop = first, first + count
     indices: list[int] = []
     while start < stop:
         epoch, at = divmod(start, size)

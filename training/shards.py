@@ -1,0 +1,223 @@
+"""Rows of named tensors in a directory of safetensors files: written a shard at a time, read without being loaded.
+
+    cache/latents-<key>/store.json 000000.safetensors 000001.safetensors ...
+
+Every shard is written under a temporary name and renamed, and carries the SHA-256 of its tensors, so a computation
+that is killed at any point goes on at the first shard that is missing. `store.json` says what the rows depend on and,
+once all are there, how many there are: from then on a shard that is missing or damaged is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from stepdistill.errors import UserError, atomic_write
+from training.files import save_tensors
+
+# Of the layout below; part of every key.
+FORMAT = 1
+# What a killed computation loses at most, and what a shard holds: so many bytes, and so many rows.
+SHARD_BYTES = 64 << 20
+SHARD_ROWS = 1024
+
+Rows = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which shards a process computes: those whose number is `index` modulo `of`; wait: until all have come so far."""
+
+    index: int = 0
+    of: int = 1
+    wait: Callable[[], None] = lambda: None
+
+    @property
+    def first(self) -> bool:
+        return self.index == 0
+
+
+ALONE = Share()
+
+
+class Shards:
+    """The rows 0 .. count - 1 of what `facts` describe.
+
+    Args:
+        facts: everything that the rows depend on, as plain values; it names the directory.
+        count: of rows. A store may hold more of them than one asks for, and be made longer.
+        rows: of a shard, if it matters; else as many as `SHARD_BYTES` and `SHARD_ROWS` allow.
+    """
+
+    def __init__(
+        self, cache_dir: str | Path, what: str, facts: Mapping[str, Any], count: int, rows: int | None = None
+    ) -> None:
+        self.facts = {"format": FORMAT, **facts}
+        text = json.dumps(self.facts, sort_keys=True, default=str)
+        key = hashlib.sha256(text.encode()).hexdigest()[:20]
+        self.what, self.count = what, count
+        self.directory = Path(cache_dir) / f"{what}-{key}"
+        self._index = self.directory / "store.json"
+        self._rows = rows
+        self._open: dict[int, Rows] = {}
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def complete(self) -> bool:
+        """Whether all rows have been computed once."""
+        return self._said().get("complete", 0) >= self.count
+
+    def fill(
+        self,
+        make: Callable[[range], Rows],
+        batch: int = 64,
+        *,
+        mend: bool = False,
+        share: Share = ALONE,
+        progress: bool = True,
+    ) -> Shards:
+        """Compute the rows that are missing; `make` gives those of a range of at most `batch` numbers.
+
+        A complete store is checked: what is missing or damaged there is made again with `mend`, else refused.
+
+        Raises:
+            UserError: a shard of a complete store is missing or damaged.
+        """
+        if self.complete and not mend:
+            if share.first:
+                self.check()
+            return self
+        if share.first:
+            # Left over from a computation that was killed.
+            for left_over in self.directory.glob(".*"):
+                shutil.rmtree(left_over, ignore_errors=True)
+            self._lay_out(make, batch)
+        share.wait()
+        own = range(share.index, self._shards, share.of)
+        for number in tqdm(own, desc=f"computing {self.what}", unit="shard", disable=not progress, delay=1):
+            if self._read(number) is None:
+                self._write(number, make, batch)
+        share.wait()
+        if share.first:
+            self._say(complete=max(self.count, self._said().get("complete", 0)))
+        share.wait()
+        return self
+
+    def check(self) -> None:
+        """Read every shard once. Raises UserError for the first that is missing or damaged."""
+        for number in range(self._shards):
+            if self._read(number) is None:
+                raise self._damaged(number)
+
+    def rows(self, indices: Sequence[int]) -> Rows:
+        """Copies of the rows of these numbers, in their order, on the CPU.
+
+        Raises:
+            UserError: a shard is gone.
+        """
+        out: Rows = {}
+        for place, index in enumerate(indices):
+            number, at = divmod(index, self._per_shard)
+            for name, tensor in self._mapped(number).items():
+                if name not in out:
+                    out[name] = tensor.new_empty((len(indices), *tensor.shape[1:]))
+                out[name][place] = tensor[at]
+        return out
+
+    # ---------------------------------------------------------------------------------------------------- the files
+
+    @property
+    def _per_shard(self) -> int:
+        if self._rows is None:
+            self._rows = self._said()["rows"]
+        return self._rows
+
+    @property
+    def _shards(self) -> int:
+        return -(-self.count // self._per_shard)
+
+    def _path(self, number: int) -> Path:
+        return self.directory / f"{number:06d}.safetensors"
+
+    def _numbers(self, number: int) -> range:
+        """The rows of a shard."""
+        first = number * self._per_shard
+        return range(first, min(first + self._per_shard, self.count))
+
+    def _said(self) -> dict[str, Any]:
+        try:
+            said = json.loads(self._index.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        good = isinstance(said, dict) and all(isinstance(said.get(key), int) for key in ("rows", "complete"))
+        return said if good else {}
+
+    def _say(self, complete: int) -> None:
+        content = {"rows": self._per_shard, "complete": complete, "facts": self.facts}
+        with atomic_write(self._index) as temporary:
+            temporary.write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
+
+    def _lay_out(self, make: Callable[[range], Rows], batch: int) -> None:
+        """Say how many rows a shard has, which the first of them tell."""
+        if self._said():
+            return
+        if self._rows is None:
+            first = make(range(min(batch, self.count)))
+            bytes_each = sum(t[0].numel() * t.element_size() for t in first.values())
+            self._rows = max(1, min(SHARD_ROWS, SHARD_BYTES // max(bytes_each, 1)))
+        self._say(complete=0)
+
+    def _write(self, number: int, make: Callable[[range], Rows], batch: int) -> None:
+        numbers = self._numbers(number)
+        pieces = [make(numbers[at : at + batch]) for at in range(0, len(numbers), batch)]
+        whole = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+        with atomic_write(self._path(number)) as temporary:
+            save_tensors(temporary, whole, {"sha256": _digest(whole)})
+        self._open.pop(number, None)
+
+    def _read(self, number: int) -> Rows | None:
+        """A shard, if it is there and sound; its tensors are mapped from the file."""
+        try:
+            with safe_open(str(self._path(number)), framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+                said = (file.metadata() or {}).get("sha256")
+        except (SafetensorError, OSError):
+            return None
+        enough = all(len(tensor) >= len(self._numbers(number)) for tensor in tensors.values())
+        return tensors if tensors and enough and said == _digest(tensors) else None
+
+    def _mapped(self, number: int) -> Rows:
+        if number not in self._open:
+            try:
+                with safe_open(str(self._path(number)), framework="pt") as file:
+                    self._open[number] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            except (SafetensorError, OSError):
+                raise self._damaged(number) from None
+        return self._open[number]
+
+    def _damaged(self, number: int) -> UserError:
+        path = self._path(number)
+        return UserError(
+            f"the shard {path} is {'damaged' if path.exists() else 'missing'}; run `python -m training.precompute`"
+            f" with the same recipe to make it again."
+        )
+
+
+def _digest(tensors: Rows) -> str:
+    hashed = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        hashed.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return hashed.hexdigest()
