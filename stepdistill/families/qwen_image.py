@@ -119,8 +119,8 @@ class QwenImage(Latent):
         )
 
     def decode(self, x0: Tensor) -> Tensor:
-        frame = self.denormalised(x0.to(self.vae.dtype))[:, :, None]
-        return self.vae.decode(frame).sample[:, :, 0] / 2 + 0.5
+        frame = self.denormalised(x0.to(self.vae.device, self.vae.dtype))[:, :, None]
+        return (self.vae.decode(frame).sample[:, :, 0] / 2 + 0.5).to(x0.device)
 
     def stock_call(self, guidance_scale: float) -> dict[str, Any]:
         told = super().stock_call(guidance_scale) | {"max_sequence_length": self.config.max_tokens}
