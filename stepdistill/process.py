@@ -44,6 +44,15 @@ class Schedule:
     discrete: ClassVar[bool] = False
     angular: ClassVar[bool] = False
 
+    @property
+    def ends_without_signal(self) -> bool:
+        """At t_max nothing of x0 is left, though networks of table processes are called there."""
+        return False
+
+    def agrees(self, other: Schedule) -> bool:
+        """Whether equal times are equal noise levels of both."""
+        return type(self) is type(other)
+
     def alpha(self, t: Tensor) -> Tensor:
         raise NotImplementedError
 

@@ -168,6 +168,23 @@ class VP(Schedule):
             raise ValueError(f"beta kind must be 'linear' or 'scaled_linear', got {kind!r}")
         return cls(torch.cumprod(1 - betas, 0))
 
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """alpha^2 at every whole time, float64; 0 where no signal is left."""
+        return torch.sigmoid(-2 * self.log_rho).masked_fill(self.log_rho >= math.log(RHO_LIMIT), 0)
+
+    @property
+    def ends_without_signal(self) -> bool:
+        # Some schedulers keep 2^-24 of a zero terminal signal, which is a rho of 4096.
+        return float(self.log_rho[-1]) > math.log(1e3)
+
+    def agrees(self, other: Schedule) -> bool:
+        """As far as both tables go."""
+        if not isinstance(other, VP):
+            return False
+        shared = min(len(self.log_rho), len(other.log_rho))
+        return torch.allclose(self.alphas_cumprod[:shared], other.alphas_cumprod[:shared], 0, 1e-3)
+
     def _interpolate(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """log rho(t) and its derivative, both float64 on t's device."""
         t = as_time(t).clamp(self.t_min, self.t_max)

@@ -102,7 +102,7 @@ class Family:
                 )
             student = self.teacher.clone()
         else:
-            student = type(self).from_directory(Path(init), self.settings).teacher.clone()
+            student = self._saved(init)
         for extra in extras:
             if extra not in getattr(student.network, "extras", {}):
                 raise UserError(
@@ -110,6 +110,17 @@ class Family:
                     " choose another method or family."
                 )
             student.network.extras[extra]()
+        return student
+
+    def _saved(self, init: str) -> Denoiser:
+        """A saved student, along this family's noise process: that of its directory may be its first part."""
+        student = type(self).from_directory(Path(init), self.settings).teacher.clone()
+        if not student.native.agrees(self.schedule):
+            raise UserError(
+                f"student.init={init}: its scheduler's noise process is another than family.teacher's; start from a"
+                " student of this teacher."
+            )
+        student.native = student.schedule = self.schedule
         return student
 
     def prompts(self, source: Any, indices: Sequence[int]) -> list:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -52,8 +53,15 @@ class Face(nn.Module):
     def extras(self) -> dict[str, Callable[[], None]]:
         return {}
 
-    def leaving(self) -> nn.Module:
-        """The model as it leaves with a student, made so that the pipeline's default call does the least harm."""
+    @property
+    def told(self) -> tuple[str, ...]:
+        """Of `extras`, what it was trained to be told, so that untold it is another network."""
+        return ()
+
+    def leaving(self, inputs: Sequence[str] = ()) -> nn.Module:
+        """The model as it leaves with a student that is told `inputs`, made so that the pipeline's default call does the
+        least harm.
+        """
         return self.model
 
     def image_part(self, name: str, output: Any, x_t: Tensor, cond: Cond) -> Tensor:
@@ -98,9 +106,22 @@ class UNetFace(Face):
         time = t.to(x_t.device, torch.float32)
         return self.unet(x_t.to(dtype), time, timestep_cond=embedded, **told).sample
 
-    def leaving(self) -> nn.Module:
-        """With a time_cond_proj, which keeps stock pipelines from classifier-free guidance at any scale."""
-        return self.unet if self.unet.config.time_cond_proj_dim else with_time_cond(self.unet)
+    @property
+    def told(self) -> tuple[str, ...]:
+        projection = getattr(self.unet.time_embedding, "cond_proj", None)
+        return ("guidance",) if projection is not None and bool(projection.weight.any()) else ()
+
+    def leaving(self, inputs: Sequence[str] = ()) -> nn.Module:
+        """With a time_cond_proj, which keeps stock pipelines from classifier-free guidance at any scale. They tell it that
+        scale, so it is zero for a student that was trained without, whatever the student started from.
+        """
+        if self.unet.config.time_cond_proj_dim is None:
+            return with_time_cond(self.unet)
+        if inputs or not self.told:
+            return self.unet
+        untold = copy.deepcopy(self.unet)
+        nn.init.zeros_(untold.time_embedding.cond_proj.weight)
+        return untold
 
     def add_cond_proj(self) -> None:
         """Give the UNet an embedded guidance scale or end time; its projection starts at zero, so nothing

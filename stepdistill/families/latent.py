@@ -21,7 +21,7 @@ from stepdistill.errors import UserError
 from stepdistill.families.encoders import TextParts, described
 from stepdistill.families.faces import Face, UNetFace
 from stepdistill.families.reading import commit_of, read_pipeline
-from stepdistill.families.schedulers import few_step_scheduler, schedule_of
+from stepdistill.families.schedulers import few_step_scheduler, of_kind, schedule_of
 from stepdistill.sampling import Sampling
 from stepdistill.schedule import Schedule
 
@@ -298,11 +298,11 @@ class Latent(TextParts):
         self.load_text()
         network = student.network
         if card.kind == "teacher":
-            pipeline = self.assembled(network.model, self.scheduler)
+            pipeline = self.assembled(network.model, of_kind(self.scheduler, student.kind))
         else:
             settings = self.student_settings if card.sampling.guidance == "none" else {}
-            scheduler = self.few_step_scheduler(card.sampling)
-            pipeline = self.assembled(network.leaving(), scheduler, **settings)
+            scheduler = of_kind(self.few_step_scheduler(card.sampling), student.kind)
+            pipeline = self.assembled(network.leaving(card.sampling.inputs), scheduler, **settings)
         pipeline.save_pretrained(directory, safe_serialization=True)
 
     def assembled(self, model: nn.Module, scheduler: Any, **settings: Any) -> Any:

@@ -24,7 +24,7 @@ from stepdistill.errors import UserError, first_line
 from stepdistill.families.base import Family
 from stepdistill.families.faces import BEHIND_MIDDLE, Face, sinusoids, unet_blocks, zero_linear
 from stepdistill.families.reading import read_pipeline
-from stepdistill.families.schedulers import few_step_scheduler, schedule_of
+from stepdistill.families.schedulers import few_step_scheduler, of_kind, schedule_of
 from stepdistill.schedule import EDM, expand
 from stepdistill.untrusted import LOADING
 
@@ -208,6 +208,7 @@ class Pixel(Family):
         else:
             stock = self.pipeline.scheduler
             scheduler = stock if card.kind == "teacher" else few_step_scheduler(stock, card.sampling)
+            scheduler = of_kind(scheduler, student.kind)
             pipeline = DDPMPipeline(network.unet, scheduler)
         pipeline.save_pretrained(directory, safe_serialization=True)
         # Stock UNets have no place for it.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+
 from stepdistill.errors import UserError
 from stepdistill.sampling import Sampling
 from stepdistill.schedule import VP, Flow, Schedule
@@ -63,52 +65,65 @@ def few_step_scheduler(
     """The stock scheduler whose rule and timesteps are the student's.
 
     Args:
-        scheduler: the teacher's, of which a VP student keeps the table. schedule: the student's noise process;
-            passes_sigmas: as `schedule_of`.
+        scheduler: the teacher's. schedule: the student's noise process. passes_sigmas: as `schedule_of`.
     """
     if isinstance(schedule, Flow):
         return flow_scheduler(schedule, sampling, passes_sigmas)
-    return _table_scheduler(scheduler, sampling)
+    return _table_scheduler(scheduler, sampling, schedule or schedule_of(scheduler)[0])
 
 
-def _table_scheduler(scheduler: Any, sampling: Sampling) -> Any:
+def _table_scheduler(scheduler: Any, sampling: Sampling, schedule: VP) -> Any:
     """`LCMScheduler`, like `TCDScheduler`, keeps no `timesteps` in its config; a uniform grid of `finest` points lives in
     `original_inference_steps`, which also makes a call with the pipeline's default 50 steps a clear error.
     A student of the rule "ode" leaves with `DDIMScheduler`, whose last step is x0 as in our sampler, a one-step
     student of sigma noise with `EulerDiscreteScheduler`. Both take any number of steps: the card says which.
+
+    The table is the student's: said as the teacher's configuration says it where that makes this very table, which it
+    does not of a shorter one or by betas that the student's scheduler does not know, and else listed.
     """
     from diffusers import DDIMScheduler, EulerDiscreteScheduler, LCMScheduler, TCDScheduler
 
-    names = (
-        "num_train_timesteps",
-        "beta_start",
-        "beta_end",
-        "beta_schedule",
-        "trained_betas",
-        "prediction_type",
-    )
-    kept = {name: scheduler.config[name] for name in names if name in scheduler.config}
-    zero_snr = bool(scheduler.config.get("rescale_betas_zero_snr", False))
-    # A table that ends where the student starts; its betas are those of the rescaled table already.
-    if sampling.first_rho:
-        entries = schedule_of(scheduler)[0].entries(sampling.first_rho)
-        kept |= {"num_train_timesteps": entries, "trained_betas": scheduler.betas[:entries].tolist()}
-        zero_snr = False
-    kept["rescale_betas_zero_snr"] = zero_snr
+    table = schedule.alphas_cumprod[: schedule.entries(sampling.first_rho)]
     if sampling.init_noise == "sigma":
         # One Euler step is x0, and its first input, rho z / sqrt(1 + rho^2), is sigma z.
-        return EulerDiscreteScheduler(**kept, timestep_spacing="trailing")
-    if sampling.rule == "ode":
-        return DDIMScheduler(**kept, clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing")
-    stepping = TCDScheduler if sampling.rule == "tcd" else LCMScheduler
-    return stepping(
-        **kept,
-        original_inference_steps=sampling.points,
-        # Used by neither; the stock pipeline warns of any other.
-        steps_offset=1,
-        clip_sample=False,
-        set_alpha_to_one=True,
-    )
+        stepping, how = EulerDiscreteScheduler, {"timestep_spacing": "trailing"}
+        # As its own tables end; it divides by the last entry.
+        table = table.clamp(min=2**-24)
+    elif sampling.rule == "ode":
+        how = {"clip_sample": False, "set_alpha_to_one": True, "timestep_spacing": "trailing"}
+        stepping = DDIMScheduler
+    else:
+        stepping = TCDScheduler if sampling.rule == "tcd" else LCMScheduler
+        # The offset is used by neither; the stock pipeline warns of any other.
+        how = {"clip_sample": False, "set_alpha_to_one": True, "steps_offset": 1}
+        how["original_inference_steps"] = sampling.points
+    how |= {
+        "prediction_type": scheduler.config.get("prediction_type", "epsilon"),
+        "num_train_timesteps": len(table),
+    }
+    names = ("beta_start", "beta_end", "beta_schedule", "trained_betas")
+    said = {name: scheduler.config[name] for name in names if name in scheduler.config}
+    try:
+        made = stepping(**how, **said, rescale_betas_zero_snr=bool(table[-1] < 1e-6))
+    except NotImplementedError:
+        # A beta schedule that it does not know.
+        pass
+    else:
+        if len(made.alphas_cumprod) == len(table) and torch.allclose(
+            made.alphas_cumprod.double(), table, 1e-4, 1e-7
+        ):
+            return made
+    before = torch.cat((table.new_ones(1), table[:-1]))
+    return stepping(**how, trained_betas=(1 - table / before).tolist())
+
+
+def of_kind(scheduler: Any, kind: str) -> Any:
+    """`scheduler` for a network that predicts `kind`, "eps", "v" or "x0", where it steps along a table."""
+    if hasattr(scheduler, "alphas_cumprod"):
+        told = {ours: theirs for theirs, ours in _KINDS.items()}[kind]
+        if scheduler.config.get("prediction_type", "epsilon") != told:
+            scheduler = type(scheduler).from_config(scheduler.config, prediction_type=told)
+    return scheduler
 
 
 def flow_scheduler(schedule: Flow, sampling: Sampling, passes_sigmas: bool) -> Any:

@@ -33,9 +33,11 @@ def assemble(
         gradient_checkpointing: recompute the student's activations, and those of copies of it, in backward.
 
     Raises:
-        UserError: the family has no such student, or cannot checkpoint its gradients.
+        UserError: the family has no such student or teacher, or cannot checkpoint its gradients.
     """
+    _refuse_untold(method, family)
     student = new_student(method, family, init, lora)
+    _refuse_undefined(method, family, student)
     if before is not None:
         _start_from(before, student)
     if gradient_checkpointing:
@@ -119,6 +121,28 @@ def _start_from(before: Denoiser, student: Denoiser) -> None:
         before = before.merged()
     known = {name: value for name, value in before.state_dict().items() if name in own}
     student.load_state_dict(own | known)
+
+
+def _refuse_untold(method: Method, family: Family) -> None:
+    """Of a teacher that is a student itself: no method tells a teacher what it was trained to be told."""
+    told = getattr(family.teacher.network, "told", ()) if method.needs_teacher and family.teacher else ()
+    if told:
+        raise UserError(
+            f"family.teacher: its network was trained to be told {' and '.join(told)} (time_cond_proj_dim in"
+            " unet/config.json), which a teacher is not; give the many-step model it was made from, and this one as"
+            " student.init if it is to be trained on."
+        )
+
+
+def _refuse_undefined(method: Method, family: Family, student: Denoiser) -> None:
+    """Noise says nothing of an image where there is no signal, so eps from there on is undefined."""
+    kinds = {student.kind} | ({family.teacher.kind} if method.needs_teacher and family.teacher else set())
+    if family.schedule.ends_without_signal and "eps" in kinds and not method.sampling.first_rho:
+        raise UserError(
+            "family.teacher: its scheduler's last step has no signal left (rescale_betas_zero_snr), where epsilon"
+            " prediction is undefined; give student.first_rho, the noise level the student starts from, 14 say, or"
+            " a teacher of v_prediction."
+        )
 
 
 def _checkpoint_gradients(student: Denoiser) -> None:
