@@ -118,6 +118,15 @@ class Denoiser(nn.Module):
         """The same network (shared, not copied) spoken to in another schedule."""
         return Denoiser(self.network, self.kind, self.native, schedule)
 
+    def requires_grad_(self, requires_grad: bool = True) -> Denoiser:
+        """As any module's, but for what the output does not depend on: data-parallel training waits for every gradient
+        that is wanted, and none arrives there.
+        """
+        super().requires_grad_(requires_grad)
+        for name in getattr(self.network, "unheard", ()):
+            self.network.get_submodule(name).requires_grad_(False)
+        return self
+
     def clone(self) -> Denoiser:
         """A copy with its own trainable parameters: how a student or a fake score starts from the teacher."""
         twin = copy.deepcopy(self)

@@ -57,7 +57,8 @@ def write(family: Family, student: Denoiser, directory: Path, card: Card) -> Non
         family.export(whole, temporary, card)
         _name_known_tokenizers(temporary)
         cards.write(card, temporary)
-        temporary.joinpath("README.md").write_text(readme(family, card))
+        adapters = family.lora_file(student, temporary / "lora") if isinstance(student, LoRA) else None
+        temporary.joinpath("README.md").write_text(readme(family, card, adapters is not None))
 
 
 def _name_known_tokenizers(directory: Path) -> None:
@@ -69,8 +70,8 @@ def _name_known_tokenizers(directory: Path) -> None:
             )
 
 
-def readme(family: Family, card: Card) -> str:
-    """The model card, with code that runs where this package is not installed."""
+def readme(family: Family, card: Card, adapters: bool = False) -> str:
+    """The model card, with code that runs where this package is not installed. adapters: they lie beside it in `lora`."""
     sampling, student, missing = card.sampling, card.kind == "student", beyond_stock(family, card)
     lines = [
         "---", "library_name: diffusers", "tags: [stepdistill]", "---",
@@ -94,6 +95,12 @@ def readme(family: Family, card: Card) -> str:
     if student:
         notes = getattr(getattr(family, "face", None), "notes", ())
         lines += ["", *notes] if notes else []
+    if adapters:
+        lines += [
+            "",
+            f'`lora` holds the same as adapters for `{card.teacher}`: `pipeline.load_lora_weights("lora")`. Scheduler and'
+            " call are those of this directory, not the teacher's.",
+        ]
     return "\n".join([*lines, "", "The resolved recipe is in `stepdistill.json`.", ""])
 
 

@@ -18,7 +18,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from stepdistill.process import Schedule, expand
+
 DERIVATIVES = ("forward", "difference", "upwind")
+# Of a difference: the share of its time's unit that a network is moved by, where a wave of one radian a unit is
+# wrong by a sixth of its square; and the longest step in units of the tangent.
+SHARE, LONGEST = 0.1, 1e-3
 
 
 _CONVOLUTIONS = (nnf.conv1d, nnf.conv2d, nnf.conv3d)
@@ -94,25 +99,42 @@ def jvp(
         return value, torch.zeros_like(value) if tangent is None else tangent
 
 
+def fine_step(native: Schedule, schedule: Schedule, t: Tensor, dt: Tensor) -> Tensor:
+    """h (B,) of a difference along a tangent whose time part is dt (B,), at t (B,) of `schedule`: so short that a
+    network of the schedule `native` sees its own time move by a tenth of a unit, and no longer than 1e-3.
+    """
+    own, moved = t, dt
+    if schedule is not native:
+        own = native.t_of_rho(schedule.rho(t))
+        moved = dt * schedule.log_rho_rate(t) / native.log_rho_rate(own)
+    return (SHARE * native.time_unit(own) / moved.abs().clamp(min=1e-12)).clamp(max=LONGEST)
+
+
 def difference(
-    function: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor], step: float = 1e-3
+    function: Callable[..., Tensor],
+    primals: Sequence[Tensor],
+    tangents: Sequence[Tensor],
+    step: float | Tensor = LONGEST,
 ) -> tuple[Tensor, Tensor]:
     """(f(p + h d) - f(p - h d)) / 2h and the mean of the two, which is f(p) up to O(h^2).
 
     Both points are on the line through the primals along `tangents`: for a distilled trajectory that is the
     teacher's ODE, not re-noised data, which would add the conditional velocity's noise, and a bias under
-    guidance. Both passes draw the same dropout.
+    guidance. Both passes draw the same dropout. step: h, a number or (B,), one per sample.
     """
     with torch.no_grad(), torch.autocast(primals[0].device.type, enabled=False):
-        moved = [step * d.to(p.dtype) for p, d in zip(primals, tangents, strict=True)]
+        moved = [_scaled(step, d.to(p.dtype)) for p, d in zip(primals, tangents, strict=True)]
         with same_draws(primals[0]):
             ahead = function(*(p + m for p, m in zip(primals, moved, strict=True)))
         behind = function(*(p - m for p, m in zip(primals, moved, strict=True)))
-        return (ahead + behind) / 2, (ahead - behind) / (2 * step)
+        return (ahead + behind) / 2, _scaled(0.5 / step, ahead - behind)
 
 
 def upwind(
-    function: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor], step: float = 1e-3
+    function: Callable[..., Tensor],
+    primals: Sequence[Tensor],
+    tangents: Sequence[Tensor],
+    step: float | Tensor = LONGEST,
 ) -> tuple[Tensor, Tensor]:
     """f(p) and (f(p) - f(p - h d)) / h, of first order: towards less noise, where a consistency function is
     already known (rCM, arXiv 2510.08431, takes sCM's derivative so).
@@ -120,8 +142,8 @@ def upwind(
     with torch.no_grad(), torch.autocast(primals[0].device.type, enabled=False):
         with same_draws(primals[0]):
             here = function(*primals)
-        behind = function(*(p - step * d.to(p.dtype) for p, d in zip(primals, tangents, strict=True)))
-        return here, (here - behind) / step
+        behind = function(*(p - _scaled(step, d.to(p.dtype)) for p, d in zip(primals, tangents, strict=True)))
+        return here, _scaled(1 / step, here - behind)
 
 
 def directional(
@@ -129,12 +151,17 @@ def directional(
     function: Callable[..., Tensor],
     primals: Sequence[Tensor],
     tangents: Sequence[Tensor],
-    step: float = 1e-3,
+    step: float | Tensor = LONGEST,
 ) -> tuple[Tensor, Tensor]:
     """`jvp` ("forward" mode), `difference` (central) or `upwind`, by one of the names in `DERIVATIVES`."""
     if how == "forward":
         return jvp(function, primals, tangents)
     return {"difference": difference, "upwind": upwind}[how](function, primals, tangents, step)
+
+
+def _scaled(by: float | Tensor, x: Tensor) -> Tensor:
+    """x (B, ...) times a number, or times one per sample (B,)."""
+    return x * (expand(by, x) if isinstance(by, Tensor) else by)
 
 
 @contextlib.contextmanager

@@ -82,10 +82,13 @@ class LoRA(Denoiser):
         self._base = [base]
         targets = tuple(targets) or tuple(getattr(base.network, "lora_targets", TARGETS))
         self.rank, self.scale, self.targets = rank, scale, targets
+        unheard = tuple(f"{name}." for name in getattr(base.network, "unheard", ()))
         layers = {
             name: module
             for name, module in base.network.named_modules()
-            if isinstance(module, (nn.Linear, nn.Conv2d)) and not set(targets).isdisjoint(name.split("."))
+            if isinstance(module, (nn.Linear, nn.Conv2d))
+            and not set(targets).isdisjoint(name.split("."))
+            and not f"{name}.".startswith(unheard)
         }
         if not layers:
             raise UserError(f"no linear or convolution layer of the network is called {', '.join(targets)}.")
@@ -129,6 +132,17 @@ class LoRA(Denoiser):
                 weight = layers[name.replace("/", ".")].weight
                 weight += (self._factor * _product(adapter)).to(weight)
         return twin
+
+    def layers(self, prefix: str) -> dict[str, Tensor]:
+        """The adapters as files of peft's kind hold them, of the layers below `prefix`, whose names begin behind it:
+        "NAME.lora_A.weight" down and "NAME.lora_B.weight" up. The scale is in the latter, so alpha is the rank.
+        """
+        found = {}
+        for name, (down, up) in self.adapters.items():
+            layer = name.replace("/", ".").removeprefix(f"{prefix}.")
+            found[f"{layer}.lora_A.weight"] = down.weight.detach()
+            found[f"{layer}.lora_B.weight"] = self._factor * up.weight.detach()
+        return {key: value.cpu().contiguous() for key, value in found.items()}
 
     @property
     def _factor(self) -> float:

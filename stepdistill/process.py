@@ -75,6 +75,17 @@ class Schedule:
         """Noise-to-signal ratio sigma / alpha; finite where no signal is left, though alpha is exact there."""
         return self.sigma(t) / self.alpha(t).clamp(min=1 / RHO_LIMIT)
 
+    def time_unit(self, t: Tensor) -> Tensor:
+        """The change of t (B,) that networks of this kind read as one: the fastest wave of their time embedding turns by
+        a radian. A thousandth of the range, as flow times are multiplied by 1000 and tables have 1000 entries.
+        """
+        return torch.full_like(as_time(t), (self.t_max - self.t_min) / 1000)
+
+    def log_rho_rate(self, t: Tensor) -> Tensor:
+        """d log rho / dt; finite at the ends."""
+        alpha, sigma = self.alpha(t).clamp(min=1 / RHO_LIMIT), self.sigma(t).clamp(min=1 / RHO_LIMIT)
+        return self.d_sigma(t) / sigma - self.d_alpha(t) / alpha
+
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t = alpha(t) x0 + sigma(t) eps. x0, eps: (B, ...), t: (B,)."""
         return expand(self.alpha(t), x0) * x0 + expand(self.sigma(t), x0) * eps

@@ -36,6 +36,10 @@ class EDM(Schedule):
     def t_of_rho(self, rho: Tensor) -> Tensor:
         return as_time(rho).clamp(self.t_min, self.t_max)
 
+    def time_unit(self, t: Tensor) -> Tensor:
+        """Networks of this kind are told 250 log sigma."""
+        return as_time(t) / 250
+
     def few_step_grid(self, steps: int, finest: int = 0, first_rho: float = 0.0) -> tuple[float, ...]:
         """Of the 40 Karras times `CMStochasticIterativeScheduler` has, which strides by floor(40 / steps)."""
         points = max(40, at_least(steps, finest))

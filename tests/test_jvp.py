@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+import worlds
 from torch import nn
 
 from stepdistill.denoiser import Denoiser
 from stepdistill.families.pixel import Pixel
 from stepdistill.families.sd import SD
-from stepdistill.jvp import difference, directional, jvp, same_draws, upwind
-from stepdistill.schedule import Flow, TrigFlow, times_like
+from stepdistill.jvp import difference, directional, fine_step, jvp, same_draws, upwind
+from stepdistill.schedule import EDM, VP, Flow, TrigFlow, times_like
 
 
 def test_both_agree_with_a_closed_form():
@@ -189,3 +190,58 @@ def test_through_a_norm_behind_attention_at_an_inner_level():
     _, slope = difference(function, (x,), (d,), 1e-4)
     torch.testing.assert_close(tangent, slope, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(value, function(x), rtol=1e-10, atol=1e-10)
+
+
+class Wave(nn.Module):
+    """The fastest wave of a network's time embedding: a radian for each unit of its own time."""
+
+    extras, blocks = {}, {}
+
+    def __init__(self, told):
+        super().__init__()
+        self.told = told
+
+    def forward(self, x_t, t, cond=None, end=None):
+        return x_t * torch.sin(self.told(t))[:, None]
+
+
+WAVES = {
+    "flow": (Flow(), "flow", lambda t: 1000 * t),
+    "vp": (VP.from_betas(), "v", lambda t: t),
+    "edm": (EDM(), "x0", lambda t: 250 * t.log()),
+}
+
+
+@pytest.mark.parametrize("native", WAVES)
+@pytest.mark.parametrize("name", ["scm", "meanflow"])
+def test_the_step_of_a_difference_follows_the_networks_own_time(name, native):
+    """A step of 1e-3 in flow time is a radian of a network that is told 1000 t, and a sixth of its slope is lost."""
+    schedule, kind, told = WAVES[native]
+    student = Denoiser(Wave(told), kind, schedule)
+    generator = torch.Generator().manual_seed(0)
+    x, v = torch.randn(2, 64, 3, generator=generator, dtype=torch.float64)
+    s = torch.linspace(0.2, 0.9, 64, dtype=torch.float64)
+    slopes = {}
+    for how in ("forward", "difference"):
+        method = worlds.method(name, derivative=how)
+        if name == "meanflow":
+            slopes[how] = method.target(student, None, x, s, s / 2, v)[1]
+        else:
+            trig = TrigFlow()
+            time = trig.t_of_rho(s / (1 - s))
+            slopes[how] = method.tangent(student, None, trig, x, time, v, 1.0)[1]
+    error = (slopes["difference"] - slopes["forward"]).norm() / slopes["forward"].norm()
+    assert float(error) < 5e-3
+
+
+def test_a_fine_step_is_a_tenth_of_a_unit_and_never_long():
+    t, one = torch.tensor([0.2, 0.7], dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    assert fine_step(Flow(), Flow(), t, one).tolist() == pytest.approx([1e-4, 1e-4])
+    assert fine_step(Flow(), Flow(), t, 0 * one).tolist() == pytest.approx([1e-3, 1e-3])
+    table, trig = VP.from_betas(), TrigFlow()
+    step = fine_step(table, trig, t, one)
+    moved = [table.t_of_rho(trig.rho(t + sign * step)) for sign in (1, -1)]
+    expected = (2 * 0.1 * (t.new_tensor([999.0]) / 1000)).expand(2)
+    free = step < 1e-3
+    torch.testing.assert_close((moved[0] - moved[1])[free], expected[free], rtol=2e-2, atol=0)
+    assert free.any()

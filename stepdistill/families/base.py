@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -14,6 +14,9 @@ from stepdistill.card import Card
 from stepdistill.denoiser import Cond, Denoiser, parameter_count
 from stepdistill.errors import UserError
 from stepdistill.families.faces import cast
+
+if TYPE_CHECKING:
+    from stepdistill.lora import LoRA
 
 
 class Family:
@@ -205,6 +208,15 @@ class Family:
     def parameters(self) -> dict[str, int]:
         """Parameter counts of the helpers a generated image costs, by stage."""
         return {name: parameter_count(module) for name, module in self.modules().items()}
+
+    def lora_file(self, student: LoRA, directory: Path) -> Path | None:
+        """Write adapters as the stock pipeline's `load_lora_weights` reads them; None where `no_lora_file` says why not."""
+        return None
+
+    @property
+    def no_lora_file(self) -> str:
+        """Why adapters cannot leave as a file of their own, one sentence; "" = they can."""
+        return f"The family {self.name!r} has no pipeline that reads a LoRA."
 
     def export(self, student: Denoiser, directory: Path, card: Card) -> None:
         """Write a stock diffusers pipeline directory with the scheduler that samples as `card.sampling` says.

@@ -31,11 +31,15 @@ class Face(nn.Module):
         blocks: worth tapping, in forward order, name -> channels; middle: the bottleneck or the middle one.
         behind_middle: submodules that only matter behind it.
         traceable: its operations depend on shapes alone; False where on the length of each prompt, say.
+        uncheckpointed: why its activations cannot be computed again in backward, "" = they can.
+        unheard: submodules that the output does not depend on, such as what a last block makes of the text.
         notes: what people who use an exported student should know, a sentence each, for its model card.
     """
 
     inner: ClassVar[str]
     traceable: ClassVar[bool] = True
+    uncheckpointed: ClassVar[str] = ""
+    unheard: tuple[str, ...] = ()
     notes: ClassVar[tuple[str, ...]] = ()
     middle: str
     blocks: dict[str, int]

@@ -58,6 +58,10 @@ class ChromaTransformer(TransformerFace):
 
     stacks: ClassVar = {"transformer_blocks": "second", "single_transformer_blocks": "last tokens"}
     patch = 2
+    uncheckpointed = (
+        "diffusers computes Chroma's single blocks again without the prompt's mask, and the gradients are those of"
+        " another network"
+    )
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         model, (h, w) = self.transformer, x_t.shape[-2:]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from stepdistill.denoiser import Cond
 from stepdistill.families.faces import TransformerFace, pack, unpack
 from stepdistill.families.latent import Latent, LatentConfig
-from stepdistill.families.reading import QWEN_TOKENIZERS
+from stepdistill.families.reading import QWEN_TOKENIZERS, chat
 from stepdistill.schedule import Flow, Schedule
 
 # Pixels of the VAE's latents along a side of what the transformer takes as one.
@@ -111,7 +111,8 @@ class Flux2(Latent):
     def set_pipeline(self, pipeline: Any) -> None:
         super().set_pipeline(pipeline)
         self.embedded = pipeline.transformer.config.guidance_embeds
-        self.default_guidance = 1.0 if self.embedded or pipeline.config.is_distilled else 4.0
+        self.klein = "is_distilled" in pipeline.config
+        self.default_guidance = 4.0 if self.klein and not pipeline.config.is_distilled else 1.0
 
     @property
     def stride(self) -> int:
@@ -139,6 +140,13 @@ class Flux2(Latent):
             return {"prompt": states}
         scale = torch.full((len(prompts),), self.config.embedded_guidance, device=self.device)
         return {"prompt": states, "guidance": scale}
+
+    def worded(self, prompts: Sequence[str]) -> list[str]:
+        if self.klein:
+            return chat(self.pipeline.tokenizer, prompts, enable_thinking=False)
+        system = {"role": "system", "content": [{"type": "text", "text": self.pipeline.system_message}]}
+        told = ({"role": "user", "content": [{"type": "text", "text": prompt}]} for prompt in prompts)
+        return [self.pipeline.tokenizer.apply_chat_template([system, user], tokenize=False) for user in told]
 
     def normalised(self, z: Tensor) -> Tensor:
         """(B, 32, 2h, 2w) -> (B, 128, h, w)."""

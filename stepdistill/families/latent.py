@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from stepdistill.families.reading import commit_of, read_pipeline
 from stepdistill.families.schedulers import few_step_scheduler, of_kind, schedule_of
 from stepdistill.sampling import Sampling
 from stepdistill.schedule import Schedule
+
+if TYPE_CHECKING:
+    from stepdistill.lora import LoRA
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -230,13 +233,19 @@ class Latent(TextParts):
             return 0
         # The one that reads furthest; another may only give the pooled text.
         limit, tokenizer = max(limits, key=lambda pair: pair[0])
-        return sum(len(ids) > limit for ids in tokenizer(list(prompts), truncation=False).input_ids)
+        return sum(len(ids) > limit for ids in tokenizer(self.worded(prompts), truncation=False).input_ids)
+
+    def worded(self, prompts: Sequence[str]) -> list[str]:
+        """Prompts as the tokenizer is given them, with the words that a pipeline puts around each."""
+        return list(prompts)
 
     @property
     def tokenizers(self) -> dict[str, Any]:
         """By component name."""
         names = [name for name in self.components if name.startswith("tokenizer")]
         parts = {name: getattr(self.pipeline, name, None) for name in names}
+        # A processor has one for its words.
+        parts = {name: getattr(part, "tokenizer", part) for name, part in parts.items()}
         return {name: part for name, part in parts.items() if callable(part)}
 
     def limit_tokens(self) -> None:
@@ -304,6 +313,21 @@ class Latent(TextParts):
             scheduler = of_kind(self.few_step_scheduler(card.sampling), student.kind)
             pipeline = self.assembled(network.leaving(card.sampling.inputs), scheduler, **settings)
         pipeline.save_pretrained(directory, safe_serialization=True)
+
+    @property
+    def no_lora_file(self) -> str:
+        stock = type(self.pipeline)
+        if hasattr(stock, "save_lora_weights"):
+            return ""
+        return f"{stock.__name__} has no `load_lora_weights`, so adapters leave merged into the weights only."
+
+    def lora_file(self, student: LoRA, directory: Path) -> Path | None:
+        if self.no_lora_file:
+            return None
+        inner = self.face.inner
+        layers = {f"{inner}_lora_layers": student.layers(inner)}
+        type(self.pipeline).save_lora_weights(directory, safe_serialization=True, **layers)
+        return directory / "pytorch_lora_weights.safetensors"
 
     def assembled(self, model: nn.Module, scheduler: Any, **settings: Any) -> Any:
         """The stock pipeline around another network and scheduler; settings: further arguments that it is made with."""

@@ -112,6 +112,10 @@ class Lumina2(Latent):
         )
         return {"prompt": without, "mask": its_mask} if negative else {"prompt": states, "mask": mask}
 
+    def worded(self, prompts: Sequence[str]) -> list[str]:
+        system = self.config.system_prompt or self.pipeline.system_prompt
+        return [f"{system} <Prompt Start> {prompt}" for prompt in prompts]
+
     def stock_call(self, guidance_scale: float) -> dict[str, Any]:
         told: dict[str, Any] = {"max_sequence_length": self.config.max_tokens}
         if self.config.system_prompt:

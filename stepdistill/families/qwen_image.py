@@ -22,6 +22,17 @@ class QwenImageTransformer(TransformerFace):
 
     stacks: ClassVar = {"transformer_blocks": "second"}
 
+    @property
+    def unheard(self) -> tuple[str, ...]:
+        """What the last block makes of the text; nothing where a discriminator's encoder ends before that block."""
+        *_, last = self.blocks
+        if not hasattr(self.get_submodule(last), "attn"):
+            return ()
+        return tuple(
+            f"{last}.{part}"
+            for part in ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "txt_mlp")
+        )
+
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """x_t: (B, 16, h, w)."""
         model, (h, w) = self.transformer, x_t.shape[-2:]
@@ -96,6 +107,19 @@ class QwenImage(Latent):
             mask = torch.ones(states.shape[:2], dtype=torch.long, device=states.device)
         missing = limit - states.shape[1]
         return {"prompt": nnf.pad(states, (0, 0, 0, missing)), "mask": nnf.pad(mask, (0, missing))}
+
+    def cut(self, prompts: Sequence[str]) -> int:
+        """As `Latent.cut`; the first words of the pipeline's template do not count, as their states are dropped."""
+        if not len(prompts):
+            return 0
+        template, dropped = (
+            self.pipeline.prompt_template_encode,
+            self.pipeline.prompt_template_encode_start_idx,
+        )
+        told = self.pipeline.tokenizer(
+            [template.format(prompt) for prompt in prompts], truncation=False
+        ).input_ids
+        return sum(len(ids) > self.config.max_tokens + dropped for ids in told)
 
     def encode_images(self, images: Tensor) -> Tensor:
         return super().encode_images(images[:, :, None])

@@ -38,6 +38,15 @@ GEMMA_TOKENIZERS = (
 )
 
 
+def chat(tokenizer: Any, prompts: Iterable[str], **settings: bool) -> list[str]:
+    """Each prompt as a user's message to a language model that is about to answer."""
+    told = ([{"role": "user", "content": prompt}] for prompt in prompts)
+    return [
+        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **settings)
+        for messages in told
+    ]
+
+
 def read_index(path: Path) -> dict[str, Any]:
     """model_index.json of a pipeline directory, with a clear sentence when it is not one."""
     if not path.exists():

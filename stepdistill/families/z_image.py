@@ -14,7 +14,7 @@ from stepdistill.denoiser import Cond
 from stepdistill.errors import UserError
 from stepdistill.families.faces import TransformerFace
 from stepdistill.families.latent import Latent, LatentConfig
-from stepdistill.families.reading import QWEN_TOKENIZERS
+from stepdistill.families.reading import QWEN_TOKENIZERS, chat
 
 # Both kinds of tokens are filled up to a multiple of this.
 GROUP = 32
@@ -103,6 +103,9 @@ class ZImage(Latent):
             "prompt": padded,
             "mask": (torch.arange(limit, device=padded.device) < lengths[:, None]).long(),
         }
+
+    def worded(self, prompts: Sequence[str]) -> list[str]:
+        return chat(self.pipeline.tokenizer, prompts, enable_thinking=True)
 
     def stock_call(self, guidance_scale: float) -> dict[str, Any]:
         return super().stock_call(guidance_scale - 1) | {"max_sequence_length": self.config.max_tokens}

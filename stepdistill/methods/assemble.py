@@ -146,10 +146,12 @@ def _refuse_undefined(method: Method, family: Family, student: Denoiser) -> None
 
 
 def _checkpoint_gradients(student: Denoiser) -> None:
-    for module in unwrap(student).network.children():
+    network = unwrap(student).network
+    why = getattr(network, "uncheckpointed", "")
+    for module in network.children() if not why else ():
+        # Every model of diffusers has the method, and some raise in it.
         if getattr(module, "_supports_gradient_checkpointing", False):
             module.enable_gradient_checkpointing(checkpointed)
             return
-    raise UserError(
-        "student.gradient_checkpointing=true: this family's network cannot do it; set it to false."
-    )
+    why = why or "this family's network cannot do it"
+    raise UserError(f"student.gradient_checkpointing=true: {why}; set it to false.")

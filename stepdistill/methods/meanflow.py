@@ -27,7 +27,7 @@ from torch import Tensor
 
 from stepdistill import timesteps
 from stepdistill.denoiser import Cond, Denoiser, unwrap
-from stepdistill.jvp import directional, same_draws
+from stepdistill.jvp import directional, fine_step, same_draws
 from stepdistill.losses import moments
 from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase, guided_teacher
 from stepdistill.schedule import Flow, expand
@@ -60,7 +60,8 @@ class MeanFlow(Method):
         weight_power: float = 1.0
         weight_c: float = 1e-3
         derivative: Literal["forward", "difference", "upwind"] = "forward"
-        difference_step: float = 1e-3
+        # Of the differences, of flow time; 0 = as much as moves the network's time by a tenth of a step, at most 1e-3.
+        difference_step: float = 0.0
 
     @classmethod
     def sampled(cls, config: Any) -> dict[str, Any]:
@@ -100,11 +101,14 @@ class MeanFlow(Method):
     ) -> tuple[Tensor, Tensor]:
         """v - (t - r) du/dt (Eq. 10), and du/dt."""
 
+        flow = Flow()
+
         def u(x: Tensor, time: Tensor) -> Tensor:
-            return student(x, time, cond, in_schedule=Flow(), end=r).flow
+            return student(x, time, cond, in_schedule=flow, end=r).flow
 
         config, along = self.config, (v, torch.ones_like(t))
-        _, derivative = directional(config.derivative, u, (x_t, t), along, config.difference_step)
+        step = config.difference_step or fine_step(student.native, flow, t, along[1])
+        _, derivative = directional(config.derivative, u, (x_t, t), along, step)
         return v - expand(t - r, v) * derivative, derivative
 
     def velocity(

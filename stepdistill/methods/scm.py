@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from stepdistill import timesteps
 from stepdistill.denoiser import Cond, Denoiser, unwrap
-from stepdistill.jvp import directional, same_draws
+from stepdistill.jvp import LONGEST, directional, fine_step, same_draws
 from stepdistill.losses import moments, mse
 from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase, guided_teacher
 from stepdistill.schedule import TrigFlow, expand
@@ -69,8 +69,8 @@ class SCM(Method):
         time_mean: float = -1.0
         time_std: float = 1.4
         derivative: Literal["forward", "difference", "upwind"] = "forward"
-        # Of the differences, in units of the tangent.
-        difference_step: float = 1e-3
+        # Of the differences, of log rho; 0 = as much as moves the network's time by a tenth of a step, at most 1e-3.
+        difference_step: float = 0.0
 
     @classmethod
     def sampled(cls, config: Any) -> dict[str, Any]:
@@ -114,7 +114,7 @@ class SCM(Method):
         frame = as_edm(nets.schedule, most=self.sampling.first_rho or 80.0)
         rho = timesteps.lognormal(frame, batch.generator, config.time_mean, config.time_std)
         # A difference moves log rho by its step; beyond its range a network is no function of time.
-        inside = 1 + 2 * config.difference_step
+        inside = 1 + 2 * (config.difference_step or LONGEST)
         return trig.t_of_rho(rho.clamp(frame.t_min * inside, frame.t_max / inside))
 
     def velocity(
@@ -136,7 +136,8 @@ class SCM(Method):
 
         along = (cos * sin * dx_dt, t.cos() * t.sin())
         config = self.config
-        F, J = directional(config.derivative, network, (x_t, t), along, config.difference_step)
+        step = config.difference_step or fine_step(student.native, trig, t, along[1])
+        F, J = directional(config.derivative, network, (x_t, t), along, step)
         s = trig.sigma_data
         return F, -(cos**2) * (s * F - dx_dt) - r * (cos * sin * x_t + s * J)
 

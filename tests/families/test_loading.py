@@ -107,9 +107,28 @@ def test_a_flow_process_on_a_unet_is_refused_before_a_student_cannot_leave(copie
 
 def test_prompts_that_are_cut_are_counted():
     words = "red " * 80
-    for variant, cut in (("sdxl", 1), ("flux-schnell", 1), ("chroma", 1)):
+    for variant in (
+        "sdxl",
+        "flux-schnell",
+        "chroma",
+        "flux2-klein",
+        "flux2-dev",
+        "qwen-image",
+        "z-image",
+        "lumina2",
+    ):
         family = family_of(variant)
-        assert family.cut(["red", words]) == cut and family.cut(["red"]) == 0 and family.cut([]) == 0
+        assert family.cut(["red", words]) == 1 and family.cut(["red"]) == 0 and family.cut([]) == 0, variant
+
+
+@pytest.mark.parametrize("variant", ["flux2-klein", "flux2-dev", "qwen-image", "z-image", "lumina2"])
+def test_a_prompt_is_cut_at_the_letter_after_the_last_that_is_heard(variant):
+    """With all that its pipeline says around it: what is counted as whole is heard to the end."""
+    family = family_of(variant)
+    longest = max(count for count in range(1, 150) if not family.cut(["e" * count]))
+    ends = [family.encode(["e" * (count - 1) + end]) for count in (longest, longest + 20) for end in "ab"]
+    heard = [not torch.equal(a["prompt"], b["prompt"]) for a, b in (ends[:2], ends[2:])]
+    assert heard == [True, False]
 
 
 def test_a_tokenizer_without_a_limit_reads_what_its_encoder_has_places_for(tiny_sd, tmp_path):
