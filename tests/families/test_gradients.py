@@ -7,10 +7,10 @@ import tiny
 import torch
 import worlds
 from diffusers import DiffusionPipeline
-from models import family_of
+from models import TOLD, family_of
 
 from stepdistill import export
-from stepdistill.denoiser import Denoiser
+from stepdistill.denoiser import Denoiser, map_cond
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
 from stepdistill.jvp import difference, fine_step, jvp
@@ -18,13 +18,11 @@ from stepdistill.lora import LoraConfig
 from stepdistill.methods.assemble import assemble
 from stepdistill.schedule import times_like
 
-PROMPTS = ("a red circle", "two small stars on blue")
-
 
 def asked(family: Family) -> tuple:
     x = torch.randn(2, *family.shape, generator=torch.Generator().manual_seed(0))
     t = times_like([0.6 * family.schedule.t_max, 0.3 * family.schedule.t_max], x)
-    return x, t, family.encode(PROMPTS)
+    return x, t, family.encode(TOLD[family.conditions])
 
 
 def gradient(student: Denoiser, family: Family) -> torch.Tensor:
@@ -71,12 +69,7 @@ def test_forward_mode_runs_through_and_agrees_with_differences(variant):
     """Along the trajectory, as continuous-time methods go; a step of 1e-3 in flow time would be a tenth off."""
     family = family_of(variant)
     teacher, (x, t, cond) = family.teacher.double(), asked(family)
-    x = x.double()
-    cond = (
-        {k: c.double() if c.is_floating_point() else c for k, c in cond.items()}
-        if isinstance(cond, dict)
-        else cond.double()
-    )
+    x, cond = x.double(), map_cond(lambda c: c.double() if c.is_floating_point() else c, cond)
     with torch.no_grad():
         dx = teacher(x, t, cond).velocity
     along = (dx, torch.ones_like(t))
