@@ -24,9 +24,11 @@ STAND_INS = {
     "flux_dmd2_lora": "flux-dev",
     "pixart_sim": "pixart-alpha",
     "qwen_image_dmd2_lora": "qwen-image",
+    "sana_sprint": "sana",
     "sd15_dmd2_1step": "sd15",
     "sd15_lcm_lora": "sd15",
     "sd21_swiftbrush": "sd15",
+    "sd35_ladd": "sd3.5",
     "sdxl_dmd2_4step": "sdxl",
     "sdxl_hyper_lora": "sdxl",
     "sdxl_lightning": "sdxl",
@@ -34,6 +36,7 @@ STAND_INS = {
     "shapes_flux_teacher": "flux-schnell",
     "shapes_sdxl_dmd2": "sdxl",
     "shapes_sdxl_teacher": "sdxl",
+    "wan_dmd2": "wan",
 }
 # Of families told classes, whose size is the network's own.
 CLASSES = {"pixel": 10, "dit": 1000}
