@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepdistill.errors import UserError
 from stepdistill.prediction import Prediction
 from stepdistill.schedule import Schedule, expand
 
@@ -152,6 +153,10 @@ def guided(
     """
     if not isinstance(scale, Tensor) and scale == 1:
         return denoiser(x_t, t, cond)
+    if uncond is None and cond is not None:
+        raise UserError(
+            "this model has no condition that stands for none, so it cannot be guided; set the scale to 1."
+        )
     if isinstance(scale, Tensor):
         scale = expand(scale, x_t)
     halves = torch.cat((x_t, x_t)), torch.cat((t, t)), map_cond(lambda u, c: torch.cat((u, c)), uncond, cond)

@@ -126,7 +126,9 @@ class Sampler:
         self.kind: str = card.kind
         self.steps: tuple[int, ...] | None = card.sampling.steps or None
         self.default_steps: int = min(self.steps) if self.steps else DEFAULT_TEACHER_STEPS
-        self.guidance_free: bool = card.sampling.guidance == "none" or family.conditions == "none"
+        self.guidance_free: bool = (
+            card.sampling.guidance == "none" or family.conditions == "none" or not family.guidable
+        )
         self.default_guidance: float = 1.0 if self.guidance_free else card.sampling.scale
         self.resolution: tuple[int, int] = family.resolution
         self.conditions: str = family.conditions

@@ -28,6 +28,7 @@ class Family:
             (2,) of points. Of any length; nothing but the family reads a meaning into it.
         resolution: (H, W) of images in pixels.
         conditions: "prompt", "class" or "none"; class_names when known.
+        guidable: there is a condition that stands for none (`uncond`), without which there is no guidance.
         pipeline: the diffusers pipeline behind it, None for the toy.
         init_noises: the first states its pipeline can start from, of `sampling.InitNoise`.
         exportable: whether a student can become a pipeline directory (`export`).
@@ -50,6 +51,7 @@ class Family:
     resolution: tuple[int, int]
     conditions: str
     class_names: tuple[str, ...] | None = None
+    guidable: bool = True
     pipeline: Any = None
     init_noises: tuple[str, ...] = ("unit",)
     # x0 is the output of an encoder, worth computing once per data set.
@@ -146,7 +148,7 @@ class Family:
         return self.encode(prompts)
 
     def uncond(self, count: int) -> Cond:
-        """The condition that stands for none."""
+        """The condition that stands for none; None where there is none such."""
         raise NotImplementedError
 
     def encode_images(self, images: Tensor) -> Tensor:

@@ -273,7 +273,7 @@ class Latent(TextParts):
 
     def latents_of(self, encoded: Any) -> Tensor:
         """The mean, not a draw: a sample's latent must not depend on when it was encoded."""
-        return encoded.latent_dist.mean
+        return encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latents
 
     def normalised(self, z: Tensor) -> Tensor:
         """The VAE's latents as x0, of about unit variance."""

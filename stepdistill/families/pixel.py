@@ -19,12 +19,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stepdistill.card import Card
+from stepdistill.config import build
 from stepdistill.denoiser import Cond, Denoiser
 from stepdistill.errors import UserError, first_line
 from stepdistill.families.base import Family
 from stepdistill.families.faces import BEHIND_MIDDLE, Face, sinusoids, unet_blocks, zero_linear
+from stepdistill.families.labels import labels_of
 from stepdistill.families.reading import read_pipeline
 from stepdistill.families.schedulers import few_step_scheduler, of_kind, schedule_of
+from stepdistill.families.unets import check_unet, drop_variance
 from stepdistill.schedule import EDM, expand
 from stepdistill.untrusted import LOADING
 
@@ -33,7 +36,7 @@ END = "end.safetensors"
 
 
 class PixelUNet(Face):
-    """The face of a UNet2DModel; cond is class indices (B,) int64, the last one meaning "no class", or None.
+    """The face of a UNet2DModel; cond is class indices (B,) int64, of which the last may mean "no class", or None.
 
     With `sigma_data` the network is preconditioned as `CMStochasticIterativeScheduler` does it (Song et al.
     2023, App. C): x0 = c_skip x_t + c_out unet(c_in x_t, 250 log sigma), and x0 = x_t at sigma_min exactly.
@@ -99,17 +102,23 @@ class Pixel(Family):
         # Pipeline directory or hub id.
         teacher: str = ""
         # Only for student.init=random: the UNet2DModel's configuration; num_class_embeds counts the classes,
-        # without the extra "no class" entry, which is added.
+        # without the extra "no class" entry, which is added where null_class says so.
         unet: dict[str, Any] = field(default_factory=dict)
         # The same beside a teacher: a smaller student.
         student_unet: dict[str, Any] = field(default_factory=dict)
         class_names: tuple[str, ...] = ()
+        # The last of a class-conditional network's embeddings means "no class"; without one there is no guidance.
+        null_class: bool = True
 
     def __init__(self, config: Pixel.Config):
-        self.config, self.metrics = config, {}
+        self.config, self.metrics, self.null_class = config, {}, config.null_class
         if config.unet:
             self.teacher, self.schedule, self.kind, self.pipeline = None, EDM(), "x0", None
-            self._describe(config.unet.get("sample_size", 32), config.unet.get("num_class_embeds"))
+            self._describe(
+                config.unet.get("sample_size", 32),
+                config.unet.get("num_class_embeds"),
+                config.unet.get("in_channels", 3),
+            )
         elif config.teacher:
             self._set_pipeline(read_pipeline(Path(config.teacher), type(self)))
         else:
@@ -122,7 +131,7 @@ class Pixel(Family):
     def from_directory(
         cls, path: Path, settings: Mapping[str, Any] | None = None, dtype: torch.dtype = torch.float32
     ) -> Pixel:
-        family = cls(cls.Config(teacher=str(path)))
+        family = cls(build(cls.Config, dict(settings or {}) | {"teacher": str(path)}, "family"))
         if (path / END).is_file():
             family.teacher.network.add_end()
             try:
@@ -132,7 +141,17 @@ class Pixel(Family):
             family.teacher.requires_grad_(False)
         return family
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"null_class": self.null_class} if self.classes else {}
+
+    @property
+    def guidable(self) -> bool:
+        return not self.classes or self.null_class
+
     def _set_pipeline(self, pipeline: Any) -> None:
+        check_unet(pipeline.unet, Path(self.config.teacher), (3, 1), {"num_class_embeds": ...})
+        drop_variance(pipeline)
         self.pipeline, scheduler, unet = pipeline, pipeline.scheduler, pipeline.unet
         if type(scheduler).__name__ == "CMStochasticIterativeScheduler":
             config = scheduler.config
@@ -144,12 +163,20 @@ class Pixel(Family):
             self.schedule, self.kind = schedule_of(scheduler)
             network = PixelUNet(unet)
         self.teacher = Denoiser(network, self.kind, self.schedule).eval().requires_grad_(False)
-        embeds = unet.config.num_class_embeds
-        self._describe(unet.config.sample_size, embeds - 1 if embeds else None)
+        embeds, names = unet.config.num_class_embeds, self.config.class_names
+        if embeds and len(names) == embeds:
+            self.null_class = False
+        classes = embeds - self.null_class if embeds else None
+        self._describe(unet.config.sample_size, classes, unet.config.in_channels)
 
-    def _describe(self, size: int | Sequence[int], classes: int | None) -> None:
+    def _describe(self, size: int | Sequence[int] | None, classes: int | None, channels: int) -> None:
+        if size is None:
+            raise UserError(
+                f"{self.config.teacher}: sample_size in unet/config.json is null; give it the side of the network's"
+                " images in pixels."
+            )
         self.resolution = (size, size) if isinstance(size, int) else tuple(size)
-        self.shape = (3, *self.resolution)
+        self.shape = (channels, *self.resolution)
         self.classes = classes
         self.conditions = "class" if classes else "none"
         self.class_names = tuple(str(i) for i in range(classes)) if classes else None
@@ -164,7 +191,7 @@ class Pixel(Family):
                 " or family.student_unet beside a teacher."
             )
         if self.classes:
-            settings["num_class_embeds"] = self.classes + 1
+            settings["num_class_embeds"] = self.classes + self.null_class
         try:
             unet = UNet2DModel.from_config(settings)
         except (ValueError, TypeError, IndexError) as error:
@@ -177,21 +204,27 @@ class Pixel(Family):
     def encode(self, prompts: Sequence[int]) -> Cond:
         if self.conditions == "none":
             return None
-        labels = torch.as_tensor([int(label) for label in prompts])
-        if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < self.classes):
-            raise UserError(
-                f"class labels must be between 0 and {self.classes - 1}, got {int(labels.min())}..{int(labels.max())}."
+        others = (
+            ""
+            if not self.guidable
+            else (
+                f"; the last of {self.classes + 1} embeddings is taken to mean no class, and is one itself with"
+                " family.null_class=false"
             )
-        return labels
+        )
+        return labels_of(prompts, self.classes, others)
 
     def uncond(self, count: int) -> Cond:
-        return torch.full((count,), self.classes) if self.classes else None
+        return torch.full((count,), self.classes) if self.classes and self.guidable else None
 
     def encode_images(self, images: Tensor) -> Tensor:
-        return images.float() / 127.5 - 1
+        pixels = images.float() / 127.5 - 1
+        # Grey as ITU-R BT.601 weighs it, and Pillow does.
+        weights = torch.tensor([0.299, 0.587, 0.114], device=pixels.device)[:, None, None]
+        return (pixels * weights).sum(1, keepdim=True) if self.shape[0] == 1 else pixels
 
     def decode(self, x0: Tensor) -> Tensor:
-        return x0 / 2 + 0.5
+        return (x0 / 2 + 0.5).expand(-1, 3, -1, -1)
 
     def export(self, student: Denoiser, directory: Path, card: Card) -> None:
         from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, DDPMPipeline

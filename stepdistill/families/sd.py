@@ -19,6 +19,7 @@ from stepdistill.families.faces import UNetFace
 from stepdistill.families.latent import Latent, LatentConfig
 from stepdistill.families.reading import CLIP_TOKENIZERS, is_hub_id
 from stepdistill.families.schedulers import schedule_of
+from stepdistill.families.unets import check_unet, drop_variance
 from stepdistill.untrusted import LOADING, check_directory
 
 # Of the files a component without a pipeline is read from.
@@ -39,7 +40,7 @@ class SD(Latent):
         "requires_safety_checker": False,
     }
     components: ClassVar = {
-        "vae": ("diffusers.AutoencoderKL",),
+        "vae": ("diffusers.AutoencoderKL", "diffusers.AutoencoderTiny"),
         "text_encoder": ("transformers.CLIPTextModel",),
         "tokenizer": CLIP_TOKENIZERS,
         "unet": ("diffusers.UNet2DConditionModel",),
@@ -73,6 +74,11 @@ class SD(Latent):
         size = self.config.unet.get("sample_size", 8)
         self.resolution = (size * self.stride,) * 2
         self.shape = (self.config.unet.get("in_channels", 4), size, size)
+
+    def set_pipeline(self, pipeline: Any) -> None:
+        check_unet(pipeline.unet, self.path, [pipeline.vae.config.latent_channels], {})
+        drop_variance(pipeline)
+        super().set_pipeline(pipeline)
 
     def part(self, name: str) -> Any:
         return getattr(self.pipeline, name) if self.pipeline is not None else self._parts[name]

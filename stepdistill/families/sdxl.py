@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from stepdistill.denoiser import Cond
+from stepdistill.errors import UserError
 from stepdistill.families.faces import UNetFace
 from stepdistill.families.latent import Latent
 from stepdistill.families.reading import CLIP_TOKENIZERS
+from stepdistill.families.unets import check_unet, drop_variance
 
 
 class SDXLUNet(UNetFace):
@@ -44,6 +46,20 @@ class SDXL(Latent):
         "unet": ("diffusers.UNet2DConditionModel",),
         "scheduler": ("diffusers.*Scheduler",),
     }
+
+    def set_pipeline(self, pipeline: Any) -> None:
+        told = {"addition_embed_type": "text_time"}
+        check_unet(pipeline.unet, self.path, [pipeline.vae.config.latent_channels], told)
+        config, pooled = pipeline.unet.config, pipeline.text_encoder_2.config.projection_dim
+        # Six numbers of sizes beside the pooled text, of which a refiner takes five.
+        if config.projection_class_embeddings_input_dim != 6 * config.addition_time_embed_dim + pooled:
+            raise UserError(
+                f"{self.path}: projection_class_embeddings_input_dim={config.projection_class_embeddings_input_dim} in"
+                f" unet/config.json is not 6 x {config.addition_time_embed_dim} + {pooled}: this UNet is told other"
+                " sizes than an image's own, as a refiner is; choose a base model."
+            )
+        drop_variance(pipeline)
+        super().set_pipeline(pipeline)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Cond:

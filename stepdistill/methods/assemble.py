@@ -36,6 +36,7 @@ def assemble(
         UserError: the family has no such student or teacher, or cannot checkpoint its gradients.
     """
     _refuse_untold(method, family)
+    _refuse_guidance(method, family)
     student = new_student(method, family, init, lora)
     _refuse_undefined(method, family, student)
     if before is not None:
@@ -132,6 +133,16 @@ def _refuse_untold(method: Method, family: Family) -> None:
             " unet/config.json), which a teacher is not; give the many-step model it was made from, and this one as"
             " student.init if it is to be trained on."
         )
+
+
+def _refuse_guidance(method: Method, family: Family) -> None:
+    scales = {name: value for name, value in vars(method.config).items() if name.endswith("guidance_scale")}
+    for name, value in scales.items():
+        if not family.guidable and value != 1:
+            raise UserError(
+                f"method.{name}={value:g}: the teacher has no class that means none (family.null_class=false), so it"
+                f" cannot be guided; set method.{name}=1."
+            )
 
 
 def _refuse_undefined(method: Method, family: Family, student: Denoiser) -> None:

@@ -90,7 +90,7 @@ class Batch:
         """`cond` with `uncond` in its place for that share of the samples, drawn at random; what guidance
         needs a network to have learnt (Ho & Salimans 2022).
         """
-        if not share or self.cond is None:
+        if not share or self.uncond is None:
             return self.cond
         drop = self.generator.rand()[:, None] < share
         return map_cond(
