@@ -61,9 +61,9 @@ class Denoiser(nn.Module):
         ours, native = in_schedule or self.schedule, self.native
         x_native, t_native = x_t, t
         if ours is not native:
-            t_native = native.t_of_rho(ours.rho(t))
+            t_native = native.time_of(ours, t)
             if "end" in extras:
-                extras = extras | {"end": native.t_of_rho(ours.rho(extras["end"]))}
+                extras = extras | {"end": native.time_of(ours, extras["end"])}
             # Same ratio, and stable as alpha goes to 0: both norms are taken of (alpha, sigma).
             norm = torch.hypot(native.alpha(t_native), native.sigma(t_native)) / torch.hypot(
                 ours.alpha(t), ours.sigma(t)

@@ -20,7 +20,6 @@ from stepdistill.card import Card
 from stepdistill.denoiser import Cond, Denoiser, guided, map_cond, parameter_count
 from stepdistill.errors import UserError
 from stepdistill.prediction import Prediction
-from stepdistill.sampling import MANY_STEPS
 from stepdistill.tracing import Traced
 
 if TYPE_CHECKING:
@@ -274,18 +273,23 @@ class Sampler:
                 return guided(self.denoiser, x_t, t, c, uncond, drawer.guidance)
 
         clock = self._lap(timings, "text", clock)
-        generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-
-        def noise(_: int) -> Tensor:
-            draws = [torch.randn(family.shape, generator=generator) for generator in generators]
-            return torch.stack(draws).to(self.device, self.dtype)
-
+        noise = self.noise(seeds)
         x_t = sampling.first_input(schedule, noise(0), times[0])
         x0 = sampling.sample(
             predict, x_t, times, noise, cond, t_min=schedule.t_min, on_step=on_step, **inputs
         )
         self._lap(timings, "denoise", clock)
         return x0
+
+    def noise(self, seeds: Sequence[int]) -> Callable[[int], Tensor]:
+        """Draws of unit noise (N, *shape), one after another, each sample's from a generator of its own."""
+        generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+
+        def draw(_: int) -> Tensor:
+            draws = [torch.randn(self.family_.shape, generator=generator) for generator in generators]
+            return torch.stack(draws).to(self.device, self.dtype)
+
+        return draw
 
     def _moved(self, cond: Cond) -> Cond:
         """On our device, in its own precision: a network casts what it may (a size of 1023 pixels is none in half)."""
@@ -302,7 +306,7 @@ class Sampler:
 def teacher_card(family: Family, scale: float | None = None) -> Card:
     """The card of a many-step model that came without one; `scale` in place of the family's default guidance."""
     scale = family.default_guidance if scale is None else scale
-    return Card(family=family.name, sampling=replace(MANY_STEPS, scale=scale))
+    return Card(family=family.name, sampling=replace(family.many_steps, scale=scale))
 
 
 def refuse_lengths(prompts: Sequence, seeds: Sequence[int]) -> None:

@@ -136,7 +136,7 @@ def beyond_stock(family: Family, card: Card) -> str:
     if card.sampling.rule == "flowmap":
         return "No diffusers scheduler tells the network the time its jump ends at, as this student must be told."
     if card.sampling.rule != "tcd":
-        return ""
+        return family.beyond_stock(card.sampling)
     if not family.schedule.discrete:
         return "TCDScheduler steps along a DDPM table only, and this student's noise levels are not from one."
     if family.conditions != "prompt" and max(card.sampling.steps) > 1 and card.sampling.eta != 0.3:
@@ -146,20 +146,33 @@ def beyond_stock(family: Family, card: Card) -> str:
 
 def _stock_call(family: Family, card: Card) -> list[str]:
     """The lines of the card that draw an image where this package is not installed."""
+    sampling = card.sampling
+    steps = min(sampling.steps, default=DEFAULT_TEACHER_STEPS)
+    settings, called = family.stock_steps(sampling, steps)
     told: dict[str, Any] = {"prompt": {"prompt": "PROMPT"}, "class": {"class_labels": [0]}}.get(
         family.conditions, {}
     )
-    told |= {"num_inference_steps": min(card.sampling.steps, default=DEFAULT_TEACHER_STEPS)}
-    told |= family.stock_call(1.0 if card.sampling.guidance == "none" else card.sampling.scale)
-    if family.conditions == "prompt" and card.sampling.rule == "tcd":
-        told["eta"] = card.sampling.eta
-    call = f"pipeline({', '.join(f'{name}={_literal(value)}' for name, value in told.items())})"
-    return [
+    told |= {"num_inference_steps": steps} | called | family.stock_sampling(sampling, sampling.scale)
+    if family.conditions == "prompt" and sampling.rule == "tcd":
+        told["eta"] = sampling.eta
+    loaded = ", ".join(['"PATH_TO_THIS_DIRECTORY"', *_arguments(family.stock_load())])
+    lines = [
         "import torch",
         "from diffusers import DiffusionPipeline",
         "",
-        'pipeline = DiffusionPipeline.from_pretrained("PATH_TO_THIS_DIRECTORY")',
-        f"image = {call}.images[0]",
+        f"pipeline = DiffusionPipeline.from_pretrained({loaded})",
+    ]
+    if settings:
+        made = ", ".join(["pipeline.scheduler.config", *_arguments(settings)])
+        lines.append(f"pipeline.scheduler = pipeline.scheduler.from_config({made})")
+    drawn = {"images": "image", "frames": "video"}[family.output]
+    return [*lines, f"{drawn} = pipeline({', '.join(_arguments(told))}).{family.output}[0]"]
+
+
+def _arguments(named: dict[str, Any]) -> list[str]:
+    """name=value, with double quotes, as Python's formatters write strings."""
+    return [
+        f"{name}={json.dumps(value) if isinstance(value, str) else value!r}" for name, value in named.items()
     ]
 
 

@@ -86,6 +86,12 @@ class Schedule:
         alpha, sigma = self.alpha(t).clamp(min=1 / RHO_LIMIT), self.sigma(t).clamp(min=1 / RHO_LIMIT)
         return self.d_sigma(t) / sigma - self.d_alpha(t) / alpha
 
+    def time_of(self, other: Schedule, t: Tensor) -> Tensor:
+        """The time at which sigma / alpha is what `other` has at its time t; noise alone is noise alone, where a process
+        has such a time.
+        """
+        return self.t_of_rho(other.rho(t))
+
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t = alpha(t) x0 + sigma(t) eps. x0, eps: (B, ...), t: (B,)."""
         return expand(self.alpha(t), x0) * x0 + expand(self.sigma(t), x0) * eps

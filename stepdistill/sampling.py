@@ -118,7 +118,9 @@ class Sampling:
             return (
                 schedule.few_step_ode_grid(steps, self.points) if self.steps else schedule.teacher_grid(steps)
             )
-        grid = schedule.few_step_grid(steps, self.points, self.first_rho)
+        # A model of any number of steps has no finer grid.
+        finest = self.points if self.steps else steps
+        grid = schedule.few_step_grid(steps, finest, self.first_rho)
         return (grid[0], self.middle_time) if steps == 2 and self.middle_time and schedule.angular else grid
 
     def first_input(self, schedule: Schedule, z: Tensor, t: float) -> Tensor:

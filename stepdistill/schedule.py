@@ -83,6 +83,10 @@ class Flow(Schedule):
         rho = as_time(rho)
         return (rho / (1 + rho)).clamp(self.t_min, self.t_max)
 
+    def time_of(self, other: Schedule, t: Tensor) -> Tensor:
+        alpha, sigma = other.alpha(t), other.sigma(t)
+        return (sigma / (alpha + sigma)).clamp(self.t_min, self.t_max)
+
     def few_step_grid(self, steps: int, finest: int = 0, first_rho: float = 0.0) -> tuple[float, ...]:
         """Even in the time before the shift, which is a factor of rho = t / (1 - t)."""
         shift = self.shift_at(at_least(steps, finest))
@@ -136,6 +140,9 @@ class TrigFlow(Schedule):
 
     def t_of_rho(self, rho: Tensor) -> Tensor:
         return torch.atan(as_time(rho) / self.sigma_data).clamp(self.t_min, self.t_max)
+
+    def time_of(self, other: Schedule, t: Tensor) -> Tensor:
+        return torch.atan2(other.sigma(t) / self.sigma_data, other.alpha(t)).clamp(self.t_min, self.t_max)
 
 
 class VP(Schedule):

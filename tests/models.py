@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,10 @@ SEEDS = [5, 6]
 STEPS = 4
 # Where a pipeline's own size is large, or prompts are padded to many tokens.
 SETTINGS = {
+    "sd3": {"max_tokens": 16},
+    "sana": {"max_tokens": 16, "instruction": False},
+    "sana_sprint": {"max_tokens": 16, "instruction": False},
+    "wan": {"resolution": [32], "frames": 5, "max_tokens": 16},
     "flux": {"resolution": [32], "max_tokens": 16},
     "chroma": {"resolution": [32], "max_tokens": 16},
     "flux2": {"resolution": [32], "max_tokens": 48},
@@ -37,6 +42,8 @@ SETTINGS = {
     # The pipeline's own words are 200 letters.
     "qwen_image": {"resolution": [32], "max_tokens": 256},
 }
+# What stock pipelines are told for an exact comparison: Sprint's own first angle, 1.57080, is beyond a quarter turn.
+CALLS: dict[str, dict[str, Any]] = {"sana_sprint": {"max_timesteps": math.pi / 2}}
 # Pipelines that draw squares alone.
 SQUARE = {"dit"}
 # Conditions of two images.
@@ -47,14 +54,14 @@ METHODS: dict[str, dict[str, Any]] = {"add": {"gan": "non_saturating"}, "reward"
 
 @dataclass
 class Pictures:
-    """A data source of noise for pictures, with captions and classes."""
+    """A data source of noise for pictures (H, W) or videos (F, H, W), with captions and classes."""
 
-    side: tuple[int, int]
+    size: tuple[int, ...]
     captions: tuple[str, ...] = ("a red circle", "a small blue square")
     labels: tuple[int, ...] = tuple(TOLD["class"])
 
     def images(self, indices: Any) -> np.ndarray:
-        return np.random.default_rng(0).integers(0, 256, (len(indices), *self.side, 3), np.uint8)
+        return np.random.default_rng(0).integers(0, 256, (len(indices), *self.size, 3), np.uint8)
 
 
 def family_of(variant: str, dtype: torch.dtype = torch.float32, **settings: Any) -> Family:
@@ -75,26 +82,36 @@ def drawn_by_both(family: Family, directory: Path, guidance: float) -> tuple[Ten
     """Two images in [0, 1] of a teacher's directory: by our sampler, and by its stock pipeline with DDIM, of which the
     process is the teacher's whatever its own solver.
     """
-    stock = DiffusionPipeline.from_pretrained(directory)
+    stock = DiffusionPipeline.from_pretrained(directory, **family.stock_load())
     stock.set_progress_bar_config(disable=True)
     if hasattr(stock.scheduler, "alphas_cumprod"):
         stock.scheduler = DDIMScheduler.from_config(
             stock.scheduler.config, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True
         )
     generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
-    call = asked_for(family) | family.stock_call(guidance) | {"output_type": "pt"}
-    theirs = stock(num_inference_steps=STEPS, generator=generators, **call).images
-    draw = Sampler(family, family.teacher, directory).at(STEPS, guidance, chunk=2)
+    sampler = Sampler(family, family.teacher, directory)
+    _, call = family.stock_steps(sampler.sampling, STEPS)
+    call |= family.stock_sampling(sampler.sampling, guidance) | CALLS.get(family.name, {}) | asked_for(family)
+    theirs = stock(generator=generators, num_inference_steps=STEPS, output_type="pt", **call)[family.output]
     with torch.no_grad():
-        ours = family.decode(draw.x0(TOLD[family.conditions], SEEDS)).clamp(0, 1)
+        x0 = sampler.at(STEPS, guidance, chunk=2).x0(TOLD[family.conditions], SEEDS)
+        ours = everything(family, x0)
     return ours, theirs
 
 
+def everything(family: Family, x0: Tensor) -> Tensor:
+    """Images in [0, 1] (N, 3, H, W), or of a video, of which its image is one frame, all (N, F, 3, H, W)."""
+    return (family.frames if family.output == "frames" else family.decode)(x0).clamp(0, 1)
+
+
 def wide(variant: str) -> Family:
-    """The family at images half as wide again as high, where its pipeline takes such."""
+    """The family at images at least half as wide again as high, where its pipeline takes such."""
     family = family_of(variant)
+    if family.name in SQUARE:
+        return family
     height = family.resolution[0]
-    return family if family.name in SQUARE else family_of(variant, resolution=[height, height * 3 // 2])
+    width = -(-height * 3 // 2 // family.sides) * family.sides
+    return family_of(variant, resolution=[height, width])
 
 
 def model_world(family: Family, name: str, lora: LoraConfig = NO_LORA, **settings: Any) -> World:
@@ -112,7 +129,8 @@ def model_world(family: Family, name: str, lora: LoraConfig = NO_LORA, **setting
     for key, module in nets.modules.items():
         if key.rpartition("/")[2] in ("student", "fake_score") or key.startswith("path_"):
             worlds.stir(module)
-    return World(made, family, nets, nets.student, Pictures(family.resolution))
+    frames = (family.config.frames,) if family.output == "frames" else ()
+    return World(made, family, nets, nets.student, Pictures((*frames, *family.resolution)))
 
 
 def step_of_each_phase(made: World, steps: int = 6) -> dict[tuple[str, ...], dict[str, float]]:

@@ -89,10 +89,12 @@ def stock_states(scheduler: Any, outputs: Sequence[Tensor], start: Tensor) -> Te
 
 PROMPT = "a small red circle above a large blue square on a yellow background"
 
-# A process that cannot import this project and draws with stock pipelines: each line it reads is directory, call and
-# output path, each line it writes that path and "" or a traceback.
+# A process that cannot import this project and draws with stock pipelines. Each line it reads is a request, in which
+#   directory, load: name the pipeline and what from_pretrained is told beside; the last one loaded is kept,
+#   settings: of its scheduler are changed, call: is how it draws, seeds: one for each sample, out: where to,
+# or code: is run and leaves a name `image` or `video`. Each line it writes is that path and "" or a traceback.
 STOCK = """
-import json, sys, traceback
+import importlib, json, os, sys, traceback
 class Forbid:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in ("stepdistill", "training", "evaluation", "app"):
@@ -101,14 +103,42 @@ sys.meta_path.insert(0, Forbid())
 replies, sys.stdout = sys.stdout, sys.stderr
 import numpy as np, torch
 from diffusers import DiffusionPipeline
-for line in sys.stdin:
-    try:
-        directory, call, out = json.loads(line)
-        pipeline = DiffusionPipeline.from_pretrained(directory)
+drawn = []
+def remembering(draw):
+    def randn_tensor(*args, generator=None, **kwargs):
+        noise = draw(*args, generator=generator, **kwargs)
+        if generator is None:
+            drawn.append(noise.float().numpy())
+        return noise
+    return randn_tensor
+for name in ("lcm", "tcd", "scm", "flow_match_lcm"):
+    module = importlib.import_module("diffusers.schedulers.scheduling_" + name)
+    module.randn_tensor = remembering(module.randn_tensor)
+held, pipeline, scheduler = None, None, None
+def draw(directory, load, settings, call, seeds):
+    global held, pipeline, scheduler
+    # A later test may be given the path of one that has ended.
+    asked = directory, os.stat(directory).st_mtime_ns
+    if held != asked:
+        pipeline = DiffusionPipeline.from_pretrained(directory, **load)
         pipeline.set_progress_bar_config(disable=True)
-        generators = [torch.Generator().manual_seed(seed) for seed in call.pop("seeds")]
-        np.save(out, pipeline(generator=generators, output_type="np", **call).images)
-        failed = ""
+        held, scheduler = asked, pipeline.scheduler
+    pipeline.scheduler = scheduler.from_config(scheduler.config, **settings)
+    generator = [torch.Generator().manual_seed(seed) for seed in seeds]
+    output = pipeline(generator=generator, output_type="np", **call)
+    return output.frames if hasattr(output, "frames") else output.images
+for line in sys.stdin:
+    request = json.loads(line)
+    out, failed = request.pop("out"), ""
+    drawn.clear()
+    try:
+        if "code" in request:
+            scope = {}
+            exec(request["code"], scope)
+            images = np.asarray(scope["image"] if "image" in scope else scope["video"])
+        else:
+            images = draw(**request)
+        np.savez(out, images=images, **{str(i): noise for i, noise in enumerate(drawn)})
     except Exception:
         failed = traceback.format_exc()
     print(json.dumps([out, failed]), file=replies, flush=True)
@@ -122,16 +152,42 @@ def stock_process() -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", STOCK], cwd=tempfile.gettempdir(), **pipes)
 
 
-def stock_images(directory: Path, tmp_path: Path, **call: Any) -> np.ndarray:
-    """float images (N, H, W, 3) of a stock pipeline in a process that cannot import this project."""
-    out, process = tmp_path / "stock.npy", stock_process()
-    print(json.dumps([str(directory), call, str(out)]), file=process.stdin, flush=True)
+class StockError(Exception):
+    """What a stock pipeline raised, as a traceback."""
+
+
+def ask_stock(tmp_path: Path, **request: Any) -> tuple[np.ndarray, list[Tensor]]:
+    """(images, what its scheduler drew of the global generator) of one request to `STOCK`.
+
+    Raises:
+        StockError: the pipeline raised.
+    """
+    out, process = tmp_path / "stock.npz", stock_process()
+    print(json.dumps(request | {"out": str(out)}), file=process.stdin, flush=True)
     answered = None
     # A test that was stopped while it waited leaves its answer behind.
     while answered != str(out):
         answered, failed = json.loads(process.stdout.readline())
-    assert not failed, failed
-    return np.load(out)
+    if failed:
+        raise StockError(failed)
+    with np.load(out) as saved:
+        return saved["images"], [torch.from_numpy(saved[str(i)]) for i in range(len(saved.files) - 1)]
+
+
+def stock_images(directory: Path, tmp_path: Path, seeds: Sequence[int], **call: Any) -> np.ndarray:
+    """float images (N, H, W, 3) of a stock pipeline in a process that cannot import this project."""
+    return ask_stock(tmp_path, directory=str(directory), load={}, settings={}, call=call, seeds=list(seeds))[
+        0
+    ]
+
+
+def card_code(directory: Path, tmp_path: Path) -> np.ndarray:
+    """What the code of a directory's model card draws as it stands, where this project cannot be imported: uint8 (H, W, 3),
+    or float frames (F, H, W, 3).
+    """
+    code = (directory / "README.md").read_text().split("```python")[1].split("```")[0]
+    code = code.replace("PATH_TO_THIS_DIRECTORY", str(directory)).replace("PROMPT", PROMPT)
+    return ask_stock(tmp_path, code=code)[0]
 
 
 def student_of(

@@ -174,3 +174,12 @@ def test_a_few_step_flow_student_is_called_at_the_times_its_stock_scheduler_list
     even = {"sigmas": [1 - i / steps for i in range(steps)]} if passes_sigmas else {}
     scheduler.set_timesteps(num_inference_steps=steps, **even)
     assert scheduler.sigmas[:-1].tolist() == pytest.approx(sampling.grid(schedule, steps), abs=1e-6)
+
+
+@pytest.mark.parametrize("ours", [Flow(), TrigFlow(), TrigFlow(0.5)], ids=["flow", "trig", "trig half"])
+@pytest.mark.parametrize("theirs", [Flow(), TrigFlow(), TrigFlow(0.5)], ids=["flow", "trig", "trig half"])
+def test_noise_alone_is_noise_alone_in_another_process(ours, theirs):
+    """Where sigma / alpha has no number; between, the ratio is the same."""
+    assert ours.time_of(theirs, f64(theirs.t_max)).item() == pytest.approx(ours.t_max, abs=1e-12)
+    t = f64(0.0, 0.1, 0.5, 0.9) * theirs.t_max
+    torch.testing.assert_close(ours.rho(ours.time_of(theirs, t)), theirs.rho(t))

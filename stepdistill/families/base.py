@@ -14,6 +14,7 @@ from stepdistill.card import Card
 from stepdistill.denoiser import Cond, Denoiser, parameter_count
 from stepdistill.errors import UserError
 from stepdistill.families.faces import cast
+from stepdistill.sampling import MANY_STEPS, Sampling
 
 if TYPE_CHECKING:
     from stepdistill.lora import LoRA
@@ -34,6 +35,8 @@ class Family:
         exportable: whether a student can become a pipeline directory (`export`).
         own_data: it draws x0 and classes itself (`examples`, `prompts`); a data source gives indices only.
         preview_count: x0 that make one picture of a preview, drawn at once; None = one picture for each.
+        many_steps: how its pipelines are sampled that come without a card.
+        output: what its pipeline calls the images it returns.
     """
 
     name: ClassVar[str] = ""
@@ -65,6 +68,8 @@ class Family:
     preview_count: int | None = None
     # The commit at which the teacher was fetched from a hub.
     revision: str = ""
+    many_steps: ClassVar[Sampling] = MANY_STEPS
+    output: ClassVar[str] = "images"
 
     @classmethod
     def from_directory(
@@ -120,12 +125,14 @@ class Family:
     def _saved(self, init: str) -> Denoiser:
         """A saved student, along this family's noise process: that of its directory may be its first part."""
         student = type(self).from_directory(Path(init), self.settings).teacher.clone()
-        if not student.native.agrees(self.schedule):
+        if not student.schedule.agrees(self.schedule):
             raise UserError(
                 f"student.init={init}: its scheduler's noise process is another than family.teacher's; start from a"
                 " student of this teacher."
             )
-        student.native = student.schedule = self.schedule
+        if student.native is student.schedule:
+            student.native = self.schedule
+        student.schedule = self.schedule
         return student
 
     def prompts(self, source: Any, indices: Sequence[int]) -> list:
@@ -157,7 +164,7 @@ class Family:
 
     def examples(self, source: Any, indices: Sequence[int]) -> Tensor:
         """x0 of the images `indices` of a data source."""
-        return self.encode_images(torch.from_numpy(source.images(indices)).permute(0, 3, 1, 2))
+        return self.encode_images(torch.from_numpy(source.images(indices)).movedim(-1, -3))
 
     def latent_key(self) -> str:
         """Names everything that `encode_images` depends on besides the images, for caches of x0."""
@@ -185,12 +192,6 @@ class Family:
         with torch.no_grad():
             images = self.decode(x0).clamp(0, 1).mul(255).round().to(torch.uint8).cpu()
         return torch.cat(list(images), 2).permute(1, 2, 0).numpy()
-
-    def stock_call(self, guidance_scale: float) -> dict[str, Any]:
-        """Arguments by which the stock pipeline draws at this family's resolution and guidance, 1 = off, besides prompts,
-        steps and generators.
-        """
-        return {}
 
     def from_stock_noise(self, noise: Tensor) -> Tensor:
         """What a stock pipeline draws between two steps, in its own layout -> (B, *shape)."""
@@ -227,3 +228,31 @@ class Family:
             UserError: there is no pipeline to export to.
         """
         raise UserError(f"the family {self.name!r} has no pipeline to export to.")
+
+    # ------------------------------------------------------------------------- how a stock pipeline draws, for the card
+
+    def stock_load(self) -> dict[str, Any]:
+        """What `from_pretrained` must be told beside the directory."""
+        return {}
+
+    def stock_call(self, guidance_scale: float) -> dict[str, Any]:
+        """Arguments by which the stock pipeline draws at this family's resolution and guidance, 1 = off, besides prompts,
+        steps and generators.
+        """
+        return {}
+
+    def stock_sampling(self, sampling: Sampling, guidance_scale: float) -> dict[str, Any]:
+        """The same for what is sampled as `sampling` says, which may have its guidance told or distilled."""
+        told = self.stock_call(guidance_scale if sampling.guidance == "cfg" else 1.0)
+        # All pipelines call the scale so that a network is told.
+        return told | ({"guidance_scale": guidance_scale} if sampling.guidance == "input" else {})
+
+    def stock_steps(self, sampling: Sampling, steps: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(settings, arguments): what the scheduler must be made with otherwise than it left for a student of so many
+        steps, and the call's arguments beside `num_inference_steps`.
+        """
+        return {}, {}
+
+    def beyond_stock(self, sampling: Sampling) -> str:
+        """One sentence on why the stock pipeline of this family draws no student sampled so, "" where it does."""
+        return ""

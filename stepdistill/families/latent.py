@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from stepdistill import assets
-from stepdistill.card import Card
 from stepdistill.config import build
 from stepdistill.denoiser import Cond, Denoiser, map_cond, parameter_count
 from stepdistill.errors import UserError
-from stepdistill.families.encoders import TextParts, described
-from stepdistill.families.faces import Face, UNetFace
+from stepdistill.families.encoders import described
+from stepdistill.families.faces import UNetFace
+from stepdistill.families.leaving import Leaving
 from stepdistill.families.reading import commit_of, read_pipeline
-from stepdistill.families.schedulers import few_step_scheduler, of_kind, schedule_of
-from stepdistill.sampling import Sampling
+from stepdistill.families.schedulers import schedule_of
 from stepdistill.schedule import Schedule
-
-if TYPE_CHECKING:
-    from stepdistill.lora import LoRA
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -56,27 +51,23 @@ class LatentConfig:
             )
 
 
-class Latent(TextParts):
+class Latent(Leaving):
     """A stock pipeline with a VAE. A family of this kind says what its network is told (`face`), how prompts become
     conditions (`encode`), and what of the defaults below does not hold for it.
 
     Attributes:
-        face: of the denoiser. unused: components not loaded, and what from_pretrained is told in their place.
-        passes_sigmas: the pipeline gives its flow scheduler even times of its own, so a scheduler's shift says all;
-            otherwise the scheduler makes them from its own smallest time.
+        unused: components not loaded, and what from_pretrained is told in their place.
         kept: fields of `Config` that a student's directory must remember (`settings`), beside the resolution.
         empty_prompt: what guidance compares with where no negative prompt is given.
-        student_settings: what a pipeline around a student is made with, beyond its parts.
+        sides: what the pipeline wants both sides of an image to be a multiple of, whatever its network takes.
         lora_targets: layers that a LoRA adapts, by any component of their dotted names.
     """
 
     Config: ClassVar[type] = LatentConfig
-    face: ClassVar[type[Face]]
     unused: ClassVar[Mapping[str, Any]] = {}
-    passes_sigmas: ClassVar[bool] = True
     kept: ClassVar[tuple[str, ...]] = ()
     empty_prompt: ClassVar[str] = ""
-    student_settings: ClassVar[Mapping[str, Any]] = {}
+    sides: ClassVar[int] = 1
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out")
     conditions = "prompt"
     latent = True
@@ -161,7 +152,7 @@ class Latent(TextParts):
 
     @property
     def multiple(self) -> int:
-        """What the sides of an image must be a multiple of: `stride` times the side of a patch."""
+        """What the sides of an image must be a multiple of for the network: `stride` times the side of a patch."""
         return self.stride * getattr(getattr(self.pipeline, self.face.inner).config, "patch_size", 1)
 
     def default_side(self, model: nn.Module) -> int | Sequence[int] | None:
@@ -179,9 +170,10 @@ class Latent(TextParts):
             sides = (default,) if isinstance(default, int) else tuple(default)
             sides = tuple(side * self.stride for side in sides)
         height, width = sides * 2 if len(sides) == 1 else sides
-        if height % self.multiple or width % self.multiple:
+        multiple = math.lcm(self.multiple, self.sides)
+        if height % multiple or width % multiple:
             raise UserError(
-                f"family.resolution={[height, width]}: both sides must be multiples of {self.multiple} for this"
+                f"family.resolution={[height, width]}: both sides must be multiples of {multiple} for this"
                 f" {self.name!r} teacher."
             )
         rows, columns = (side * self.stride for side in self.largest(model) or (height, width))
@@ -202,9 +194,9 @@ class Latent(TextParts):
 
     @property
     def image_tokens(self) -> int:
-        """Of one image in the transformer."""
+        """Of one image, or video, in the transformer."""
         patch = self.multiple // self.stride
-        return self.shape[-2] * self.shape[-1] // patch**2
+        return math.prod(self.shape[1:]) // patch**2
 
     def process(self) -> tuple[Schedule, str]:
         """The noise process of the teacher and what its network predicts.
@@ -296,51 +288,3 @@ class Latent(TextParts):
         # Wherever the decoder is now.
         z = self.denormalised(x0.to(self.vae.device, self.vae.dtype))
         return (self.vae.decode(z).sample / 2 + 0.5).to(x0.device)
-
-    # --------------------------------------------------------------------------------------------------------- export
-
-    def few_step_scheduler(self, sampling: Sampling) -> Any:
-        """The stock scheduler a student leaves with."""
-        return few_step_scheduler(self.scheduler, sampling, self.schedule, self.passes_sigmas)
-
-    def export(self, student: Denoiser, directory: Path, card: Card) -> None:
-        self.load_text()
-        network = student.network
-        if card.kind == "teacher":
-            pipeline = self.assembled(network.model, of_kind(self.scheduler, student.kind))
-        else:
-            settings = self.student_settings if card.sampling.guidance == "none" else {}
-            scheduler = of_kind(self.few_step_scheduler(card.sampling), student.kind)
-            pipeline = self.assembled(network.leaving(card.sampling.inputs), scheduler, **settings)
-        pipeline.save_pretrained(directory, safe_serialization=True)
-
-    @property
-    def no_lora_file(self) -> str:
-        stock = type(self.pipeline)
-        if hasattr(stock, "save_lora_weights"):
-            return ""
-        return f"{stock.__name__} has no `load_lora_weights`, so adapters leave merged into the weights only."
-
-    def lora_file(self, student: LoRA, directory: Path) -> Path | None:
-        if self.no_lora_file:
-            return None
-        inner = self.face.inner
-        layers = {f"{inner}_lora_layers": student.layers(inner)}
-        type(self.pipeline).save_lora_weights(directory, safe_serialization=True, **layers)
-        return directory / "pytorch_lora_weights.safetensors"
-
-    def assembled(self, model: nn.Module, scheduler: Any, **settings: Any) -> Any:
-        """The stock pipeline around another network and scheduler; settings: further arguments that it is made with."""
-        stock = self.pipeline
-        told = (
-            dict(stock.config)
-            | stock.components
-            | {self.face.inner: model, "scheduler": scheduler}
-            | settings
-        )
-        names = inspect.signature(type(stock).__init__).parameters
-        return type(stock)(**{name: value for name, value in told.items() if name in names})
-
-    def stock_call(self, guidance_scale: float) -> dict[str, Any]:
-        height, width = self.resolution
-        return {"guidance_scale": guidance_scale, "height": height, "width": width}

@@ -15,9 +15,17 @@ from stepdistill.untrusted import LOADING, check_components, check_directory, re
 if TYPE_CHECKING:
     from stepdistill.families.base import Family
 
+# How a model_index.json says that a pipeline has no such component.
+NONE = (None, [None, None])
+
 # What a model_index.json may call the tokenizers that families share.
 T5_TOKENIZERS = (
     "transformers.T5Tokenizer*",
+    "transformers.PreTrainedTokenizerFast",
+    "transformers.TokenizersBackend",
+)
+GEMMA_TOKENIZERS = (
+    "transformers.GemmaTokenizer*",
     "transformers.PreTrainedTokenizerFast",
     "transformers.TokenizersBackend",
 )
@@ -86,11 +94,12 @@ def read_pipeline(
     hub = is_hub_id(path)
     try:
         if hub:
-            _check_index(
-                path, DiffusionPipeline.load_config(text, revision=revision or None), family, components
-            )
+            index = DiffusionPipeline.load_config(text, revision=revision or None)
+            _check_index(path, index, family, components)
+            components = _absent(index, family) | components
             path = Path(DiffusionPipeline.download(text, use_safetensors=True, **chosen, **components))
-        _check_index(path / "model_index.json", read_index(path), family, components)
+        _check_index(path / "model_index.json", index := read_index(path), family, components)
+        components = _absent(index, family) | components
         check_directory(path)
         return DiffusionPipeline.from_pretrained(
             str(path), dtype=dtype, use_safetensors=True, trust_remote_code=False,
@@ -138,9 +147,14 @@ def _check_index(where: Path, index: Any, family: type[Family], left_out: Iterab
     check_components(where, index, family.components, (*left_out, *family.plain))
     lacking = [
         part for part in family.components
-        if part not in family.optional and part not in left_out and index.get(part) in (None, [None, None])
+        if part not in family.optional and part not in left_out and index.get(part) in NONE
     ]  # fmt: skip
     if lacking:
         raise UserError(
             f"{where} lacks {', '.join(lacking)}, which a {name} needs; fetch or export the whole pipeline again."
         )
+
+
+def _absent(index: Any, family: type[Family]) -> dict[str, None]:
+    """What a pipeline rightly lacks: not every class knows that by itself."""
+    return {part: None for part in family.optional if index.get(part) in NONE}

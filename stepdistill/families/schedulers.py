@@ -128,23 +128,33 @@ def of_kind(scheduler: Any, kind: str) -> Any:
 
 def flow_scheduler(schedule: Flow, sampling: Sampling, passes_sigmas: bool) -> Any:
     """`FlowMatchLCMScheduler` for students that renoise, `FlowMatchEulerDiscreteScheduler` for the ODE, with the
-    student's times at the most of its step counts.
-
-    Where the pipeline passes even times, the shift says all. Where it passes a number of steps alone, the scheduler
-    lists N times from 1 to its smallest, and another shift and `shift_terminal` bend those to the student's; a
-    further step count is then drawn by passing `sigmas`. Of several steps, `scale_factors` of 1 do nothing but
-    make a call with another number of steps an error before the second one.
+    student's times at the most of its step counts (`flow_settings`).
     """
     from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
 
-    steps = max(sampling.steps, default=1)
+    settings, _ = flow_settings(schedule, sampling, max(sampling.steps, default=1), passes_sigmas)
+    stepping = FlowMatchEulerDiscreteScheduler if sampling.rule == "ode" else FlowMatchLCMScheduler
+    return stepping(**settings)
+
+
+def flow_settings(
+    schedule: Flow, sampling: Sampling, steps: int, passes_sigmas: bool
+) -> tuple[dict[str, Any], list[float] | None]:
+    """(settings, sigmas) with which a flow scheduler lists a student's times at `steps` steps: what it is made with, and
+    what the pipeline's call must pass as `sigmas`, None where the number of steps is enough.
+
+    Where the pipeline passes even times, the shift says all. Where it passes a number of steps alone, the scheduler
+    lists N times from 1 to its smallest, and another shift and `shift_terminal` bend those to the student's. They bend
+    whatever `sigmas` are passed as well, so each further step count has settings of its own. `scale_factors` of 1 do
+    nothing but make a call with another number of steps an error before the second one; only a renoising scheduler
+    has them, and none where one scheduler is to serve several step counts.
+    """
     shift, terminal = schedule.shift_at(sampling.points), None
-    if not passes_sigmas and steps > 1:
+    unshifted = sampling.grid(Flow(), steps)
+    even = all(abs(t - (1 - i / steps)) < 1e-9 for i, t in enumerate(unshifted))
+    if even and not passes_sigmas and steps > 1:
         shift, terminal = bent(shift, steps)
-    kept = {"shift": shift, "shift_terminal": terminal, "use_dynamic_shifting": False}
-    if sampling.rule == "ode":
-        return FlowMatchEulerDiscreteScheduler(**kept)
-    guard = (
-        {"scale_factors": [1.0] * (steps - 1), "upscale_mode": "nearest"} if len(sampling.steps) == 1 else {}
-    )
-    return FlowMatchLCMScheduler(**kept, **guard)
+    settings = {"shift": shift, "shift_terminal": terminal, "use_dynamic_shifting": False}
+    if sampling.rule != "ode" and (len(sampling.steps) == 1 or not passes_sigmas):
+        settings |= {"scale_factors": [1.0] * (steps - 1), "upscale_mode": "nearest"}
+    return settings, None if even else list(unshifted)

@@ -80,7 +80,7 @@ def test_forward_mode_runs_through_and_agrees_with_differences(variant):
     value, exact = jvp(network, (x, t), along)
     step = fine_step(family.schedule, family.schedule, t, along[1])
     mean, slope = difference(network, (x, t), along, step)
-    torch.testing.assert_close(value, mean, rtol=0, atol=1e-2)
+    assert float((value - mean).norm() / value.norm()) < 1e-2
     assert float(exact.norm()) > 0
     # Networks embed their time in float32.
     assert float((slope - exact).norm() / exact.norm()) < 2e-2
@@ -116,8 +116,9 @@ def test_adapters_start_at_nothing_train_and_leave_as_the_stock_pipeline_reads_t
         assert "load_lora_weights" in family.no_lora_file and "load_lora_weights" not in readme
         return
     assert "load_lora_weights" in readme
-    stock = DiffusionPipeline.from_pretrained(tiny.directory(variant))
+    stock = DiffusionPipeline.from_pretrained(tiny.directory(variant), **family.stock_load())
     stock.load_lora_weights(tmp_path / "out/lora")
-    loaded = Denoiser(family.face(getattr(stock, family.face.inner)), family.kind, family.schedule)
+    loaded = Denoiser(family.face(getattr(stock, family.face.inner)), family.kind, family.teacher.native)
+    loaded = loaded.under(family.schedule)
     with torch.no_grad():
         torch.testing.assert_close(loaded(x, t, cond).raw, expected, rtol=0, atol=1e-6)

@@ -92,7 +92,10 @@ def test_the_condition_reaches_the_network(variant):
 @EACH
 def test_a_teacher_in_half_precision_speaks_and_its_student_is_whole(variant):
     family, whole = family_of(variant, torch.bfloat16), family_of(variant)
-    assert {parameter.dtype for parameter in family.teacher.parameters()} == {torch.bfloat16}
+    # Some models load a few of their layers in float32 whatever they are asked.
+    kept = getattr(type(family.teacher.network.model), "_keep_in_fp32_modules", None) or ()
+    for name, parameter in family.teacher.named_parameters():
+        assert parameter.dtype == torch.bfloat16 or any(layer in name for layer in kept), name
     _, x_t, t, cond = stirred(whole)
     with torch.no_grad():
         half = family.teacher(x_t, t, family.encode(TOLD[family.conditions])).x0
@@ -100,6 +103,7 @@ def test_a_teacher_in_half_precision_speaks_and_its_student_is_whole(variant):
     assert half.dtype == torch.float32 and half.isfinite().all()
     assert float((half - close).norm() / close.norm()) < 0.1
     student = family.teacher.clone()
-    assert all(
-        parameter.dtype == torch.float32 and parameter.requires_grad for parameter in student.parameters()
-    )
+    assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
+    unheard = tuple(f"network.{name}." for name in student.network.unheard)
+    for name, parameter in student.named_parameters():
+        assert parameter.requires_grad != name.startswith(unheard), name

@@ -19,6 +19,11 @@ VARIANTS: dict[str, tuple[str, str, dict]] = {
     "pixart-sigma": ("pixart", "pixart", {"sigma": True}),
     "dit": ("dit", "dit", {}),
     "hunyuan_dit": ("hunyuan_dit", "hunyuan_dit", {}),
+    "sd3": ("sd3", "sd3", {}),
+    "sd3.5": ("sd3", "sd3", {"three_five": True}),
+    "sd3-no-t5": ("sd3", "sd3", {"t5": False}),
+    "sana": ("sana", "sana", {}),
+    "sana-sprint": ("sana_sprint", "sana", {"sprint": True}),
     "flux-dev": ("flux", "flux", {"guidance": True}),
     "flux-schnell": ("flux", "flux", {"guidance": False}),
     "chroma": ("chroma", "chroma", {}),
@@ -29,6 +34,8 @@ VARIANTS: dict[str, tuple[str, str, dict]] = {
     "z-image": ("z_image", "z_image", {}),
     "lumina2": ("lumina2", "lumina2", {}),
     "lumina2-dynamic": ("lumina2", "lumina2", {"dynamic": True}),
+    "wan": ("wan", "wan", {}),
+    "wan-2.2-ti2v": ("wan", "wan", {"expand_timesteps": True}),
 }
 
 

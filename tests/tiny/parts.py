@@ -11,6 +11,8 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
     GemmaTokenizer,
     Qwen2Tokenizer,
     Qwen3Config,
@@ -61,6 +63,15 @@ def t5_text(tokenizer: Any, width: int = 32) -> T5EncoderModel:
         feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False,
     )  # fmt: skip
     return T5EncoderModel(config)
+
+
+def gemma_text(tokenizer: Any, width: int = 16) -> Gemma2Model:
+    config = Gemma2Config(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, attn_implementation="eager",
+    )  # fmt: skip
+    return Gemma2Model(config)
 
 
 def kl_vae(channels: int = 4, blocks: int = 3, **settings: Any) -> AutoencoderKL:
