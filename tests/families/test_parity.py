@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from models import drawn_by_both, family_of
+from models import drawn_by_both, family_of, wide
+
+from stepdistill.errors import UserError
 
 # Their pipelines never call the network without the prompt.
 UNGUIDED = ("flux2-dev", "flux2-distilled")
@@ -22,3 +24,20 @@ def test_the_teacher_equals_its_stock_pipeline(variant, guidance):
     ours, theirs = drawn_by_both(family, tiny.directory(variant), guidance)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     assert ours.std() > 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", tiny.VARIANTS)
+def test_the_teacher_of_wide_images_equals_its_stock_pipeline(variant):
+    family = wide(variant)
+    ours, theirs = drawn_by_both(family, tiny.directory(variant), 1)
+    assert tuple(theirs.shape[-2:]) == family.resolution
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", tiny.one_of_each_family())
+def test_sides_that_are_not_whole_tokens_are_refused(variant):
+    family = family_of(variant)
+    height, width = family.resolution
+    with pytest.raises(UserError, match=r"family\.resolution"):
+        family_of(variant, resolution=[height + family.multiple // 2, width])
