@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,8 +28,10 @@ class Eye:
     Attributes:
         widths: channels of each layer's features.
         prompt_width: of a prompt's embedding, 0 where the eye has none.
+        reads_captions: prompts must be texts, no classes.
     """
 
+    reads_captions: ClassVar[bool] = False
     widths: tuple[int, ...]
     prompt_width: int = 0
 
@@ -43,6 +46,8 @@ class Eye:
 
 class ClipEye(Eye):
     """Hidden states of a CLIP image tower after `layers` (counted from 1), and its caption embeddings."""
+
+    reads_captions = True
 
     def __init__(self, directory: str = "", layers: Sequence[int] = ()):
         self.clip = Clip(directory)

@@ -9,6 +9,7 @@ The class is made once, with the recipe's arguments.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch.nn.functional as nnf
 from torch import Tensor
@@ -21,7 +22,13 @@ REWARDS = Table("stepdistill.rewards:RewardModel", {"clip": "stepdistill.rewards
 
 
 class RewardModel:
-    """What all reward models derive from."""
+    """What all reward models derive from.
+
+    Attributes:
+        reads_captions: prompts must be texts, no classes.
+    """
+
+    reads_captions: ClassVar[bool] = False
 
     def __call__(self, images: Tensor, prompts: Sequence) -> Tensor:
         """Scores (B,) of images (B, 3, H, W) in about [0, 1], differentiable in them; higher is better."""
@@ -30,6 +37,8 @@ class RewardModel:
 
 class ClipReward(RewardModel):
     """Cosine of image and caption, in [-1, 1], by the embedded micro-CLIP or the CLIP in `directory`."""
+
+    reads_captions = True
 
     def __init__(self, directory: str = ""):
         self.clip = Clip(directory)

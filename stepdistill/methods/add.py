@@ -71,6 +71,10 @@ class ADD(Method):
             self._eye = self.cls(**self.config.arguments)
         return self._eye
 
+    @property
+    def needs_captions(self) -> bool:
+        return self.cls.reads_captions
+
     def networks(self, teacher: Denoiser, student: Denoiser) -> dict[str, nn.Module]:
         eye, kernel = self.eye, self.config.head_kernel
         return {"discriminator": Discriminator(eye.widths, condition=eye.prompt_width, kernel=kernel)}

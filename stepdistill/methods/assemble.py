@@ -35,6 +35,12 @@ def assemble(
     Raises:
         UserError: the family has no such student or teacher, or cannot checkpoint its gradients.
     """
+    if method.needs_captions and family.conditions != "prompt":
+        raise UserError(
+            f"family.name={family.name}: the method's reward or eye reads captions, and this teacher is told"
+            f" {'classes' if family.conditions == 'class' else 'nothing'}; use a family that is told captions, or a"
+            " reward or eye of your own (my_module:MyClass, with --allow-code)."
+        )
     _refuse_untold(method, family)
     _refuse_guidance(method, family)
     student = new_student(method, family, init, lora)

@@ -194,6 +194,11 @@ class Method:
         return {}
 
     @property
+    def needs_captions(self) -> bool:
+        """Whether a loss reads prompts as texts, which classes are not."""
+        return False
+
+    @property
     def needs_images(self) -> bool:
         """Whether batches must carry real x0."""
         return False

@@ -89,6 +89,10 @@ class Compose(Method):
         return said[0] if config.sampling == "first" else named
 
     @property
+    def needs_captions(self) -> bool:
+        return any(part.method.needs_captions for part in self.parts)
+
+    @property
     def needs_images(self) -> bool:
         return any(part.method.needs_images for part in self.parts)
 

@@ -69,6 +69,10 @@ class Reward(Method):
                 raise UserError(f"method.arguments do not fit {self.config.reward}: {error}.") from None
         return self._model
 
+    @property
+    def needs_captions(self) -> bool:
+        return self.cls.reads_captions
+
     def networks(self, teacher: Denoiser, student: Denoiser) -> dict[str, nn.Module]:
         return {"start": unwrap(student).clone()} if self.config.anchor_weight > 0 else {}
 

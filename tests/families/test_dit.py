@@ -10,7 +10,7 @@ import tiny
 import torch
 import worlds
 from diffusers import DiffusionPipeline
-from models import drawn_by_both, family_of
+from models import drawn_by_both, family_of, model_world
 from stock import exported
 
 from stepdistill import load
@@ -72,3 +72,9 @@ def test_what_is_trained_hears_the_labels_it_is_told():
     with torch.no_grad():
         raw = student(x, t, family.encode([7] * 64)).raw
     torch.testing.assert_close(raw, raw[:1].expand_as(raw), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["add", "reward"])
+def test_what_reads_captions_is_refused_before_the_first_step(name):
+    with pytest.raises(UserError, match=r"family\.name=dit: .*reads captions"):
+        model_world(family_of("dit"), name)
