@@ -112,6 +112,17 @@ def test_a_tiny_decoder_decodes(tmp_path):
     assert family.parameters()["decoder"] == sum(p.numel() for p in vae.decoder.parameters())
 
 
+def test_the_statistics_that_a_vae_says_are_the_pipelines(tmp_path):
+    pipeline = build_sdxl()
+    pipeline.vae.register_to_config(latents_mean=[-1.6, 1.1, 0.4, -0.2], latents_std=[8.4, 5.9, 0.5, 1.3])
+    pipeline.save_pretrained(tmp_path / "teacher")
+    family = SDXL.from_directory(tmp_path / "teacher")
+    ours, theirs = drawn_by_both(family, tmp_path / "teacher", 3)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    z = torch.randn(2, *family.shape)
+    torch.testing.assert_close(family.denormalised(family.normalised(z)), z)
+
+
 def test_a_unet_without_a_size_of_its_own_is_given_one(tmp_path):
     path = sd(tmp_path, sample_size=None)
     with pytest.raises(UserError, match=r"family\.resolution.*says no size of its own"):
