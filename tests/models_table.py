@@ -26,6 +26,17 @@ Exported students draw the same images in their stock pipelines: by both rules, 
 
 """
 TAIL = """
+## Two shapes that draw
+
+`training/embedded/shapes.py` makes pipelines in the shape of SDXL and of FLUX around the embedded VAE and text encoder.
+The first begins as the embedded teacher and learns its second encoder, pooled text and sizes in 800 iterations.
+The second begins from random weights and has 3,000, so its shapes stay rough.
+Each was then distilled by DMD2, in 250 and 300 iterations of 16; the recipes are `training/recipes/shapes_*.yaml`.
+
+![A teacher in SDXL's shape and its student](../assets/pictures/shapes_sdxl.png)
+
+![A teacher in FLUX's shape and its student](../assets/pictures/shapes_flux.png)
+
 ## What upstream makes impossible
 
 - Most flow pipelines draw the noise between two steps from the global generator: a seed there needs `torch.manual_seed`. SANA's takes its own.
