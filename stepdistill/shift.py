@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+def even(times: Sequence[float]) -> bool:
+    """Whether falling times go down towards zero in equal steps, the last of which would reach it."""
+    return all(abs(t - times[0] * (1 - i / len(times))) < 1e-9 for i, t in enumerate(times))
+
+
 def shifted(t: float, shift: float) -> float:
     """t -> S t / (1 + (S - 1) t), a factor S of rho = t / (1 - t) (Esser et al. 2024, Eq. 23); 1 is off."""
     return t if shift == 1 else shift * t / (1 + (shift - 1) * t)

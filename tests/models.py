@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,8 +41,6 @@ SETTINGS = {
     # The pipeline's own words are 200 letters.
     "qwen_image": {"resolution": [32], "max_tokens": 256},
 }
-# What stock pipelines are told for an exact comparison: Sprint's own first angle, 1.57080, is beyond a quarter turn.
-CALLS: dict[str, dict[str, Any]] = {"sana_sprint": {"max_timesteps": math.pi / 2}}
 # Pipelines that draw squares alone.
 SQUARE = {"dit"}
 # Conditions of two images.
@@ -91,7 +88,7 @@ def drawn_by_both(family: Family, directory: Path, guidance: float) -> tuple[Ten
     generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
     sampler = Sampler(family, family.teacher, directory)
     _, call = family.stock_steps(sampler.sampling, STEPS)
-    call |= family.stock_sampling(sampler.sampling, guidance) | CALLS.get(family.name, {}) | asked_for(family)
+    call |= family.stock_sampling(sampler.sampling, guidance) | asked_for(family)
     theirs = stock(generator=generators, num_inference_steps=STEPS, output_type="pt", **call)[family.output]
     with torch.no_grad():
         x0 = sampler.at(STEPS, guidance, chunk=2).x0(TOLD[family.conditions], SEEDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,6 +17,10 @@ from stepdistill.families.latent import Latent, LatentConfig
 from stepdistill.families.reading import GEMMA_TOKENIZERS
 from stepdistill.sampling import Sampling
 from stepdistill.schedule import TrigFlow
+from stepdistill.shift import even
+
+# The part of a first state that is noise from where on it counts as noise alone: sCM's of rho = 80 does.
+NOISE_ALONE = 0.999
 
 
 class SanaTransformer(TransformerFace):
@@ -156,10 +161,17 @@ class SanaSprint(Sana):
         return super().stock_call(self.config.embedded_guidance)
 
     def stock_steps(self, sampling: Sampling, steps: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        # The pipeline's own is 1.3, which two steps alone may have.
-        return {}, {"intermediate_timesteps": (sampling.middle_time or None) if steps == 2 else None}
+        # Its own are 1.57080, a little beyond a quarter turn, and 1.3, which two steps alone may have.
+        first, *later = sampling.grid(self.schedule, steps)
+        return {}, {"max_timesteps": first, "intermediate_timesteps": later[0] if steps == 2 else None}
 
     def beyond_stock(self, sampling: Sampling) -> str:
-        if sampling.rule == "ode" and max(sampling.steps, default=1) > 1:
+        counts = sampling.steps or (1,)
+        if sampling.rule == "ode" and max(counts) > 1:
             return "SanaSprintPipeline renoises between its steps, and this student follows the ODE."
+        grids = [sampling.grid(self.schedule, steps) for steps in counts]
+        if math.sin(grids[0][0]) < NOISE_ALONE:
+            return f"SanaSprintPipeline starts from noise alone, and this student at rho = {sampling.first_rho:g}."
+        if not all(even(grid) for grid in grids if len(grid) > 2):
+            return "SanaSprintPipeline lists even angles for more than two steps, and this student's are not."
         return ""

@@ -10,7 +10,7 @@ import torch
 from stepdistill.errors import UserError
 from stepdistill.sampling import Sampling
 from stepdistill.schedule import VP, Flow, Schedule
-from stepdistill.shift import bent, dynamic_mu, shifted
+from stepdistill.shift import bent, dynamic_mu, even, shifted
 
 _KINDS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 
@@ -151,10 +151,10 @@ def flow_settings(
     """
     shift, terminal = schedule.shift_at(sampling.points), None
     unshifted = sampling.grid(Flow(), steps)
-    even = all(abs(t - (1 - i / steps)) < 1e-9 for i, t in enumerate(unshifted))
-    if even and not passes_sigmas and steps > 1:
+    enough = even(unshifted)
+    if enough and not passes_sigmas and steps > 1:
         shift, terminal = bent(shift, steps)
     settings = {"shift": shift, "shift_terminal": terminal, "use_dynamic_shifting": False}
     if sampling.rule != "ode" and (len(sampling.steps) == 1 or not passes_sigmas):
         settings |= {"scale_factors": [1.0] * (steps - 1), "upscale_mode": "nearest"}
-    return settings, None if even else list(unshifted)
+    return settings, None if enough else list(unshifted)
