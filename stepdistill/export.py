@@ -170,10 +170,8 @@ def _stock_call(family: Family, card: Card) -> list[str]:
 
 
 def _arguments(named: dict[str, Any]) -> list[str]:
-    """name=value, with double quotes, as Python's formatters write strings."""
-    return [
-        f"{name}={json.dumps(value) if isinstance(value, str) else value!r}" for name, value in named.items()
-    ]
+    """name=value, as Python's formatters write it."""
+    return [f"{name}={_literal(value)}" for name, value in named.items()]
 
 
 def _literal(value: Any) -> str:

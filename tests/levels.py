@@ -67,7 +67,7 @@ def at_levels(monkeypatch: pytest.MonkeyPatch, method: Method) -> None:
         return tuple(schedule.t_of_rho(levels).tolist())
 
     for kind in (EDM, VP, Flow, TrigFlow):
-        for name in ("teacher_grid", "few_step_grid"):
+        for name in ("teacher_grid", "few_step_grid", "few_step_ode_grid"):
             monkeypatch.setattr(kind, name, grid)
     sampling = replace(method.sampling, init_noise="sigma", middle_time=0.0)
     for part in [method, *(part.method for part in getattr(method, "parts", ()))]:

@@ -156,6 +156,8 @@ def test_the_card_holds_code_that_runs(tiny_sd, tmp_path):
     scope: dict = {}
     exec(code.replace("PATH_TO_THIS_DIRECTORY", str(directory)).replace("PROMPT", PROMPT), scope)
     assert scope["image"].size == (16, 16)
+    # The prompt itself, in no further quotes.
+    assert 'prompt="PROMPT"' in code
     card = json.loads((directory / "stepdistill.json").read_text())
     assert card["sampling"]["steps"] == [1, 2, 4] and card["timesteps"]["4"] == [999, 749, 499, 249]
 

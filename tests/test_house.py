@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import io
+import itertools
 import tokenize
 from pathlib import Path
 
@@ -38,3 +39,9 @@ def test_files_and_functions_fit_on_a_few_screens(path):
         and not token.string.startswith(DIRECTIVES)
     ]
     assert behind == []
+
+
+def test_no_two_files_of_tests_have_one_name():
+    """pytest imports them by their names alone."""
+    names = sorted(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert not [name for name, after in itertools.pairwise(names) if name == after]

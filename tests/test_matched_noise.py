@@ -68,6 +68,9 @@ ROWS = [(c, n) for c in CASES for n in ("vp", "flow", "trig") if n != "vp" or c 
 @pytest.mark.parametrize(("case", "name"), ROWS)
 def test_loss_and_gradient_are_the_same_under_every_schedule(case, name, monkeypatch):
     schedule = SCHEDULES[name]()
+    if name != "vp":
+        # Short of its end, where no signal is left and no ratio says so.
+        schedule.t_max = float(schedule.t_of_rho(torch.tensor(1e3, dtype=torch.float64)))
     ends = schedule.rho(torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64))
     (ours, slope), (theirs, expected) = (
         said(case, each, monkeypatch) for each in (schedule, EDM(*ends.tolist()))

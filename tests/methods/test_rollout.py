@@ -99,7 +99,7 @@ def test_backward_simulation_uses_the_students_own_rule_and_pure_noise_first():
             )
 
 
-EYES = {"ladd": {"warmup": 0}, "add": {"eye": "fourier"}, "reward": {}}
+EYES = {"ladd": {"warmup": 0}, "add": {"eye": "fourier"}, "reward": worlds.SETTINGS["reward"]}
 
 
 @pytest.mark.parametrize(("name", "settings"), EYES.items(), ids=EYES)
