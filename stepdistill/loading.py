@@ -12,7 +12,7 @@ from stepdistill.drawing import Sampler
 from stepdistill.errors import UserError
 from stepdistill.families import FAMILIES
 from stepdistill.families.base import Family
-from stepdistill.families.reading import read_index
+from stepdistill.families.reading import every_family, read_index
 from stepdistill.registry import resolve
 from stepdistill.students import Students
 
@@ -41,7 +41,7 @@ def family_of(path: Path) -> type[Family]:
         UserError: there is no such directory, or no family serves its pipeline.
     """
     name = read_index(path)["_class_name"]
-    families = [resolve(known, FAMILIES, "family", registered_only=True) for known in FAMILIES]
+    families = [family for _, family in every_family()]
     for family in families:
         if name in family.pipelines:
             return family

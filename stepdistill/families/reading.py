@@ -137,12 +137,22 @@ def is_hub_id(path: Path) -> bool:
     return not path.exists() and not text.startswith((".", "/", "~")) and text.count("/") == 1
 
 
+def every_family() -> list[tuple[str, type[Family]]]:
+    """All registered families by name."""
+    from stepdistill.families import FAMILIES
+    from stepdistill.registry import resolve
+
+    return [(name, resolve(name, FAMILIES, "family", registered_only=True)) for name in FAMILIES]
+
+
 def _check_index(where: Path, index: Any, family: type[Family], left_out: Iterable[str]) -> None:
     name = index.get("_class_name")
     if name not in family.pipelines:
+        serving = [key for key, each in every_family() if name in each.pipelines]
+        way = f"set family.name={serving[0]}" if serving else "choose another directory or family"
         raise UserError(
             f"{where}: a {name} is none of the pipelines that the family {family.name!r} serves,"
-            f" {', '.join(family.pipelines) or 'which are none'}; choose another directory or family."
+            f" {', '.join(family.pipelines) or 'which are none'}; {way}."
         )
     check_components(where, index, family.components, (*left_out, *family.plain))
     lacking = [

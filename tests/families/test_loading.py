@@ -169,3 +169,9 @@ def test_a_run_says_once_how_many_prompts_are_cut():
     assert _cut(family_of("sdxl"), [source, source]) == "1 of 2 prompts are cut at the tokenizer's limit."
     Captions.captions = ("a red circle",)
     assert _cut(family_of("sdxl"), [source]) == ""
+
+
+def test_a_pipeline_under_another_family_is_told_its_own():
+    for family, variant, named in ((SDXL, "flux-schnell", "flux"), (SD, "sdxl", "sdxl")):
+        with pytest.raises(UserError, match=f"none of the pipelines .*; set family.name={named}."):
+            family.from_directory(tiny.directory(variant))
