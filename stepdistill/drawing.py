@@ -216,8 +216,9 @@ class Sampler:
         images = [torch.empty(0, 3, *self.resolution, dtype=torch.uint8)]
         for x0, kept in self._chunks(drawer, prompts, seeds, on_step, negatives, timings):
             clock = time.perf_counter()
-            decoded = self.family_.decode(x0.to(self.dtype)).clamp(0, 1)
-            images.append(QUANTISE[drawer.quantise](decoded).to(torch.uint8)[:kept].cpu())
+            decoded = self.family_.decode(x0.to(self.dtype))[:kept]
+            self._refuse_broken(decoded, seeds[drawer.chunk * (len(images) - 1) :])
+            images.append(QUANTISE[drawer.quantise](decoded.clamp(0, 1)).to(torch.uint8).cpu())
             self._lap(timings, "decode", clock)
         return torch.cat(images)
 
@@ -249,6 +250,15 @@ class Sampler:
 
             own = padded(negatives) if negatives else None
             yield self._chunk(drawer, padded(prompts), padded(seeds), own, timings, on_step), kept
+
+    def _refuse_broken(self, images: Tensor, seeds: Sequence[int]) -> None:
+        """Half precision overflows in some VAEs, and weights may be broken: a black image would hide it."""
+        for image, seed in zip(images, seeds, strict=False):
+            if not image.isfinite().all():
+                raise UserError(
+                    f"the image of seed {seed} by {self.name!r} is not finite: its weights are broken, or overflow in"
+                    f" {str(self.dtype).removeprefix('torch.')}; use float32, or another checkpoint."
+                )
 
     def _refuse_negative(self, guidance: float) -> None:
         if self.guidance_free or self.calls(guidance) == 1:
