@@ -76,6 +76,11 @@ def prepare(
     )
 
 
+def answers(recipe: Recipe, method: Method, family: Family, source: Source) -> bool:
+    """Whether a stage takes its conditions from shards even where none are there yet."""
+    return _may_answer(recipe, family, False) and _pays(recipe, method, source)
+
+
 def _may_answer(recipe: Recipe, family: Family, all_of_it: bool) -> bool:
     """Whether conditions may come from shards: the family has encoders, and some shards are there or to be made."""
     if family.conditions != "prompt" or not family.has_text:

@@ -10,12 +10,13 @@ from accelerate import Accelerator, DistributedType
 from accelerate.utils import AutocastKwargs, GradientAccumulationPlugin, broadcast_object_list
 
 from stepdistill.config import dump
-from stepdistill.denoiser import Denoiser, parameter_count
+from stepdistill.denoiser import Denoiser
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
-from stepdistill.methods.assemble import assemble, trained_by
+from stepdistill.methods.assemble import trained_by
 from training.checkpoint import Checkpoint, RunDirectory
 from training.data import Source
+from training.forecast import forecast
 from training.measure import check_metric, measure
 from training.precompute import prepare
 from training.recipe import Recipe
@@ -215,35 +216,17 @@ def _check_classes(family: Family, source: Source, data: str) -> None:
 
 
 def dry_run(recipe: Recipe) -> str:
-    """The resolved recipe, what the data holds, and a memory estimate."""
-    accelerator_of(recipe)
+    """The resolved recipe, what the data holds, and the memory that each stage takes."""
+    processes = accelerator_of(recipe).num_processes
     family, sources = build(recipe)
     lines = [dump(recipe).rstrip(), ""]
     for number, (stage, source) in enumerate(zip(recipe.stages(), sources, strict=True)):
-        lines += _forecast(number, stage, family, source)
+        lines.append(
+            f"stage {number}: {stage.method.name}, {stage.run.steps:,} steps of batch {stage.optim.batch_size}"
+        )
+        lines.append(f"  data      {source.describe()}")
+        lines += forecast(stage, family, source, processes).lines()
     return "\n".join(lines)
-
-
-def _forecast(number: int, stage: Recipe, family: Family, source: Source) -> list[str]:
-    """What a stage would train, on what, and in how much memory."""
-    method = stage.new_method()
-    modules = assemble(method, family, stage.student.init, lora=stage.student.lora).modules
-    counts = {name: parameter_count(module) for name, module in modules.items() if name != "teacher"}
-    trained = trained_by(method, stage.run.steps)
-    helpers = [m for m in (family.teacher, *family.modules().values()) if m is not None]
-    # Weights of all; of what is trained also the gradient and Adam's two moments; and the student's average.
-    floats = sum(count * (4 if name in trained else 1) for name, count in counts.items())
-    floats += counts["student"] + sum(map(parameter_count, helpers))
-    return [
-        f"stage {number}: {stage.method.name}, {stage.run.steps:,} steps of batch {stage.optim.batch_size}",
-        f"  data      {source.describe()}",
-        *(
-            f"  network   {name}: {count:,} parameters, {'trained' if name in trained else 'frozen'}"
-            for name, count in counts.items()
-        ),
-        f"  memory    {4 * floats / 2**20:,.0f} MiB for weights, gradients, optimiser and average;"
-        " activations come on top",
-    ]
 
 
 def say(main: bool, text: str) -> None:

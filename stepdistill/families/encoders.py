@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from stepdistill.families.base import Family
+from stepdistill.families.reading import only_variant
 from stepdistill.provenance import sha256_of_files, sha256_of_weights
 
 # Fields of a configuration that say where weights lie, not what they are.
@@ -77,9 +78,10 @@ class TextParts(Family):
     def load_text(self) -> None:
         dropped, self._dropped = self._dropped, {}
         for name, kind in dropped.items():
+            path = self.pipeline.name_or_path
             part = kind.from_pretrained(
-                self.pipeline.config["_name_or_path"], subfolder=name, dtype=getattr(torch, self.config.dtype),
-                use_safetensors=True, variant=self.config.variant or None,
+                path, subfolder=name, dtype=getattr(torch, self.config.dtype), use_safetensors=True,
+                variant=self.config.variant or only_variant(Path(path)),
             )  # fmt: skip
             self.pipeline.register_modules(**{name: part.eval().requires_grad_(False)})
 
