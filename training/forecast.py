@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from stepdistill.denoiser import map_cond, parameter_count
 from stepdistill.errors import first_line
 from stepdistill.families.base import Family
+from stepdistill.lora import LoRA
 from stepdistill.methods.assemble import assemble, trained_by
 from stepdistill.methods.base import Batch, Method, Networks, Pairs, Phase
 from stepdistill.noise import SampleNoise
@@ -104,6 +105,9 @@ def forecast(stage: Recipe, family: Family, source: Source, processes: int = 1) 
         for phase in _phases(method, stage.run.steps):
             make = _batch(method, family, source, micro[0])
             _count(said, stage, phase, nets, lasting, make, micro[1])
+        if isinstance(made.student, LoRA) and family.exportable:
+            # Adapters leave merged into a copy of what they adapt, beside all that training holds.
+            said.phases["export"] = said.lasting + bytes_of(made.student.base)
     except Exception as error:
         # Foreign networks and methods may do what has no meaning without content.
         said.unknown = f"a step could not be counted: {first_line(error)}"

@@ -87,7 +87,10 @@ def test_what_saves_memory_is_forecast_to(tmp_path, tiny_sd):
     assert activations("student.gradient_checkpointing=true", method=LCM) < 0.8 * plain
     assert activations("run.precision=bf16", method=LCM) < 0.9 * plain
     adapters = said(sd(tmp_path, tiny_sd, "student.lora.rank=2"))
-    assert adapters.networks["student"].weights < 0.3 * adapters.networks["teacher"].weights
+    teacher = adapters.networks["teacher"].weights
+    assert adapters.networks["student"].weights < 0.3 * teacher
+    # They leave merged into a copy of it.
+    assert adapters.phases["export"] == adapters.lasting + teacher
 
 
 def test_text_encoders_that_leave_memory_are_not_counted(tmp_path, tiny_sd):
