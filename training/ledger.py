@@ -79,11 +79,12 @@ class Ledger(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default and args[0].device == META:
             # Whatever number it is, memory does not depend on it.
             return {torch.bool: True}.get(args[0].dtype, 1.0 if args[0].is_floating_point() else 1)
-        if kwargs.get("device") is not None and any(
-            t.device == META for t in tree_leaves(args) if isinstance(t, Tensor)
-        ):
-            # To the CPU and back: nothing is there to copy.
-            kwargs = kwargs | {"device": META}
+        if any(t.device == META for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)):
+            # What a foreign network keeps out of sight of `to` still has its content, which no operation here needs.
+            args, kwargs = tree_map_only(Tensor, lambda t: t.to(META), (args, kwargs))
+            if kwargs.get("device") is not None:
+                # To the CPU and back: nothing is there to copy.
+                kwargs = kwargs | {"device": META}
         out = func(*args, **kwargs)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.device == self.device:
