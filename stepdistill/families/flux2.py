@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from stepdistill.denoiser import Cond
 from stepdistill.families.faces import TransformerFace, pack, unpack
-from stepdistill.families.latent import Latent, LatentConfig
+from stepdistill.families.latent import ByChannel, Latent, LatentConfig
 from stepdistill.families.reading import QWEN_TOKENIZERS, chat
 from stepdistill.schedule import Flow, Schedule
 
@@ -72,7 +72,7 @@ def shift(tokens: int, steps: int) -> float:
     return exp(mu(tokens, steps))
 
 
-class Flux2(Latent):
+class Flux2(ByChannel):
     """Flux2Pipeline and Flux2KleinPipeline.
 
     Guidance g of Klein is a second call with the empty prompt. dev's pipeline makes none: the scale its network is
@@ -150,15 +150,13 @@ class Flux2(Latent):
 
     def normalised(self, z: Tensor) -> Tensor:
         """(B, 32, 2h, 2w) -> (B, 128, h, w)."""
-        mean, std = self._statistics(z)
-        return (nnf.pixel_unshuffle(z, PATCH) - mean) / std
+        return super().normalised(nnf.pixel_unshuffle(z, PATCH))
 
     def denormalised(self, x0: Tensor) -> Tensor:
-        mean, std = self._statistics(x0)
-        return nnf.pixel_shuffle(x0 * std + mean, PATCH)
+        return nnf.pixel_shuffle(super().denormalised(x0), PATCH)
 
-    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of each of the patches' channels, (128, 1, 1)."""
+    def channel_statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the patches' channels, (128, 1, 1), which a batch norm of the VAE keeps."""
         norm = self.vae.bn
         variance = norm.running_var.view(-1, 1, 1) + self.vae.config.batch_norm_eps
         return norm.running_mean.view(-1, 1, 1).to(like), variance.sqrt().to(like)

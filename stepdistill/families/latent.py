@@ -278,6 +278,16 @@ class Latent(Leaving):
         z = x0 / self.vae.config.scaling_factor
         return z if not shift else z + shift
 
+    def channel_statistics(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        """(mean, std) of each channel of the VAE's latents like (N, C, ...), ready to broadcast; None of a VAE that says
+        none.
+        """
+        said = [getattr(self.vae.config, name, None) for name in ("latents_mean", "latents_std")]
+        if None in said:
+            return None
+        mean, std = (like.new_tensor(each).view(-1, *[1] * (like.ndim - 2)) for each in said)
+        return mean, std
+
     def latent_key(self) -> str:
         return json.dumps(["mean", *described(self.vae), list(self.resolution)])
 
@@ -288,3 +298,15 @@ class Latent(Leaving):
         # Wherever the decoder is now.
         z = self.denormalised(x0.to(self.vae.device, self.vae.dtype))
         return (self.vae.decode(z).sample / 2 + 0.5).to(x0.device)
+
+
+class ByChannel(Latent):
+    """A family whose VAE says mean and deviation of each channel, and no scaling."""
+
+    def normalised(self, z: Tensor) -> Tensor:
+        mean, std = self.channel_statistics(z)
+        return (z - mean) / std
+
+    def denormalised(self, x0: Tensor) -> Tensor:
+        mean, std = self.channel_statistics(x0)
+        return x0 * std + mean

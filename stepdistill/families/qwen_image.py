@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from stepdistill.denoiser import Cond
 from stepdistill.errors import UserError
 from stepdistill.families.faces import TransformerFace, pack, unpack
-from stepdistill.families.latent import Latent, LatentConfig
+from stepdistill.families.latent import ByChannel, Latent, LatentConfig
 from stepdistill.families.reading import QWEN_TOKENIZERS
 
 
@@ -55,7 +55,7 @@ class QwenImageTransformer(TransformerFace):
         return unpack(guided * (length / guided.norm(dim=-1, keepdim=True)), h, w, self.patch)
 
 
-class QwenImage(Latent):
+class QwenImage(ByChannel):
     """QwenImagePipeline. Guidance g is its true_cfg_scale: a second call with the prompt " "."""
 
     @dataclass
@@ -126,21 +126,6 @@ class QwenImage(Latent):
 
     def latents_of(self, encoded: Any) -> Tensor:
         return encoded.latent_dist.mean[:, :, 0]
-
-    def normalised(self, z: Tensor) -> Tensor:
-        mean, std = self._statistics(z)
-        return (z - mean) / std
-
-    def denormalised(self, x0: Tensor) -> Tensor:
-        mean, std = self._statistics(x0)
-        return x0 * std + mean
-
-    def _statistics(self, like: Tensor) -> tuple[Tensor, ...]:
-        """Mean and standard deviation of each channel, (C, 1, 1)."""
-        config = self.vae.config
-        return tuple(
-            like.new_tensor(each).view(-1, 1, 1) for each in (config.latents_mean, config.latents_std)
-        )
 
     def decode(self, x0: Tensor) -> Tensor:
         frame = self.denormalised(x0.to(self.vae.device, self.vae.dtype))[:, :, None]

@@ -18,32 +18,14 @@ if TYPE_CHECKING:
 # How a model_index.json says that a pipeline has no such component.
 NONE = (None, [None, None])
 
-# What a model_index.json may call the tokenizers that families share.
-T5_TOKENIZERS = (
-    "transformers.T5Tokenizer*",
-    "transformers.PreTrainedTokenizerFast",
-    "transformers.TokenizersBackend",
-)
-GEMMA_TOKENIZERS = (
-    "transformers.GemmaTokenizer*",
-    "transformers.PreTrainedTokenizerFast",
-    "transformers.TokenizersBackend",
-)
-CLIP_TOKENIZERS = (
-    "transformers.CLIPTokenizer*",
-    "transformers.PreTrainedTokenizerFast",
-    "transformers.TokenizersBackend",
-)
-QWEN_TOKENIZERS = (
-    "transformers.Qwen2Tokenizer*",
-    "transformers.PreTrainedTokenizerFast",
-    "transformers.TokenizersBackend",
-)
-GEMMA_TOKENIZERS = (
-    "transformers.GemmaTokenizer*",
-    "transformers.PreTrainedTokenizerFast",
-    "transformers.TokenizersBackend",
-)
+
+def _tokenizers(name: str) -> tuple[str, ...]:
+    """What a model_index.json may call a tokenizer of this kind, of transformers 4 or 5."""
+    return f"transformers.{name}*", "transformers.PreTrainedTokenizerFast", "transformers.TokenizersBackend"
+
+
+T5_TOKENIZERS, CLIP_TOKENIZERS = _tokenizers("T5Tokenizer"), _tokenizers("CLIPTokenizer")
+GEMMA_TOKENIZERS, QWEN_TOKENIZERS = _tokenizers("GemmaTokenizer"), _tokenizers("Qwen2Tokenizer")
 
 
 def chat(tokenizer: Any, prompts: Iterable[str], **settings: bool) -> list[str]:

@@ -76,20 +76,12 @@ class SDXL(Latent):
         return empty | zeros
 
     def normalised(self, z: Tensor) -> Tensor:
-        statistics = self._statistics(z)
+        statistics = self.channel_statistics(z)
         return super().normalised(z if statistics is None else (z - statistics[0]) / statistics[1])
 
     def denormalised(self, x0: Tensor) -> Tensor:
-        z, statistics = super().denormalised(x0), self._statistics(x0)
+        z, statistics = super().denormalised(x0), self.channel_statistics(x0)
         return z if statistics is None else z * statistics[1] + statistics[0]
-
-    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Mean and standard deviation of each channel, (C, 1, 1), of a VAE that says them, as Playground's does."""
-        said = [getattr(self.vae.config, name, None) for name in ("latents_mean", "latents_std")]
-        if None in said:
-            return None
-        mean, std = (torch.tensor(each).to(like)[:, None, None] for each in said)
-        return mean, std
 
     def _sizes(self, count: int) -> Tensor:
         size = (*self.resolution, 0, 0, *self.resolution)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from stepdistill.denoiser import Cond
 from stepdistill.errors import UserError
 from stepdistill.families.faces import TransformerFace
-from stepdistill.families.latent import Latent, LatentConfig
+from stepdistill.families.latent import ByChannel, LatentConfig
 from stepdistill.families.reading import T5_TOKENIZERS
 
 # What the pipeline draws by default, in pixels and frames.
@@ -45,7 +45,7 @@ class WanTransformer(TransformerFace):
         )[0]
 
 
-class Wan(Latent):
+class Wan(ByChannel):
     """WanPipeline, of one transformer. x0 is a video (C, F, h, w) of F latent frames, each of which but the first stands
     for `temporal` frames. Its image, for previews, metrics and rewards, is the middle frame; `frames` gives them all.
     """
@@ -143,22 +143,6 @@ class Wan(Latent):
                 " set family.frames to that, or choose a method that learns from captions alone."
             )
         return super().encode_images(images.transpose(1, 2))
-
-    def normalised(self, z: Tensor) -> Tensor:
-        mean, std = self._statistics(z)
-        return (z - mean) / std
-
-    def denormalised(self, x0: Tensor) -> Tensor:
-        mean, std = self._statistics(x0)
-        return x0 * std + mean
-
-    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of each channel of the latents, (C, 1, 1, 1)."""
-        config = self.vae.config
-        return tuple(
-            torch.tensor(values, device=like.device, dtype=like.dtype).reshape(-1, 1, 1, 1)
-            for values in (config.latents_mean, config.latents_std)
-        )
 
     def frames(self, x0: Tensor) -> Tensor:
         """x0 (N, *shape) -> videos in about [0, 1] (N, F, 3, H, W); differentiable."""

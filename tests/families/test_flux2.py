@@ -8,7 +8,7 @@ import torch
 import worlds
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
-from models import family_of
+from models import drawn_by_both, family_of
 from stock import exported
 
 from stepdistill.drawing import Sampler
@@ -91,16 +91,9 @@ def test_a_klein_student_is_not_guided_whatever_its_pipeline_is_called_with(tmp_
 
 
 def test_images_need_not_be_square_and_have_sides_of_whole_tokens():
-    family = family_of("flux2-klein", resolution=[32, 48])
-    stock = DiffusionPipeline.from_pretrained(tiny.directory("flux2-klein"))
-    stock.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(SEED)
-    theirs = stock(
-        prompt=PROMPT, num_inference_steps=2, output_type="pt", generator=generator, **family.stock_call(3.0)
-    ).images
-    sampler = Sampler(family, family.teacher, tiny.directory("flux2-klein"))
-    with torch.no_grad():
-        ours = family.decode(sampler.at(2, 3.0, chunk=1).x0([PROMPT], [SEED])).clamp(0, 1)
+    ours, theirs = drawn_by_both(
+        family_of("flux2-klein", resolution=[32, 48]), tiny.directory("flux2-klein"), 3
+    )
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     with pytest.raises(UserError, match="multiples of 8"):
         family_of("flux2-klein", resolution=[36, 32])

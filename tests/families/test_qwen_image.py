@@ -5,11 +5,9 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from diffusers import DiffusionPipeline
-from models import family_of
+from models import drawn_by_both, family_of
 
 from stepdistill.denoiser import guided
-from stepdistill.drawing import Sampler
 from stepdistill.errors import UserError
 from stepdistill.families.qwen_image import QwenImage
 from stepdistill.schedule import times_like
@@ -65,16 +63,9 @@ def test_embedded_guidance_is_refused_with_the_reason(tmp_path):
 
 
 def test_images_need_not_be_square_and_have_sides_of_whole_tokens():
-    family = family_of("qwen-image", resolution=[32, 48])
-    stock = DiffusionPipeline.from_pretrained(tiny.directory("qwen-image"))
-    stock.set_progress_bar_config(disable=True)
-    theirs = stock(
-        prompt=PROMPT, num_inference_steps=2, output_type="pt", generator=torch.Generator().manual_seed(SEED),
-        **family.stock_call(3.0),
-    ).images  # fmt: skip
-    sampler = Sampler(family, family.teacher, tiny.directory("qwen-image"))
-    with torch.no_grad():
-        ours = family.decode(sampler.at(2, 3.0, chunk=1).x0([PROMPT], [SEED])).clamp(0, 1)
+    ours, theirs = drawn_by_both(
+        family_of("qwen-image", resolution=[32, 48]), tiny.directory("qwen-image"), 3
+    )
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     with pytest.raises(UserError, match="multiples of 8"):
         family_of("qwen-image", resolution=[36, 32])

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from diffusers import DiffusionPipeline
-from models import family_of
+from models import drawn_by_both, family_of
 
 from stepdistill.drawing import Sampler
 from stepdistill.errors import UserError
@@ -38,16 +37,7 @@ def test_guidance_of_one_is_the_pipelines_zero():
 
 
 def test_images_need_not_be_square_and_have_sides_the_network_knows():
-    family = family_of("z-image", resolution=[32, 48])
-    stock = DiffusionPipeline.from_pretrained(tiny.directory("z-image"))
-    stock.set_progress_bar_config(disable=True)
-    theirs = stock(
-        prompt=PROMPT, num_inference_steps=2, output_type="pt", generator=torch.Generator().manual_seed(SEED),
-        **family.stock_call(3.0),
-    ).images  # fmt: skip
-    sampler = Sampler(family, family.teacher, tiny.directory("z-image"))
-    with torch.no_grad():
-        ours = family.decode(sampler.at(2, 3.0, chunk=1).x0([PROMPT], [SEED])).clamp(0, 1)
+    ours, theirs = drawn_by_both(family_of("z-image", resolution=[32, 48]), tiny.directory("z-image"), 3)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     for wrong, says in (
         ({"resolution": [36, 32]}, "multiples of 8"),
