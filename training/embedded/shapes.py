@@ -79,6 +79,29 @@ def flux() -> Any:
     )  # fmt: skip
 
 
+def sd3() -> Any:
+    """A StableDiffusion3Pipeline without T5: joint blocks over 8x8 latents and the words of the embedded CLIP, which stands
+    in both places.
+    """
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import AutoTokenizer, CLIPTextModelWithProjection
+
+    teacher = assets.path("teacher")
+    tokenizer = AutoTokenizer.from_pretrained(teacher / "tokenizer")
+    text = CLIPTextModelWithProjection.from_pretrained(assets.path("clip")).float()
+    vae = AutoencoderKL.from_pretrained(teacher / "vae", shift_factor=0.0).float()
+    transformer = SD3Transformer2DModel(
+        sample_size=8, patch_size=1, in_channels=vae.config.latent_channels, out_channels=vae.config.latent_channels,
+        num_layers=6, attention_head_dim=32, num_attention_heads=4, caption_projection_dim=128, qk_norm="rms_norm",
+        joint_attention_dim=2 * text.config.hidden_size, pooled_projection_dim=2 * text.config.projection_dim,
+        pos_embed_max_size=16,
+    )  # fmt: skip
+    return StableDiffusion3Pipeline(
+        vae=vae, transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(), tokenizer=tokenizer,
+        tokenizer_2=tokenizer, text_encoder=text, text_encoder_2=text, text_encoder_3=None, tokenizer_3=None,
+    )  # fmt: skip
+
+
 def _start_from(unet: Any, weights: dict[str, Any]) -> None:
     """Load `weights`, of narrower inputs or none; what they lack is zero, so that nothing changes at first."""
     own = unet.state_dict()
@@ -90,7 +113,7 @@ def _start_from(unet: Any, weights: dict[str, Any]) -> None:
         own[name].zero_()
 
 
-SHAPES: dict[str, Callable[[], Any]] = {"sdxl": sdxl, "flux": flux}
+SHAPES: dict[str, Callable[[], Any]] = {"sdxl": sdxl, "flux": flux, "sd3": sd3}
 
 
 def main() -> None:
