@@ -83,7 +83,12 @@ def sd3() -> Any:
     """A StableDiffusion3Pipeline without T5: joint blocks over 8x8 latents and the words of the embedded CLIP, which stands
     in both places.
     """
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
     from transformers import AutoTokenizer, CLIPTextModelWithProjection
 
     teacher = assets.path("teacher")
