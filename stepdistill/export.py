@@ -23,6 +23,7 @@ from stepdistill.families.base import Family
 from stepdistill.lora import LoRA
 from stepdistill.methods.base import Method
 from stepdistill.provenance import git_commit
+from stepdistill.pruning import Pruned
 
 
 def card_of(family: Family, method: Method, recipe: dict[str, Any], **facts: Any) -> Card:
@@ -30,7 +31,7 @@ def card_of(family: Family, method: Method, recipe: dict[str, Any], **facts: Any
 
     recipe: the resolved recipe as plain values. facts: further fields of the card, such as `step` and `weights`.
     """
-    sampling, student = method.sampling, method.needs_teacher
+    sampling, student = method.sampling, method.needs_teacher and not method.leaves_teacher
     times = {str(n): sampling.grid(family.schedule, n) for n in sampling.steps} if student else {}
     return Card(
         kind="student" if student else "teacher",
@@ -52,12 +53,14 @@ def card_of(family: Family, method: Method, recipe: dict[str, Any], **facts: Any
 def write(family: Family, student: Denoiser, directory: Path, card: Card) -> None:
     """Write the pipeline, stepdistill.json and the model card; `directory` appears whole or not at all."""
     student = unwrap(student)
-    whole = student.merged() if isinstance(student, LoRA) else student
+    whole = student.merged() if isinstance(student, (LoRA, Pruned)) else student
     with atomic_write(directory) as temporary:
         family.export(whole, temporary, card)
         _name_known_tokenizers(temporary)
         cards.write(card, temporary)
         adapters = family.lora_file(student, temporary / "lora") if isinstance(student, LoRA) else None
+        if isinstance(student, Pruned):
+            student.write(temporary / "intervals")
         temporary.joinpath("README.md").write_text(readme(family, card, adapters is not None))
 
 

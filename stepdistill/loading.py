@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,25 +14,37 @@ from stepdistill.errors import UserError
 from stepdistill.families import FAMILIES
 from stepdistill.families.base import Family
 from stepdistill.families.reading import every_family, read_index
+from stepdistill.pruning import files, plug
 from stepdistill.registry import resolve
 from stepdistill.students import Students
 
 
-def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Sampler:
+def load(
+    path: str | Path,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    intervals: str | Path | Sequence[str | Path] = (),
+) -> Sampler:
     """A teacher or student directory as a sampler.
 
     A student is a stock diffusers directory with a `stepdistill.json` beside its model_index.json; without
     that file the directory is a teacher, and its family is told by the pipeline class. Merged students are
     drawn with like any other.
 
+    intervals: files of intervals of blocks, or a directory of them, as `python -m training.prune` leaves them for this
+        teacher: each puts one block in the place of several.
+
     Raises:
-        UserError: the directory is missing, is no diffusers pipeline, or holds pickled weights.
+        UserError: the directory is missing, is no diffusers pipeline, or holds pickled weights; an interval is of
+            another teacher.
     """
     path = Path(path)
     card = cards.read(path)
     if card is not None and card.kind == "students":
+        if intervals:
+            raise UserError(f"{path} holds merged students, into which no intervals are plugged.")
         return Students(path, card, [_part(path / name, device, dtype) for name in card.students])
-    return _single(path, card, device, dtype)
+    return _single(path, card, device, dtype, intervals)
 
 
 def family_of(path: Path) -> type[Family]:
@@ -56,7 +69,13 @@ def _part(path: Path, device: str, dtype: torch.dtype) -> Sampler:
     return _single(path, card, device, dtype)
 
 
-def _single(path: Path, card: Card | None, device: str, dtype: torch.dtype) -> Sampler:
+def _single(
+    path: Path,
+    card: Card | None,
+    device: str,
+    dtype: torch.dtype,
+    intervals: str | Path | Sequence[str | Path] = (),
+) -> Sampler:
     # A card may have been downloaded: it names what is registered, and never code of its own.
     if card is not None and card.family:
         where = f"{path / cards.NAME}: family"
@@ -64,6 +83,8 @@ def _single(path: Path, card: Card | None, device: str, dtype: torch.dtype) -> S
     else:
         cls = family_of(path)
     family = cls.from_directory(path, card.settings if card is not None else None, dtype)
+    if intervals:
+        family.teacher = plug(family.teacher, files(intervals))
     family.to(device, dtype)
     denoiser = family.teacher.eval().requires_grad_(False)
     return Sampler(family, denoiser, path, card, device, dtype)

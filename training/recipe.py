@@ -20,9 +20,9 @@ from typing import Any
 from stepdistill.config import UnknownKey, apply_overrides, build, plain, read_yaml
 from stepdistill.errors import UserError
 from stepdistill.families import FAMILIES
-from stepdistill.methods import METHODS
+from stepdistill.methods import METHODS, PRUNERS
 from stepdistill.methods.base import Method
-from stepdistill.registry import resolve
+from stepdistill.registry import Table, resolve
 from stepdistill.sampling import Sampling
 from training.data import DATA
 from training.sections import OptimConfig, RunConfig, StudentConfig, as_section, field_names
@@ -187,7 +187,7 @@ def _from_mapping(
     partials: tuple[dict[str, Any], ...] = (),
     inherited: Mapping[str, Any] | None = None,
 ) -> Recipe:
-    tables = {"family": FAMILIES, "method": METHODS, "data": DATA}
+    tables = {"family": FAMILIES, "method": Table(METHODS.base, METHODS | PRUNERS), "data": DATA}
     try:
         chosen = {}
         for name, table in tables.items():

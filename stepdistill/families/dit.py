@@ -19,6 +19,10 @@ class DiTTransformer(TransformerFace):
     """cond: class indices (B,) int64, the last one meaning "no class"."""
 
     tail = ("norm_out", "proj_out_1", "proj_out_2")
+    prunable: ClassVar = {"transformer_blocks": "num_layers"}
+
+    def fixed(self, stack: str) -> dict[int, str]:
+        return {0: "the first block embeds time and class for the output layer as well"}
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         raw = self.transformer(

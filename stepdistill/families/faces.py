@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -34,6 +34,8 @@ class Face(nn.Module):
         uncheckpointed: why its activations cannot be computed again in backward, "" = they can.
         unheard: submodules that the output does not depend on, such as what a last block makes of the text.
         notes: what people who use an exported student should know, a sentence each, for its model card.
+        prunable: lists of blocks that may become shorter (`stepdistill.pruning`) -> the configuration's count of them.
+        unpruned: why there are none, the end of a sentence; "" where there are.
     """
 
     inner: ClassVar[str]
@@ -41,6 +43,8 @@ class Face(nn.Module):
     uncheckpointed: ClassVar[str] = ""
     unheard: tuple[str, ...] = ()
     notes: ClassVar[tuple[str, ...]] = ()
+    prunable: ClassVar[Mapping[str, str]] = {}
+    unpruned: ClassVar[str] = ""
     middle: str
     blocks: dict[str, int]
     behind_middle: tuple[str, ...]
@@ -72,11 +76,20 @@ class Face(nn.Module):
         """Of what the block `name` returned, the features of the image: (B, C, h, w) or (B, N, C)."""
         return output if isinstance(output, Tensor) else output[0]
 
+    def fixed(self, stack: str) -> dict[int, str]:
+        """Blocks at an end of a list of `prunable` that cannot go -> why, a part of a sentence."""
+        return {}
+
+    def recounted(self, kept: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+        """The configuration's fields that change where of each list of `prunable` the blocks `kept` remain."""
+        return {self.prunable[stack]: len(blocks) for stack, blocks in kept.items()}
+
 
 class UNetFace(Face):
     """A UNet2DConditionModel whose condition becomes keyword arguments by `arguments`."""
 
     inner, middle, behind_middle = "unet", "unet.mid_block", BEHIND_MIDDLE
+    unpruned = "those of a UNet differ in size, and the second half takes what the first leaves"
     notes = (
         "ControlNets of the teacher work with this student.",
         "To begin a new one, call `ControlNetModel.from_unet` on the teacher's UNet: the student's has a `time_cond_proj`,"

@@ -21,6 +21,10 @@ class FluxTransformer(TransformerFace):
     """cond: prompt (B, L, 4096) of T5, pooled (B, 768) of CLIP, and where guidance is embedded guidance (B,)."""
 
     stacks: ClassVar = {"transformer_blocks": "second", "single_transformer_blocks": "second"}
+    prunable: ClassVar = {
+        "transformer_blocks": "num_layers",
+        "single_transformer_blocks": "num_single_layers",
+    }
     # The transformer's own patch is 1: it takes latents packed already.
     patch = 2
 
@@ -58,6 +62,7 @@ class ChromaTransformer(TransformerFace):
 
     stacks: ClassVar = {"transformer_blocks": "second", "single_transformer_blocks": "last tokens"}
     patch = 2
+    unpruned = "each is told its modulation by its place in a table that their numbers make"
     uncheckpointed = (
         "diffusers computes Chroma's single blocks again without the prompt's mask, and the gradients are those of"
         " another network"

@@ -28,6 +28,10 @@ class Flux2Transformer(TransformerFace):
     """cond: prompt (B, L, 15360) of three layers, and where guidance is embedded guidance (B,)."""
 
     stacks: ClassVar = {"transformer_blocks": "second", "single_transformer_blocks": "last tokens"}
+    prunable: ClassVar = {
+        "transformer_blocks": "num_layers",
+        "single_transformer_blocks": "num_single_layers",
+    }
     # The latents are patches already.
     patch = 1
 

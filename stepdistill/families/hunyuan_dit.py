@@ -26,6 +26,7 @@ class HunyuanTransformer(TransformerFace):
     """
 
     stacks: ClassVar = {"blocks": "whole"}
+    unpruned = "its second half takes what the first leaves, block by block"
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         model, device = self.transformer, x_t.device

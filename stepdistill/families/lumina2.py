@@ -22,6 +22,7 @@ class Lumina2Transformer(TransformerFace):
     """cond: prompt (B, L, 2304) and its mask (B, L), 1 for words, which come first, and 0 for padding."""
 
     stacks: ClassVar = {"layers": "behind each sample's words"}
+    prunable: ClassVar = {"layers": "num_layers"}
     tail = ("norm_out",)
     # What it computes depends on how long each prompt is.
     traceable = False

@@ -21,6 +21,8 @@ class PixArtTransformer(TransformerFace):
     in pixels, and aspect_ratio (B, 1), height / width.
     """
 
+    prunable: ClassVar = {"transformer_blocks": "num_layers"}
+
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         model = self.transformer
         # Sizes stay float32: half precision knows no 1023.

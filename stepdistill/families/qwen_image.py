@@ -21,6 +21,7 @@ class QwenImageTransformer(TransformerFace):
     """cond: prompt (B, L, 3584) and its mask (B, L), 1 for words and 0 for padding, which is not heard."""
 
     stacks: ClassVar = {"transformer_blocks": "second"}
+    prunable: ClassVar = {"transformer_blocks": "num_layers"}
 
     @property
     def unheard(self) -> tuple[str, ...]:

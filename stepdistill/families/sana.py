@@ -26,6 +26,8 @@ NOISE_ALONE = 0.999
 class SanaTransformer(TransformerFace):
     """cond: prompt (B, L, 2304) of Gemma and its mask (B, L)."""
 
+    prunable: ClassVar = {"transformer_blocks": "num_layers"}
+
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return self.at_time(x_t, 1000 * self.transformer.config.timestep_scale * t, cond)
 

@@ -26,6 +26,17 @@ class SD3Transformer(TransformerFace):
     """
 
     stacks: ClassVar = {"transformer_blocks": "second"}
+    prunable: ClassVar = {"transformer_blocks": "num_layers"}
+
+    def fixed(self, stack: str) -> dict[int, str]:
+        last = len(self.transformer.transformer_blocks) - 1
+        return {last: "the last block leaves the text out, and no other can stand in its place"}
+
+    def recounted(self, kept: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+        """Of 3.5, the blocks with a second attention go by their new places."""
+        dual = self.transformer.config.dual_attention_layers
+        places = tuple(new for new, old in enumerate(kept["transformer_blocks"]) if old in dual)
+        return super().recounted(kept) | {"dual_attention_layers": places}
 
     @property
     def unheard(self) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ class WanTransformer(TransformerFace):
     """x_t: (B, C, F, h, w); cond: (B, L, 4096) of UMT5, zeros behind the prompt's end. There is no mask."""
 
     stacks: ClassVar = {"blocks": "whole"}
+    prunable: ClassVar = {"blocks": "num_layers"}
 
     @property
     def patch(self) -> int:

@@ -24,6 +24,7 @@ class ZImageTransformer(TransformerFace):
     """cond: prompt (B, L, 2560) and its mask (B, L), 1 for words; the network is given the words alone."""
 
     stacks: ClassVar = {"layers": "first tokens"}
+    prunable: ClassVar = {"layers": "n_layers"}
     tail = ("all_final_layer",)
     # What it computes depends on how long each prompt is.
     traceable = False

@@ -33,3 +33,6 @@ METHODS = Table(
         "compose": "stepdistill.methods.compose:Compose",
     },
 )
+
+# What makes a network smaller, where it has lists of blocks: no part of a composition, and no student is left by it.
+PRUNERS = Table("stepdistill.methods.base:Method", {"ppcl": "stepdistill.methods.ppcl:PPCL"})

@@ -11,6 +11,7 @@ from stepdistill.errors import UserError
 from stepdistill.families.base import Family
 from stepdistill.lora import NO_LORA, LoRA, LoraConfig, checkpointed
 from stepdistill.methods.base import Method, Networks
+from stepdistill.pruning import Pruned
 
 
 def assemble(
@@ -58,6 +59,15 @@ def assemble(
 
 def new_student(method: Method, family: Family, init: str, lora: LoraConfig) -> Denoiser:
     """The student a run starts from. Raises UserError where the family has none such."""
+    if family.teacher is not None and init != "random":
+        base = family.teacher if init == "teacher" else family.student(init, ()).requires_grad_(False)
+        made = method.student_over(base)
+        if made is not None and lora:
+            raise UserError(
+                f"student.lora: {type(method).__name__} trains whole blocks in the place of others; set its rank to 0."
+            )
+        if made is not None:
+            return made
     if not lora:
         return family.student(init, method.sampling.inputs)
     if init == "random":
@@ -117,6 +127,11 @@ def _start_from(before: Denoiser, student: Denoiser) -> None:
     What only `student` has starts at zero by contract, and what only `before` had is left behind.
     """
     own = student.state_dict()
+    if isinstance(before, Pruned) or isinstance(student, Pruned):
+        raise UserError(
+            "stages: a stage that removes blocks leaves another network, which no other stage goes on with; make it a run"
+            " of its own, and its student the family.teacher of the next."
+        )
     if isinstance(student, LoRA):
         theirs = before.state_dict() if isinstance(before, LoRA) else {}
         if {k: v.shape for k, v in theirs.items()} != {k: v.shape for k, v in own.items()}:

@@ -165,6 +165,8 @@ class Method:
     needs_decoder: ClassVar[bool] = False
     # What it leaves takes any number of steps by DDIM, and no later stage inherits its sampling.
     many_steps: ClassVar[bool] = False
+    # What it leaves is a teacher for other methods, though it had one itself.
+    leaves_teacher: ClassVar[bool] = False
     # The rules (`sampling.RULES`) its student may be sampled by.
     rules: ClassVar[tuple[str, ...]] = ("renoise", "ode", "tcd")
     # Networks whose weights a stage takes over from networks of the same names of the stage before, key by key
@@ -205,6 +207,10 @@ class Method:
 
     def pairs(self, schedule: Schedule) -> PairSettings | None:
         """The teacher's trajectories batches must carry, if any; they are computed once and cached."""
+        return None
+
+    def student_over(self, base: Denoiser) -> Denoiser | None:
+        """A student that holds the weights of `base` by reference and trains others; None = a whole network."""
         return None
 
     def networks(self, teacher: Denoiser | None, student: Denoiser) -> dict[str, nn.Module]:
