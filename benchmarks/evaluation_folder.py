@@ -34,7 +34,8 @@ from PIL import Image
 
 from evaluation.extractors import Extractor, load_extractor
 from evaluation.feature_net import FeatureNet
-from evaluation.images import MemoryImages, open_images
+from evaluation.files import open_images
+from evaluation.images import MemoryImages
 from evaluation.results import machine
 from stepdistill import assets, scenes
 from stepdistill.errors import atomic_write

@@ -16,7 +16,7 @@ from typing import Any
 
 from evaluation import report
 from evaluation.folds import FoldDistances
-from evaluation.published import published_beside
+from evaluation.published import published_beside, published_line
 from stepdistill.errors import UserError
 
 
@@ -46,7 +46,8 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
 def identity(results: dict[str, Any]) -> tuple[Any, ...]:
     """What two runs have to agree in before a number of one says anything about a number of the other."""
     extractor = results["extractor"] or {}
-    return results["protocol_hash"], results["n"], extractor.get("sha256"), results.get("reference_sha256")
+    files = results.get("reference_sha256"), results.get("captions_sha256")
+    return results["protocol_hash"], results["n"], extractor.get("sha256"), *files
 
 
 def groups(runs: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -109,7 +110,7 @@ def text(runs: Sequence[dict[str, Any]], with_published: bool = False) -> str:
             parts += [_published_table(published_beside(run)) for run in group[:1]]
     if len(together) > 1:
         parts.append(
-            "warning: these tables are of different protocols, numbers of samples, extractors or references; "
+            "warning: these tables are of different protocols, numbers of samples, extractors, references or captions; "
             "don't compare numbers of one with those of another."
         )
     return "\n\n".join(parts)
@@ -126,8 +127,4 @@ def _said(found: dict[str, Any]) -> str:
 
 
 def _published_table(entries: Iterable[dict[str, Any]]) -> str:
-    lines = ["published under this protocol:"]
-    for entry in entries:
-        numbers = ", ".join(f"{name} {value:g}" for name, value in entry["metrics"].items())
-        lines.append(f"  {entry['model']}, {entry['steps']} steps: {numbers}  [{entry['source']}]")
-    return "\n".join(lines)
+    return "\n".join(["published under this protocol:", *(f"  {published_line(entry)}" for entry in entries)])

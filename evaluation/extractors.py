@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evaluation.images import as_images, rechunked
-from evaluation.stats import FeatureStats, Source
+from evaluation.moments import Source
+from evaluation.processes import ready_device
+from evaluation.stats import FeatureStats
 from stepdistill import assets
 from stepdistill.clip import normalisation, pretrained
 from stepdistill.errors import UserError, nearest
@@ -68,6 +70,7 @@ class Extractor:
         stats = FeatureStats(self.dim, self.source)
         for features in self.stream(images):
             stats.add(features)
+        stats.facts = getattr(images, "facts", None)
         return stats
 
 
@@ -85,7 +88,7 @@ def load_extractor(
         MissingWeights: a public network's weights are nowhere; the message says where to put them.
         UserError: there is no such extractor, or its files are missing or damaged.
     """
-    name = str(name)
+    name, device = str(name), ready_device(device)
     if name not in EXTRACTORS:
         if not Path(name).is_dir():
             raise UserError(
@@ -118,21 +121,25 @@ def _embedded(name: str, device: str, weights: str | os.PathLike[str] | None) ->
 
 
 def _inception(name: str, device: str, weights: str | os.PathLike[str] | None) -> Extractor:
-    """The 2015 Inception network: TensorFlow 1's resize, as everybody but clean-fid has it, or clean-fid's."""
+    """The 2015 Inception network after TensorFlow 1's resize (EDM, ADM, torch-fidelity), clean-fid's or pytorch-fid's;
+    or its spatial features, after TensorFlow's.
+    """
     from evaluation import inception
     from evaluation.weights import content_sha256, find, load_file
 
     path = find("inception-2015", weights)
     network = inception.Inception.from_state(load_file(path), path)
     sha256 = content_sha256(network.state_dict())
-    resize, text = inception.RESIZES["clean" if name.endswith("-clean") else "tf1"]
-    head = inception.logits_of(network.fc.weight.detach().numpy())
+    spatial = name.endswith("-spatial")
+    resize, text = inception.RESIZES.get(name.removeprefix("inception-2015-"), inception.RESIZES["tf1"])
+    head = None if spatial else inception.logits_of(network.fc.weight.detach().numpy())
     network.to(device)
+    features = network.spatial if spatial else network
     return Extractor(
         name,
-        inception.FEATURES,
+        inception.SPATIAL if spatial else inception.FEATURES,
         sha256,
-        lambda images: network(resize(images.to(device))),
+        lambda images: features(resize(images.to(device))),
         resize=text,
         side=inception.SIDE,
         head=head,
@@ -195,6 +202,8 @@ EXTRACTORS: dict[str, Callable[[str, str, str | os.PathLike[str] | None], Extrac
     "clip-scenes-v1": _clip,
     "inception-2015": _inception,
     "inception-2015-clean": _inception,
+    "inception-2015-pytorch": _inception,
+    "inception-2015-spatial": _inception,
     "clip-vit-b32": _clip,
     "clip-vit-l14": _clip,
     "clip-vit-l14-336": _clip,

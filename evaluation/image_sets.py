@@ -3,28 +3,70 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from evaluation.captions import read_captions
+from evaluation.captions import CaptionFile, paired
 from evaluation.decoding import AS_STORED, Resize
 from evaluation.extractors import load_extractor
-from evaluation.images import IO_BATCH, Facts, open_images
+from evaluation.facts import Facts, doubts_between, doubts_of
+from evaluation.files import IO_BATCH, open_images
+from evaluation.images import Images
 from evaluation.measure import Measurement
+from evaluation.metrics import get_metrics
+from evaluation.moments import Source
 from evaluation.protocol import Protocol, get_protocol
+from evaluation.references import FileReference, NamedReference, SceneReference, holds
+from evaluation.results import finite, provenance
 from evaluation.stats import FeatureStats
 from stepdistill.errors import UserError
+from stepdistill.provenance import sha256_of_files
 
 # Samples below which published distances are not taken.
 FEW = 10_000
 
 
+@dataclass(frozen=True)
+class Reference:
+    """What a set is compared with: images, statistics of such, or both, as in ADM's reference batches."""
+
+    path: Path
+    images: Images | None
+    stats: FeatureStats | None
+
+    @property
+    def n(self) -> int:
+        """0 where statistics don't say it."""
+        return self.stats.n if self.stats is not None else len(self.images)
+
+    @property
+    def sha256(self) -> str:
+        """Of the content."""
+        return self.images.sha256() if self.stats is None else sha256_of_files([self.path], self.path.parent)
+
+
+def open_reference(
+    path: str | os.PathLike[str],
+    expect: Source | None = None,
+    resize: Resize = AS_STORED,
+    io_batch: int = IO_BATCH,
+) -> Reference:
+    """The set or the statistics at `path`. Raises UserError as `FeatureStats.load` and `open_images` do."""
+    has = holds(path)
+    stats = FeatureStats.load(path, expect=expect) if "statistics" in has else None
+    if stats is not None and stats.prepared and stats.prepared != str(resize):
+        raise UserError(
+            f"{path} is of images that were brought to size as {stats.prepared}, but here they are as {resize}; make it "
+            "again with the same --protocol."
+        )
+    return Reference(Path(path), open_images(path, resize, io_batch) if "images" in has else None, stats)
+
+
 def measure_set(
     images: str | os.PathLike[str],
-    reference: str | os.PathLike[str],
+    reference: str | os.PathLike[str] | None = None,
     *,
     metrics: Sequence[str] = ("fd",),
     extractor: str | os.PathLike[str] | None = None,
@@ -34,49 +76,62 @@ def measure_set(
     io_batch: int = IO_BATCH,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Measure a set of images, a folder or Parquet file, against another one or its statistics (.npz).
+    """Measure a set of images against another one or its statistics (.npz).
 
     Args:
+        images, reference: what `open_images` opens. reference: None where no metric needs one.
         extractor: a name or a directory; None is the protocol's, else inception-2015 for FID and the embedded
             one for everything else.
         protocol: whose image path, extractor and number of samples are used; None is images as they are.
-        captions: a file with a caption for every image, in the order of the files' names.
+        captions: a file with a caption for every image, by name where it names them, else in their natural order.
         clip: directory of the CLIP model, where that is not the embedded one.
         io_batch: images decoded by one job; changes nothing but memory.
 
-    Returns values by name, with what they were measured on, and `warnings`. Raises UserError for a set that cannot
-    be read, and where a metric needs what is not there.
+    Returns values by name, with what they were measured on, and `warnings`. The protocol's name says what is not as
+    it fixes it. Raises UserError for a set that cannot be read, and where a metric needs what is not there.
     """
     chosen = get_protocol(protocol) if protocol is not None else None
     own = open_images(images, chosen.resize if chosen else AS_STORED, io_batch)
+    needs = set().union(*(metric.needs for metric in get_metrics(metrics).values()))
     usual = "inception-2015" if "fid" in metrics else "scenes-v1"
-    net = load_extractor(extractor or (chosen.extractor if chosen else usual), device)
-    if Path(reference).suffix == ".npz":
-        against = FeatureStats.load(reference, expect=net.source)
-    else:
-        against = open_images(reference, reference_resize(chosen), io_batch)
+    name = extractor or (chosen.extractor if chosen else usual)
+    net = load_extractor(name, device) if "extractor" in needs else None
+    resize = reference_resize(chosen)
+    against = open_reference(reference, net and net.source, resize, io_batch) if reference and net else None
+    said = paired(Path(captions), own.names, len(own), str(images)) if captions else None
+    prefix = chosen.clip_prefix if chosen else ""
     # Of a protocol only what is done to images counts here: these were drawn already, whatever for.
-    bare = replace(chosen, conditions="none", captions=None, images_per_prompt=1) if chosen else None
-    said = _captions(captions, chosen, images, len(own))
+    bare = chosen and replace(chosen, conditions="none", captions=None, images_per_prompt=1, reference=None)
     ready = Measurement(
-        bare, metrics, len(own), extractor=net, reference=against, captions=said, clip=clip or ""
-    )
-    found = ready.of(own)
-    facts, theirs = found.inputs.images.facts, getattr(against, "facts", None)
-    reference_n = against.n if isinstance(against, FeatureStats) else len(against)
-    warnings = doubts(facts, theirs, len(own), reference_n, net.dim, chosen)
-    if Path(images).resolve() == Path(reference).resolve():
+        bare, metrics, len(own), extractor=net, reference=against and (against.stats or against.images),
+        reference_images=against and against.images, captions=said and [prefix + text for text in said],
+        clip=clip or "", device=device,
+    )  # fmt: skip
+    done = ready.of(own)
+    actual = chosen and _actual(chosen, own, against, net and net.name, captions, said)
+    facts, n = done.inputs.images.facts, len(own)
+    seen = ready.reference if ready.reference is not None else against and against.images
+    theirs = getattr(seen, "facts", None)
+    warnings = [*_doubts(facts, theirs, against, n, net.dim if net else 0, chosen), *done.doubts]
+    if against and Path(images).resolve() == against.path.resolve():
         warnings.insert(0, "the images were compared with themselves.")
-    return found.numbers | {
-        "n": len(own),
-        "reference_n": reference_n,
-        "extractor": net.name,
-        "sha256": net.sha256,
-        "resize": net.resize,
+    model = ready.metrics.get("clip")
+    return finite(done.numbers) | {
+        "n": n,
+        "reference_n": against.n if against else None,
+        "extractor": net and net.name,
+        "sha256": net and net.sha256,
+        "resize": net and net.resize,
+        "images": str(images),
         "images_sha256": own.sha256(),
-        "protocol": chosen.label(len(own)) if chosen else None,
-        "protocol_hash": chosen.hash if chosen else None,
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "reference": against and str(reference),
+        "reference_sha256": against and against.sha256,
+        "captions": captions and str(captions),
+        "captions_sha256": captions and CaptionFile.open(captions).content,
+        "clip": model and {"name": model.name, "sha256": model.sha256},
+        "protocol": actual and actual.label(n),
+        "protocol_hash": actual and actual.hash,
+        **provenance(device),
         "warnings": warnings,
     }
 
@@ -86,50 +141,58 @@ def reference_resize(protocol: Protocol | None) -> Resize:
     return getattr(protocol.reference, "resize", AS_STORED) if protocol else AS_STORED
 
 
-def _captions(
-    path: str | os.PathLike[str] | None, protocol: Protocol | None, images: object, count: int
-) -> list[str] | None:
-    if path is None:
-        return None
-    prefix = protocol.clip_prefix if protocol else ""
-    found = [prefix + caption for caption in read_captions(Path(path))]
-    if len(found) != count:
-        raise UserError(
-            f"{path} has {len(found)} captions for the {count} images of {images}; give one each."
-        )
-    return found
+def _actual(
+    chosen: Protocol,
+    own: Images,
+    against: Reference | None,
+    extractor: str | None,
+    path: str | os.PathLike[str] | None,
+    captions: Sequence[str] | None,
+) -> Protocol:
+    """The protocol these images were measured under, which differs from the chosen one in all that is not as it says."""
+    width, height = own.resized(AS_STORED).peek().size
+    actual = replace(chosen, extractor=extractor or chosen.extractor)
+    if chosen.resolution and (width, height) != (chosen.resolution, chosen.resolution):
+        actual = replace(actual, resolution=max(width, height))
+    if against is not None:
+        fixed = chosen.reference
+        same = isinstance(fixed, NamedReference) and against.n in (0, fixed.n)
+        # Nobody has the rendered scenes of a protocol in a folder.
+        if not same or isinstance(fixed, SceneReference):
+            actual = replace(actual, reference=FileReference(str(against.path), against.n, against.sha256))
+    if captions is None:
+        return actual
+    if chosen.captions is None:
+        other = chosen.scored_captions(len(captions)) != list(captions)
+        return replace(actual, clip_prefix="other captions") if other and chosen.has_text else actual
+    try:
+        chosen.captions.found(path)
+    except UserError:
+        return replace(actual, captions=replace(chosen.captions, content=CaptionFile.open(path).content))
+    return actual
 
 
-def doubts(
-    own: Facts | None, reference: Facts | None, n: int, reference_n: int, dim: int, protocol: Protocol | None
+def _doubts(
+    own: Facts | None,
+    theirs: Facts | None,
+    against: Reference | None,
+    n: int,
+    dim: int,
+    protocol: Protocol | None,
 ) -> list[str]:
     """What a reader of a distance has to know about the two sets it is of."""
     found = []
-    if 0 < min(n, reference_n or n) <= dim:
+    if against is not None and 0 < min(n, against.n or n) <= dim:
         found.append(
             f"no more images than the {dim} features: the covariance has no full rank and the distance is biased "
             "far upwards."
         )
-    elif protocol is None and n < FEW:
+    elif against is not None and protocol is None and n < FEW:
         found.append(f"{n} images are few: compare only with distances of as many, which share the bias.")
     if protocol is not None and n != protocol.n:
         found.append(f"{n} images where {protocol.name} has {protocol.n}: compare only with as many.")
-    if own is None:
-        return found
-    if own.duplicates:
-        found.append(f"{own.duplicates} of {n} images have the same pixels as another one.")
-    if own.grey:
-        found.append(f"{own.grey} of {n} images are stored without colour.")
-    if reference is None:
-        return found
-    if own.size != reference.size:
-        sizes = " and ".join(f"{width}x{height}" for width, height in (own.size, reference.size))
-        found.append(f"the two sets differ in size, {sizes}: resizing alone makes a distance.")
-    if bool(own.lossy) != bool(reference.lossy):
-        counts = f"{own.lossy} of {n} images and {reference.lossy} of the {reference.n} of the reference"
-        found.append(f"{counts} are JPEG: its losses alone make a distance.")
-    if reference.duplicates:
-        found.append(f"{reference.duplicates} of {reference.n} images of the reference are duplicates.")
-    if shared := own.shared_with(reference):
-        found.append(f"{shared} different images are in both sets.")
+    found += doubts_of(own, "images")
+    if against is not None:
+        found += against.stats.doubts if against.stats is not None else []
+        found += doubts_of(theirs, "images of the reference") + doubts_between(own, theirs)
     return found

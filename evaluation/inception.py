@@ -22,6 +22,7 @@ from stepdistill.errors import UserError
 
 SIDE = 299
 FEATURES = 2048
+SPATIAL = 7 * 17 * 17
 CLASSES = 1008
 
 
@@ -192,14 +193,27 @@ class Inception(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Features (N, 2048)."""
+        x = self._until_6c(images)
+        for name in ("6d", "6e", "7a", "7b", "7c"):
+            x = getattr(self, f"Mixed_{name}")(x)
+        return F.adaptive_avg_pool2d(x, 1).flatten(1)
+
+    def spatial(self, images: Tensor) -> Tensor:
+        """Spatial features (N, 2023), those of sFID (Nash et al. 2021, arXiv 2103.03841) as ADM takes them: the first
+        7 channels of TensorFlow's mixed_6/conv on its 17 x 17 places, place by place.
+        """
+        x = self.Mixed_6d.branch1x1(self._until_6c(images))[:, :7]
+        return x.permute(0, 2, 3, 1).flatten(1)
+
+    def _until_6c(self, images: Tensor) -> Tensor:
         x = (images - 128) / 128
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = F.max_pool2d(x, 3, stride=2)
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))
         x = F.max_pool2d(x, 3, stride=2)
-        for name in ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c"):
+        for name in ("5b", "5c", "5d", "6a", "6b", "6c"):
             x = getattr(self, f"Mixed_{name}")(x)
-        return F.adaptive_avg_pool2d(x, 1).flatten(1)
+        return x
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor], path: Path | str = "the state dict") -> Inception:
@@ -258,9 +272,20 @@ def clean_bicubic(images: Tensor, side: int = SIDE) -> Tensor:
     return resized.unflatten(0, images.shape[:2])
 
 
+def torch_bilinear(images: Tensor, side: int = SIDE) -> Tensor:
+    """uint8 (N, 3, H, W) to float (N, 3, side, side) in 0 .. 256: pytorch-fid's resize and range.
+
+    Pixel centres are aligned and nothing is antialiased; white is 256, which `Inception` takes to pytorch-fid's 1.
+    """
+    resized = F.interpolate(images.float() / 255, (side, side), mode="bilinear", align_corners=False)
+    # A power of two, so that (256 x - 128) / 128 has the bits of 2 x - 1.
+    return resized * 256
+
+
 RESIZES = {
     "tf1": (tf1_bilinear, "TF1 bilinear to 299"),
     "clean": (clean_bicubic, "Pillow float bicubic to 299"),
+    "pytorch": (torch_bilinear, "torch bilinear to 299, of pixels over 255"),
 }
 
 

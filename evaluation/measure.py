@@ -11,11 +11,11 @@ import functools
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evaluation.decoding import patch_window
+from evaluation.decoding import Resize
 from evaluation.extractors import Extractor, load_extractor
 from evaluation.generate import SamplerFn, drawn, kept
 from evaluation.images import Images
@@ -25,7 +25,7 @@ from evaluation.metrics.clip_score import ClipScore
 from evaluation.processes import Processes
 from evaluation.protocol import Protocol, checked_n, get_protocol
 from evaluation.reference import reference_stats
-from evaluation.references import NamedReference
+from evaluation.references import NamedReference, holds
 from evaluation.stats import FeatureStats
 from evaluation.values import Value, flat
 from stepdistill.errors import UserError
@@ -37,7 +37,7 @@ DISTANCES = ("fid", "fd")
 _WHERE_FROM = {
     "captions": "give them with --captions, or use a protocol that has some",
     "reference": "give one with --reference, or use a protocol that has one",
-    "reference_images": "give a folder or Parquet file, not statistics",
+    "reference_images": "give images, not statistics",
     "timed": "measure it with `python -m evaluation run`",
     "teacher": "measure it with `python -m evaluation run` and --teacher",
 }
@@ -45,11 +45,13 @@ _WHERE_FROM = {
 
 @dataclass
 class Measured:
-    """The values of `n` samples. `inputs` is what they were computed from, None once that is gone."""
+    """The values of `n` samples. `inputs` is what they were computed from, None once that is gone; `doubts` is what
+    a reader has to know of them."""
 
     values: list[Value]
     n: int
     inputs: Inputs | None = None
+    doubts: list[str] = field(default_factory=list)
 
     @property
     def numbers(self) -> dict[str, float]:
@@ -65,7 +67,8 @@ class Measurement:
         metrics: names in METRICS.
         n: number of samples.
         extractor: a name, a directory or an `Extractor`; None is the protocol's.
-        reference: images or statistics instead of the protocol's reference.
+        reference: images or statistics instead of the protocol's reference. reference_images: images that
+            belong to statistics, for what cannot be computed from these.
         captions: one for each sample, instead of the protocol's.
         clip: directory of the CLIP model; "" is the protocol's.
         available: fields of `Inputs` that will be there beside what these arguments say: "teacher", "timed".
@@ -82,6 +85,7 @@ class Measurement:
         *,
         extractor: str | os.PathLike[str] | Extractor | None = None,
         reference: FeatureStats | Images | None = None,
+        reference_images: Images | None = None,
         captions: Sequence[str] | None = None,
         clip: str | os.PathLike[str] = "",
         available: frozenset[str] = frozenset(),
@@ -90,15 +94,14 @@ class Measurement:
     ) -> None:
         self.protocol, self.processes, self.n = protocol, processes or Processes(), n
         self.metrics = get_metrics(metrics)
-        model = protocol.clip if protocol else ""
-        if "clip" in self.metrics and (clip or model):
-            self.metrics["clip"] = ClipScore(clip or None, model or None)
+        if "clip" in self.metrics:
+            self.metrics["clip"] = ClipScore(clip or None, (protocol and protocol.clip) or None, device)
         self.captions = captions
         own = reference if reference is not None else protocol.reference if protocol else None
-        self._refuse_missing(own, available)
         # Rows of the reference's features, once they are known: they serve every set.
         self.reference_rows = None
-        self.images = None if _is_statistics(own) else own
+        self.images = reference_images or _images_of(own)
+        self._refuse_missing(own, available)
         self.extractor: Extractor | None = None
         self._given = reference
         if "extractor" in self.needs:
@@ -124,7 +127,7 @@ class Measurement:
         if isinstance(self._given, FeatureStats):
             return self._given
         if self._given is not None:
-            return self.extractor.statistics(self._given)
+            return self.extractor.statistics(self._given.watched())
         return reference_stats(self.protocol, self.extractor, self.processes)
 
     @property
@@ -149,7 +152,7 @@ class Measurement:
             if "timed" not in metric.needs and ("teacher" not in metric.needs or inputs.teacher is not None):
                 values += metric.compute(inputs)
         self.reference_rows = vars(inputs).get("reference_features", self.reference_rows)
-        return Measured(values, n, inputs)
+        return Measured(values, n, inputs, inputs.doubts)
 
     def inputs(self, images: Images, n: int) -> Inputs:
         """What metrics are computed from, of the first `n` images."""
@@ -157,9 +160,11 @@ class Measurement:
         images, protocol, inputs.reference = images.first(n), self.protocol, self.reference
         inputs.images = images.resized(protocol.resize).watched() if protocol else images.watched()
         if protocol and protocol.patch and "patch-fd" in self.metrics:
-            window = patch_window(protocol.patch)
+            window = Resize("window", protocol.patch)
             inputs.patch_images = images.resized(window)
             inputs.patch_reference = self.images.resized(window)
+        if protocol and protocol.clip_resize and "clip" in self.metrics:
+            inputs.clip_images = images.resized(protocol.clip_resize)
         return inputs
 
     def _inputs(self, n: int) -> Inputs:
@@ -178,8 +183,8 @@ class Measurement:
         there = available | {"images", "extractor", "features"}
         has_text = self.captions is not None or (self.protocol is not None and self.protocol.has_text)
         there |= {"captions"} if has_text else set()
-        if reference is not None:
-            there |= {"reference"} if _is_statistics(reference) else {"reference", "reference_images"}
+        there |= {"reference"} if reference is not None else set()
+        there |= {"reference_images"} if self.images is not None else set()
         for name, metric in self.metrics.items():
             if missing := sorted(metric.needs - there):
                 raise UserError(
@@ -226,8 +231,8 @@ def measure(
     parts = (slice(start, start + batch) for start in range(0, n, batch))
     with tempfile.TemporaryDirectory() as folder:
         images = kept((drawn(draw, prompts[part], seeds[part]) for part in parts), Path(folder))
-        found = ready.of(images, teacher=teacher)
-    return Measured(found.values, n)
+        done = ready.of(images, teacher=teacher)
+    return Measured(done.values, n, doubts=done.doubts)
 
 
 def quantised(draws: Callable, quantise: str) -> SamplerFn:
@@ -239,7 +244,10 @@ def quantised(draws: Callable, quantise: str) -> SamplerFn:
     return draws.at(quantise=quantise) if hasattr(draws, "at") else draws
 
 
-def _is_statistics(reference: object) -> bool:
-    return isinstance(reference, FeatureStats) or (
-        isinstance(reference, NamedReference) and reference.is_statistics
-    )
+def _images_of(reference: object) -> Images | None:
+    """The images of a reference, where it is not statistics alone."""
+    if isinstance(reference, FeatureStats) or reference is None:
+        return None
+    if isinstance(reference, NamedReference):
+        return reference.resized() if "images" in holds(reference.path) else None
+    return reference if isinstance(reference, Images) else reference.resized()

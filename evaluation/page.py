@@ -87,10 +87,10 @@ def _image(image: Tensor) -> dict[str, Any]:
 
 def _published(entries: Sequence[dict[str, Any]]) -> list[list[str]]:
     names = list(dict.fromkeys(name for entry in entries for name in entry["metrics"]))
-    return [["model", "steps", *names, "source", "differs"]] + [
+    return [["model", "steps", *names, "source", "measured by", "differs"]] + [
         [
             entry["model"], str(entry["steps"]), *(f"{entry['metrics'].get(name, '')}" for name in names),
-            entry["source"], entry.get("differs", ""),
+            entry["source"], entry["recipe"], entry.get("differs", ""),
         ]
         for entry in entries
     ]  # fmt: skip

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from evaluation.measure import DISTANCES
 from evaluation.metrics.latency import BATCH, IMAGES
+from evaluation.processes import ready_device
 from evaluation.protocol import Protocol, checked_n, chosen_protocol, get_protocol
 from evaluation.references import NamedReference
 from evaluation.weights import find_pipeline
@@ -34,7 +35,10 @@ class Settings:
         metrics: names in METRICS; None is what the protocol says.
         reference: where the protocol's named reference is; or a folder or Parquet file of real images instead of
             a protocol, for pipelines with prompts together with `captions`.
-        captions: where the protocol's captions are, if it has a file of them; or one's own.
+        captions: where the protocol's captions are, if it has a file of them; or one's own. captions_seed: of one's
+            own, draw `n` at random with this seed; -1 takes them in order.
+        seeds: repeats of the students' samples, 0 first: repeat s has the noise seeds of the protocol plus s times its n,
+            as EDM's three runs have.
         extractor: a name or a directory; None is the protocol's. Another one makes another protocol hash.
         clip: directory of the protocol's CLIP model, where that is not the embedded one.
         batch: batch size of the sampled networks; samples of two sizes differ in their last bits.
@@ -57,6 +61,8 @@ class Settings:
     protocol: str | Protocol = "scenes-2k"
     reference: str | os.PathLike[str] | None = None
     captions: str | os.PathLike[str] | None = None
+    captions_seed: int = -1
+    seeds: Sequence[int] = (0,)
     extractor: str | os.PathLike[str] | None = None
     clip: str | os.PathLike[str] | None = None
     batch: int = 64
@@ -86,6 +92,11 @@ class Plan:
 
 def planned(settings: Settings, device: str) -> Plan:
     """Load the pipelines and look whether they can be measured. Raises UserError for what cannot be done."""
+    seeds = list(settings.seeds)
+    if not seeds or seeds[0] != 0 or len(set(seeds)) != len(seeds) or min(seeds) < 0:
+        raise UserError(
+            f"--seeds must begin with 0, the protocol's own, and repeat none, got {', '.join(map(str, seeds))}."
+        )
     samplers = [load_pipeline(path, device) for path in settings.pipelines]
     teacher = load_pipeline(settings.teacher, device) if settings.teacher is not None else None
     protocol = _protocol(settings, [*samplers, *([teacher] if teacher else [])])
@@ -108,7 +119,7 @@ def load_pipeline(path: str | os.PathLike[str], device: str) -> Sampler:
     """A directory or a repository in the Hugging Face cache. Raises UserError where there is neither."""
     from stepdistill import load
 
-    return load(find_pipeline(path), device=device)
+    return load(find_pipeline(path), device=ready_device(device))
 
 
 def _protocol(settings: Settings, samplers: Sequence[Sampler]) -> Protocol:
@@ -136,7 +147,14 @@ def _protocol(settings: Settings, samplers: Sequence[Sampler]) -> Protocol:
         raise UserError(f"{where} takes {takes}, so it has no use for --captions; leave it out.")
     if not own:
         _check_fit(chosen, samplers, takes, count)
-    return chosen_protocol(chosen, settings.reference, settings.captions, classes=count, extractor=net)
+    if settings.captions_seed >= 0 and not (own and settings.captions):
+        raise UserError(
+            "--captions-seed draws from captions of one's own; give --captions and --reference with it."
+        )
+    return chosen_protocol(
+        chosen, settings.reference, settings.captions, classes=count, extractor=net, n=settings.n,
+        captions_seed=settings.captions_seed,
+    )  # fmt: skip
 
 
 def _check_fit(protocol: Protocol, samplers: Sequence[Sampler], takes: str, classes: int) -> None:

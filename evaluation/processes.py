@@ -14,6 +14,7 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from stepdistill.errors import UserError
@@ -59,8 +60,9 @@ class Processes:
         return self.rank == 0
 
     def device(self, name: str) -> str:
-        """`name`, or for "cuda" the GPU of this process on its machine."""
-        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" and self.count > 1 else name
+        """`name`, or for "cuda" the GPU of this process on its machine. Raises UserError as `ready_device` does."""
+        here = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" and self.count > 1 else name
+        return ready_device(here)
 
     def mine(self, index: int) -> bool:
         """Whether piece `index` of dealt-out work is this process's."""
@@ -106,3 +108,20 @@ class Processes:
             return gather(inner(images[self.rank * size : (self.rank + 1) * size]).float().cpu())
 
         return replace(extractor, chunk=size * self.count, network=network)
+
+
+def ready_device(name: str) -> str:
+    """`name`, a device that is here, on which float32 is float32: TF32, which only some GPUs have, is off.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    try:
+        torch.empty(1, device=name).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        there = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        raise UserError(f"--device {name} is not here; use {' or '.join(there)}.") from None
+    if torch.device(name).type == "cuda":
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+    return name

@@ -58,7 +58,8 @@ class Protocol:
     part of its name. `patch`: side of the centre crop, at full resolution, a patch distance is taken of.
     `reference`: None where samples are judged by other means. `metrics`: measured unless others are asked for.
     `resolution`: side of the samples, 0 for the pipeline's own. `clip`: the CLIP model, "" for the embedded one;
-    `clip_prefix` is put before every caption.
+    `clip_prefix` is put before every caption; `clip_resize` is what is done to a sample, instead of `resize`, before
+    the CLIP model sees it.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Protocol:
     resize: Resize = field(default=Resize(), metadata=LATER)
     clip: str = field(default="", metadata=LATER)
     clip_prefix: str = field(default="", metadata=LATER)
+    clip_resize: Resize = field(default=Resize(), metadata=LATER)
     patch: int = field(default=0, metadata=LATER)
     about: str = field(default="", metadata=UNHASHED)
     source: str = field(default="", metadata=UNHASHED)
@@ -115,8 +117,19 @@ class Protocol:
         return _identity(self)
 
     def label(self, n: int) -> str:
-        """The name a result of `n` samples is published under."""
-        return self.name if n == self.n else f"{self.name}[n={n}]"
+        """The name a result of `n` samples is published under, with all that is not as the protocol of that name says.
+
+        "cifar10-50k[n=100, resolution=64, other reference]": such a number compares with none of the protocol's.
+        """
+        known = PROTOCOLS.get(self.name, self)
+        theirs = known.describe()
+        parts = [f"n={n}"] if n != known.n else []
+        ours = self.describe()
+        for name in sorted((ours.keys() | theirs.keys()) - {"n"}):
+            if ours.get(name) != theirs.get(name):
+                value = getattr(self, name)
+                parts.append(f"{name}={value}" if isinstance(value, (str, int)) else f"other {name}")
+        return f"{self.name}[{', '.join(parts)}]" if parts else self.name
 
     def prompts(self, n: int) -> list[str] | list[int]:
         """Captions, or class numbers, of the first n samples."""
@@ -209,9 +222,9 @@ def _built(kind: type, content: Any, where: str) -> Any:
             if part not in ("scenes", "files", "named"):
                 raise UserError(f"{where}: reference.kind must be scenes, files or named, got {part!r}.")
             value = _built(_PARTS[part], value, f"{where}: reference")
-        elif name in ("resize", "captions"):
-            value = _built(_PARTS[name], value, f"{where}: {name}")
-        elif name == "metrics":
+        elif name in ("resize", "clip_resize", "captions"):
+            value = _built(_PARTS[name.removeprefix("clip_")], value, f"{where}: {name}")
+        elif name in ("metrics", "files"):
             value = tuple(value)
         elif name != "reference" and type(value).__name__ != specs[name].type:
             raise UserError(f"{where}: {name} must be of type {specs[name].type}, got {value!r}.")
@@ -242,19 +255,22 @@ def real_images(
     path: str | os.PathLike[str],
     *,
     captions: str | os.PathLike[str] | None = None,
+    captions_seed: int = -1,
+    n: int | None = None,
     classes: int = 0,
     extractor: str = "scenes-v1",
 ) -> Protocol:
     """The protocol for samples against the images at `path`.
 
     Samples are drawn for `captions`, one of each, if given; else for `classes` classes in turn (0: for nothing),
-    as many as the reference has. Fewer are marked in the result's name as usual.
+    as many as the reference has. Fewer are marked in the result's name as usual. With a `captions_seed` of 0 or
+    more, `n` of the captions are drawn at random.
 
     Raises:
         UserError: there are no images at `path`, or no captions in that file.
     """
     reference = FileReference.open(path)
-    lines = CaptionFile.open(captions) if captions else None
+    lines = CaptionFile.open(captions, n, captions_seed) if captions else None
     metrics = ("fd", "clip", "latency") if lines else ("fd", "latency")
     return Protocol(
         name=f"images:{Path(path).stem}",
@@ -275,11 +291,10 @@ def chosen_protocol(
     protocol: str | Protocol,
     reference: str | os.PathLike[str] | None = None,
     captions: str | os.PathLike[str] | None = None,
-    *,
-    classes: int = 0,
-    extractor: str = "scenes-v1",
+    **own: Any,
 ) -> Protocol:
-    """The named protocol with its files found; or, for a `reference` where it names none, `real_images`.
+    """The named protocol with its files found; or, for a `reference` where it names none, `real_images`, to which
+    `own` goes.
 
     Raises:
         UserError: there is no such protocol, or a file is nowhere or another one than the protocol fixes.
@@ -287,7 +302,7 @@ def chosen_protocol(
     protocol = get_protocol(protocol)
     if reference is None or isinstance(protocol.reference, NamedReference):
         return protocol.located(reference, captions)
-    return real_images(reference, captions=captions, classes=classes, extractor=extractor)
+    return real_images(reference, captions=captions, **own)
 
 
 def checked_n(n: int | None, protocol: Protocol) -> int:

@@ -44,3 +44,11 @@ def published_beside(results: dict[str, Any]) -> list[dict[str, Any]]:
             "different numbers of samples are not compared."
         )
     return found
+
+
+def published_line(entry: dict[str, Any]) -> str:
+    """A published row for people: the numbers, where they are printed, who measures so, what is done otherwise."""
+    numbers = ", ".join(f"{name} {value:g}" for name, value in entry["metrics"].items())
+    differs = f"; differs: {entry['differs']}" if "differs" in entry else ""
+    steps = f"{entry['steps']} step{'s' if entry['steps'] > 1 else ''}"
+    return f"{entry['model']}, {steps}: {numbers} ({entry['source']}; measured by {entry['recipe']}{differs})"

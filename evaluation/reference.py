@@ -9,7 +9,7 @@ from pathlib import Path
 from evaluation.extractors import Extractor
 from evaluation.processes import Processes
 from evaluation.protocol import Protocol
-from evaluation.references import NamedReference
+from evaluation.references import NamedReference, holds
 from evaluation.stats import FeatureStats
 from stepdistill import assets
 from stepdistill.errors import UserError
@@ -41,12 +41,12 @@ def reference_stats(
     reference = protocol.reference
     if reference is None:
         raise UserError(f"the protocol {protocol.name} has no reference images to take a distance to.")
-    if isinstance(reference, NamedReference) and reference.is_statistics:
+    if isinstance(reference, NamedReference) and "statistics" in holds(reference.path):
         return _given(reference, extractor)
     path = processes.from_first(lambda: _place(protocol, extractor))
     stats = processes.from_first(lambda: _known(path, extractor))
     if stats is None:
-        stats = extractor.statistics(reference)
+        stats = extractor.statistics(reference.resized().watched())
         if processes.first:
             with contextlib.suppress(PermissionError):
                 stats.save(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.decoding import Resize
-from evaluation.images import Images, ResizedImages, open_images
+from evaluation.decoding import AS_STORED, Resize
+from evaluation.files import open_images
+from evaluation.images import Images, ResizedImages
 from stepdistill import assets, scenes
 from stepdistill.errors import UserError
 from stepdistill.provenance import sha256_of_files
@@ -26,7 +28,7 @@ ENVIRONMENT = "STEPDISTILL_REFERENCES"
 UNHASHED = {"identity": False}
 # Marks a field the hash leaves out at its default.
 LATER = {"later": True}
-_SUFFIXES = ("", ".parquet", ".npz")
+_SUFFIXES = ("", ".npz", ".zip", ".tar", ".parquet", ".npy")
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,9 @@ class SceneReference:
             pixels = np.stack([scenes.image_at(index, self.seed)[1] for index in range(start, stop)])
             yield torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
-    def resized(self, resize: Resize) -> Images:
+    def resized(self, resize: Resize = AS_STORED) -> Images:
         """The images with this done to them."""
-        return ResizedImages(self, resize)
+        return ResizedImages(self, resize) if resize else self
 
     def sha256(self) -> str:
         """Of the first 16 images: it changes when the renderer does."""
@@ -58,7 +60,7 @@ class SceneReference:
 
 @dataclass(frozen=True)
 class FileReference:
-    """All images of a folder or of Parquet files. Identified by their content, not by their place."""
+    """All images of a folder, an archive or an array. Identified by their content, not by their place."""
 
     path: str = field(metadata=UNHASHED)
     n: int
@@ -74,10 +76,7 @@ class FileReference:
     def __len__(self) -> int:
         return self.n
 
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(open_images(self.path))
-
-    def resized(self, resize: Resize) -> Images:
+    def resized(self, resize: Resize = AS_STORED) -> Images:
         """The images with this done to them as they are stored."""
         return open_images(self.path, resize=resize)
 
@@ -90,7 +89,8 @@ class NamedReference:
     """A public set of images that is not ours to ship: the protocol fixes which, a person says where it is.
 
     It is identified by `name`, `n` and how its images are brought to size; its content goes into the result.
-    `path` is a folder, a .parquet file or statistics (.npz), "" while it is not known.
+    `path` is where images or statistics (.npz) are, "" while it is not known. `files`: what to download, a line each:
+    the file's name, its size, where from.
     """
 
     name: str
@@ -98,29 +98,23 @@ class NamedReference:
     resize: Resize = field(default_factory=Resize)
     kind: str = "named"
     about: str = field(default="", metadata=UNHASHED)
+    files: tuple[str, ...] = field(default=(), metadata=UNHASHED)
     path: str = field(default="", metadata=UNHASHED)
 
     def __len__(self) -> int:
         return self.n
 
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(open_images(self.path, resize=self.resize))
-
-    def resized(self, resize: Resize) -> Images:
-        """The images with this done to them as they are stored, instead of `resize`."""
-        return open_images(self.path, resize=resize)
-
-    @property
-    def is_statistics(self) -> bool:
-        return self.path.endswith(".npz")
+    def resized(self, resize: Resize | None = None) -> Images:
+        """The images with this done to them as they are stored, None: `resize`."""
+        return open_images(self.path, resize=self.resize if resize is None else resize)
 
     def sha256(self) -> str:
         """Of the content at `path`; "" while nothing is there."""
         if not self.path:
             return ""
-        if self.is_statistics:
-            return sha256_of_files([Path(self.path)], Path(self.path).parent)
-        return open_images(self.path).sha256()
+        if holds(self.path) == {"images"}:
+            return open_images(self.path).sha256()
+        return sha256_of_files([Path(self.path)], Path(self.path).parent)
 
     def found(self, path: str | os.PathLike[str] | None = None) -> NamedReference:
         """The same with its `path`, searched for unless given.
@@ -130,11 +124,26 @@ class NamedReference:
         """
         place = find(path, self.name, _SUFFIXES, "the reference", self.about, "--reference")
         known = replace(self, path=str(place))
-        if not known.is_statistics and (count := len(open_images(place))) != self.n:
+        if "statistics" not in holds(place) and (count := len(open_images(place))) != self.n:
             raise UserError(
                 f"{place} has {count} images, but the reference {self.name} has {self.n}; {self.about}"
             )
         return known
+
+
+def holds(path: str | os.PathLike[str]) -> set[str]:
+    """What is at `path`: "statistics", "images", or both, as in ADM's reference batches."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            arrays = set(file.namelist())
+    except (OSError, zipfile.BadZipFile):
+        # Of a damaged .npz, whoever reads it says what is wrong.
+        return {"statistics" if str(path).endswith(".npz") else "images"}
+    if not str(path).endswith(".npz"):
+        return {"images"}
+    return ({"images"} if "arr_0.npy" in arrays else set()) | (
+        {"statistics"} if "arr_0.npy" not in arrays or "mu.npy" in arrays else set()
+    )
 
 
 def reference_folders() -> list[Path]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evaluation import page, pareto
-from evaluation.published import published_beside
+from evaluation.published import published_beside, published_line
 from evaluation.values import Value, readings
 from stepdistill.errors import UserError, atomic_write
 
@@ -120,12 +120,7 @@ def markdown(results: dict[str, Any], published: Sequence[dict[str, Any]] = ()) 
     text += [f"- warning: {warning}" for warning in results["warnings"]]
     if pareto.plotted(results):
         text += ["", "![quality against cost](pareto.png)", ""]
-    for entry in published:
-        numbers = ", ".join(f"{name} {value:g}" for name, value in entry["metrics"].items())
-        differs = f"; differs: {entry['differs']}" if "differs" in entry else ""
-        text.append(
-            f"- published: {entry['model']}, {entry['steps']} steps: {numbers} ({entry['source']}{differs})"
-        )
+    text += [f"- published: {published_line(entry)}" for entry in published]
     return "\n".join(text) + "\n"
 
 
@@ -142,7 +137,7 @@ def facts(results: dict[str, Any]) -> list[str]:
         f"`{results['command']}`",
     ]
     if extractor:
-        is_fid = extractor["name"].startswith("inception-2015")
+        is_fid = extractor["name"].startswith("inception-2015") and not extractor["name"].endswith("-spatial")
         found.insert(
             1,
             f"features `{extractor['name']}`, sha256 `{extractor['sha256'][:16]}`"

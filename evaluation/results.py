@@ -9,7 +9,7 @@ import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,23 +63,32 @@ def results_of(
         "batch": batch,
         "processes": measurement.processes.count,
         "dtype": "float32",
-        "machine": machine(device),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "diffusers": version("diffusers"),
-            "transformers": version("transformers"),
-        },
-        "git_commit": git_commit(),
-        "command": command(),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **provenance(device),
         "seconds": round(seconds, 1),
         "warnings": [*warnings, *_sample_warnings(rows, names)],
     }
 
 
+def provenance(device: str) -> dict[str, Any]:
+    """What measured: machine, versions, commit, command, date."""
+    return {
+        "machine": machine(device),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "diffusers", "transformers", "numpy", "pillow")},
+        },
+        "git_commit": git_commit(),
+        "command": command(),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def finite(numbers: Mapping[str, float]) -> dict[str, float | None]:
+    """The same with None, which JSON has, for what is no number: a standard error of too few samples."""
+    return {name: number if math.isfinite(number) else None for name, number in numbers.items()}
+
+
 def _row(row: Row, name: str) -> dict[str, Any]:
-    numbers = row.numbers
     return {
         "role": row.role,
         "name": name,
@@ -91,9 +100,10 @@ def _row(row: Row, name: str) -> dict[str, Any]:
         "nfe": row.drawer.nfe,
         "n": row.n,
         "parameters": row.drawer.sampler.parameters,
-        "metrics": {key: number if math.isfinite(number) else None for key, number in numbers.items()},
+        "metrics": finite(row.numbers),
         "folds": row.folds,
         "sweep": row.sweep,
+        "repeats": [{"seed": one.seed, "metrics": finite(one.numbers)} for one in row.repeats],
         "seconds": round(row.seconds, 2),
     }
 

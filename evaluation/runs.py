@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import shutil
+import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,16 +19,19 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from evaluation import report
+from evaluation.facts import Facts, doubts_between, doubts_of
+from evaluation.files import open_images
 from evaluation.folds import frechet_ratio_with_error
 from evaluation.generate import Configuration, Shards, generate, pipeline_sha256
-from evaluation.images import Facts, Images, open_images
+from evaluation.images import Images
 from evaluation.measure import DISTANCES, Measured, Measurement
 from evaluation.metrics.fd import FrechetDistance
 from evaluation.metrics.latency import latencies
 from evaluation.plan import Plan, Settings, planned
 from evaluation.processes import Processes
-from evaluation.references import FileReference
+from evaluation.references import FileReference, NamedReference, SceneReference
 from evaluation.results import SHOWN, results_of
+from evaluation.stats import FeatureStats
 from evaluation.values import Value, flat, measured
 from evaluation.weights import pipeline_name
 from stepdistill.errors import UserError
@@ -50,12 +54,15 @@ class Row:
     role: str
     drawer: Drawer
     n: int
+    # Which repeat of the protocol's noise.
+    seed: int = 0
     sha256: str = ""
     values: list[Value] = field(default_factory=list)
     measured: Measured | None = None
     folds: dict[str, list[float]] = field(default_factory=dict)
     facts: Facts | None = None
     sweep: dict[str, Any] | None = None
+    repeats: list[Row] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
@@ -137,6 +144,9 @@ class Session:
             if best is not None:
                 self.compare(row, best)
             self.rows.append(row)
+            for seed in list(self.settings.seeds)[1:]:
+                row.repeats.append(self.measure(Row(role, drawer, self.plan.n, seed)))
+            row.values += over_seeds([row.values, *(repeat.values for repeat in row.repeats)])
         return self.rows
 
     def samples(self, row: Row, n: int) -> Images:
@@ -145,7 +155,10 @@ class Session:
             self.hashes[row.path] = pipeline_sha256(row.path)
         row.sha256, draw = self.hashes[row.path], row.drawer
         # Kept under the hash of the protocol as it was named: samples don't depend on the extractor in use.
-        configuration = Configuration.of(draw, self.plan.protocol, row.sha256)
+        protocol = self.plan.protocol
+        if row.seed:
+            protocol = replace(protocol, first_seed=protocol.first_seed + row.seed * protocol.n)
+        configuration = Configuration.of(draw, protocol, row.sha256)
         # A sweep's samples are part of the full set: what this run has drawn is never drawn again, even with
         # --force.
         known = self.drawn.get(configuration.key)
@@ -154,8 +167,8 @@ class Session:
                 known = self.drawn[configuration.key] = generate(
                     draw,
                     configuration,
-                    self.plan.protocol.prompts(n),
-                    self.plan.protocol.seeds(n),
+                    protocol.prompts(n),
+                    protocol.seeds(n),
                     self.folder,
                     force=self.settings.force and known is None,
                     progress=bar.update,
@@ -247,6 +260,7 @@ class Session:
         plan = self.plan
         pixels = [(plan.n, drawer) for drawer in plan.students]
         pixels += [(plan.teacher_n, drawer) for drawers in plan.teacher for drawer in drawers]
+        pixels += [(plan.n, drawer) for drawer in plan.students] * (len(list(self.settings.seeds)) - 1)
         needed = sum(n * 3 * math.prod(drawer.sampler.resolution) for n, drawer in pixels)
         have = sum(file.stat().st_size for file in self.folder.glob("*/*.safetensors"))
         free = shutil.disk_usage(self.folder.parent).free
@@ -275,23 +289,44 @@ class Session:
         sizes = {sampler.resolution for sampler in self.plan.samplers}
         if len(sizes) > 1:
             found.append(f"the pipelines draw images of different sizes: {sorted(sizes)}.")
-        if isinstance(protocol.reference, FileReference) and self.ready.reference is not None:
-            found += reference_doubts(protocol.reference, sizes)
+        if self.ready.reference is not None:
+            found += reference_doubts(protocol.reference, self.ready.reference, self.rows)
+        for row in self.rows:
+            found += [doubt for doubt in row.measured.doubts if doubt not in found]
         return found
 
 
-def reference_doubts(reference: FileReference, sizes: set[tuple[int, int]]) -> list[str]:
-    """What sets a person's own reference apart from samples of these (height, width), by its first image."""
+def over_seeds(repeats: Sequence[Sequence[Value]]) -> list[Value]:
+    """Of each main value of several repeats the mean, with its standard error, and the spread; and of those that are
+    better lower the minimum, which EDM and EDM2 publish of three: it lies below the mean by about 0.85 spreads.
+    """
     found = []
-    first = open_images(reference.path).peek()
-    width, height = first.size
-    if {(height, width)} != sizes:
-        drawn = " and ".join(f"{w}x{h}" for h, w in sorted(sizes))
-        found.append(
-            f"the samples are {drawn} and the reference {width}x{height}: resizing alone makes a distance."
-        )
-    if first.lossy:
-        found.append("the reference is JPEG and the samples are not: its losses alone make a distance.")
+    for value in repeats[0] if len(repeats) > 1 else ():
+        numbers = [one.value for repeat in repeats for one in repeat if one.name == value.name]
+        if value.main and len(numbers) == len(repeats):
+            spread = statistics.stdev(numbers)
+            mean = statistics.fmean(numbers), spread / math.sqrt(len(numbers))
+            found += [
+                replace(value, name=f"{value.name}/mean_of_{len(numbers)}", value=mean[0], se=mean[1]),
+                replace(value, name=f"{value.name}/spread", value=spread, se=None, better="none", main=False),
+            ]
+            if value.better == "lower":
+                name = f"{value.name}/min_of_{len(numbers)}"
+                found.append(replace(value, name=name, value=min(numbers), se=None))
+    return found
+
+
+def reference_doubts(
+    reference: FileReference | NamedReference | SceneReference, stats: FeatureStats, rows: Sequence[Row]
+) -> list[str]:
+    """What sets a reference apart from the samples of these rows."""
+    facts = stats.facts
+    if facts is None and isinstance(reference, FileReference):
+        # Kept before this was noticed in the whole set: by its first image.
+        facts = open_images(reference.path).peek()
+    found = [*stats.doubts, *doubts_of(facts, "images of the reference")]
+    for row in rows:
+        found += [doubt for doubt in doubts_between(row.facts, facts) if doubt not in found]
     return found
 
 

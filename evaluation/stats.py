@@ -9,28 +9,22 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from array import array
+from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
-from evaluation.moments import Moments
+from evaluation.facts import Facts
+from evaluation.foreign import foreign
+from evaluation.moments import Moments, Source, as_rows
+from evaluation.pickles import refuse_pickle
 from stepdistill.errors import UserError, atomic_write
 
 CHUNK_ROWS = 250
-_PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin")
-
-
-@dataclass(frozen=True)
-class Source:
-    """What made the features. Two sets of statistics can be compared only if theirs agree.
-
-    sha256: of the extractor's weights. resize: what was done to images before the network.
-    """
-
-    extractor: str = ""
-    sha256: str = ""
-    resize: str = "none"
+# What is read of a file; others hold images too.
+_ARRAYS = ("meta", "rows", "n", "mu", "low", "m2", "sigma", "num_images", "mu_s", "sigma_s", "hashes")
 
 
 class FeatureStats:
@@ -44,8 +38,11 @@ class FeatureStats:
     def __init__(self, dim: int, source: Source | None = None) -> None:
         self.dim = int(dim)
         self.source = source or Source()
-        # The file it was read from, if any, said what made it.
-        self.marked = True
+        # Of the images, where that is known, and what was done to them before the extractor saw them.
+        self.facts: Facts | None = None
+        self.prepared = ""
+        # What a reader has to know of a file that another tool wrote.
+        self.doubts: list[str] = []
         self._state = Moments.empty(self.dim)
         # All full chunks; None once there are more than dim rows.
         self._chunks: list[np.ndarray] | None = []
@@ -112,14 +109,31 @@ class FeatureStats:
         return moments.m2 / (moments.n - 1)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write an .npz file with the moments (or the few rows) and what made them. Returns its path."""
-        path, rows = Path(path), self.rows()
+        """Write an .npz file with the moments (or the few rows) and what made them. Returns its path.
+
+        Other tools read `mu` and `sigma` of it (pytorch-fid, clean-fid, EDM); the rest is what keeps every bit.
+        """
+        path, rows, moments = Path(path), self.rows(), self.moments()
+        arrays = {"n": self.n, "mu": moments.mean, "sigma": moments.m2 / max(moments.n - 1, 1)}
         if rows is None or not self._count_known:
-            moments = self.moments()
-            arrays = {"n": self.n, "mu": moments.mean, "low": moments.low, "m2": moments.m2}
+            arrays |= {"low": moments.low, "m2": moments.m2}
         else:
-            arrays = {"n": self.n, "rows": rows}
-        meta = {"format": "stepdistill-stats-2", "count": self.n, **asdict(self.source)}
+            arrays |= {"rows": rows}
+        meta = {
+            "format": "stepdistill-stats-2",
+            "count": self.n,
+            "prepared": self.prepared,
+            **asdict(self.source),
+        }
+        if self.facts is not None:
+            facts = self.facts
+            meta["facts"] = {
+                "n": facts.n,
+                "size": facts.size,
+                "traits": facts.traits,
+                "skipped": facts.skipped,
+            }
+            arrays["hashes"] = np.frombuffer(facts.hashes, np.uint64)
         with atomic_write(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, **arrays, meta=np.array(json.dumps(meta, sort_keys=True)))
         return path
@@ -129,9 +143,8 @@ class FeatureStats:
         """Read what `save` wrote, or an .npz file with `mu` and `sigma` as EDM, ADM, pytorch-fid and clean-fid
         publish. Nothing is unpickled.
 
-        Such a foreign file does not say what made it. It is taken for statistics of Inception features where
-        `expect` is an Inception extractor, is marked as such a one, and `marked` is False; its `n` is 0
-        unless the file has a count.
+        Such a foreign file does not say what made it: see `evaluation.foreign`. Its `doubts` say what is not known,
+        and its `n` is 0 unless the file has a count.
 
         Raises:
             UserError: no such file, a pickle, not a statistics file, damaged, or made by another extractor
@@ -145,17 +158,17 @@ class FeatureStats:
         refuse_pickle(path)
         try:
             with np.load(path, allow_pickle=False) as file:
-                # A file of ours lists its arrays by these names; others hold images too, which are not read.
-                found = {
-                    key: file[key]
-                    for key in ("meta", "rows", "n", "mu", "low", "m2", "sigma", "num_images")
-                    if key in file.files
-                }
+                found = {key: file[key] for key in _ARRAYS if key in file.files}
             if "meta" not in found:
-                return cls._foreign(path, found, expect)
+                return foreign(cls, path, found, expect)
             meta = json.loads(str(found["meta"]))
             source = Source(meta["extractor"], meta["sha256"], meta["resize"])
             stats = cls._from_arrays(path, found, source)
+            stats.prepared = meta.get("prepared", "")
+            if facts := meta.get("facts"):
+                hashes = array("Q", found["hashes"].astype(np.uint64).tobytes())
+                size, traits = facts["size"] and tuple(facts["size"]), Counter(facts["traits"])
+                stats.facts = Facts(facts["n"], size, traits, hashes, facts["skipped"])
         except UserError:
             raise
         # zipfile, json, key and value errors all mean the same to a reader.
@@ -220,25 +233,6 @@ class FeatureStats:
         stats._state, stats._chunks = moments, None
         return stats
 
-    @classmethod
-    def _foreign(cls, path: Path, found: dict[str, np.ndarray], expect: Source | None) -> FeatureStats:
-        if "mu" not in found or "sigma" not in found:
-            raise KeyError("mu")
-        if expect is None or not expect.extractor.startswith("inception-2015"):
-            wanted = expect.extractor if expect else "the extractor"
-            raise UserError(
-                f"{path} is not a statistics file of ours: it has mu and sigma but does not say what made them; "
-                f"such files hold Inception features, so use --extractor inception-2015, or make one for "
-                f"{wanted!r} with `python -m evaluation stats DIR -o ref.npz`."
-            )
-        count = next((int(found[key]) for key in ("n", "num_images") if key in found), None)
-        try:
-            stats = cls.of_moments(found["mu"], found["sigma"], count, expect)
-        except UserError as error:
-            raise UserError(f"{path} holds damaged statistics: {error}") from None
-        stats.marked = False
-        return stats
-
     @property
     def count(self) -> int:
         kept = sum(map(len, self._chunks)) if self._chunks is not None else self._state.n
@@ -271,27 +265,6 @@ class FeatureStats:
         if not self._waiting:
             return moments
         return moments.merged(Moments.of(self._buffer[: self._waiting]))
-
-
-def refuse_pickle(path: Path) -> None:
-    """Raises UserError for a file that is a pickle by its name."""
-    if path.suffix.lower() in _PICKLES:
-        raise UserError(
-            f"{path} is a pickle, which can run any code when it is opened; convert it where you trust it "
-            "with numpy.savez(file, mu=..., sigma=...) and give the .npz file."
-        )
-
-
-def as_rows(features: np.ndarray, dim: int, first: int) -> np.ndarray:
-    rows = np.asarray(features, dtype=np.float64)
-    if rows.ndim != 2 or rows.shape[1] != dim:
-        raise UserError(
-            f"features must have shape (N, {dim}), got {tuple(rows.shape)}; use one extractor for all."
-        )
-    if not np.isfinite(rows).all():
-        bad = first + int((~np.isfinite(rows).all(axis=1)).argmax())
-        raise UserError(f"the features of image {bad} are NaN or infinite; look at that image.")
-    return rows
 
 
 def check_comparable(a: FeatureStats, b: FeatureStats) -> None:

@@ -36,7 +36,8 @@ class Weights:
     """A public set of weights: one file, or the directory of a Hugging Face repository.
 
     files: names a file may have, the published one first. sha256: how that of the published file begins; ""
-    where none is published. repository: on the Hugging Face hub. size: of the download, in MB.
+    where none is published. repository: on the Hugging Face hub. size: of the download, in MB. programs: names of
+    files in which others keep the same network as TorchScript or a pickle.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Weights:
     url: str = ""
     sha256: str = ""
     repository: str = ""
+    programs: tuple[str, ...] = ()
 
     @property
     def how(self) -> str:
@@ -74,6 +76,7 @@ WEIGHTS = {
             "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
             "weights-inception-2015-12-05-6726825d.pth",
             "6726825d",
+            programs=("inception-2015-12-05.pt", "inception-2015-12-05.pkl"),
         ),
         _clip("clip-vit-b32", "openai/clip-vit-base-patch32", 605),
         _clip("clip-vit-b16", "openai/clip-vit-base-patch16", 599),
@@ -114,8 +117,15 @@ def find(name: str, path: str | os.PathLike[str] | None = None) -> Path:
                 return candidate
     # Every place is asked for the same names, so the two lists say it all.
     names = list(dict.fromkeys(one.name for one in tried if one not in folders))
+    other = next((p / f for p in folders for f in wanted.programs if (p / f).is_file()), None)
+    other = next((p for p in folders if p.name in wanted.programs and p.is_file()), other)
     raise MissingWeights(
-        f"the weights {name} ({wanted.size} MB, {wanted.licence}"
+        (
+            f"{other} holds this network as a program (clean-fid's and NVIDIA's form), which is not run; "
+            if other
+            else ""
+        )
+        + f"the weights {name} ({wanted.size} MB, {wanted.licence}"
         + (f", sha256 {wanted.sha256}..." if wanted.sha256 else "")
         + f") are not here: there is no {_listed(names, 'or')} in {_listed(map(str, folders), 'or')}; get them on "
         f"any machine with `{wanted.how}`, and put them into one of these folders or name theirs in ${ENVIRONMENT}."
@@ -249,7 +259,9 @@ def _candidates(wanted: Weights, place: Path) -> list[Path]:
         snapshot = cached_repository(wanted.repository, place)
         cached = snapshot or place / f"models--{wanted.repository.replace('/', '--')}"
         return [place, place / wanted.name, place / wanted.repository.rpartition("/")[2], cached]
-    return [place] if place.is_file() else [place / file for file in wanted.files]
+    if place.is_file():
+        return [] if place.name in wanted.programs else [place]
+    return [place / file for file in wanted.files]
 
 
 def _complete(wanted: Weights, path: Path) -> bool:

@@ -40,8 +40,11 @@ def cli_errors() -> Iterator[None]:
     """Turn the failures a person can act on into one line on stderr and an exit code.
 
     `UserError` and a full disk exit 2, Ctrl-C exits 130. Anything else is a defect of ours and keeps
-    its traceback.
+    its traceback. From here on a file name that is no UTF-8 can be printed.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except UserError as error:

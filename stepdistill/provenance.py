@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
@@ -32,7 +33,8 @@ def sha256_of_files(files: Iterable[Path], root: Path | None = None) -> str:
     digest = hashlib.sha256()
     for file in files:
         if root is not None:
-            digest.update(file.relative_to(root).as_posix().encode() + b"\0")
+            # As the file system has it: a name need not be UTF-8.
+            digest.update(os.fsencode(file.relative_to(root).as_posix()) + b"\0")
         with open(file, "rb") as opened:
             while block := opened.read(1 << 20):
                 digest.update(block)

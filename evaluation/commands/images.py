@@ -22,24 +22,28 @@ examples:
   python -m evaluation images MY_SAMPLES --ref MY_DATASET --metrics fid,kid,prdc
   python -m evaluation stats MY_DATASET -o ref.npz && python -m evaluation images MY_SAMPLES --ref ref.npz
 
-  python -m evaluation images MY_SAMPLES --ref val2014 --protocol coco14-30k --metrics fd,clip --captions FILE
+  python -m evaluation images MY_SAMPLES --captions captions.jsonl --metrics clip --clip CLIP_MODEL
+  python -m evaluation images MY_SAMPLES --ref val2014 --protocol coco14-30k --metrics fid,clip --captions FILE
 
-A set of images is a folder with PNG, JPEG, WebP or BMP files, or a Parquet file with a column `image`.
-All images of a set must have one size, unless a protocol brings them to one. The distance is named after its
+A set of images is a folder of images, of Parquet files (a column `image` or `img`) or of WebDataset .tar files; a
+.zip, .tar or .parquet file; or an .npy or .npz array (uint8 N, H, W, 3). A pattern "data/train-*.parquet" names some
+files. All images of a set must have one size, unless a protocol brings them to one. The distance is named after its
 feature net; only that of the Inception weights is FID."""
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", metavar="IMAGES", help="folder of images or .parquet file to measure")
+    parser.add_argument("images", metavar="IMAGES", help="the set to measure: see below")
     parser.add_argument(
-        "--ref", required=True, help="folder, .parquet file, or statistics (.npz) to compare with"
+        "--ref", help="another set, or statistics (.npz), to compare with; not needed for clip and attributes"
     )
     parser.add_argument(
         "--metrics", type=names, default=["fd"], metavar="fd,clip,...", help="what to measure (default: fd)"
     )
     add_allow_code(parser)
     parser.add_argument(
-        "--captions", metavar="FILE", help="a caption for every image, by order of the files' names"
+        "--captions",
+        metavar="FILE",
+        help="a caption for every image: by name (.jsonl, .csv, COCO's .json) or in natural order of the names (.txt)",
     )
     parser.add_argument("--clip", metavar="DIR", help="directory of the CLIP model, if not the embedded one")
     parser.add_argument("-o", "--out", help="also write the result to this JSON file")
@@ -56,7 +60,9 @@ def do(args: argparse.Namespace) -> None:
         args.images, args.ref, metrics=args.metrics, extractor=args.extractor, protocol=args.protocol,
         captions=args.captions, clip=args.clip, io_batch=args.io_batch, device=args.device,
     )  # fmt: skip
-    print(f"n = {found['n']}, reference n = {found['reference_n'] or 'not said'}")
+    print(f"n = {found['n']}" + (f", reference n = {found['reference_n'] or 'not said'}" if args.ref else ""))
+    if found["protocol"]:
+        print(f"{found['protocol']} (hash {found['protocol_hash']})")
     print_values(found)
     for warning in found["warnings"]:
         print(f"warning: {warning}")

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import TYPE_CHECKING
 
 from stepdistill.errors import UserError
+
+if TYPE_CHECKING:
+    from evaluation.protocol import Protocol
 
 TEXT = "List the protocols, or show everything one fixes."
 EXAMPLES = """\
@@ -15,7 +19,9 @@ examples:
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", nargs="?", choices=["show"], help="show one protocol in full, as JSON")
+    parser.add_argument(
+        "action", nargs="?", choices=["show"], help="show one protocol in full, as JSON, and what it needs"
+    )
     parser.add_argument("name", nargs="?", help="the protocol to show")
 
 
@@ -29,12 +35,38 @@ def do(args: argparse.Namespace) -> None:
     if args.name is None:
         raise UserError(f"say which protocol to show: {', '.join(PROTOCOLS)}.")
     protocol = get_protocol(args.name)
-    files = [part for part in (protocol.reference, protocol.captions) if getattr(part, "about", "")]
     shown = protocol.describe() | {
         "hash": protocol.hash,
         "metrics": list(protocol.metrics),
         "about": protocol.about,
         "source": protocol.source,
-        "files": {part.name: part.about for part in files},
+        "needs": needs(protocol),
     }
     print(json.dumps(shown, indent=2))
+
+
+def needs(protocol: Protocol) -> list[str]:
+    """What has to be downloaded, how large it is, where it goes, and whether it is there."""
+    from evaluation.metrics.clip_score import VARIANTS
+    from evaluation.references import reference_folders
+    from evaluation.weights import WEIGHTS, MissingWeights, find
+
+    found = []
+    weights = protocol.extractor.removesuffix("-clean").removesuffix("-pytorch").removesuffix("-spatial")
+    for name in (weights, VARIANTS.get(protocol.clip, "")):
+        if name in WEIGHTS:
+            one = WEIGHTS[name]
+            sha256 = f", sha256 {one.sha256}..." if one.sha256 else ""
+            try:
+                there = f"here: {find(name)}"
+            except MissingWeights:
+                there = f"get them with: {one.how}"
+            found.append(f"weights {name} ({one.size} MB, {one.licence}{sha256}); {there}")
+    for part, option in ((protocol.reference, "--reference"), (protocol.captions, "--captions")):
+        if getattr(part, "about", ""):
+            places = " or ".join(str(folder / part.name) for folder in reference_folders())
+            pin = getattr(part, "ends", "")
+            how = "; ".join(part.files) or part.about
+            found.append(f"{part.name}: {how}; {part.about} Put it at {places}, or name it with {option}."
+                         + (f" It is known by the sha256 of its first and last 20 lines, {pin}." if pin else ""))  # fmt: skip
+    return found

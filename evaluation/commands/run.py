@@ -91,6 +91,14 @@ def _add_how(group: argparse._ArgumentGroup) -> None:
         "--captions", metavar="FILE", help="where the protocol's captions are; or your own, with --reference"
     )
     group.add_argument(
+        "--captions-seed", type=int, default=-1, metavar="S",
+        help="draw --n of your own captions at random with this seed (default: take them in order)",
+    )  # fmt: skip
+    group.add_argument(
+        "--seeds", type=numbers(int), default=[0], metavar="0,1,2",
+        help="measure the students on several draws of the noise: mean, spread, and the minimum that EDM reports",
+    )  # fmt: skip
+    group.add_argument(
         "--clip", metavar="DIR", help="directory of the protocol's CLIP model, if not the embedded one"
     )
     group.add_argument(

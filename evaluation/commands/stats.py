@@ -15,15 +15,16 @@ example:
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", metavar="IMAGES", help="folder of images or .parquet file")
+    parser.add_argument("images", metavar="IMAGES", help="a set of images: see `images --help`")
     parser.add_argument("-o", "--out", required=True, help="the .npz file to write")
     add_set_options(parser)
 
 
 def do(args: argparse.Namespace) -> None:
     from evaluation.extractors import load_extractor
+    from evaluation.facts import doubts_of
+    from evaluation.files import open_images
     from evaluation.image_sets import reference_resize
-    from evaluation.images import open_images
     from evaluation.protocol import get_protocol
 
     target = writable(args.out)
@@ -32,12 +33,13 @@ def do(args: argparse.Namespace) -> None:
     chosen = get_protocol(args.protocol) if args.protocol else None
     images = open_images(args.images, reference_resize(chosen), args.io_batch)
     extractor = load_extractor(args.extractor or (chosen.extractor if chosen else "scenes-v1"), args.device)
-    stats = extractor.statistics(images)
+    stats = extractor.statistics(images.watched())
     if stats.n < 2:
         raise UserError(
             f"statistics need at least 2 images, got {stats.n} in {args.images}; use more images."
         )
+    stats.prepared = str(reference_resize(chosen)) if chosen else ""
     stats.save(target)
     print(f"written: {target} (n = {stats.n}, {stats.dim} features of {stats.source.extractor})")
-    if images.facts.duplicates:
-        print(f"warning: {images.facts.duplicates} images have the same pixels as another one.")
+    for doubt in doubts_of(stats.facts, "images"):
+        print(f"warning: {doubt}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import tempfile
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,9 +32,10 @@ class Inputs:
     distances; timed: what drew the samples, and, when there is one, its teacher after it.
     reference_images: the reference itself, for what cannot be computed from its statistics. teacher: the
     teacher's samples of the same prompts and seeds, row by row. groups: what was drawn for the same prompt has
-    the same entry; None: the same caption. patch_images, patch_reference: the two sets as they are before any
-    resizing; None: `images` and `reference_images`. keep: keep the features of `images` in the first pass,
-    because a metric that is computed later needs the rows; without it they are extracted once more.
+    the same entry; None: the same caption. patch_images, patch_reference: patches of the two sets at full
+    resolution; None: `images` and `reference_images`. clip_images: as a CLIP score wants them; None: `images`. keep:
+    keep the features of `images` in the first pass, because a metric that is computed later needs the rows; without
+    it they are extracted once more. doubts: what metrics have to say of their values.
     """
 
     images: Images | None = None
@@ -47,7 +48,9 @@ class Inputs:
     groups: Sequence[Hashable] | None = None
     patch_images: Images | None = None
     patch_reference: Images | FeatureStats | None = None
+    clip_images: Images | None = None
     keep: bool = False
+    doubts: list[str] = field(default_factory=list)
 
     @functools.cached_property
     def folds(self) -> FoldedStats:

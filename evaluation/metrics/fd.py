@@ -31,13 +31,16 @@ class FrechetDistance(Metric):
 
 
 class FID(FrechetDistance):
-    """`fid:inception-2015`: the same on features of the 2015 Inception network, and of no other."""
+    """`fid:inception-2015`: the same on pooled features of the 2015 Inception network, and of no other. On its
+    spatial features, `fd:inception-2015-spatial` is what papers call sFID.
+    """
 
     values = (Value("fid", better="lower", main=True), Value("fid/infinity", better="lower", main=True))
 
     def check(self, inputs: Inputs, n: int) -> None:
         """Raises UserError for another extractor."""
-        if not inputs.extractor.name.startswith("inception-2015"):
+        name = inputs.extractor.name
+        if not name.startswith("inception-2015") or name.endswith("-spatial"):
             raise UserError(
                 f"FID is defined by the extractor inception-2015, and {inputs.extractor.name} is in use; "
                 "ask for the metric fd, or name --extractor inception-2015."

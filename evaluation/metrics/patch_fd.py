@@ -51,11 +51,13 @@ def of_patches(extractor: Extractor) -> Extractor:
 
     def network(images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
-        if min(height, width) <= side:
+        if min(height, width) < side:
             raise UserError(
-                f"patches of {side}x{side} need larger images, got {width}x{height}; leave patch-fd out."
+                f"patches of {side}x{side} need images as large, got {width}x{height}; leave patch-fd out, or name a "
+                "protocol, which resizes such images as its source does."
             )
-        top, left = (height - side) // 2, (width - side) // 2
+        # As torchvision's centre crop, which the source uses.
+        top, left = (round((length - side) / 2) for length in (height, width))
         return extractor.network(images[..., top : top + side, left : left + side].contiguous())
 
     return replace(extractor, network=network, resize=f"none, centre crop of {side}")

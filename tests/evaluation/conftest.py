@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from evaluation.feature_net import FeatureNet
 from evaluation.metrics import mmd, prdc
 from evaluation.protocol import PROTOCOLS
 from evaluation.references import SceneReference
+from stepdistill import scenes
 from stepdistill.errors import UserError
 
 
@@ -64,3 +66,35 @@ def painters(tmp_path, monkeypatch) -> dict[str, Painter]:
     small = replace(PROTOCOLS["scenes-2k"], reference=SceneReference(n=100))
     monkeypatch.setitem(protocols.PROTOCOLS, "scenes-2k", small)
     return found
+
+
+@pytest.fixture(scope="session")
+def clip_directory(tmp_path_factory) -> Path:
+    """A random CLIPModel saved as the embedded one is: weights, tokenizer, preprocessor_config.json."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
+
+    path = tmp_path_factory.mktemp("clip")
+    words = ("<pad>", "<start>", "<unk>", "<end>", *scenes.VOCABULARY)
+    ids = {word: index for index, word in enumerate(words)}
+    tokens = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokens.post_processor = processors.TemplateProcessing(
+        single="<start> $A <end>", special_tokens=[("<start>", 1), ("<end>", 3)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokens, pad_token="<pad>", bos_token="<start>", eos_token="<end>", unk_token="<unk>",
+        model_max_length=24,
+    )  # fmt: skip
+    tokenizer.save_pretrained(path)
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {"vocab_size": len(ids), "max_position_embeddings": 24}
+    text |= {"bos_token_id": 1, "eos_token_id": 3, "pad_token_id": 0}
+    vision = {"image_size": 64, "patch_size": 16}
+    torch.manual_seed(0)
+    config = CLIPConfig(text_config=small | text, vision_config=small | vision, projection_dim=8)
+    model = CLIPModel(config)
+    model.save_pretrained(path)
+    processor = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+    (path / "preprocessor_config.json").write_text(json.dumps(processor))
+    return path

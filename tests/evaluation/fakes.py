@@ -17,6 +17,7 @@ from evaluation import pareto
 from evaluation.__main__ import main
 from evaluation.extractors import Extractor
 from evaluation.images import MemoryImages
+from evaluation.inception import Inception
 from evaluation.metrics.base import Inputs
 from evaluation.stats import FeatureStats
 from stepdistill import scenes
@@ -65,9 +66,9 @@ def encoded(image: Image.Image, form: str = "PNG") -> bytes:
     return buffer.getvalue()
 
 
-def save_scenes(folder: Path, count: int = 6, size: int = 64) -> Path:
+def save_scenes(folder: Path, count: int = 6, size: int = 64, first: int = 0) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    for index in range(count):
+    for index in range(first, first + count):
         Image.fromarray(scenes.image_at(index, 3)[1][:size, :size]).save(folder / f"{index}.png")
     return folder
 
@@ -111,6 +112,22 @@ class Painter:
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 
+class ClassPainter(Painter):
+    """Stands for a class-conditional Sampler of 32 pixels: a colour for each class, with noise."""
+
+    resolution, class_names, conditions = (32, 32), tuple("0123456789"), "class"
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "student")
+
+    def draw(self, drawer: Drawer, prompts, seeds, **_) -> Tensor:
+        draws = [
+            np.random.default_rng(seed).integers(0, 200, (3, 32, 32)) + 5 * kind
+            for kind, seed in zip(prompts, seeds, strict=True)
+        ]
+        return torch.from_numpy(np.stack(draws).astype(np.uint8))
+
+
 def without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on reports have no plots, which take longer than what a tiny run measures."""
     monkeypatch.setattr(pareto, "plotted", lambda results: {})
@@ -144,3 +161,20 @@ def given(x: np.ndarray, y: np.ndarray | None = None, teacher: np.ndarray | None
 
 def blank(n: int) -> Tensor:
     return torch.zeros(n, 3, 1, 1, dtype=torch.uint8)
+
+
+def random_state(seed: int = 0) -> dict[str, Tensor]:
+    """He-initialised, with batch norms that scale and shift, so that no layer can be left out unnoticed."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def fill(name: str, like: Tensor) -> Tensor:
+        if not like.is_floating_point():
+            return like.clone()
+        drawn = torch.randn(like.shape, generator=generator)
+        if like.ndim > 1:
+            return drawn * (2 / like[0].numel()) ** 0.5
+        if name.endswith(("running_var", "bn.weight")):
+            return 1 + 0.2 * drawn.clamp(-3, 3)
+        return 0.1 * drawn
+
+    return {name: fill(name, like) for name, like in Inception().state_dict().items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -17,38 +16,6 @@ from evaluation.metrics.clip_score import ClipScore
 from evaluation.values import flat
 from stepdistill import scenes
 from stepdistill.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def clip_directory(tmp_path_factory) -> Path:
-    """A random CLIPModel saved as the embedded one is: weights, tokenizer, preprocessor_config.json."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
-
-    path = tmp_path_factory.mktemp("clip")
-    words = ("<pad>", "<start>", "<unk>", "<end>", *scenes.VOCABULARY)
-    ids = {word: index for index, word in enumerate(words)}
-    tokens = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
-    tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokens.post_processor = processors.TemplateProcessing(
-        single="<start> $A <end>", special_tokens=[("<start>", 1), ("<end>", 3)]
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tokens, pad_token="<pad>", bos_token="<start>", eos_token="<end>", unk_token="<unk>",
-        model_max_length=24,
-    )  # fmt: skip
-    tokenizer.save_pretrained(path)
-    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {"vocab_size": len(ids), "max_position_embeddings": 24}
-    text |= {"bos_token_id": 1, "eos_token_id": 3, "pad_token_id": 0}
-    vision = {"image_size": 64, "patch_size": 16}
-    torch.manual_seed(0)
-    config = CLIPConfig(text_config=small | text, vision_config=small | vision, projection_dim=8)
-    model = CLIPModel(config)
-    model.save_pretrained(path)
-    processor = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
-    (path / "preprocessor_config.json").write_text(json.dumps(processor))
-    return path
 
 
 def test_clip_score_is_the_mean_cosine(clip_directory: Path) -> None:

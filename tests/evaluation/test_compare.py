@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import namedtuple
 from dataclasses import replace
@@ -81,7 +82,8 @@ def test_a_run_does_not_differ_from_its_copy(tmp_path, capsys) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"protocol_hash": "0"}, {"n": 500}, {"extractor": {"name": "t", "sha256": "9"}}, {"reference_sha256": "2"}]
+    "change", [{"protocol_hash": "0"}, {"n": 500}, {"extractor": {"name": "t", "sha256": "9"}}, {"reference_sha256": "2"},
+     {"captions_sha256": "3"}]
 )  # fmt: skip
 def test_what_was_measured_otherwise_stands_in_another_table(tmp_path, change, capsys) -> None:
     a, b, c = saved(tmp_path / "a"), saved(tmp_path / "b", shift=1), saved(tmp_path / "c", **change)
@@ -95,7 +97,11 @@ def test_what_was_measured_otherwise_stands_in_another_table(tmp_path, change, c
 
 def test_published_numbers_only_beside_their_protocol(tmp_path, capsys) -> None:
     main(["compare", str(saved(tmp_path / "a")), "--published"])
-    assert "DMD2, SD 1.5, 1 steps: fid 8.35  [DMD2, arXiv 2405.14867" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert (
+        "DMD2, SD 1.5, 1 step: fid 8.35 (tianweiy/DMD2@" in shown
+        and "differs: noise is seeded by batches of ten" in shown
+    )
     other = replace(COCO, quantise="round").hash
     assert "no published number was" in refused(
         capsys, "compare", saved(tmp_path / "b", protocol_hash=other), "--published"
@@ -105,6 +111,12 @@ def test_published_numbers_only_beside_their_protocol(tmp_path, capsys) -> None:
     for entries in published.published().values():
         for entry in entries:
             assert entry["source"] and entry["model"] and entry["steps"] >= 1
+            # The code that measured it was read: repository, commit, file.
+            assert re.match(r"[\w-]+/[\w-]+@[0-9a-f]{7} \S+\.(py|md)", entry["recipe"])
+            assert (
+                entry["metrics"].keys() <= {"fid", "patch-fd", "clip"}
+                and entry["metrics"].get("clip", 100) > 1
+            )
             assert all(value > 0 for value in entry["metrics"].values())
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from evaluation.decoding import decode
 from evaluation.extractors import load_extractor
-from evaluation.images import open_images
+from evaluation.files import open_images
 from evaluation.protocol import PROTOCOLS, get_protocol, real_images
 from evaluation.reference import reference_stats
 from evaluation.references import FileReference, SceneReference
@@ -36,7 +36,7 @@ def test_folder_and_parquet_give_the_same_images(tmp_path) -> None:
         opened = open_images(path)
         assert len(opened) == 70 and torch.equal(torch.cat(list(opened)), images)
     pq.write_table(pa.table({"pixels": [1]}), tmp_path / "other.parquet")
-    with pytest.raises(UserError, match="columns pixels; one named `image`"):
+    with pytest.raises(UserError, match="columns pixels; one named image or img"):
         open_images(tmp_path / "other.parquet")
 
 
@@ -70,10 +70,8 @@ def test_images_that_cannot_be_used(tmp_path) -> None:
     for channels in (3, 4):
         with pytest.raises(UserError, match="x has 16 bits a channel"):
             decode(deep_png(channels), "x")
-    with pytest.raises(UserError, match=r"cannot be read as an image \(it is none of PNG, JPEG, WEBP, BMP\)"):
+    with pytest.raises(UserError, match=r"cannot be read as an image \(it is none of PNG, JPEG, WEBP, BMP"):
         decode(b"hello", "x")
-    with pytest.raises(UserError, match="pixel format CMYK"):
-        decode(encoded(Image.new("CMYK", (8, 8)), "JPEG"), "x")
     with pytest.raises(UserError, match="cannot be read as an image"):
         noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
         decode(encoded(Image.fromarray(noise))[:900], "x")

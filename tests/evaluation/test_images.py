@@ -13,7 +13,9 @@ from PIL import Image
 
 from evaluation import decoding
 from evaluation.decoding import Resize
-from evaluation.images import Facts, MemoryImages, ResizedImages, Watched, open_images
+from evaluation.facts import Facts
+from evaluation.files import open_images
+from evaluation.images import MemoryImages, ResizedImages, Watched
 from stepdistill.errors import UserError
 
 
@@ -76,7 +78,7 @@ def test_what_a_pass_finds_out(tmp_path) -> None:
     list(found)
     facts = found.facts
     # The two greys, and number 3.
-    assert (facts.n, facts.grey, facts.lossy, facts.duplicates) == (8, 2, 1, 2)
+    assert (facts.n, facts.traits, facts.duplicates) == (8, {"grey": 2, "lossy": 1}, 2)
     next(iter(found))
     # An unfinished pass says nothing.
     assert found.facts is facts

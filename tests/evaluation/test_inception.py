@@ -15,29 +15,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from fakes import random_state
 from torch import Tensor
 
 from evaluation import weights
 from evaluation.extractors import EXTRACTORS, _hub_positions, clip_pixels, load_extractor
-from evaluation.inception import Inception, clean_bicubic, logits_of, tf1_bilinear
+from evaluation.inception import SPATIAL, Inception, clean_bicubic, logits_of, tf1_bilinear, torch_bilinear
 from stepdistill.errors import UserError
-
-
-def random_state(seed: int = 0) -> dict[str, Tensor]:
-    """He-initialised, with batch norms that scale and shift, so that no layer can be left out unnoticed."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def fill(name: str, like: Tensor) -> Tensor:
-        if not like.is_floating_point():
-            return like.clone()
-        drawn = torch.randn(like.shape, generator=generator)
-        if like.ndim > 1:
-            return drawn * (2 / like[0].numel()) ** 0.5
-        if name.endswith(("running_var", "bn.weight")):
-            return 1 + 0.2 * drawn.clamp(-3, 3)
-        return 0.1 * drawn
-
-    return {name: fill(name, like) for name, like in Inception().state_dict().items()}
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +181,25 @@ def test_clean_bicubic_is_antialiased_float_and_clipped(size) -> None:
     np.testing.assert_allclose(found, exact.clip(0, 255), atol=1e-3)
     # Nothing is rounded to grey levels.
     assert np.abs(found - found.round()).max() > 0.1
+
+
+def test_torch_bilinear_is_pytorch_fids(images) -> None:
+    """Its values and, through the network's own scaling, its bits."""
+    resized = F.interpolate(images.float() / 255, (299, 299), mode="bilinear", align_corners=False)
+    assert torch.equal((torch_bilinear(images) - 128) / 128, 2 * resized - 1)
+
+
+def test_spatial_features_are_the_first_channels_of_mixed_6(state, images) -> None:
+    """TensorFlow's mixed_6 is torchvision's Mixed_6d, whose output begins with its 1 x 1 branch."""
+    net, seen = Inception.from_state(state), []
+    net.Mixed_6d.register_forward_hook(lambda module, given, output: seen.append(output))
+    pixels = tf1_bilinear(images, 107)
+    with torch.no_grad():
+        net(pixels)
+        found = net.spatial(pixels)
+    n, _, height, width = seen[0].shape
+    assert torch.equal(found.view(n, height, width, 7).permute(0, 3, 1, 2), seen[0][:, :7])
+    assert SPATIAL == 7 * 17 * 17
 
 
 def test_an_image_of_the_right_size_is_left_as_it_is() -> None:

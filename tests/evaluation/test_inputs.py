@@ -30,15 +30,15 @@ def pixel_extractor(side: int | None = None) -> Extractor:
 def test_patches_are_the_centre_at_full_resolution() -> None:
     images = torch.randint(0, 255, (40, 3, 9, 11), dtype=torch.uint8)
     extractor = pixel_extractor(side=4)
-    want = images[:, :, 2:6, 3:7].float().mean((2, 3))
+    want = images[:, :, 2:6, 4:8].float().mean((2, 3))
     assert torch.equal(of_patches(extractor)(images), want)
     assert of_patches(extractor).source != extractor.source
     other = torch.randint(0, 255, (30, 3, 9, 11), dtype=torch.uint8)
     inputs = Inputs(MemoryImages([images]), extractor=extractor, reference_images=MemoryImages([other]))
-    stats = [FeatureStats(3).add(z[:, :, 2:6, 3:7].float().mean((2, 3))) for z in (images, other)]
+    stats = [FeatureStats(3).add(z[:, :, 2:6, 4:8].float().mean((2, 3))) for z in (images, other)]
     found = flat(PatchDistance().compute(inputs))
     assert found["patch-fd:mean"] == pytest.approx(frechet_distance(*stats), rel=1e-9)
-    kept = FeatureStats(3, of_patches(extractor).source).add(other[:, :, 2:6, 3:7].float().mean((2, 3)))
+    kept = FeatureStats(3, of_patches(extractor).source).add(other[:, :, 2:6, 4:8].float().mean((2, 3)))
     inputs.patch_reference = kept
     assert flat(PatchDistance().compute(inputs)) == pytest.approx(found)
     inputs.patch_reference = FeatureStats(3, extractor.source).add(rows(9, 3))
@@ -47,8 +47,8 @@ def test_patches_are_the_centre_at_full_resolution() -> None:
 
 
 def test_patches_need_larger_images() -> None:
-    with pytest.raises(UserError, match="of 4x4 need larger images, got 4x9"):
-        of_patches(pixel_extractor(side=4))(torch.zeros(2, 3, 9, 4, dtype=torch.uint8))
+    with pytest.raises(UserError, match="of 4x4 need images as large, got 3x9"):
+        of_patches(pixel_extractor(side=4))(torch.zeros(2, 3, 9, 3, dtype=torch.uint8))
     with pytest.raises(UserError, match="images of any size"):
         of_patches(pixel_extractor())
 

@@ -152,10 +152,11 @@ def test_prompts_are_measured_against_ones_own_images_and_captions(tmp_path, pai
 
 
 def test_a_reference_like_the_samples_is_not_doubted(tmp_path) -> None:
-    from evaluation.references import FileReference
-    from evaluation.runs import reference_doubts
+    from evaluation.facts import doubts_between
+    from evaluation.files import open_images
 
-    assert reference_doubts(FileReference.open(save_scenes(tmp_path / "same", 3)), {(64, 64)}) == []
+    same, other = (open_images(save_scenes(tmp_path / str(first), 3, first=first)) for first in (0, 3))
+    assert list(same) and list(other) and doubts_between(same.facts, other.facts) == []
 
 
 # A metric that is one class and one line in METRICS.

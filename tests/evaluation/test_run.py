@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fakes import Painter, refused, save_scenes, without_plots
 from torch import Tensor
@@ -15,6 +16,8 @@ from evaluation import protocol as protocols
 from evaluation.__main__ import main
 from evaluation.captions import CaptionFile
 from evaluation.decoding import Resize
+from evaluation.extractors import load_extractor
+from evaluation.measure import measure
 from evaluation.metrics import base
 from evaluation.protocol import PROTOCOLS
 from evaluation.references import NamedReference
@@ -233,3 +236,42 @@ def test_another_extractor_is_another_protocol(tmp_path, painters, net) -> None:
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     scenes_2k = protocols.PROTOCOLS["scenes-2k"]
     assert results["protocol_hash"] == replace(scenes_2k, extractor="tiny").hash != scenes_2k.hash
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_repeats_give_mean_spread_and_minimum(tmp_path, painters, net) -> None:
+    def rows(*more: object) -> list[dict]:
+        command = [
+            "run",
+            "--pipeline",
+            tmp_path / "student",
+            "--steps",
+            1,
+            "--n",
+            24,
+            "--metrics",
+            "fd,attributes",
+        ]
+        main([*map(str, (*command, "--extractor", net, "--out", tmp_path / "out", *more))])
+        return json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+
+    (row,) = rows("--seeds", "0,1,2")
+    first, repeats = row["metrics"], [one["metrics"] for one in row["repeats"]]
+    values = [metrics["fd:tiny"] for metrics in (first, *repeats)]
+    assert len(set(values)) == 3 and [one["seed"] for one in row["repeats"]] == [1, 2]
+    assert first["fd:tiny/mean_of_3"] == pytest.approx(np.mean(values))
+    assert first["fd:tiny/spread"] == pytest.approx(np.std(values, ddof=1))
+    assert first["fd:tiny/min_of_3"] == min(values) and "attributes/all/min_of_3" not in first
+    # The first is what a run without repeats gives, the second what one with its noise seeds gives.
+    assert rows()[0]["metrics"]["fd:tiny"] == values[0]
+    moved = replace(PROTOCOLS["scenes-2k"], first_seed=2000)
+    alone = measure(painters["student"].at(1), moved, ["fd"], n=24, extractor=load_extractor(net))
+    assert alone.numbers["fd:tiny"] == values[1]
+
+
+def test_repeats_begin_with_the_protocols_own(tmp_path, painters, net, capsys) -> None:
+    command = ["run", "--pipeline", tmp_path / "student", "--extractor", net, "--out", tmp_path / "out"]
+    assert "--seeds must begin with 0" in refused(capsys, *command, "--seeds", "1,2")
+    assert "--captions-seed draws from captions of one's own" in refused(
+        capsys, *command, "--captions-seed", 0
+    )

@@ -12,7 +12,7 @@ from canaries import refusal
 from PIL import EpsImagePlugin, Image
 
 from evaluation.decoding import decode
-from evaluation.images import open_images
+from evaluation.files import open_images
 from training.data.folder import Folder
 from training.data.stored import decoded
 
@@ -41,7 +41,7 @@ def test_pillow_would_have_run_it(started: list[Any]) -> None:
 def test_an_eps_is_refused_whatever_it_is_called(started: list[Any], tmp_path: Path) -> None:
     for name in ("a.eps", "a.png"):
         said = refusal(decode, EPS, name)
-        assert said.startswith(f"{name} cannot be read as an image (it is none of PNG, JPEG, WEBP, BMP)")
+        assert said.startswith(f"{name} cannot be read as an image (it is none of PNG, JPEG, WEBP, BMP, GIF,")
     assert decoded(EPS, 8) == "unreadable image"
     (tmp_path / "a.png").write_bytes(EPS)
     assert "a.png cannot be read" in refusal(lambda: list(open_images(tmp_path)))
