@@ -66,9 +66,7 @@ def doubts_of(facts: Facts | None, what: str) -> list[str]:
         return []
     found = []
     if facts.skipped:
-        found.append(
-            f"{sum(facts.skipped.values())} files beside the {what} were left out: {counted(facts.skipped)}."
-        )
+        found.append(f"files left out beside the {what}: {counted(facts.skipped)}.")
     if facts.duplicates:
         found.append(f"{facts.duplicates} of {facts.n} {what} have the same pixels as another one.")
     return found + [

@@ -32,7 +32,7 @@ _SUFFIXES = ("", ".npz", ".zip", ".tar", ".parquet", ".npy")
 
 
 @dataclass(frozen=True)
-class SceneReference:
+class SceneReference(Images):
     """Scenes `first` .. `first + n - 1` of the data set `seed`, as rendered."""
 
     seed: int = HELD_OUT_SEED
@@ -52,6 +52,10 @@ class SceneReference:
     def resized(self, resize: Resize = AS_STORED) -> Images:
         """The images with this done to them."""
         return ResizedImages(self, resize) if resize else self
+
+    def watched(self) -> Images:
+        """Itself: there is nothing to notice."""
+        return self
 
     def sha256(self) -> str:
         """Of the first 16 images: it changes when the renderer does."""

@@ -120,7 +120,7 @@ class ClassPainter(Painter):
     def __init__(self, path: Path) -> None:
         super().__init__(path, "student")
 
-    def draw(self, drawer: Drawer, prompts, seeds, **_) -> Tensor:
+    def draw(self, drawer: Drawer, prompts, seeds, *_) -> Tensor:
         draws = [
             np.random.default_rng(seed).integers(0, 200, (3, 32, 32)) + 5 * kind
             for kind, seed in zip(prompts, seeds, strict=True)

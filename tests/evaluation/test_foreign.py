@@ -93,7 +93,7 @@ def test_statistics_keep_what_their_images_were(tmp_path, net, capsys) -> None:
         pixels.save(tmp_path / "reference" / f"shared{index}.png")
         pixels.save(tmp_path / "reference" / f"lossy{index}.jpg")
     main(["stats", str(tmp_path / "reference"), "-o", str(tmp_path / "r.npz"), "--extractor", str(net)])
-    assert "1 files beside the images were left out: 1 .txt" in capsys.readouterr().out
+    assert "files left out beside the images: 1 .txt" in capsys.readouterr().out
     found = [
         measure_set(tmp_path / "samples", tmp_path / name, extractor=net) for name in ("reference", "r.npz")
     ]

@@ -133,8 +133,8 @@ def test_prompts_are_measured_against_ones_own_images_and_captions(tmp_path, pai
     assert results["protocol"] == "images:mine" and results["n"] == results["reference_n"] == 12
     assert results["prompts"][0] == scenes.scene_at(0, 3).caption and results["captions_sha256"]
     assert results["rows"][0]["metrics"]["attributes/count"] > 0
-    assert any("samples are 64x64 and the reference 80x72" in doubt for doubt in results["warnings"])
-    assert any("the reference is JPEG" in doubt for doubt in results["warnings"])
+    assert any("differ in size, 64x64 and 80x72" in doubt for doubt in results["warnings"])
+    assert any("12 of the 12 of the reference are JPEG" in doubt for doubt in results["warnings"])
     # Other captions are another protocol; the same elsewhere are the same.
     (tmp_path / "moved.txt").write_text((tmp_path / "mine" / "c.txt").read_text())
     main([str(part) for part in (*command, *own[:3], tmp_path / "moved.txt")])

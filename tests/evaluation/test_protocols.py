@@ -20,14 +20,19 @@ from stepdistill.errors import UserError
 
 # A change here makes every published result of that protocol incomparable: raise its version with it.
 HASHES = {
+    "afhq64-50k": "785412bb4cbe1399",
     "cifar10-50k": "d16a867260aba230",
-    "coco14-10k": "57f9bb2d1b38c273",
-    "coco14-30k": "cb055106c67eb962",
+    "coco14-10k": "8e8084242e59c115",
+    "coco14-30k": "b2e140ba5c330225",
+    "coco14-30k-drawn": "563b38b257f8f6f5",
     "coco17-5k": "2274b8425e5d7292",
+    "ffhq64-50k": "7e83151a2eea0e32",
     "geneval": "937d5f9d8fba4ff4",
-    "imagenet256-50k": "bd409f45a17d42b6",
-    "imagenet64-50k": "4ba0e85e5f7aecae",
-    "mjhq-30k": "532e87d8238e4347",
+    "imagenet256-50k": "5cd8aca2df4ee31f",
+    "imagenet512-50k": "c0e733d68a835fd9",
+    "imagenet512-50k-dino": "0e98fcaae8432f43",
+    "imagenet64-50k": "fd0df34bdd3f2d5f",
+    "mjhq-30k": "62f55451bc17c4fe",
     "scenes-2k": "e91ba17ff0c64669",
 }
 
@@ -166,7 +171,7 @@ def test_references_are_found_and_counted(tmp_path, monkeypatch) -> None:
     for index, size in enumerate([(8, 8), (12, 8), (8, 20)]):
         Image.new("RGB", size, (index, 0, 0)).save(tmp_path / "pictures" / f"{index}.png")
     reference = NamedReference("pictures", 3, Resize("centre", 8, "box")).found()
-    (batch,) = reference
+    (batch,) = reference.resized()
     # Three sizes, one result.
     assert batch.shape == (3, 3, 8, 8) and batch[:, 0, 0, 0].tolist() == [0, 1, 2]
     content = reference.sha256()

@@ -57,7 +57,7 @@ def test_what_is_left_out_is_said_with_its_number(tmp_path, net, capsys) -> None
     assert opened.skipped == {".txt": 2, ".parquet": 1, ".psd": 1, "hidden": 2, "linked twice": 1}
     save_scenes(tmp_path / "b", 20, first=20)
     main(["images", str(tmp_path / "a"), "--ref", str(tmp_path / "b"), "--extractor", str(net)])
-    assert "7 files beside the images were left out: 2 .txt, 2 hidden, 1 .parquet" in capsys.readouterr().out
+    assert "files left out beside the images: 2 .txt, 2 hidden, 1 .parquet" in capsys.readouterr().out
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "x.psd").write_bytes(b"")
     with pytest.raises(UserError, match=r"there is no image in .*none among 1 \.psd"):
