@@ -11,10 +11,10 @@ from typing import Any
 from evaluation.captions import CaptionFile, paired
 from evaluation.decoding import AS_STORED, Resize
 from evaluation.extractors import load_extractor
-from evaluation.facts import Facts, doubts_between, doubts_of
+from evaluation.facts import doubts_between, doubts_of
 from evaluation.files import IO_BATCH, open_images
 from evaluation.images import Images
-from evaluation.measure import Measurement
+from evaluation.measure import Measured, Measurement
 from evaluation.metrics import get_metrics
 from evaluation.moments import Source
 from evaluation.protocol import Protocol, get_protocol
@@ -109,30 +109,39 @@ def measure_set(
     )  # fmt: skip
     done = ready.of(own)
     actual = chosen and _actual(chosen, own, against, net and net.name, captions, said)
-    facts, n = done.inputs.images.facts, len(own)
-    seen = ready.reference if ready.reference is not None else against and against.images
-    theirs = getattr(seen, "facts", None)
-    warnings = [*_doubts(facts, theirs, against, n, net.dim if net else 0, chosen), *done.doubts]
-    if against and Path(images).resolve() == against.path.resolve():
-        warnings.insert(0, "the images were compared with themselves.")
-    model = ready.metrics.get("clip")
+    n, warnings = len(own), [*_doubts(own, against, ready, done, chosen), *done.doubts]
     return finite(done.numbers) | {
         "n": n,
-        "reference_n": against.n if against else None,
+        "protocol": actual and actual.label(n),
+        "protocol_hash": actual and actual.hash,
+        "images": str(images),
+        "images_sha256": own.sha256(),
+        "captions": captions and str(captions),
+        "captions_sha256": captions and CaptionFile.open(captions).content,
+        **_against(against),
+        **_measured_by(ready),
+        **provenance(device),
+        "warnings": warnings,
+    }
+
+
+def _against(reference: Reference | None) -> dict[str, Any]:
+    """The reference, as a result holds it."""
+    return {
+        "reference": reference and str(reference.path),
+        "reference_n": reference and reference.n,
+        "reference_sha256": reference and reference.sha256,
+    }
+
+
+def _measured_by(ready: Measurement) -> dict[str, Any]:
+    """The networks, as a result holds them."""
+    net, model = ready.extractor, ready.metrics.get("clip")
+    return {
         "extractor": net and net.name,
         "sha256": net and net.sha256,
         "resize": net and net.resize,
-        "images": str(images),
-        "images_sha256": own.sha256(),
-        "reference": against and str(reference),
-        "reference_sha256": against and against.sha256,
-        "captions": captions and str(captions),
-        "captions_sha256": captions and CaptionFile.open(captions).content,
         "clip": model and {"name": model.name, "sha256": model.sha256},
-        "protocol": actual and actual.label(n),
-        "protocol_hash": actual and actual.hash,
-        **provenance(device),
-        "warnings": warnings,
     }
 
 
@@ -173,15 +182,14 @@ def _actual(
 
 
 def _doubts(
-    own: Facts | None,
-    theirs: Facts | None,
-    against: Reference | None,
-    n: int,
-    dim: int,
-    protocol: Protocol | None,
+    images: Images, against: Reference | None, ready: Measurement, done: Measured, protocol: Protocol | None
 ) -> list[str]:
     """What a reader of a distance has to know about the two sets it is of."""
-    found = []
+    found, n, own = [], len(images), done.inputs.images.facts
+    seen = ready.reference if ready.reference is not None else against and against.images
+    theirs, dim = getattr(seen, "facts", None), ready.extractor.dim if ready.extractor else 0
+    if against is not None and images.path.resolve() == against.path.resolve():
+        found.append("the images were compared with themselves.")
     if against is not None and 0 < min(n, against.n or n) <= dim:
         found.append(
             f"no more images than the {dim} features: the covariance has no full rank and the distance is biased "

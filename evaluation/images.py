@@ -6,6 +6,7 @@ A set has one size of image, its own or that of a `Resize`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -79,6 +80,11 @@ class ResizedImages(Images):
     def names(self) -> list[str]:
         """Of the set behind it."""
         return self.images.names
+
+    @property
+    def path(self) -> Path:
+        """Of the set behind it."""
+        return self.images.path
 
     def sha256(self) -> str:
         """Of the set behind it."""
