@@ -1,6 +1,7 @@
 """python -m app: the page, the HTTP API, and a check of both models.
 
-The page answers while the models load in the background; /healthz says 503 until they are ready.
+The page answers before torch is imported, and draws what was asked meanwhile once the models are there; /healthz
+says 503 until then.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stepdistill.errors import UserError, cli_errors
 
@@ -24,7 +25,10 @@ if TYPE_CHECKING:
     import uvicorn
 
     from app.engine import Engine
+    from app.later import Later
 
+# Seconds after which gradio is imported, unless it was asked for before.
+GRADIO_AFTER = 20.0
 EXAMPLES = """\
 examples:
   python -m app
@@ -33,8 +37,8 @@ examples:
       load both, make one image with each, print the report, exit
   python -m app --student runs/dmd2/student
       a student you distilled, beside the embedded teacher
-  python -m app --student S --no-teacher
-      a student alone
+  python -m app --student A --student B --no-teacher
+      two students, to compare and to choose from
   python -m app --host 0.0.0.0 --auth-file FILE
       for other machines, behind the USER:PASSWORD in the first line of FILE
   curl http://127.0.0.1:7860/v1/images/generations -H 'content-type: application/json' \\
@@ -51,7 +55,12 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("--student", metavar="DIR", help="student directory (default: the embedded student)")
+    p.add_argument(
+        "--student",
+        metavar="DIR",
+        action="append",
+        help="student directory; repeat it for several (default: the embedded student)",
+    )
     p.add_argument(
         "--teacher", metavar="DIR", help="teacher pipeline directory (default: the embedded teacher)"
     )
@@ -93,6 +102,16 @@ def parser() -> argparse.ArgumentParser:
         "--threads", type=int, metavar="N", help="CPU threads of the networks (default: torch's choice)"
     )
     p.add_argument(
+        "--batch", type=int, metavar="N",
+        help="images the networks draw at once where sizes of a batch give different bits (default: 1 on cpu, 4 on cuda)",
+    )  # fmt: skip
+    p.add_argument("--results", metavar="FILE", help="an evaluation's results.json for the page's Metrics")
+    p.add_argument(
+        "--run", metavar="DIR", action="append", default=[], help="a training run for the page's Training"
+    )
+    p.add_argument("--openapi", action="store_true", help="describe the HTTP API at /openapi.json")
+    p.add_argument("--no-gradio", action="store_true", help="do not answer gradio_client")
+    p.add_argument(
         "--check", action="store_true", help="load, make one image with each model, print the report, exit"
     )
     return p
@@ -107,10 +126,16 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--threads must be 1 to 1024, got {args.threads}.")
     if args.no_teacher and args.teacher:
         raise UserError("--teacher and --no-teacher contradict each other; give one of them.")
-    for name in ("student", "teacher"):
-        path = getattr(args, name)
-        if path is not None and not Path(path).is_dir():
-            raise UserError(f"--{name} {path} is not a directory; give a diffusers pipeline directory.")
+    if args.batch is not None and not 1 <= args.batch <= 64:
+        raise UserError(f"--batch must be 1 to 64, got {args.batch}.")
+    for name in ("student", "teacher", "run"):
+        given = getattr(args, name)
+        for path in given if isinstance(given, list) else [given]:
+            if path is not None and not Path(path).is_dir():
+                kind = "run" if name == "run" else "diffusers pipeline"
+                raise UserError(f"--{name} {path} is not a directory; give a {kind} directory.")
+    if args.results is not None and not Path(args.results).is_file():
+        raise UserError(f"--results {args.results} is not a file; give an evaluation's results.json.")
     account = _account(args.auth, args.auth_file)
     if account is None and not (args.check or args.no_auth or _is_loopback(args.host)):
         raise UserError(
@@ -120,10 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     listener = None if args.check else _listen(args.host, args.port)
 
     from app.engine import Engine
-    from stepdistill.attention import BACKENDS
 
-    if args.attention not in BACKENDS:
-        raise UserError(f"--attention must be one of {', '.join(BACKENDS)}, got {args.attention!r}.")
     engine = Engine(
         args.student,
         False if args.no_teacher else args.teacher,
@@ -131,8 +153,13 @@ def main(argv: list[str] | None = None) -> int:
         dtype=args.dtype,
         attention=args.attention,
         threads=args.threads,
+        batch=args.batch,
     )
-    return check(engine) if listener is None else serve(engine, listener, args.host, args.allow_host, account)
+    if listener is None:
+        return check(engine)
+    shown = {"openapi": args.openapi, "gradio": not args.no_gradio, "runs": tuple(map(Path, args.run))}
+    shown["results"] = Path(args.results) if args.results else _results(args)
+    return serve(engine, listener, args.host, args.allow_host, account, **shown)
 
 
 def check(engine: Engine) -> int:
@@ -140,37 +167,45 @@ def check(engine: Engine) -> int:
     from app.request import Request
 
     engine.start().wait()
-    limits = engine.limits
+    limits = engine.limits["student"]
     prompt = limits.class_names[0] if limits.conditions == "class" and limits.class_names else ""
     prompt = prompt or "a small red circle above a large blue square on a yellow background"
-    result = engine.generate(Request(prompt, seed=0, model="both" if limits.teacher else "student"))
+    results = {name: engine.generate(Request(prompt, seed=0, model=name)) for name in engine.entries}
     for key, value in engine.report().items():
-        if key != "counts":
+        if key not in ("counts", "models", "queue"):
             print(f"{key}: {value}")
-    for shot in result.shots.values():
-        split = ", ".join(f"{name} {value:.4f} s" for name, value in shot.timings.items())
-        print(f"{shot.model} {shot.steps} steps: {split}")
-    if result.speedup is not None:
-        print(f"speed-up: {result.speedup:.1f}x")
+    for name, result in results.items():
+        split = ", ".join(f"{stage} {value:.4f} s" for stage, value in result.seconds.items())
+        print(f"{name} ({result.name}) {result.request.steps} steps: {split}")
+    if "teacher" in results:
+        print(f"speed-up: {results['teacher'].total / max(results['student'].total, 1e-9):.1f}x")
     engine.close()
     return 0
 
 
 def serve(
-    engine: Engine, listener: socket.socket, host: str, names: list[str], account: str | None = None
+    engine: Engine,
+    listener: socket.socket,
+    host: str,
+    names: list[str],
+    account: str | None = None,
+    **shown: Any,
 ) -> int:
-    """Serve until interrupted. Returns 0 after Ctrl-C, 2 when the models could not be loaded."""
-    from app.http import LOOPBACK, create_app, offline
+    """Serve until interrupted; `shown` goes to `app.http.create_app`.
+
+    Returns 0 after Ctrl-C or SIGTERM, 2 when the models could not be loaded.
+    """
+    # diffusers and transformers import them where they find them: two CPU seconds, and no use in serving.
+    for unused in ("peft", "scipy"):
+        sys.modules.setdefault(unused, None)
+    from app.connections import server as server_of
+    from app.http import LOOPBACK, create_app
+    from app.later import offline
 
     offline()
     with tempfile.TemporaryDirectory(prefix="stepdistill-app-") as cache:
         # Gradio keeps served images in files; in a directory of our own they go when the server goes.
         os.environ["GRADIO_TEMP_DIR"] = os.path.realpath(cache)
-        engine.start()
-
-        from app import ui
-        from app.connections import server as server_of
-
         port = listener.getsockname()[1]
         everywhere = host in ("0.0.0.0", "::", "")
         if account is None and not _is_loopback(host):
@@ -180,35 +215,39 @@ def serve(
             )
         app = create_app(
             engine,
-            ui.build(engine),
             hosts=[*LOOPBACK, host, socket.gethostname(), *names],
             any_address=everywhere,
             account=account,
+            **shown,
         )
         url = f"http://{_in_url('127.0.0.1' if everywhere else host)}:{port}"
-        server = server_of(app)
-        threading.Thread(target=_announce, args=(engine, server, url), daemon=True).start()
+        server = server_of(app, engine.drain)
+        threading.Thread(
+            target=_announce,
+            args=(engine, server, url, app.state.later if shown.get("gradio", True) else None),
+            daemon=True,
+        ).start()
         # uvicorn passes the signal on once it has stopped; SIGTERM too must come back here to tidy up.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         with contextlib.suppress(KeyboardInterrupt):
             server.run(sockets=[listener])
-        engine.close()
+        engine.close(1.0)
     if engine.problem:
         raise UserError(engine.problem)
     print("stopped")
     return 0
 
 
-def _announce(engine: Engine, server: uvicorn.Server, url: str) -> None:
-    """Print the URL once the page answers and the report once the models do.
+def _announce(engine: Engine, server: uvicorn.Server, url: str, later: Later | None) -> None:
+    """Print the URL once the page answers, begin to load, and print the report once the models draw.
 
     Where they cannot be loaded the server ends.
     """
     while not server.started and not server.should_exit:
-        time.sleep(0.05)
-    print(
-        f"page: {url} (the models are loading)" if engine.state == "loading" else f"page: {url}", flush=True
-    )
+        time.sleep(0.02)
+    loading = engine.state in ("new", "loading")
+    print(f"page: {url}" + (" (the models are loading)" if loading else ""), flush=True)
+    engine.start()
     try:
         engine.wait()
     except UserError:
@@ -217,7 +256,19 @@ def _announce(engine: Engine, server: uvicorn.Server, url: str) -> None:
     if engine.state == "ready":
         report = engine.report()
         about = f"{report['device']}, {report['dtype']}, attention {report['attention']}"
-        print(f"ready: {url} ({report['student']}, {about})", flush=True)
+        print(f"ready: {url} ({engine.entries['student'].title}, {about})", flush=True)
+        if later is not None:
+            # Others first: it is needed by few, and its import takes seconds.
+            time.sleep(GRADIO_AFTER)
+            later.prepare()
+
+
+def _results(args: argparse.Namespace) -> Path | None:
+    """The numbers of the embedded pair, where it is served."""
+    from stepdistill import assets
+
+    found = assets.ROOT / "report" / "results.json"
+    return found if args.student is None and found.is_file() else None
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -26,6 +26,7 @@ RECEIPT_RATE = 100_000
 STALL_SECONDS = 60.0
 PER_ADDRESS = 128
 IN_ALL = 1024
+DRAIN_SECONDS = 9
 # A connection that has just opened had no time to send its request, and is not idle.
 GRACE_SECONDS = 1.0
 
@@ -36,8 +37,11 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 LATE = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 
 
-def server(app: Any) -> uvicorn.Server:
-    """The server of `app`, with the deadlines and caps of this module."""
+def server(app: Any, on_stop: Callable[[], None] = lambda: None) -> uvicorn.Server:
+    """The server of `app`, with the deadlines and caps of this module.
+
+    on_stop: called at once when a signal asks it to end; what is under way then has `DRAIN_SECONDS`.
+    """
     _allow_open_files(4 * IN_ALL)
     config = uvicorn.Config(
         app,
@@ -47,10 +51,22 @@ def server(app: Any) -> uvicorn.Server:
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        timeout_graceful_shutdown=3,
+        timeout_graceful_shutdown=DRAIN_SECONDS,
         timeout_keep_alive=30,
     )
-    return uvicorn.Server(config)
+    return Server(config, on_stop)
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, which says when it begins to stop."""
+
+    def __init__(self, config: uvicorn.Config, on_stop: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_stop = on_stop
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        self._on_stop()
+        super().handle_exit(sig, frame)
 
 
 class Connection(H11Protocol):

@@ -1,54 +1,71 @@
-"""Makes images of a student and its teacher, one network call at a time. Knows no gradio and no HTTP.
+"""Makes images of the models in a catalog, a batch at a time. Knows no gradio, no HTTP, and torch only in its worker.
 
-One worker thread loads the models, warms them up and runs every request: the state of CUDA graphs and of
-torch's attention flags belongs to a thread or a process, so two threads must not run networks. Students are
-short and go first; a teacher's run of many steps looks into the student lane after each step, so nobody waits
-seconds behind somebody else's teacher (the time given away is not counted as the teacher's).
+One worker thread loads the models, warms them up and runs every batch: the state of CUDA graphs and of torch's
+attention flags belongs to a thread or a process, so two threads must not run networks. Between two steps of a
+long run (a teacher's) the worker serves short requests, for as long as that run itself has taken: nobody waits
+seconds behind somebody else's teacher, and no teacher for ever behind students.
 """
 
 from __future__ import annotations
 
 import logging
-import secrets
 import threading
-import time
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from app.lanes import QUEUE, STOPPED, Job, Lanes
-from app.loading import Models
+from app.batcher import STOPPED, Batcher, Job
+from app.catalog import STUDENT, TEACHER, Entry, catalog
+from app.metrics import Metrics
 from app.request import Busy, Cancelled, Limits, Request, validate
-from app.result import Result, Shot
-from app.run import draw
+from app.result import Result
+from app.runner import Runner
 from stepdistill.errors import UserError
+from stepdistill.provenance import pipeline_sha256
+
+if TYPE_CHECKING:
+    from app.model import Model
+    from app.models import Models
 
 log = logging.getLogger("stepdistill.app")
 
+# Seconds without a request until the worker does what can wait: nobody types or clicks then.
+QUIET = 0.5
+STOPPING = "the server is stopping; try again in a moment."
+
 
 class Engine:
-    """Serves what `Models(student, teacher, **options)` describes."""
+    """Serves students and a teacher.
+
+    Args:
+        students: a directory, several, or None for the embedded one; the first is called "student".
+        teacher: a directory, None for the embedded one, False for none.
+        options: of `app.models.Models`.
+    """
 
     def __init__(
-        self, student: str | Path | None = None, teacher: str | Path | bool | None = None, **options: Any
+        self,
+        students: str | Path | Sequence[str | Path] | None = None,
+        teacher: str | Path | bool | None = None,
+        **options: Any,
     ) -> None:
-        self.models = Models(student, teacher, **options)
-        # "new", "loading", "ready", "failed" or "closed".
+        many = students if isinstance(students, (list, tuple)) and students else [students]
+        self.entries: dict[str, Entry] = catalog(many, teacher)
+        # "new", "loading", "ready", "failed" or "closed": that of the first student.
         self.state = "new"
         self.problem: str | None = None
-        self.counts: Counter[str] = Counter()
-        self.lanes = Lanes()
+        self.metrics = Metrics()
+        self.batcher = Batcher(self._cap)
+        self.models: Models | None = None
+        self._options = options
+        self._runner = Runner(self.batcher, self.metrics, self._serve, self._give_up)
         self._ready = threading.Event()
         self._thread: threading.Thread | None = None
 
     @property
-    def limits(self) -> Limits | None:
-        """What the models can do; None while they load."""
-        return self.models.limits
+    def limits(self) -> dict[str, Limits | None]:
+        """What each model can do; None of one that has not been loaded."""
+        return {name: entry.limits for name, entry in self.entries.items()}
 
     # Life ---------------------------------------------------------------------------------------------------
 
@@ -61,9 +78,9 @@ class Engine:
         return self
 
     def wait(self, timeout: float | None = None) -> Engine:
-        """Wait until the models answer.
+        """Wait until the first student answers.
 
-        Raises UserError when they could not be loaded, Busy after `timeout` seconds.
+        Raises UserError when it could not be loaded, Busy after `timeout` seconds.
         """
         if not self._ready.wait(timeout):
             raise Busy("the models are still loading; try again in a moment.")
@@ -71,163 +88,184 @@ class Engine:
             raise UserError(self.problem or "the models could not be loaded.")
         return self
 
+    def drain(self, seconds: float = 8.0) -> None:
+        """Take no more requests from now on, and refuse what is not drawn in time. Returns at once."""
+        self.batcher.refuse_from_now(Busy(STOPPING, 5))
+        timer = threading.Timer(seconds, self.batcher.close, [Busy(STOPPING, 5), True])
+        timer.daemon = True
+        timer.start()
+
     def close(self, timeout: float = 10.0) -> None:
         """Stop what runs at its next step, refuse what waits, and end the worker thread."""
-        with self.lanes.change:
+        with self.batcher.change:
             self.state = "closed"
-        self.lanes.close(Cancelled("the server is stopping."), stop=True)
+        self.batcher.close(Cancelled("the server is stopping."), stop=True)
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout)
         self._ready.set()
 
     # Asking -------------------------------------------------------------------------------------------------
 
-    def submit(self, asked: Request | Mapping[str, Any], session: str | None = None) -> Job:
-        """Check a request and put it in line.
+    def submit(
+        self,
+        asked: Request | Mapping[str, Any] | Sequence[Request],
+        session: str | None = None,
+        *,
+        live: bool = False,
+        number: int | None = None,
+    ) -> Any:
+        """Check a request and put it in line: its `Job`, or a list of them for a list of requests.
+
+        What comes before its model is loaded waits for it.
 
         Raises:
-            Invalid: a field is out of range. Busy: the models are loading, or too many requests wait already.
+            Invalid: a field is out of range. Busy: too many requests wait already. Cancelled: the session was
+            stopped after this call. UserError: the model could not be loaded.
         """
         if self.state == "failed":
             raise UserError(self.problem or "the models could not be loaded.")
-        if self.state != "ready" or self.limits is None:
-            raise Busy("the models are still loading; try again in a moment.")
-        job = Job(validate(asked, self.limits), session)
+        several = isinstance(asked, (list, tuple))
+        jobs = [
+            Job(validate(one, self.limits), session, live, number) for one in (asked if several else [asked])
+        ]
+        for job in jobs:
+            entry = self.entries[job.request.model]
+            if entry.state == "failed":
+                raise UserError(entry.problem or f"{entry.title} could not be loaded.")
         try:
-            replaced = self.lanes.add(job)
+            self.metrics.replaced(self.batcher.add(jobs))
         except Busy:
-            self.counts["busy"] += 1
+            self.metrics.count("busy")
             raise
-        self.counts["replaced"] += replaced is not None
-        return job
+        return jobs if several else jobs[0]
 
     def generate(
         self, asked: Request | Mapping[str, Any], session: str | None = None, timeout: float | None = None
     ) -> Result:
-        """`submit` and wait for the images."""
+        """`submit` one request and wait for its image."""
         return self.submit(asked, session).future.result(timeout)
 
-    def cancel(self, session: str | None, why: str = STOPPED) -> int:
-        """Drop the waiting requests of a session and stop its running one at the next step.
+    def cancel(self, session: str | None, why: str = STOPPED, through: int | None = None) -> int:
+        """Drop the waiting requests of a session and stop its running ones at the next step.
 
-        Returns how many.
+        through: the number of its last request that is meant. Returns how many were ended.
         """
-        return 0 if session is None else self.lanes.cancel(session, why)
+        return 0 if session is None else self.batcher.cancel(session, why, through)
+
+    def load(self, name: str) -> None:
+        """Load a model of the catalog, also one that failed before, as soon as the worker is free."""
+        entry = self.entries[name]
+        if entry.state in ("idle", "failed"):
+            with self.batcher.change:
+                entry.state, entry.problem = "loading", None
+                self.batcher.change.notify()
 
     def report(self) -> dict[str, Any]:
-        """What is being served and how: names, device, dtype, attention in effect, threads, counts.
+        """What is being served and how: models, device, dtype, attention in effect, threads, counts.
 
         JSON values only.
         """
-        about = {"status": self.state, **self.models.report()}
+        about: dict[str, Any] = {"status": self.state}
         if self.problem:
             about["problem"] = self.problem
-        if self.limits is not None:
-            about |= {"queue": len(self.lanes), "counts": dict(self.counts)}
-        return about
+        first = self.entries[STUDENT]
+        about |= {key: first.about[key] for key in ("device", "device_name", "dtype", "attention", "threads")
+                  if key in first.about}  # fmt: skip
+        about["models"] = {name: entry.state for name, entry in self.entries.items()}
+        return about | {"queue": len(self.batcher), "counts": self.metrics.counts()}
 
     # The worker thread --------------------------------------------------------------------------------------
 
     def _work(self) -> None:
+        first = self.entries[STUDENT]
+        first.state = "loading"
         try:
-            self.models.load()
-            self._warm_up()
+            from app.models import Models
+
+            self.models = Models(**self._options)
         except UserError as error:
-            self._fail(str(error))
+            self._give_up(str(error))
             return
-        except Exception as error:
-            log.exception("loading failed")
-            self._fail(f"the models could not be loaded ({type(error).__name__}); the log has the details.")
+        if self._load(first) is None:
+            self._give_up(first.problem or "")
             return
-        with self.lanes.change:
+        if TEACHER in self.entries:
+            self.load(TEACHER)
+        with self.batcher.change:
             if self.state == "loading":
                 self.state = "ready"
         self._ready.set()
-        while True:
-            with self.lanes.change:
-                while self.state == "ready" and not len(self.lanes):
-                    self.lanes.change.wait()
-                if self.state != "ready":
-                    return
-                job = self.lanes.next("student") or self.lanes.next("teacher")
-            self._serve(job)
+        more = True
+        while self.state == "ready":
+            batch = self.batcher.take()
+            if batch:
+                self._serve(batch)
+                more = True
+            elif self._rest(more):
+                more = self._idle_work()
 
-    def _fail(self, problem: str) -> None:
+    def _rest(self, more: bool) -> bool:
+        """Wait for requests. Whether nobody came for `QUIET` seconds, where there is `more` to do meanwhile."""
+        with self.batcher.change:
+            if self.state == "ready" and not len(self.batcher):
+                self.batcher.change.wait(QUIET if more or self._wanted() else None)
+            return not len(self.batcher)
+
+    def _wanted(self) -> list[Entry]:
+        return [entry for entry in self.entries.values() if entry.state == "loading"]
+
+    def _idle_work(self) -> bool:
+        """What is done while nobody waits: the next model, the next size of a batch, the next hash."""
+        for entry in self._wanted():
+            self._load(entry)
+            return True
+        for model in self.models.loaded.values():
+            if "sha256" not in model.entry.about:
+                model.entry.about["sha256"] = pipeline_sha256(model.entry.path)
+                return True
+            if model.make_faster():
+                return True
+        return False
+
+    def _load(self, entry: Entry) -> Model | None:
+        """The model of an entry, loaded where it is not; None where it cannot be, and then the others still serve."""
+        try:
+            model = self.models.load(entry)
+            entry.state, entry.problem = "ready", None
+            return model
+        except UserError as error:
+            entry.problem = str(error)
+        except Exception as error:
+            log.exception("loading %s failed", entry.id)
+            entry.problem = (
+                f"{entry.title} could not be loaded ({type(error).__name__}); the log has the details."
+            )
+        entry.state = "failed"
+        problem = UserError(entry.problem)
+        self.batcher.drop(problem, lambda job: job.request.model == entry.id)
+        return None
+
+    def _give_up(self, problem: str) -> None:
         self.problem, self.state = problem, "failed"
-        self.lanes.close(UserError(problem))
+        self.batcher.close(UserError(problem))
         self._ready.set()
 
-    def _warm_up(self) -> None:
-        prompt = self.models.any_prompt()
-        for steps in self.limits.steps:
-            draw(self.models, "student", Request(prompt, seed=0), steps)
-        if self.limits.teacher is not None:
-            draw(self.models, "teacher", Request(prompt, seed=0), 2)
+    # A batch ------------------------------------------------------------------------------------------------
 
-    def _serve(self, job: Job) -> None:
-        """Run one job and settle its future, whatever happens; nothing escapes into the worker's loop."""
-        if not job.future.set_running_or_notify_cancel():
-            self.lanes.done(job)
-            return
-        queued = time.perf_counter() - job.asked
-        wanted = ("student", "teacher") if job.request.model == "both" else (job.request.model,)
+    def _cap(self, key: tuple) -> int:
+        """The most images of a key in one batch."""
+        model = self.models.loaded.get(key[0]) if self.models is not None else None
+        return 1 if model is None else self._runner.cap(model)
+
+    def _serve(self, batch: list[Job]) -> None:
+        """Run a batch and settle its futures, whatever happens; nothing escapes into the worker's loop."""
+        entry = self.entries[batch[0].request.model]
+        model = self._load(entry)
         try:
-            shots = {model: self._shoot(model, job) for model in wanted}
-            self.counts["images"] += len(shots)
-            job.future.set_result(Result(job.request, shots, queued, self._about()))
-        except UserError as error:
-            self.counts[type(error).__name__.lower()] += 1
-            job.future.set_exception(error)
-        except torch.cuda.OutOfMemoryError:
-            self.counts["out_of_memory"] += 1
-            job.future.set_exception(Busy("the GPU ran out of memory; try again in a moment."))
-        except Exception as error:
-            # The caller gets a number to quote and never a path or a traceback; the log has both.
-            number = secrets.token_hex(4)
-            log.exception("request %s failed", number)
-            self.counts["failed"] += 1
-            job.future.set_exception(
-                UserError(f"the image could not be made; the log has the details under {number}.")
-            )
-            # Such an error sticks to the process: every later call fails too.
-            if "CUDA error" in str(error):
-                self._fail("the GPU failed; start the server again.")
+            jobs = [job for job in batch if job.future.set_running_or_notify_cancel()]
+            if model is not None:
+                self._runner.run(model, jobs)
+            for job in jobs if model is None else ():
+                job.future.set_exception(UserError(entry.problem or ""))
         finally:
-            self.lanes.done(job)
-
-    def _about(self) -> dict[str, Any]:
-        """The short form of `report` that is kept inside image files."""
-        keys = ("device_name", "dtype", "attention", "threads")
-        report = self.models.report()
-        return {key: report[key] for key in keys if key in report}
-
-    def _shoot(self, model: str, job: Job) -> Shot:
-        """One model's image of a job, with the time that was lent to others taken off."""
-        lent_before = job.lent
-
-        def on_step(done: int, total: int) -> None:
-            job.progress = (done, total)
-            if job.stop.is_set():
-                raise Cancelled(job.why)
-            if model == "teacher":
-                self._give_way(job)
-
-        if job.stop.is_set():
-            raise Cancelled(job.why)
-        # In a pair the steps asked for are the student's.
-        steps = job.request.steps if model == job.request.model or model == "student" else None
-        shot = draw(self.models, model, job.request, steps, on_step)
-        return replace(shot, denoise=max(0.0, shot.denoise - (job.lent - lent_before)))
-
-    def _give_way(self, job: Job) -> None:
-        """Between two steps of a teacher: serve the students that wait.
-
-        The networks are different objects.
-        """
-        began = time.perf_counter()
-        served = 0
-        while served < QUEUE and (short := self.lanes.next("student")) is not None:
-            self._serve(short)
-            served += 1
-        if served:
-            job.lent += time.perf_counter() - began
+            self.batcher.done(batch)

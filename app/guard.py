@@ -1,7 +1,7 @@
 """What every request has to pass before a route sees it.
 
 What uvicorn, Gradio and FastAPI leave open is closed here: the Host header (DNS rebinding), the Origin of a
-POST (cross-site upload forms), a password, the framing and the size of a body, JSON that no handler can use,
+POST (cross-site forms), a password, the framing and the size of a body, JSON that no handler can use,
 and the headers against framing and sniffing in a browser.
 """
 
@@ -25,7 +25,8 @@ from app.request import Invalid
 
 MAX_JSON = 64 * 1024
 MAX_DEPTH = 16
-UPLOAD = "/gradio_api/upload"
+# Routes whose body is a file.
+FILES = ("/api/read", "/api/reproduce")
 HEALTH = "/healthz"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 # Wrong passwords of one address in `LOCK_SECONDS` before it has to wait, and addresses that are remembered.
@@ -83,7 +84,7 @@ class Guard:
         headers = {
             name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]
         }
-        cap = MAX_FILE + MAX_JSON if scope["path"] == UPLOAD else MAX_JSON
+        cap = MAX_FILE + MAX_JSON if scope["path"] in FILES else MAX_JSON
         refusal = self._refusal(scope, headers, cap)
         if refusal is not None:
             await reply(send, *refusal)

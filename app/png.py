@@ -1,4 +1,6 @@
-"""PNG files that carry the settings of their image in one text chunk, `KEY`."""
+"""PNG files that carry the settings of their image in the text chunk `KEY`, and, for other programs, in the line
+that AUTOMATIC1111's web UI writes under "parameters".
+"""
 
 from __future__ import annotations
 
@@ -15,6 +17,7 @@ from app.settings import MAX_BYTES
 from stepdistill.errors import UserError
 
 KEY = "stepdistill"
+PARAMETERS = "parameters"
 # Pixels and bytes of a file that is read back.
 MAX_PIXELS = 16_000_000
 MAX_FILE = 8 * 1024 * 1024
@@ -28,10 +31,31 @@ def write_png(image: np.ndarray, values: Mapping[str, Any] | None = None) -> byt
 
 
 def png_info(values: Mapping[str, Any]) -> PngImagePlugin.PngInfo:
-    """The text chunk for `Image.save(pnginfo=...)`."""
+    """The text chunks for `Image.save(pnginfo=...)`."""
     info = PngImagePlugin.PngInfo()
     info.add_text(KEY, json.dumps(values))
+    line = parameters(values)
+    # What is no Latin-1 needs the chunk of international text.
+    (info.add_text if line.isascii() else info.add_itxt)(PARAMETERS, line)
     return info
+
+
+def parameters(values: Mapping[str, Any]) -> str:
+    """The settings as AUTOMATIC1111's web UI writes them: prompt, negative prompt, and one line of the rest."""
+    lines = [str(values.get("prompt", ""))]
+    if values.get("negative_prompt"):
+        lines.append(f"Negative prompt: {values['negative_prompt']}")
+    about = values.get("about") or {}
+    pairs = {
+        "Steps": values.get("steps"),
+        "CFG scale": values.get("guidance_scale"),
+        "Seed": values.get("seed"),
+        "Size": values.get("size"),
+        "Model hash": str(about.get("sha256", ""))[:10] or None,
+        "Model": values.get("made_by"),
+    }
+    lines.append(", ".join(f"{name}: {value}" for name, value in pairs.items() if value is not None))
+    return "\n".join(lines)
 
 
 def read_png(data: bytes) -> tuple[np.ndarray, str | None]:

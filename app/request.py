@@ -12,15 +12,18 @@ from __future__ import annotations
 import secrets
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, StrictFloat, StrictInt, StrictStr, TypeAdapter, ValidationError
 
 from stepdistill.errors import UserError, nearest
 
 MAX_SEED = 2**32 - 1
+# Characters of a prompt.
+MAX_PROMPT = 2000
 Text = StrictStr
+Name = Annotated[StrictStr, Field(max_length=100)]
 Count = Annotated[StrictInt, Field(ge=1)]
 Seed = Annotated[StrictInt, Field(ge=-1, le=MAX_SEED)]
 Guidance = Annotated[StrictFloat, Field(ge=1, allow_inf_nan=False)]
@@ -54,52 +57,60 @@ EXPECTED = {
     "string_type": "must be text",
     "float_type": "must be a finite number",
     "finite_number": "must be a finite number",
+    "string_too_long": "must have at most {max_length} characters",
     "greater_than_equal": "must be at least {ge:g}",
     "less_than_equal": "must be at most {le}",
 }
 
 
 class Busy(UserError):
-    """The request was fine, but there is no room or no model for it now; it may be sent again."""
+    """The request was fine, but there is no room or no model for it now; it may be sent again.
+
+    `retry_after` is in how many seconds.
+    """
+
+    def __init__(self, message: str, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class Cancelled(UserError):
     """The request was stopped, or a newer one of the same session took its place."""
 
 
-class NumericalFailure(UserError):
-    """The networks gave NaN or infinity; there is no image."""
-
-
 @dataclass(frozen=True)
 class Limits:
-    """What the loaded models can do. Lengths in characters; `resolution` is (height, width) in pixels."""
+    """What a loaded model can do. Lengths in characters; `resolution` is (height, width) in pixels.
 
-    steps: tuple[int, ...] = (1,)
+    `steps` are the counts it was trained for; None, of a model of many steps, is any up to `max_steps`.
+    """
+
+    name: str = "student"
+    kind: str = "student"
+    steps: tuple[int, ...] | None = (1,)
     default_steps: int = 1
-    teacher_steps: int = 50
-    max_teacher_steps: int = 100
+    max_steps: int = 100
     guidance_free: bool = True
-    student_guidance: float = 1.0
-    teacher_guidance: float = 7.5
+    default_guidance: float = 1.0
     max_guidance: float = 30.0
-    max_prompt: int = 2000
+    max_prompt: int = MAX_PROMPT
     resolution: tuple[int, int] = (64, 64)
     # "prompt", "class" or "none".
     conditions: str = "prompt"
     class_names: tuple[str, ...] | None = None
-    student: str = "student"
-    # None: no teacher is served.
-    teacher: str | None = "teacher"
+
+    @property
+    def size(self) -> str:
+        """ "WxH", as the HTTP API writes it."""
+        return "{1}x{0}".format(*self.resolution)
 
 
 @dataclass(frozen=True)
 class Request:
-    """One image wanted from the student, the teacher, or both from the same noise.
+    """One image wanted from one model.
 
-    `steps` is the number of network passes of the student (of the teacher for model="teacher"); None means
-    the model's own default. `guidance_scale` is g in uncond + g (cond - uncond); None means the model's own;
-    in model="both" it is the teacher's where the student is guidance-free. `seed` -1 is drawn by `validate`.
+    `model` is an id of the engine's catalog. `steps` is the number of sampling steps and `guidance_scale` is
+    g in uncond + g (cond - uncond); None means the model's own. `seed` -1 is drawn by `validate`.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -109,7 +120,7 @@ class Request:
     seed: Seed = -1
     steps: Count | None = None
     guidance_scale: Guidance | None = None
-    model: Literal["student", "teacher", "both"] = "student"
+    model: Name = "student"
 
 
 _ANY_REQUEST = TypeAdapter(Request)
@@ -127,25 +138,35 @@ def check(asked: Request | Mapping[str, Any]) -> Request:
         raise Invalid.of(error, Request.__dataclass_fields__) from None
 
 
-def validate(asked: Request | Mapping[str, Any], limits: Limits) -> Request:
-    """The request with clean text, a drawn seed and filled defaults, every field within `limits`.
+def validate(asked: Request | Mapping[str, Any], catalog: Mapping[str, Limits | None]) -> Request:
+    """The request with clean text, a drawn seed and filled defaults, every field within its model's limits.
+
+    catalog: the limits of every model by its id, None of one that is not loaded yet; what depends on them is
+        then left for a second call.
 
     Raises:
         Invalid: naming the field, the value and the limit.
     """
     request = check(asked)
-    if request.model != "student" and limits.teacher is None:
+    if request.model not in catalog:
         raise Invalid(
-            "model", f"model={request.model} needs a teacher and none is loaded; use model=student."
+            "model",
+            f"model must be one of {', '.join(catalog)}, got {shown(request.model)}."
+            f"{nearest(request.model, catalog)}",
         )
-    return Request(
-        prompt=_condition(request.prompt, limits),
-        negative_prompt=_negative(request, limits),
+    limits = catalog[request.model]
+    known = limits or Limits(conditions="none")
+    request = replace(
+        request,
+        prompt=_condition(request.prompt, known),
+        negative_prompt=_text("negative_prompt", request.negative_prompt, known),
         seed=secrets.randbelow(MAX_SEED + 1) if request.seed == -1 else request.seed,
-        steps=_steps(request, limits),
-        guidance_scale=_guidance(request, limits),
-        model=request.model,
     )
+    if limits is None:
+        return request
+    _refuse_negative(request, limits)
+    steps, guidance = _steps(request, limits), _guidance(request, limits)
+    return replace(request, steps=steps, guidance_scale=guidance)
 
 
 def clean(text: str) -> str:
@@ -200,45 +221,39 @@ def _condition(prompt: str, limits: Limits) -> str:
     return text
 
 
-def _negative(request: Request, limits: Limits) -> str:
-    text = _text("negative_prompt", request.negative_prompt, limits)
-    if text and request.model != "teacher" and limits.guidance_free:
+def _refuse_negative(request: Request, limits: Limits) -> None:
+    if request.negative_prompt and limits.guidance_free:
         raise Invalid(
             "negative_prompt",
-            "negative_prompt cannot work with this student: it was distilled without guidance, so it has no "
-            "second pass to steer away from; leave it empty or ask the teacher alone (model=teacher).",
+            f"negative_prompt cannot work with {limits.name}: it was distilled without guidance, so it has no "
+            "second pass to steer away from; leave it empty or ask the teacher (model=teacher).",
         )
-    return text
 
 
 def _steps(request: Request, limits: Limits) -> int:
-    if request.model == "teacher":
-        steps = limits.teacher_steps if request.steps is None else request.steps
-        if steps > limits.max_teacher_steps:
-            most = limits.max_teacher_steps
-            raise Invalid("steps", f"steps must be 1 to {most} for the teacher, got {shown(steps)}.")
-        return steps
     steps = limits.default_steps if request.steps is None else request.steps
-    if steps not in limits.steps:
+    if limits.steps is None and steps > limits.max_steps:
+        raise Invalid(
+            "steps", f"steps must be 1 to {limits.max_steps} for {limits.name}, got {shown(steps)}."
+        )
+    if limits.steps is not None and steps not in limits.steps:
         allowed = ", ".join(str(n) for n in limits.steps)
         raise Invalid(
             "steps",
-            f"steps must be one of {allowed}, which {limits.student} was trained for, got {shown(steps)}.",
+            f"steps must be one of {allowed}, which {limits.name} was trained for, got {shown(steps)}.",
         )
     return steps
 
 
-def _guidance(request: Request, limits: Limits) -> float | None:
-    value = request.guidance_scale
-    if value is None:
-        return None
+def _guidance(request: Request, limits: Limits) -> float:
+    value = limits.default_guidance if request.guidance_scale is None else float(request.guidance_scale)
     if value > limits.max_guidance:
         most = f"{limits.max_guidance:g}"
         raise Invalid("guidance_scale", f"guidance_scale must be 1 to {most}, got {shown(value)}.")
-    if request.model == "student" and limits.guidance_free and value != 1:
+    if limits.guidance_free and value != 1:
         raise Invalid(
             "guidance_scale",
-            f"guidance_scale must be 1 for {limits.student}, which was distilled without guidance, "
+            f"guidance_scale must be 1 for {limits.name}, which was distilled without guidance, "
             f"got {shown(value)}.",
         )
     return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -21,8 +22,8 @@ def settings(request: Request) -> dict[str, Any]:
     return {"version": VERSION, **asdict(request)}
 
 
-def from_settings(text: str | bytes, limits: Limits | None = None) -> Request:
-    """The request in settings JSON, `validate`d when `limits` are given.
+def from_settings(text: str | bytes, catalog: Mapping[str, Limits | None] | None = None) -> Request:
+    """The request in settings JSON, `validate`d when a `catalog` is given.
 
     Keys that say how the image was made are passed over.
 
@@ -41,4 +42,4 @@ def from_settings(text: str | bytes, limits: Limits | None = None) -> Request:
             f"the settings have version {shown(values.get('version'))}; this program reads {VERSION}."
         )
     request = check({key: values[key] for key in Request.__dataclass_fields__ if key in values})
-    return validate(request, limits) if limits else request
+    return request if catalog is None else validate(request, catalog)

@@ -22,7 +22,7 @@ from evaluation.images import Images, MemoryImages, as_images, rechunked
 from evaluation.processes import Processes
 from evaluation.weights import pipeline_name
 from stepdistill.errors import UserError, atomic_write
-from stepdistill.provenance import sha256_of_files
+from stepdistill.provenance import pipeline_sha256
 
 if TYPE_CHECKING:
     from evaluation.protocol import Protocol
@@ -177,12 +177,6 @@ def drawn(sample: SamplerFn, prompts: Sequence[str] | Sequence[int], seeds: Sequ
             f"the sampler returned {len(images)} images for {len(prompts)} prompts; it must return one each."
         )
     return images
-
-
-def pipeline_sha256(path: Path) -> str:
-    """Of weights, configurations and tokenizers of a pipeline directory; cards and pictures don't count."""
-    kinds = {".safetensors", ".json", ".txt", ".model"}
-    return sha256_of_files(sorted(f for f in path.rglob("*") if f.suffix in kinds and f.is_file()), path)
 
 
 def _shard(folder: Path, start: int) -> Path:

@@ -43,6 +43,12 @@ def sha256_of_files(files: Iterable[Path], root: Path | None = None) -> str:
     return digest.hexdigest()
 
 
+def pipeline_sha256(path: Path) -> str:
+    """Of weights, configurations and tokenizers of a pipeline directory; cards and pictures don't count."""
+    kinds = {".safetensors", ".json", ".txt", ".model"}
+    return sha256_of_files(sorted(f for f in path.rglob("*") if f.suffix in kinds and f.is_file()), path)
+
+
 def sha256_of_weights(module: nn.Module) -> str:
     """Of every tensor of a module's state, with its name and dtype; a copy of one tensor at a time is made."""
     import torch

@@ -20,7 +20,7 @@ def stream(client, session):
 
 
 def handlers(client):
-    """Index and number of inputs of every function of the page, and the position of its file input."""
+    """Index and kinds of inputs of every function that gradio_client may call."""
     config = client.get("/config").json()
     kinds = {part["id"]: part["type"] for part in config["components"]}
     return [(d["id"], [kinds[part] for part in d["inputs"]]) for d in config["dependencies"]]
@@ -30,12 +30,6 @@ def sentence(answer):
     message = answer.json()["error"]["message"]
     assert message.endswith(".") and "\n" not in message and len(message) < 200
     return message
-
-
-def form(name, content=b"abc", file="a.png"):
-    file = "" if file is None else f'; filename="{file}"'
-    head = f'--x\r\nContent-Disposition: form-data; name="{name}"{file}\r\n\r\n'
-    return head.encode() + content + b"\r\n"
 
 
 def connect(url, source="127.0.0.1"):

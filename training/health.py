@@ -1,6 +1,6 @@
 """The health panel: logged values that have a normal range, and the likely cause when one is left.
 
-A method writes its ranges in `Method.health`; what is common to all methods is here. Losses of distillation
+A method writes its ranges in `Method.health`; what is common to all methods stands beside it. Losses of distillation
 methods say little (a surrogate's value is zero by construction, a normalised tangent's is one), so a run is
 watched by what does: moments of the images, the fake score's loss, gradients, the discriminator's accuracy.
 """
@@ -12,29 +12,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from stepdistill.methods.base import COMMON_HEALTH as COMMON
 from stepdistill.methods.base import Method
 
-Ranges = Mapping[str, tuple[float, float, str]]
-
-# Where the reference is a posterior mean it spreads less than samples do, and the ratio is above 1 in health.
-COMMON: Ranges = {
-    "student/x0_std_ratio": (
-        0.5,
-        2.5,
-        "collapse below, saturation above: lower optim.student.lr or method.guidance_scale; where there is a fake"
-        " score, train it more often",
-    ),
-    "student/x0_shift": (
-        -0.5,
-        0.5,
-        "brightness drift: lower optim.student.lr; where there is a fake score, raise method.student_every",
-    ),
-    "student/grad_norm_growth": (
-        0.0,
-        30.0,
-        "divergence: lower optim.student.lr or set optim.max_grad_norm",
-    ),
-}
 # Judged by their growth over the first value logged.
 GROWING = ("grad_norm_student", "denoising")
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from stepdistill.completeness import check_files, check_weights
 from stepdistill.errors import UserError, first_line
 from stepdistill.untrusted import LOADING, check_components, check_directory, read_json
 
@@ -68,7 +69,8 @@ def read_pipeline(
     "fp16". components: those that are not to be loaded, as the pipeline's constructor takes them.
 
     Raises:
-        UserError: there is none, it cannot be loaded, or it names code or classes that `family` does not know.
+        UserError: there is none, it cannot be loaded, its files lack weights, or it names code or classes that
+            `family` does not know.
     """
     from diffusers import DiffusionPipeline
 
@@ -83,10 +85,13 @@ def read_pipeline(
         _check_index(path / "model_index.json", index := read_index(path), family, components)
         components = _absent(index, family) | components
         check_directory(path)
-        return DiffusionPipeline.from_pretrained(
+        check_files(path)
+        pipeline = DiffusionPipeline.from_pretrained(
             str(path), dtype=dtype, use_safetensors=True, trust_remote_code=False,
             variant=variant or only_variant(path), **components,
         )  # fmt: skip
+        check_weights(path, pipeline)
+        return pipeline
     except LOADING as error:
         way = ""
         if hub and "safetensors" in str(error) and not variant:

@@ -26,6 +26,26 @@ from stepdistill.schedule import Schedule, expand
 
 # Named values, each a scalar or one number per sample (B,). "total" is back-propagated, the rest is logged.
 Losses = dict[str, Tensor]
+# Normal ranges of what every method logs, as `Method.health` has its own.
+# Where the reference is a posterior mean it spreads less than samples do, and the ratio is above 1 in health.
+COMMON_HEALTH: dict[str, tuple[float, float, str]] = {
+    "student/x0_std_ratio": (
+        0.5,
+        2.5,
+        "collapse below, saturation above: lower optim.student.lr or method.guidance_scale; where there is a fake"
+        " score, train it more often",
+    ),
+    "student/x0_shift": (
+        -0.5,
+        0.5,
+        "brightness drift: lower optim.student.lr; where there is a fake score, raise method.student_every",
+    ),
+    "student/grad_norm_growth": (
+        0.0,
+        30.0,
+        "divergence: lower optim.student.lr or set optim.max_grad_norm",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -173,7 +193,7 @@ class Method:
     # (the student always is). Any other network is made anew.
     carried: tuple[str, ...] = ()
     # Normal ranges of logged values, "phase/name": (low, high, likely cause when it is left). The trainer
-    # shows them in previews and warns; what is common to all methods is in training/health.py.
+    # shows them in previews and warns; what is common to all methods is in COMMON_HEALTH.
     health: ClassVar[dict[str, tuple[float, float, str]]] = {}
 
     def __init__(self, config: Any, sampling: Sampling | None = None):

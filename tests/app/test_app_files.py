@@ -11,38 +11,48 @@ import pytest
 
 from app import png
 from app.request import Limits, Request, validate
-from app.result import Result, Shot
+from app.result import Result
 from app.settings import from_settings
 from stepdistill.errors import UserError
 
-LIMITS = Limits(steps=(1, 2, 4), teacher_steps=50)
+LIMITS = {"student": Limits(steps=(1, 2, 4))}
 IMAGE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
 
 
 def result(**fields):
-    request = validate(Request("a red circle [[[[[[ \u00e9", seed=3, model="both"), LIMITS)
-    shots = {
-        "student": Shot("student", "s", IMAGE, 1, 1.0, 0.001, 0.01, 0.009),
-        "teacher": Shot("teacher", "t", IMAGE, 50, 3.0, 0.001, 0.9, 0.099),
-    }
-    return Result(request, shots, about={"dtype": "float32", "nested": {"not": "kept"}})
+    request = validate(Request("a red circle [[[[[[ \u00e9", seed=3, steps=2), LIMITS)
+    seconds = {"text": 0.001, "denoise": 0.01, "decode": 0.009}
+    return Result(
+        request, IMAGE, "s", seconds, about={"dtype": "float32", "nested": {"not": "kept"}, **fields}
+    )
 
 
 def test_a_png_gives_back_its_pixels_and_settings():
     made = result()
-    pixels, text = png.read_png(made.png("student"))
+    pixels, text = png.read_png(made.png())
     assert np.array_equal(pixels, IMAGE)
-    again = from_settings(text, LIMITS)
-    assert (again.prompt, again.seed, again.steps, again.model) == (made.request.prompt, 3, 1, "student")
-    teacher = from_settings(png.read_png(made.png("teacher"))[1], LIMITS)
-    assert (teacher.model, teacher.steps, teacher.guidance_scale) == ("teacher", 50, 3.0)
+    assert from_settings(text, LIMITS) == made.request
     assert json.loads(text)["about"] == {"dtype": "float32"}
+    assert png.read_png(made.png(embed=False))[1] is None
+
+
+def test_other_programs_find_the_settings_in_the_line_they_know():
+    from io import BytesIO
+
+    from PIL import Image
+
+    with Image.open(BytesIO(result(sha256="ab" * 32).png())) as image:
+        line = image.text["parameters"]
+    assert line.splitlines() == [
+        "a red circle [[[[[[ \u00e9",
+        "Steps: 2, CFG scale: 1.0, Seed: 3, Size: 64x64, Model hash: ababababab, Model: s",
+    ]
+    guided = png.parameters({"prompt": "a", "negative_prompt": "b", "seed": 1})
+    assert guided == "a\nNegative prompt: b\nSeed: 1"
+
+
+def test_a_png_without_settings():
     assert png.read_png(png.write_png(IMAGE))[1] is None
-
-
-def test_the_speedup_is_the_ratio_of_the_totals():
-    assert result().speedup == pytest.approx(1.0 / 0.02)
-    assert Result(Request(), {"student": result().shots["student"]}).speedup is None
 
 
 @pytest.mark.parametrize(

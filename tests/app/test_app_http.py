@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import socket
 import threading
 from pathlib import Path
@@ -25,17 +26,7 @@ ROUTE = "/v1/images/generations"
 
 @pytest.fixture(scope="module")
 def client(engine):
-    with TestClient(create_app(engine), base_url="http://localhost") as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def page(engine):
-    """The whole server with the page in it; gradio is imported once, here."""
-    from app import http, ui
-
-    http.offline()
-    with TestClient(create_app(engine, ui.build(engine)), base_url="http://localhost") as client:
+    with TestClient(create_app(engine, gradio=False), base_url="http://localhost") as client:
         yield client
 
 
@@ -57,7 +48,9 @@ def test_our_names_are_served(client, host):
 
 
 def test_listening_everywhere_accepts_addresses_and_no_foreign_names(engine):
-    with TestClient(create_app(engine, any_address=True), base_url="http://192.168.1.7:7860") as client:
+    with TestClient(
+        create_app(engine, any_address=True, gradio=False), base_url="http://192.168.1.7:7860"
+    ) as client:
         assert client.get("/healthz").status_code == 200
         assert client.get("/healthz", headers={"host": "evil.example"}).status_code == 400
 
@@ -93,8 +86,16 @@ def test_every_answer_carries_the_security_headers(client):
         client.get("/nothing"),
         client.get("/healthz", headers={"host": "evil"}),
     ):
-        assert answer.headers["content-security-policy"] == "frame-ancestors 'none'"
+        assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
         assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+def test_the_description_of_the_api_is_there_only_when_asked(engine):
+    app = create_app(engine, gradio=False, openapi=True)
+    with TestClient(app, base_url="http://localhost") as client:
+        described = client.get("/openapi.json").json()
+    body = described["paths"][ROUTE]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert "seed" in body["properties"]
 
 
 def test_docs_are_off(client):
@@ -108,15 +109,16 @@ def test_health_is_503_until_the_models_answer():
     hold = threading.Event()
     loader = lambda path, **_: hold.wait(5) and FakeSampler("student")  # noqa: E731
     engine = Engine("S", False, loader=loader, device="cpu").start()
-    with TestClient(create_app(engine), base_url="http://localhost") as client:
+    with TestClient(create_app(engine, gradio=False), base_url="http://localhost") as client:
         assert (client.get("/healthz").status_code, client.get("/healthz").json()["status"]) == (
             503,
             "loading",
         )
-        assert ask(client).status_code == 503
-        assert client.get("/v1/models").status_code == 503
-        hold.set()
-        engine.wait(30)
+        assert client.get("/v1/models").json()["data"][0]["state"] == "loading"
+        assert "stepdistill_ready 0" in client.get("/metrics").text
+        threading.Timer(0.1, hold.set).start()
+        # What is asked before the models are there is drawn when they are.
+        assert ask(client).status_code == 200
         answer = client.get("/healthz")
     assert answer.status_code == 200
     assert answer.json()["attention"] == "sdpa (1/1 layers)"
@@ -127,6 +129,20 @@ def test_models_are_listed(client):
     rows = {row["id"]: row for row in client.get("/v1/models").json()["data"]}
     assert rows["student"]["steps"] == [1, 2, 4] and rows["student"]["size"] == "64x64"
     assert rows["teacher"]["default_steps"] == 50
+    assert client.get("/v1/models/teacher").json() == rows["teacher"]
+    answer = client.get("/v1/models/techer")
+    assert answer.status_code == 404 and "Did you mean 'teacher'" in answer.json()["error"]["message"]
+
+
+def test_prometheus_can_read_the_metrics(client):
+    before = client.get("/metrics").text
+    ask(client, seed=1)
+    lines = client.get("/metrics").text.splitlines()
+    values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    assert values["stepdistill_ready"] == "1"
+    count = int(values['stepdistill_images_total{model="student"}'])
+    assert f'stepdistill_images_total{{model="student"}} {count}' not in before
+    assert values['stepdistill_latency_seconds_bucket{model="student",le="+Inf"}'] == str(count)
 
 
 # Images -----------------------------------------------------------------------------------------------------
@@ -138,7 +154,7 @@ def test_an_image_comes_back_with_its_seed_and_settings(client, engine):
     data = answer.json()["data"][0]
     pixels, text = png.read_png(base64.b64decode(data["b64_json"]))
     assert (data["seed"], data["steps"]) == (7, 2)
-    same = engine.generate(Request("a red circle", seed=7, steps=2)).shots["student"].image
+    same = engine.generate(Request("a red circle", seed=7, steps=2)).image
     assert np.array_equal(pixels, same)
     assert settings.from_settings(text, engine.limits).seed == 7
 
@@ -210,35 +226,114 @@ def test_a_defect_tells_no_paths(client):
 # The page ---------------------------------------------------------------------------------------------------
 
 
-def test_the_page_is_served_and_asks_no_other_host(page):
-    answer = page.get("/")
+def test_the_page_is_served_and_runs_no_script_but_its_own(client):
+    answer = client.get("/")
     assert answer.status_code == 200 and "stepdistill" in answer.text
+    policy = answer.headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "script-src 'self'" in policy and "unsafe" not in policy
     assert answer.headers["x-frame-options"] == "DENY"
-    config = page.get("/config").json()
-    assert not config.get("analytics_enabled", False)
-    assert config["api_prefix"] == "/gradio_api"
+    # Nothing inline, and nothing from elsewhere.
+    assert "http" not in answer.text and "<style" not in answer.text and " on" + "click" not in answer.text
+    named = set(re.findall(r'(?:src|href)="(/[^"]*)"', answer.text))
+    for path in named:
+        assert client.get(path).status_code == 200, path
+    for file in (ROOT / "app" / "static").iterdir():
+        assert client.get(f"/static/{file.name}").status_code == 200
+    for path in ("..%2fhttp.py", "%2e%2e/http.py", "x.js", "", "index.html%00"):
+        assert client.get(f"/static/{path}").status_code == 404
 
 
-def test_the_doors_gradio_leaves_open_are_closed(page):
-    assert page.post("/gradio_api/run/make", json={"data": []}).status_code == 404
-    assert page.get("/config", headers={"host": "evil.example"}).status_code == 400
-    upload = {"files": ("a.png", b"x" * 100, "image/png")}
-    assert (
-        page.post("/gradio_api/upload", files=upload, headers={"origin": "http://evil.example"}).status_code
-        == 403
-    )
-    assert page.post("/gradio_api/upload", files=upload).status_code == 200
-    large = {"files": ("a.png", b"x" * (png.MAX_FILE + 1), "image/png")}
-    assert page.post("/gradio_api/upload", files=large).status_code == 413
-    for path in ("/etc/passwd", "%2e%2e/%2e%2e/etc/passwd", str(ROOT / "pyproject.toml")):
-        assert page.get(f"/gradio_api/file={path}").status_code in (403, 404)
+def draw(client, **fields):
+    body = {"request": {"prompt": "a red circle", "seed": 5}, "session": "tab", "number": 1, **fields}
+    return client.post("/api/generate", json=body)
+
+
+def lines(answer):
+    return [json.loads(line) for line in answer.text.splitlines()]
+
+
+def test_the_page_gets_its_images_line_by_line(client, engine):
+    shots = lines(draw(client, n=4, number=2))
+    assert [shot["settings"]["seed"] for shot in shots] == [5, 6, 7, 8]
+    pixels, text = png.read_png(base64.b64decode(shots[1]["png"]))
+    assert np.array_equal(pixels, engine.generate(Request("a red circle", seed=6)).image)
+    assert json.loads(text)["seed"] == 6
+    (bare,) = lines(draw(client, embed=False, number=3))
+    assert png.read_png(base64.b64decode(bare["png"]))[1] is None
+
+
+def test_a_teacher_tells_its_steps(client, engine):
+    teacher = engine.models.loaded["teacher"].sampler
+    teacher.delay = 0.02
+    told = lines(draw(client, request={"prompt": "a", "seed": 1, "model": "teacher"}, number=4))
+    teacher.delay = 0.0
+    steps = [line["step"] for line in told if "step" in line]
+    assert steps == sorted(steps) and told[-1]["settings"]["steps"] == 50 and len(steps) > 1
+
+
+def test_stop_counts_also_for_what_is_still_on_its_way(client):
+    assert client.post("/api/stop", json={"session": "late", "number": 9}).json() == {"ended": 0}
+    answer = draw(client, session="late", number=9)
+    assert answer.status_code == 409 and answer.json()["error"]["type"] == "cancelled"
+    assert draw(client, session="late", number=10).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"n": 0}, {"n": 9}, {"n": True}, {"session": "a/b"}, {"session": ""}, {"number": -1}, {"number": 2**60}, {"live": 1},
+        {"more": 1}, {"request": []}, {"request": {"prompt": "x", "path": "/etc/passwd"}},
+        {"request": {"prompt": "x", "seed": "1"}}, {"request": {"prompt": "x", "model": "../x"}},
+        {"request": {"prompt": {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}}},
+    ],
+)  # fmt: skip
+def test_what_the_page_would_never_ask_is_refused(client, fields):
+    answer = draw(client, **{"session": "odd", "number": 100, **fields})
+    assert answer.status_code == 400 and answer.json()["error"]["message"].endswith(".")
+
+
+def test_a_png_is_read_back_and_drawn_again(client, engine):
+    made = engine.generate(Request("a red circle", seed=11, steps=2))
+    said = client.post("/api/read", content=made.png()).json()
+    assert (said["settings"]["seed"], said["settings"]["steps"]) == (11, 2)
+    again = client.post("/api/reproduce", content=made.png()).json()
+    assert again["identical"] and np.array_equal(png.read_png(base64.b64decode(again["png"]))[0], made.image)
+    touched = made.image.copy()
+    touched[0, 0] = 255 - touched[0, 0] // 2
+    other = client.post("/api/reproduce", content=png.write_png(touched, made.settings())).json()
+    assert not other["identical"] and "of 255 levels" in other["said"]
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"", "not a PNG"), (b"<svg onload=alert(1)>", "not a PNG"), (b"/etc/passwd", "not a PNG"),
+        (b"\x89PNG\r\n\x1a\n" + b"0" * png.MAX_FILE, "bytes"),
+    ],
+)  # fmt: skip
+def test_files_that_are_no_image_of_ours_are_refused(client, data, why):
+    for path in ("/api/read", "/api/reproduce"):
+        answer = client.post(path, content=data)
+        assert answer.status_code in (400, 413) and why in answer.json()["error"]["message"]
+
+
+def test_a_foreign_image_says_what_could_not_be_read(client):
+    said = client.post("/api/read", content=png.write_png(np.zeros((8, 8, 3), np.uint8))).json()
+    assert said["settings"] is None and "no settings" in said["notes"][0]
+
+
+def test_nothing_is_known_of_tokens_where_there_is_no_tokenizer(client):
+    assert client.post("/api/tokens", json={"model": "student", "prompt": "a"}).json() == {}
+    assert client.post("/api/tokens", json={"model": "x", "prompt": "a"}).status_code == 400
 
 
 def test_the_examples_are_scenes():
-    from app.layout import EXAMPLES
     from stepdistill.scenes import parse_caption
 
-    assert [parse_caption(text).caption for text in EXAMPLES] == list(EXAMPLES)
+    text = (ROOT / "app" / "static" / "form.js").read_text()
+    examples = re.search(r"EXAMPLES = \[(.*?)\];", text, re.DOTALL)[1]
+    examples = re.findall(r'"([^"]+)"', examples)
+    assert len(examples) == 4 and [parse_caption(text).caption for text in examples] == examples
 
 
 # The command ------------------------------------------------------------------------------------------------
@@ -268,8 +363,11 @@ def test_mistakes_on_the_command_line_are_one_sentence():
         (["--student", "/nowhere"], "--student"),
         (["--host", "no.such.host.invalid"], "--host"),
         (["--teacher", ".", "--no-teacher"], "--no-teacher"),
-        (["--port", "0", "--attention", "warp"], "--attention"),
+        (["--port", "0", "--attention", "warp"], "attention"),
         (["--port", "0", "--device", "warp"], "device must be"),
+        (["--batch", "0"], "--batch"),
+        (["--run", "/nowhere"], "--run"),
+        (["--results", "/nowhere"], "--results"),
     ]:
         with pytest.raises(UserError, match=word):
             main(arguments)

@@ -6,7 +6,8 @@ import pytest
 
 from app.request import MAX_SEED, Invalid, Limits, Request, clean, validate
 
-LIMITS = Limits(steps=(1, 2, 4), teacher_steps=50)
+TEACHER = Limits("teacher", "teacher", None, 50, guidance_free=False, default_guidance=3.0)
+LIMITS = {"student": Limits(steps=(1, 2, 4)), "teacher": TEACHER}
 
 
 def ask(**fields):
@@ -23,7 +24,7 @@ def refused(field, **fields):
 
 def test_defaults_are_filled_and_the_seed_is_drawn():
     request = ask()
-    assert (request.steps, request.model, request.guidance_scale) == (1, "student", None)
+    assert (request.steps, request.model, request.guidance_scale) == (1, "student", 1.0)
     assert 0 <= request.seed <= MAX_SEED
     assert len({ask().seed for _ in range(20)}) > 1
     assert ask(seed=7).seed == 7
@@ -56,12 +57,11 @@ def test_guidance_is_finite_and_in_range(value):
 
 def test_a_guidance_free_student_refuses_guidance_and_negative_prompts_with_the_reason():
     assert "without guidance" in refused("guidance_scale", guidance_scale=3.0)
-    for model in ("student", "both"):
-        assert "distilled without guidance" in refused("negative_prompt", negative_prompt="blur", model=model)
+    assert "distilled without guidance" in refused("negative_prompt", negative_prompt="blur")
     assert ask(negative_prompt="blur", model="teacher", guidance_scale=3).negative_prompt == "blur"
-    assert ask(guidance_scale=3.0, model="both").guidance_scale == 3.0
+    assert ask(model="teacher").guidance_scale == 3.0
     guided = Limits(guidance_free=False)
-    assert validate(Request("x", "blur"), guided).negative_prompt == "blur"
+    assert validate(Request("x", "blur"), {"student": guided}).negative_prompt == "blur"
 
 
 @pytest.mark.parametrize(
@@ -90,13 +90,23 @@ def test_models_and_fields_are_known_ones():
     refused("model", model=None)
     with pytest.raises(Invalid, match="Did you mean 'steps'"):
         ask(step=1)
-    with pytest.raises(Invalid, match="needs a teacher"):
-        validate(Request("x", model="both"), Limits(teacher=None))
+    assert "student, teacher" in refused("model", model="both")
+    assert "Did you mean 'student'" in refused("model", model="studnet")
+
+
+def test_of_a_model_that_is_not_loaded_only_what_holds_for_all_is_checked():
+    catalog = {"student": None}
+    early = validate({"prompt": " a  b ", "steps": 3}, catalog)
+    assert (early.prompt, early.steps, early.guidance_scale) == ("a b", 3, None) and early.seed >= 0
+    with pytest.raises(Invalid, match="2000"):
+        validate({"prompt": "x" * 2001}, catalog)
+    with pytest.raises(Invalid, match="trained for"):
+        validate(early, LIMITS)
 
 
 def test_classes_are_named():
-    limits = Limits(conditions="class", class_names=("horse", "ship"))
+    limits = {"student": Limits(conditions="class", class_names=("horse", "ship"))}
     assert validate(Request("ship"), limits).prompt == "ship"
     with pytest.raises(Invalid, match="Did you mean 'horse'"):
         validate(Request("hors"), limits)
-    assert validate(Request(""), Limits(conditions="none")).prompt == ""
+    assert validate(Request(""), {"student": Limits(conditions="none")}).prompt == ""

@@ -1,0 +1,73 @@
+"""What every route does alike: errors as JSON with a status, and waiting for a job without blocking the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fastapi import Request as HttpRequest
+from fastapi.responses import JSONResponse
+
+from app.batcher import Job
+from app.guard import parse
+from app.request import Busy, Cancelled, Invalid
+from app.result import Result
+from stepdistill.errors import UserError
+
+
+async def body_of(http: HttpRequest) -> dict[str, Any]:
+    """The JSON object a request carries.
+
+    Raises:
+        Invalid: it carries none.
+    """
+    if http.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
+        raise Invalid("content-type", "send the request as content-type application/json.")
+    return parse(await http.body())
+
+
+def error_of(error: UserError) -> tuple[int, dict[str, Any]]:
+    """The status and the body, in OpenAI's shape, that an error is answered with."""
+    status, kind = 500, "server_error"
+    if isinstance(error, Invalid):
+        status, kind = 404 if error.field == "id" else 400, "invalid_request_error"
+    elif isinstance(error, Busy):
+        status, kind = 503, "busy"
+    elif isinstance(error, Cancelled):
+        status, kind = 409, "cancelled"
+    body = {"message": str(error), "type": kind, "param": getattr(error, "field", None), "code": None}
+    return status, {"error": body}
+
+
+def refusal(error: UserError) -> JSONResponse:
+    """The whole answer to a request that failed."""
+    status, body = error_of(error)
+    headers = {"retry-after": str(error.retry_after)} if isinstance(error, Busy) else None
+    return JSONResponse(body, status_code=status, headers=headers)
+
+
+async def results_of(jobs: list[Job], gone: Callable[[], Awaitable[bool]]) -> list[Result]:
+    """The results of the jobs of one call. When the one who asked has gone, they are stopped."""
+    futures = [asyncio.wrap_future(job.future) for job in jobs]
+    try:
+        while True:
+            _, pending = await asyncio.wait(futures, timeout=0.5)
+            if not pending:
+                return [future.result() for future in futures]
+            if await gone():
+                raise Cancelled("the client went away.")
+    finally:
+        for job, future in zip(jobs, futures, strict=True):
+            if not future.done():
+                job.cancel()
+                future.cancel()
+            elif not future.cancelled():
+                # Looked at, or asyncio would print what nobody asked for.
+                future.exception()
+
+
+def png64(result: Result, embed: bool = True) -> str:
+    """The image's file in base64. For a thread: it compresses."""
+    return base64.b64encode(result.png(embed)).decode("ascii")
