@@ -195,9 +195,6 @@ def serve(
 
     Returns 0 after Ctrl-C or SIGTERM, 2 when the models could not be loaded.
     """
-    # diffusers and transformers import them where they find them: two CPU seconds, and no use in serving.
-    for unused in ("peft", "scipy"):
-        sys.modules.setdefault(unused, None)
     from app.connections import server as server_of
     from app.http import LOOPBACK, create_app
     from app.later import offline
@@ -329,5 +326,8 @@ def _in_url(host: str) -> str:
 
 
 if __name__ == "__main__":
+    # diffusers and transformers import them where they find them: two CPU seconds, and no use in serving.
+    for unused in ("peft", "scipy"):
+        sys.modules.setdefault(unused, None)
     with cli_errors():
         raise SystemExit(main())
