@@ -228,10 +228,13 @@ def serve(
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         with contextlib.suppress(KeyboardInterrupt):
             server.run(sockets=[listener])
-        engine.close(1.0)
+        ended = engine.close(1.0)
     if engine.problem:
         raise UserError(engine.problem)
-    print("stopped")
+    print("stopped", flush=True)
+    if not ended:
+        # Libraries that are being loaded abort where their thread is taken from them at the end of Python.
+        os._exit(0)
     return 0
 
 

@@ -95,14 +95,18 @@ class Engine:
         timer.daemon = True
         timer.start()
 
-    def close(self, timeout: float = 10.0) -> None:
-        """Stop what runs at its next step, refuse what waits, and end the worker thread."""
+    def close(self, timeout: float = 10.0) -> bool:
+        """Stop what runs at its next step, refuse what waits, and end the worker thread.
+
+        Returns whether it ended in time: while a model is loading it cannot.
+        """
         with self.batcher.change:
             self.state = "closed"
         self.batcher.close(Cancelled("the server is stopping."), stop=True)
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout)
         self._ready.set()
+        return self._thread is None or not self._thread.is_alive()
 
     # Asking -------------------------------------------------------------------------------------------------
 

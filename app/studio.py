@@ -131,8 +131,9 @@ def routes(engine: Engine, results_file: Path | None = None, run_dirs: tuple[Pat
         return JSONResponse({"runs": await asyncio.to_thread(runs.read, run_dirs)})
 
     @router.get("/api/runs/{run}/preview/{at}")
-    def preview(run: int, at: int) -> Response:
-        file = runs.preview(run_dirs, run, at)
+    def preview(run: str, at: str) -> Response:
+        given = run.isdecimal() and at.isdecimal() and len(run + at) < 9
+        file = runs.preview(run_dirs, int(run), int(at)) if given else None
         if file is None:
             return refusal(Invalid("id", "there is no such preview."))
         return FileResponse(file, media_type="image/png")
