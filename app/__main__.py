@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ipaddress
 import os
 import signal
 import socket
@@ -19,6 +18,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from app.options import account_of, is_loopback, parser
 from stepdistill.errors import UserError, cli_errors
 
 if TYPE_CHECKING:
@@ -29,92 +29,6 @@ if TYPE_CHECKING:
 
 # Seconds after which gradio is imported, unless it was asked for before.
 GRADIO_AFTER = 20.0
-EXAMPLES = """\
-examples:
-  python -m app
-      the embedded student beside its teacher, at http://127.0.0.1:7860
-  python -m app --check
-      load both, make one image with each, print the report, exit
-  python -m app --student runs/dmd2/student
-      a student you distilled, beside the embedded teacher
-  python -m app --student A --student B --no-teacher
-      two students, to compare and to choose from
-  python -m app --host 0.0.0.0 --auth-file FILE
-      for other machines, behind the USER:PASSWORD in the first line of FILE
-  curl http://127.0.0.1:7860/v1/images/generations -H 'content-type: application/json' \\
-       -d '{"prompt": "a large green star on a black background", "seed": 7, "steps": 1}'
-      one image over HTTP
-"""
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    p = argparse.ArgumentParser(
-        prog="python -m app",
-        description="Serve a few-step student and its teacher side by side: a web page and an HTTP API.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.add_argument(
-        "--student",
-        metavar="DIR",
-        action="append",
-        help="student directory; repeat it for several (default: the embedded student)",
-    )
-    p.add_argument(
-        "--teacher", metavar="DIR", help="teacher pipeline directory (default: the embedded teacher)"
-    )
-    p.add_argument("--no-teacher", action="store_true", help="serve the student alone")
-    p.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
-    )
-    p.add_argument(
-        "--port", type=int, default=7860, help="port to listen on; 0 takes a free one (default: 7860)"
-    )
-    p.add_argument(
-        "--allow-host",
-        metavar="NAME",
-        action="append",
-        default=[],
-        help="a further name this server is reached by",
-    )
-    door = p.add_mutually_exclusive_group()
-    door.add_argument(
-        "--auth",
-        metavar="USER:PASSWORD",
-        help="ask for this user name and password; other users of this machine can see a command line",
-    )
-    door.add_argument("--auth-file", metavar="FILE", help="the same, from the first line of a file")
-    door.add_argument(
-        "--no-auth", action="store_true", help="serve whoever reaches a --host that is not this machine alone"
-    )
-    p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
-    p.add_argument(
-        "--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"),
-        help="number format of the networks (default: float16 on cuda, float32 on cpu)",
-    )  # fmt: skip
-    p.add_argument(
-        "--attention",
-        default="auto",
-        help="auto, xformers, flash, sdpa or math; one that cannot run is an error",
-    )
-    p.add_argument(
-        "--threads", type=int, metavar="N", help="CPU threads of the networks (default: torch's choice)"
-    )
-    p.add_argument(
-        "--batch", type=int, metavar="N",
-        help="images the networks draw at once where sizes of a batch give different bits (default: 1 on cpu, 4 on cuda)",
-    )  # fmt: skip
-    p.add_argument("--results", metavar="FILE", help="an evaluation's results.json for the page's Metrics")
-    p.add_argument(
-        "--run", metavar="DIR", action="append", default=[], help="a training run for the page's Training"
-    )
-    p.add_argument("--openapi", action="store_true", help="describe the HTTP API at /openapi.json")
-    p.add_argument("--no-gradio", action="store_true", help="do not answer gradio_client")
-    p.add_argument(
-        "--check", action="store_true", help="load, make one image with each model, print the report, exit"
-    )
-    return p
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -136,8 +50,8 @@ def main(argv: list[str] | None = None) -> int:
                 raise UserError(f"--{name} {path} is not a directory; give a {kind} directory.")
     if args.results is not None and not Path(args.results).is_file():
         raise UserError(f"--results {args.results} is not a file; give an evaluation's results.json.")
-    account = _account(args.auth, args.auth_file)
-    if account is None and not (args.check or args.no_auth or _is_loopback(args.host)):
+    account = account_of(args.auth, args.auth_file)
+    if account is None and not (args.check or args.no_auth or is_loopback(args.host)):
         raise UserError(
             f"--host {args.host} can be reached from other machines; "
             "ask for a password with --auth-file FILE, or serve everybody with --no-auth."
@@ -205,7 +119,7 @@ def serve(
         os.environ["GRADIO_TEMP_DIR"] = os.path.realpath(cache)
         port = listener.getsockname()[1]
         everywhere = host in ("0.0.0.0", "::", "")
-        if account is None and not _is_loopback(host):
+        if account is None and not is_loopback(host):
             print(
                 f"warning: listening on {host}: whoever reaches this address can use it; there is no login.",
                 file=sys.stderr,
@@ -296,32 +210,6 @@ def _listen(host: str, port: int) -> socket.socket:
             ) from None
         raise UserError(f"cannot listen on --host {host} ({error.strerror}).") from None
     return listener
-
-
-def _account(given: str | None, file: str | None) -> str | None:
-    """The user name and the password as "USER:PASSWORD"; None where neither flag was given."""
-    if file is not None:
-        try:
-            given = (Path(file).read_text().splitlines() or [""])[0].strip()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "not text"
-            raise UserError(f"--auth-file {file} cannot be read ({reason}).") from None
-    if given is None:
-        return None
-    user, _, password = given.partition(":")
-    if not user or not password:
-        name = "--auth" if file is None else f"the first line of --auth-file {file}"
-        raise UserError(f"{name} must be USER:PASSWORD, with neither of them empty.")
-    return given
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _in_url(host: str) -> str:

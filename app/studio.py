@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,66 +61,76 @@ class Named(BaseModel):
 def routes(engine: Engine, results_file: Path | None = None, run_dirs: tuple[Path, ...] = ()) -> APIRouter:
     """/, and /api/... below it."""
     router = APIRouter(include_in_schema=False)
-    reader = Reader(engine)
     _page(router)
+    _drawing(router, engine)
+    _reading(router, engine)
+    _tabs(router, engine, results_file, run_dirs)
+    return router
 
-    @router.get("/api/models")
-    def models() -> JSONResponse:
-        rows = [_model(entry, engine) for entry in engine.entries.values()]
-        return JSONResponse({**engine.report(), "models": rows})
 
-    @router.post("/api/generate")
-    async def generate(http: HttpRequest) -> Response:
+def _answered(route: Callable[[HttpRequest], Awaitable[Response]]) -> Callable[..., Awaitable[Response]]:
+    """A route whose mistakes are answered as every route's are."""
+
+    async def answered(http: HttpRequest) -> Response:
         try:
-            draw = _of(Draw, await body_of(http))
-            request = validate(check(draw.request), engine.limits)
-            jobs = engine.submit(seeds_of(request, draw.n), draw.session, live=draw.live, number=draw.number)
+            return await route(http)
         except UserError as error:
             return refusal(error)
+
+    return answered
+
+
+def _drawing(router: APIRouter, engine: Engine) -> None:
+    @router.post("/api/generate")
+    @_answered
+    async def generate(http: HttpRequest) -> Response:
+        draw = _of(Draw, await body_of(http))
+        request = validate(check(draw.request), engine.limits)
+        jobs = engine.submit(seeds_of(request, draw.n), draw.session, live=draw.live, number=draw.number)
         return StreamingResponse(_drawn(jobs, draw.embed), media_type="application/x-ndjson")
 
     @router.post("/api/stop")
+    @_answered
     async def stop(http: HttpRequest) -> Response:
-        try:
-            wanted = _of(Stop, await body_of(http))
-        except UserError as error:
-            return refusal(error)
+        wanted = _of(Stop, await body_of(http))
         return JSONResponse({"ended": engine.cancel(wanted.session, through=wanted.number)})
 
+    @router.get("/api/models")
+    async def models() -> JSONResponse:
+        rows = [_model(entry, engine) for entry in engine.entries.values()]
+        return JSONResponse({**engine.report(), "models": rows})
+
     @router.post("/api/load")
+    @_answered
     async def load(http: HttpRequest) -> Response:
-        try:
-            name = _of(Named, await body_of(http)).model
-            if name not in engine.entries:
-                raise Invalid("id", f"there is no model {shown(name)}.")
-            engine.load(name)
-        except UserError as error:
-            return refusal(error)
+        name = _of(Named, await body_of(http)).model
+        if name not in engine.entries:
+            raise Invalid("id", f"there is no model {shown(name)}.")
+        engine.load(name)
         return JSONResponse(_model(engine.entries[name], engine))
 
+
+def _reading(router: APIRouter, engine: Engine) -> None:
+    reader = Reader(engine)
+
     @router.post("/api/tokens")
+    @_answered
     async def tokens(http: HttpRequest) -> Response:
-        try:
-            asked = _of(Named, await body_of(http))
-            return JSONResponse(await asyncio.to_thread(reader.read, asked.model, asked.prompt))
-        except UserError as error:
-            return refusal(error)
+        asked = _of(Named, await body_of(http))
+        return JSONResponse(await asyncio.to_thread(reader.read, asked.model, asked.prompt))
 
     @router.post("/api/read")
+    @_answered
     async def read(http: HttpRequest) -> Response:
-        try:
-            data = await http.body()
-            return JSONResponse(await asyncio.to_thread(readback.read, data, engine.entries))
-        except UserError as error:
-            return refusal(error)
+        return JSONResponse(await asyncio.to_thread(readback.read, await http.body(), engine.entries))
 
     @router.post("/api/reproduce")
+    @_answered
     async def reproduce(http: HttpRequest) -> Response:
-        try:
-            return JSONResponse(await readback.reproduce(await http.body(), engine, http.is_disconnected))
-        except UserError as error:
-            return refusal(error)
+        return JSONResponse(await readback.reproduce(await http.body(), engine, http.is_disconnected))
 
+
+def _tabs(router: APIRouter, engine: Engine, results_file: Path | None, run_dirs: tuple[Path, ...]) -> None:
     @router.get("/api/metrics")
     async def metrics() -> JSONResponse:
         live = {**engine.metrics.summary(), "queue": len(engine.batcher)}
@@ -137,8 +147,6 @@ def routes(engine: Engine, results_file: Path | None = None, run_dirs: tuple[Pat
         if file is None:
             return refusal(Invalid("id", "there is no such preview."))
         return FileResponse(file, media_type="image/png")
-
-    return router
 
 
 def _page(router: APIRouter) -> None:

@@ -374,7 +374,7 @@ def test_mistakes_on_the_command_line_are_one_sentence():
 
 
 def test_the_help_keeps_its_lines():
-    from app.__main__ import EXAMPLES, parser
+    from app.options import EXAMPLES, parser
 
     text = parser().format_help()
     assert EXAMPLES in text
