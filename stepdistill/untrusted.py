@@ -7,15 +7,24 @@ so only what a family knows is let through, and weights are safetensors.
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
 import json
+import os
+import stat
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from safetensors import SafetensorError
 
 from stepdistill.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 # What the libraries raise for a directory they cannot load.
 LOADING = (
@@ -32,11 +41,85 @@ PICKLES = ("bin", "ckpt", "pt", "pth", "pkl")
 # What Pillow may take an image for, by its names: decoders of pixels alone. It would hand an EPS to Ghostscript,
 # which runs the program the file holds, whatever the file is called.
 IMAGES = ("PNG", "JPEG", "WEBP", "BMP")
+# Encoded bytes of one image, and its pixels, beyond which it is taken for a bomb. The second is Pillow's own limit, a
+# quarter GiB of RGB.
+IMAGE_BYTES = 256 << 20
+IMAGE_PIXELS = 89_478_485
 # Keys by which a configuration names code or a loader that brings its own.
 CODE = ("auto_map", "custom_pipelines", "quantization_config", "kernel_config")
 # Attention of torch's own; any other name is a package or a kernel that transformers would fetch.
 ATTENTION = (None, "eager", "sdpa")
 CONFIG_BYTES = 16 << 20
+
+
+def open_regular(path: str | os.PathLike[str], most: int | None = None) -> BinaryIO:
+    """A regular file of at most `most` bytes, open for reading. A pipe would wait for a writer, and a device has no end.
+
+    Raises:
+        OSError: it is no regular file, is larger, or cannot be opened; its `strerror` says which.
+    """
+    # What is no regular file must not be waited for.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    file = open(os.open(path, flags), "rb")  # noqa: SIM115
+    try:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        if most is not None and found.st_size > most:
+            raise OSError(errno.EFBIG, f"it has more than {most >> 20} MiB", str(path))
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def read_regular(path: str | os.PathLike[str], most: int = IMAGE_BYTES) -> bytes:
+    """The content of a regular file of at most `most` bytes. Raises OSError as `open_regular` does."""
+    with open_regular(path, most) as file:
+        return file.read(most)
+
+
+@contextlib.contextmanager
+def opened_image(content: bytes) -> Iterator[Image.Image]:
+    """An encoded image of a known format, not decoded yet.
+
+    What all threads hold open together has at most `IMAGE_PIXELS` pixels, or is one image: others wait, so that small
+    files of large images do not fill the memory.
+
+    Raises:
+        Image.DecompressionBombError: it has more pixels than that.
+        Image.UnidentifiedImageError: it is none of `IMAGES`. A damaged one makes Pillow raise nearly anything.
+    """
+    from PIL import Image
+
+    with Image.open(io.BytesIO(content), formats=IMAGES) as image:
+        pixels = image.width * image.height
+        if pixels > IMAGE_PIXELS:
+            raise Image.DecompressionBombError(f"{pixels:,} pixels, where {IMAGE_PIXELS:,} are the most")
+        with _decoding.room(pixels):
+            yield image
+
+
+class _Budget:
+    """So much of something at a time, over all threads; what wants more than there is gets it alone."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self._taken, self._changed = most, 0, threading.Condition()
+
+    @contextlib.contextmanager
+    def room(self, wanted: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._taken or self._taken + wanted <= self.most)
+            self._taken += wanted
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken -= wanted
+                self._changed.notify_all()
+
+
+_decoding = _Budget(IMAGE_PIXELS)
 
 
 def check_directory(path: Path) -> None:

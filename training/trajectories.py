@@ -27,7 +27,8 @@ class Trajectories:
     """The pairs of a run: the guided teacher's DDIM trajectories from unit noise, for the conditions of `source` in turn.
 
     Number i depends on i, the teacher, `settings` and the source, not on the batch it is computed in (beyond the last
-    bits) or on how many there are. Its condition is that of example i modulo the source's size.
+    bits) or on how many there are. Its condition is that of example i modulo the source's size, by the caption
+    of the use that this is.
     """
 
     def __init__(
@@ -67,7 +68,8 @@ class Trajectories:
 
 
 def _cond(family: Family, source: Source, indices: Sequence[int], device: Device) -> Cond:
-    told = family.prompts(source, [i % source.size for i in indices])
+    examples, uses = [i % source.size for i in indices], [i // source.size for i in indices]
+    told = family.prompts(source, examples, uses)
     return map_cond(lambda c: c.to(device), family.encode(told))
 
 

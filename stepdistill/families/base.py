@@ -135,12 +135,15 @@ class Family:
         student.schedule = self.schedule
         return student
 
-    def prompts(self, source: Any, indices: Sequence[int]) -> list:
-        """What `encode` is given for the examples `indices` of a data source: captions, class indices,
-        or anything.
+    def prompts(self, source: Any, indices: Sequence[int], uses: Sequence[int] | None = None) -> list:
+        """What `encode` is given for the examples `indices` of a data source: captions, class indices, or anything.
+
+        uses: how often each has been used before, None = never; where there are several captions it says which.
         """
-        listed = {"prompt": source.captions, "class": source.labels}.get(self.conditions)
-        return [listed[i] for i in indices] if listed is not None else list(indices)
+        if self.conditions == "prompt":
+            return [source.caption(i, use) for i, use in zip(indices, uses or [0] * len(indices), strict=True)]
+        labels = source.labels if self.conditions == "class" else None
+        return [labels[i] for i in indices] if labels is not None else list(indices)
 
     def cut(self, prompts: Sequence) -> int:
         """How many of the prompts are longer than what `encode` reads of them."""

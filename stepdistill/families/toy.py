@@ -288,7 +288,7 @@ class Toy(Family):
         """Exact samples, one per index, (N, 2)."""
         return self.mixture.draw(SampleNoise(index, seed=seed, phase="data"), cond)
 
-    def prompts(self, source: Any, indices: Sequence[int]) -> list:
+    def prompts(self, source: Any, indices: Sequence[int], uses: Sequence[int] | None = None) -> list:
         """Classes in turn, all of them or those of the source's partition."""
         classes = range(self.config.classes)
         if source is not None and len(classes) > 1:

@@ -13,8 +13,8 @@ from PIL import EpsImagePlugin, Image
 
 from evaluation.decoding import decode
 from evaluation.files import open_images
+from training.data.decoding import decoded
 from training.data.folder import Folder
-from training.data.stored import decoded
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
 
@@ -42,7 +42,7 @@ def test_an_eps_is_refused_whatever_it_is_called(started: list[Any], tmp_path: P
     for name in ("a.eps", "a.png"):
         said = refusal(decode, EPS, name)
         assert said.startswith(f"{name} cannot be read as an image (it is none of PNG, JPEG, WEBP, BMP, GIF,")
-    assert decoded(EPS, 8) == "unreadable image"
+    assert decoded(EPS, [(8, 8)]) == "unreadable image"
     (tmp_path / "a.png").write_bytes(EPS)
     assert "a.png cannot be read" in refusal(lambda: list(open_images(tmp_path)))
     assert "unreadable image" in refusal(Folder, Folder.Config(path=tmp_path))
@@ -54,4 +54,4 @@ def test_what_is_taken_is_still_read(form: str) -> None:
     buffer = io.BytesIO()
     Image.fromarray(np.full((8, 8, 3), 90, np.uint8)).save(buffer, form)
     assert abs(decode(buffer.getvalue(), "a").pixels.astype(int) - 90).max() < 3
-    assert abs(decoded(buffer.getvalue(), 8).astype(int) - 90).max() < 3
+    assert abs(decoded(buffer.getvalue(), [(8, 8)]).pixels.astype(int) - 90).max() < 3

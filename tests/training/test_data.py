@@ -127,7 +127,7 @@ def test_folder_counts_what_it_drops(tmp_path: Path) -> None:
         size = 4 if name == "small.png" else 16
         Image.fromarray(noise(i, size, size)).save(tmp_path / name, lossless=True)
         if name != "nocap.png":
-            (tmp_path / name).with_suffix(".txt").write_text(f"caption\n of {name} ")
+            (tmp_path / name).with_suffix(".txt").write_text(f"caption  of {name} \n\n")
     (tmp_path / "broken.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
     (tmp_path / "broken.txt").write_text("x")
     (tmp_path / "text.jpg").write_text("not an image")

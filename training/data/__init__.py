@@ -16,6 +16,7 @@ DATA = Table(
         "folder": "training.data.folder:Folder",
         "parquet": "training.data.parquet:Parquet",
         "prompts": "training.data.prompts:Prompts",
+        "webdataset": "training.data.webdataset:WebDataset",
         "toy": "training.data.toy:Toy",
     },
 )

@@ -8,18 +8,25 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from stepdistill import routing
-from stepdistill.errors import UserError, nearest
+from stepdistill.errors import UserError
 
 
 def image_size(resolution: int | tuple[int, int]) -> tuple[int, int]:
     """(height, width) of a recipe's resolution, [height, width] or the side of a square."""
     return (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
+
+
+class Unreadable(UserError):
+    """An example, `index`, that could be read when its source was opened and cannot be read now."""
+
+    def __init__(self, index: int, why: str) -> None:
+        super().__init__(f"{why}; start again.")
+        self.index = index
 
 
 class Source:
@@ -32,7 +39,8 @@ class Source:
         size: examples kept.
         image_size: (height, width) of the images in pixels, (0, 0) without.
         has_images: whether `images` works; a source of prompts has none.
-        captions: one text per example, or None.
+        captions: one text per example, the first where there are several, or None.
+        texts: all texts of each example, where one has several; else None.
         labels: one class number per example, or None; `class_names[label]` is its name.
         counts: "kept", and for every reason to drop an example, how many it was.
         routing: by which rule conditions belong to this part of a partition, or None; goes into the card.
@@ -45,6 +53,7 @@ class Source:
         self.size = 0
         self.image_size = image_size(getattr(config, "resolution", 0))
         self.captions: Sequence[str] | None = None
+        self.texts: Sequence[Sequence[str]] | None = None
         self.labels: Sequence[int] | None = None
         self.class_names: tuple[str, ...] | None = None
         self.counts: dict[str, int] = {}
@@ -52,13 +61,26 @@ class Source:
 
     def all_captions(self) -> Iterator[str]:
         """Every text that an example may be given, some more than once."""
-        yield from self.captions or ()
+        for texts in self.texts or ():
+            yield from texts
+        if self.texts is None:
+            yield from self.captions or ()
+
+    def caption(self, index: int, use: int = 0) -> str:
+        """The text of an example in its `use`-th use, from 0: its texts in turn, so that each has been used after as many
+        uses as it has texts.
+        """
+        if self.texts is None:
+            return self.captions[index]
+        texts = self.texts[index]
+        # The first use is of any of them.
+        return texts[(index + use) % len(texts)]
 
     def images(self, indices: Sequence[int]) -> np.ndarray:
         """uint8 (n, height, width, 3), RGB.
 
         Raises:
-            UserError: the source has no images.
+            UserError: the source has no images; as Unreadable, one of them is gone.
         """
         raise UserError(
             f"the data source {type(self).__name__.lower()} has no images; this method or family needs them."
@@ -75,12 +97,22 @@ class Source:
         parts = [f"{self.size:,} {'images' if self.has_images else 'examples'}"]
         if self.has_images:
             parts[0] += " at {}x{}".format(*self.image_size)
-        parts += ["captions"] if self.captions is not None else []
+        parts += self._captions_said()
         parts += [f"{len(self.class_names)} classes"] if self.class_names else []
         dropped = ", ".join(f"{n:,} {why}" for why, n in self.counts.items() if why != "kept" and n)
         where = getattr(self.config, "path", "")
         name = f"{type(self).__name__.lower()} {where}".strip()
         return f"{name}: {', '.join(parts)}" + (f"; left out: {dropped}" if dropped else "")
+
+    def _captions_said(self) -> list[str]:
+        if self.texts is None:
+            return ["captions"] if self.captions is not None else []
+        counts = {len(texts) for texts in self.texts}
+        return [
+            f"{min(counts)} to {max(counts)} captions each"
+            if len(counts) > 1
+            else f"{min(counts)} captions each"
+        ]
 
 
 @functools.lru_cache(maxsize=4)
@@ -170,40 +202,6 @@ def at_least(least: float, **values: float) -> None:
     for name, value in values.items():
         if not least <= value < math.inf:
             raise ValueError(f"{name} must be at least {least}, got {value}.")
-
-
-def existing(path: Path, directory: bool | None = None) -> Path:
-    """`path`, if there is a file or, as asked, a directory; else UserError with what has a similar name."""
-    path = Path(path).expanduser()
-    if not path.exists():
-        beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise UserError(f"data.path={path} does not exist.{nearest(path.name, beside)}")
-    if directory is not None and path.is_dir() != directory:
-        raise UserError(f"data.path={path} must be a {'folder' if directory else 'file'}.")
-    return path
-
-
-def lines(path: Path) -> list[str]:
-    """The lines of a text file; UserError if it is not UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text.") from None
-
-
-def json_object(text: str) -> dict[str, Any]:
-    """The object that a line of JSON holds, {} for anything else."""
-    try:
-        entry = json.loads(text)
-    except ValueError:
-        return {}
-    return entry if isinstance(entry, dict) else {}
-
-
-def caption_of(entry: dict[str, Any]) -> str:
-    """Its "text", "prompt" or "caption", with single spaces; "" without one."""
-    texts = (entry.get(key) for key in ("text", "prompt", "caption"))
-    return next((" ".join(text.split()) for text in texts if isinstance(text, str) and text.strip()), "")
 
 
 def counts(kept: int, dropped: dict[str, int]) -> dict[str, int]:

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import collections
+import csv
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from stepdistill.errors import UserError
-from training.data.base import caption_of, existing, json_object, lines
-from training.data.stored import Files, Stored
+from stepdistill.untrusted import read_regular
+from training.data.reading import CAPTION_KEYS, captions_of, existing, json_object, lines, text_file
+from training.data.stored import Files, Listing, Stored
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+# Of a file with an image's captions, one a line; the first that is there.
+CAPTION_SUFFIXES = (".txt", ".caption")
+METADATA = ("metadata.jsonl", "metadata.csv")
+# Kinds of other files that are counted by their suffix; the rest are counted together.
+KINDS = 5
 
 
 class Folder(Stored):
-    """PNG, JPEG and WebP files below a folder.
+    """PNG, JPEG and WebP files below a folder. Linked folders are not entered.
 
-    Captions come from a .txt file of the same name, or from metadata.jsonl files ("file_name", "text"); once
-    one image has a caption, those without are dropped. Where all images lie in two or more sub-folders of
-    `path`, their names are the classes.
+    Captions come from a .txt or .caption file of the same name, one a line, or from metadata.jsonl and metadata.csv
+    files ("file_name", "text"); once one image has a caption, those without are dropped. Where all images lie in two
+    or more sub-folders of `path`, their names are the classes.
     """
 
     Config = Files
@@ -28,49 +36,88 @@ class Folder(Stored):
         super().__init__(config)
         root = existing(config.path, directory=True)
         dropped: collections.Counter[str] = collections.Counter()
-        images, described = [], {}
-        for folder, folders, names in os.walk(root):
-            folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
-            for name in sorted(names):
-                path = Path(folder, name)
-                if name == "metadata.jsonl":
-                    described.update(_metadata(path, dropped))
-                elif path.suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
-                    images.append(path)
+        images, beside, described = _walk(root, dropped)
         if not images:
             raise UserError(f"data.path={root} holds no .png, .jpg or .webp file.")
         self._paths = sorted(images, key=lambda path: path.relative_to(root).parts)
         dropped["missing file"] += len(described.keys() - set(images))
-        captions = [described.get(path) or _text_beside(path) for path in self._paths]
+        dropped["caption without an image"] += len(beside - {path.with_suffix("") for path in images})
+        captions = [described.get(path) or _beside(path) for path in self._paths]
         tops = [path.relative_to(root).parts[:-1][:1] for path in self._paths]
         names = tuple(sorted({top[0] for top in tops if top}))
         labels = [names.index(top[0]) for top in tops] if all(tops) and len(names) > 1 else None
-        self._open(captions if any(captions) else None, labels, names, len(self._paths), dropped)
+        told = captions if any(captions) else None
+        self._open(Listing(len(self._paths), told, labels, names, dropped))
 
-    def _raw(self, listed: Sequence[int]) -> Iterator[bytes | None]:
+    def _raw(self, listed: Sequence[int]) -> Iterator[bytes | str]:
         for i in listed:
             try:
-                yield self._paths[i].read_bytes()
-            except OSError:
-                yield None
+                yield read_regular(self._paths[i])
+            except FileNotFoundError:
+                yield "missing file"
+            except OSError as error:
+                yield f"unreadable file ({error.strerror})"
 
 
-def _metadata(path: Path, dropped: collections.Counter[str]) -> dict[Path, str]:
-    captions = {}
-    for line in lines(path):
-        entry = json_object(line)
+def _walk(
+    root: Path, dropped: collections.Counter[str]
+) -> tuple[list[Path], set[Path], dict[Path, list[str]]]:
+    """Images, files of captions without their suffixes, and the captions that metadata say by image. What begins with a
+    dot is nobody's data and not counted.
+    """
+    images, beside = [], set()
+    described: dict[Path, list[str]] = {}
+    others: collections.Counter[str] = collections.Counter()
+    for folder, folders, names in os.walk(root):
+        seen = [name for name in folders if not name.startswith((".", "__MACOSX"))]
+        folders[:] = sorted(name for name in seen if not os.path.islink(os.path.join(folder, name)))
+        dropped["linked folder"] += len(seen) - len(folders)
+        for name in sorted(names):
+            path, suffix = Path(folder, name), Path(name).suffix.lower()
+            if name.startswith("."):
+                continue
+            if name in METADATA:
+                for image, texts in _metadata(path, dropped):
+                    described.setdefault(image, []).extend(texts)
+            elif suffix in IMAGE_SUFFIXES:
+                images.append(path)
+            elif suffix in CAPTION_SUFFIXES:
+                beside.add(path.with_suffix(""))
+            else:
+                others[suffix] += 1
+    for suffix, count in others.most_common(KINDS):
+        dropped[f"{suffix or 'nameless'} file"] += count
+    dropped["file of other kinds"] += others.total() - sum(count for _, count in others.most_common(KINDS))
+    return images, beside, described
+
+
+def _metadata(path: Path, dropped: collections.Counter[str]) -> Iterator[tuple[Path, list[str]]]:
+    """The image and the captions of each entry. An image outside the folder is none of ours, and never opened."""
+    for entry in _table(path) if path.suffix == ".csv" else _objects(path):
         if isinstance(entry.get("file_name"), str):
-            captions[Path(os.path.normpath(path.parent / entry["file_name"]))] = caption_of(entry)
-        elif line.strip():
+            yield Path(os.path.normpath(path.parent / entry["file_name"])), captions_of(entry)
+        else:
             dropped["metadata line without a file_name"] += 1
-    return captions
 
 
-def _text_beside(path: Path) -> str:
-    beside = path.with_suffix(".txt")
+def _objects(path: Path) -> Iterator[dict[str, Any]]:
+    return (json_object(line) for line in lines(path) if line.strip())
+
+
+def _table(path: Path) -> Iterator[dict[str, Any]]:
+    table = csv.DictReader(f"{line}\n" for line in lines(path))
     try:
-        return " ".join(beside.read_text(encoding="utf-8-sig").split())
-    except FileNotFoundError:
-        return ""
-    except UnicodeDecodeError:
-        raise UserError(f"the caption {beside} is not UTF-8 text.") from None
+        columns = table.fieldnames or []
+        if "file_name" not in columns or not set(CAPTION_KEYS) & set(columns):
+            raise UserError(
+                f"{path} has the columns {', '.join(columns)}; file_name is needed, and one of {', '.join(CAPTION_KEYS)}."
+            )
+        yield from table
+    except csv.Error as error:
+        raise UserError(
+            f"{path}, line {table.line_num}: no table of comma-separated values ({error})."
+        ) from None
+
+
+def _beside(image: Path) -> list[str]:
+    return next((texts for suffix in CAPTION_SUFFIXES if (texts := text_file(image.with_suffix(suffix)))), [])

@@ -7,22 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stepdistill.errors import UserError
-from training.data.base import (
-    Partition,
-    Source,
-    because,
-    caption_of,
-    counts,
-    digest,
-    existing,
-    facts,
-    json_object,
-    lines,
-)
+from training.data.base import Partition, Source, because, counts, digest, facts
+from training.data.reading import captions_of, existing, json_object, lines
 
 
 class Prompts(Source):
-    """Prompts alone, without images: a .txt file, one per line, or .jsonl with "text" or "prompt"."""
+    """Prompts alone, without images: a .txt file, one per line, or .jsonl with "text", "caption" or "prompt"."""
 
     has_images = False
 
@@ -46,11 +36,9 @@ class Prompts(Source):
             elif path.suffix == ".txt":
                 prompts.append(text)
             else:
-                text = caption_of(json_object(text))
-                if text:
-                    prompts.append(text)
-                else:
-                    dropped["line without a prompt"] += 1
+                found = captions_of(json_object(text))
+                prompts += found
+                dropped["line without a prompt"] += not found
         if not prompts:
             raise UserError(f"data.path={path} holds no prompts{because(dropped)}.")
         ours, self.routing = config.of_captions(prompts)

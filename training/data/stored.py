@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import collections
-import functools
 import hashlib
-import io
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
 
 from stepdistill.errors import UserError
-from stepdistill.untrusted import IMAGES
-from training.data.base import Partition, Source, at_least, because, counts, digest, facts, image_size
+from training.data.base import (
+    Partition,
+    Source,
+    Unreadable,
+    at_least,
+    because,
+    counts,
+    digest,
+    facts,
+    image_size,
+)
+from training.data.decoding import Cut, decoded
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-# Pillow's own limit (a quarter GiB of RGB): beyond it, it takes a file for a bomb.
-MAX_PIXELS = 89_478_485
-# Images decoded, encoded bytes held, at a time.
-CHUNK = 256
+# Images decoded at a time, and the encoded bytes of them that are held.
+CHUNK, CHUNK_BYTES = 256, 64 << 20
+MOST_CLASSES = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,23 +59,35 @@ class Files(Partition):
         at_least(0, min_size=self.min_size, memory_gb=self.memory_gb)
 
 
+@dataclass
+class Listing:
+    """What a source has found, before anything is decoded.
+
+    Attributes:
+        total: examples listed.
+        captions: the texts of each, none to several, or None where nothing has any; labels: as `Source.labels`, None
+            for one without.
+        dropped: what is not among them, by reason.
+    """
+
+    total: int
+    captions: Sequence[Sequence[str]] | None = None
+    labels: Sequence[int | None] | None = None
+    class_names: tuple[str, ...] = ()
+    dropped: collections.Counter[str] = field(default_factory=collections.Counter)
+
+
 class Stored(Source):
     """Encoded images with captions or labels; subclasses list them and read their bytes.
 
     Every image is decoded once at opening, so a broken file is counted now and ends no run at hour ten.
     """
 
-    def _open(
-        self,
-        captions: list[str | None] | None,
-        labels: list[int | None] | None,
-        class_names: tuple[str, ...] | None,
-        total: int,
-        dropped: collections.Counter[str],
-    ) -> None:
-        """Drop what cannot be used of `total` listed examples and take stock of the rest."""
+    def _open(self, listing: Listing) -> None:
+        """Drop what cannot be used of the listed examples and take stock of the rest."""
+        captions, labels, dropped = listing.captions, listing.labels, listing.dropped
         candidates = []
-        for i in self._ours(captions, labels, class_names, total, dropped):
+        for i in self._ours(listing):
             missing = "no caption" if captions is not None and not captions[i] else ""
             missing = "no label" if labels is not None and labels[i] is None else missing
             if missing:
@@ -81,39 +96,33 @@ class Stored(Source):
                 candidates.append(i)
         kept = self._kept = self._decode(candidates, dropped)
         self.size = len(kept)
-        self.captions = [captions[i] for i in kept] if captions is not None else None
+        if captions is not None:
+            texts = [captions[i] for i in kept]
+            self.captions = [each[0] for each in texts]
+            self.texts = texts if any(len(each) > 1 for each in texts) else None
         self.labels = [labels[i] for i in kept] if labels is not None else None
-        self.class_names = class_names if labels is not None else None
+        self.class_names = listing.class_names if labels is not None else None
         self.counts = counts(self.size, dropped)
 
-    def _ours(
-        self,
-        captions: list[str | None] | None,
-        labels: list[int | None] | None,
-        class_names: tuple[str, ...] | None,
-        total: int,
-        dropped: collections.Counter[str],
-    ) -> list[int]:
+    def _ours(self, listing: Listing) -> Sequence[int]:
         """The listed examples of our part of the partition."""
-        config = self.config
+        config, total, labels = self.config, listing.total, listing.labels
         if labels is not None:
-            block, self.routing = config.of_classes(len(class_names or ()))
+            block, self.routing = config.of_classes(len(listing.class_names))
             classes = set(block)
             ours = [i for i in range(total) if labels[i] is None or labels[i] in classes]
-        elif captions is not None:
-            ours, self.routing = config.of_captions([caption or "" for caption in captions])
+        elif listing.captions is not None:
+            ours, self.routing = config.of_captions([texts[0] if texts else "" for texts in listing.captions])
         else:
-            ours = list(config.block(total))
-        dropped["in other partitions"] += total - len(ours)
+            ours = config.block(total)
+        listing.dropped["in other partitions"] += total - len(ours)
         return ours
 
     def _decode(self, candidates: list[int], dropped: collections.Counter[str]) -> list[int]:
         """The candidates that decode; their pixels stay in memory where they fit, and their bytes are hashed."""
-        config, size = self.config, self.image_size
-        fits = len(candidates) * math.prod(size) * 3 <= config.memory_gb * 2**30
-        pixels = np.empty((len(candidates), *size, 3), np.uint8) if fits else None
+        fits = len(candidates) * math.prod(self.image_size) * 3 <= self.config.memory_gb * 2**30
+        self._pixels: list[np.ndarray] | None = [] if fits else None
         kept, hashed = [], hashlib.sha256()
-        decode = functools.partial(decoded, resolution=size, min_size=config.min_size)
         main = os.environ.get("LOCAL_RANK", "0") == "0"
         shown = {"desc": "reading images", "unit": "image", "disable": None if main else True, "delay": 1}
         with (
@@ -123,95 +132,76 @@ class Stored(Source):
         ):
             # Pillow warns of what is counted here.
             warnings.simplefilter("ignore")
-            raws = self._raw(candidates)
-            for first in range(0, len(candidates), CHUNK):
-                chunk = candidates[first : first + CHUNK]
-                encoded = [next(raws) for _ in chunk]
-                for i, raw, result in zip(chunk, encoded, pool.map(decode, encoded), strict=True):
+            for chunk in _chunks(zip(candidates, self._raw(candidates), strict=True)):
+                results = pool.map(self._decoded, (raw for _, raw in chunk))
+                for (i, raw), result in zip(chunk, results, strict=True):
                     if isinstance(result, str):
                         dropped[result] += 1
                         continue
-                    if pixels is not None:
-                        pixels[len(kept)] = result
+                    if fits:
+                        self._pixels.append(result.pixels)
                     kept.append(i)
                     hashed.update(hashlib.sha256(raw).digest())
                 bar.update(len(chunk))
         if not kept:
-            raise UserError(f"data.path={config.path} holds no usable image{because(dropped)}.")
+            raise UserError(f"data.path={self.config.path} holds no usable image{because(dropped)}.")
         self._digest = hashed.hexdigest()
-        self._pixels = pixels[: len(kept)] if pixels is not None else None
         return kept
 
-    def _raw(self, listed: Sequence[int]) -> Iterator[bytes | None]:
-        """Encoded bytes of the listed examples (numbers before dropping), in order; None where missing."""
+    def _decoded(self, raw: bytes | str) -> Cut | str:
+        return decoded(raw, [self.image_size], self.config.min_size)
+
+    def _raw(self, listed: Sequence[int]) -> Iterator[bytes | str]:
+        """Encoded bytes of the listed examples (numbers before dropping), in order, or why there are none."""
         raise NotImplementedError
 
     def images(self, indices: Sequence[int]) -> np.ndarray:
         if self._pixels is not None:
-            return self._pixels[np.asarray(indices, dtype=np.int64)]
-        out = np.empty((len(indices), *self.image_size, 3), np.uint8)
+            return np.stack([self._pixels[index] for index in indices])
+        out: list[np.ndarray | None] = [None] * len(indices)
         listed = np.array([self._kept[index] for index in indices], np.int64)
         # In the order of the files, so that each is read once.
         rows = np.argsort(listed, kind="stable")
-        for row, raw in zip(rows, self._raw(listed[rows].tolist()), strict=True):
-            result = decoded(raw, self.image_size, self.config.min_size)
+        raws = self._raw(listed[rows].tolist())
+        for row in rows:
+            try:
+                result = self._decoded(next(raws))
+            except UserError as error:
+                raise Unreadable(int(indices[row]), str(error)) from None
             if isinstance(result, str):
-                raise UserError(
-                    f"data.path={self.config.path} changed while it was in use ({result}); start again."
+                raise Unreadable(
+                    int(indices[row]), f"data.path={self.config.path} changed while it was in use: {result}"
                 )
-            out[row] = result
-        return out
+            out[row] = result.pixels
+        return np.stack(out)
 
     def fingerprint(self) -> str:
-        texts = "\n".join(self.captions) if self.captions is not None else ""
+        texts = "\0".join("\n".join(texts) for texts in self.texts or zip(self.captions or ()))
         labels = np.asarray(self.labels, np.int64).tobytes() if self.labels is not None else b""
         return digest([facts(self.config), self._digest, texts, labels])
 
 
-def decoded(raw: bytes | None, resolution: int | tuple[int, int], min_size: int = 0) -> np.ndarray | str:
-    """The middle of an encoded image as uint8 (height, width, 3), as much of it as has that shape, or why it cannot
-    be used. resolution: (height, width) in pixels, or the side of a square.
-
-    RGB, turned upright by its EXIF tag, transparency laid on white, resized with a Lanczos filter. Pillow's, as the
-    evaluation's protocols are: torchvision has no Lanczos filter for tensors and no 16-bit grey.
+def class_names(labels: Sequence[int | None], given: Sequence[str], where: str) -> tuple[str, ...]:
+    """A name for every class: the `given` ones, or the numbers. Raises UserError where the labels, which lie in `where`,
+    reach further than the names, or than any classes do.
     """
-    from PIL import Image, ImageOps
-
-    if not isinstance(raw, bytes) or not raw:
-        return "no image bytes"
-    try:
-        image = Image.open(io.BytesIO(raw), formats=IMAGES)
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            return "too large"
-        if min(width, height) < min_size:
-            return "too small"
-        image = _rgb(ImageOps.exif_transpose(image))
-        height, width = image_size(resolution)
-        # The largest box of the wanted shape; whole numbers where it is a square.
-        scale = min(image.height / height, image.width / width)
-        tall, wide = min(image.height, round(scale * height)), min(image.width, round(scale * width))
-        left, top = (image.width - wide) // 2, (image.height - tall) // 2
-        if image.size != (width, height):
-            box = (left, top, left + wide, top + tall)
-            image = image.resize((width, height), Image.Resampling.LANCZOS, box=box)
-        return np.asarray(image)
-    except Image.DecompressionBombError:
-        return "too large"
-    except MemoryError:
-        raise
-    except Exception:
-        # A damaged file makes the decoders raise nearly anything.
-        return "unreadable image"
+    last = max((label for label in labels if label is not None), default=-1)
+    if last >= MOST_CLASSES:
+        raise UserError(f"the labels in {where} reach {last:,}; number the classes from 0.")
+    if given and len(given) <= last:
+        raise UserError(f"data.class_names has {len(given)} names, but the labels in {where} reach {last}.")
+    return tuple(given) or tuple(map(str, range(last + 1)))
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    from PIL import Image
-
-    if image.mode.startswith("I"):
-        # 16-bit grey, which convert() would clip to white.
-        return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+def _chunks(pairs: Iterable[tuple[int, bytes | str]]) -> Iterator[list[tuple[int, bytes | str]]]:
+    """In order, as many at a time as `CHUNK` and `CHUNK_BYTES` allow."""
+    chunk: list[tuple[int, bytes | str]] = []
+    held = 0
+    for pair in pairs:
+        chunk.append(pair)
+        held += len(pair[1])
+        if len(chunk) == CHUNK or held >= CHUNK_BYTES:
+            yield chunk
+            chunk, held = [], 0
+    if chunk:
+        yield chunk
