@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -18,17 +19,19 @@ from stepdistill.denoiser import Cond, map_cond
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
 from training.data import Source
+from training.data.buckets import Bucket
 from training.shards import ALONE, Rows, Shards, Share
 
 # How a condition that is no dict is called in a shard; the entries of one that is have it in front.
 COND = "cond"
+MOST_PIXELS = 64 * 512**2
 
 
 class Latents:
     """x0 of every image of a source; float16 where the encoder gives that, else float32.
 
     Args:
-        encode: uint8 (n, 3, H, W) -> x0 (n, *shape).
+        encode: uint8 (n, 3, H, W), of videos (n, F, 3, H, W), -> x0 (n, *shape).
         key: names what `encode` depends on: model, weights, scaling, dtype.
     """
 
@@ -37,29 +40,44 @@ class Latents:
     ) -> None:
         self.source, self.encode = source, encode
         facts = {"images": source.fingerprint(), "encoder": key}
-        self.shards = Shards(cache_dir, "latents", facts, source.size)
+        self.stores: list[tuple[Shards, Bucket]] = []
+        for bucket in source.buckets:
+            own = facts | ({"size": list(bucket.size)} if source.bucketed else {})
+            self.stores.append((Shards(cache_dir, "latents", own, len(bucket.members)), bucket))
 
     def fill(
-        self, batch: int = 64, *, mend: bool = False, share: Share = ALONE, progress: bool = True
+        self, batch: int = 0, *, mend: bool = False, share: Share = ALONE, progress: bool = True
     ) -> Latents:
-        """As `Shards.fill`. Raises UserError for a latent that is not finite, which half precision is known for in
-        some VAEs.
+        """As `Shards.fill`; batch: 0 = as many examples as have the pixels of 64 images of 512 x 512, at most 64.
+
+        Raises:
+            UserError: a latent is not finite, which half precision is known for in some VAEs.
         """
-        self.shards.fill(self._make, batch, mend=mend, share=share, progress=progress)
+        for shards, bucket in self.stores:
+            make = functools.partial(self._make, bucket)
+            most = MOST_PIXELS // (self.source.frames * math.prod(bucket.size))
+            size = batch or max(1, min(64, most))
+            shards.fill(make, size, mend=mend, share=share, progress=progress)
         return self
 
     @torch.no_grad()
-    def _make(self, indices: range) -> Rows:
-        pixels = torch.from_numpy(self.source.images(indices)).permute(0, 3, 1, 2).contiguous()
+    def _make(self, bucket: Bucket, rows: range) -> Rows:
+        indices = [int(bucket.members[row]) for row in rows]
+        pixels = torch.from_numpy(self.source.images(indices)).movedim(-1, -3).contiguous()
         x0 = self.encode(pixels).detach().cpu()
-        if not x0.isfinite().all():
-            where = f"of examples {indices[0]} to {indices[-1]}"
-            raise UserError(f"the latents {where} are not finite; run the encoder in float32.")
+        if bad := [indices[i] for i, each in enumerate(x0) if not each.isfinite().all()]:
+            raise UserError(
+                f"the latents of {len(bad)} examples, {bad[:8]} of the data, are not finite; set family.dtype=float32,"
+                " or take these images out."
+            )
         return {"x0": x0 if x0.dtype == torch.float16 else x0.float()}
 
     def of(self, indices: Sequence[int]) -> Tensor:
-        """x0 of these examples (n, *shape) on the CPU, in float32."""
-        return self.shards.rows(indices)["x0"].float()
+        """x0 of these examples of one bucket (n, *shape) on the CPU, in float32."""
+        for shards, bucket in self.stores:
+            if (rows := bucket.rows(indices)) is not None:
+                return shards.rows(rows)["x0"].float()
+        raise ValueError(f"the examples {list(indices)[:8]} are of several buckets")
 
 
 class Conditions:

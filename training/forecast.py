@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -162,20 +163,24 @@ def _batch(method: Method, family: Family, source: Source, size: int) -> Any:
         map_cond(lambda c: c.to(META), each) for each in (family.encode(prompts[:1]), family.uncond(1))
     )
     settings = method.pairs(family.schedule)
+    shape = family.shape
+    if source.bucketed:
+        # The largest takes the most.
+        shape = max((family.shape_at(bucket.size) for bucket in source.buckets), key=math.prod)
 
     def many(c: Tensor) -> Tensor:
         return torch.empty((size, *c.shape[1:]), dtype=c.dtype, device=META)
 
     def make(phase: str) -> Batch:
         noise = SampleNoise(range(size), phase=phase, device=META)
-        x0 = torch.empty((size, *family.shape), device=META) if method.needs_images else None
+        x0 = torch.empty((size, *shape), device=META) if method.needs_images else None
         pairs = None
         if settings is not None:
             ends = {name: torch.empty((size, *family.shape), device=META) for name in ("z", "x0")}
             states = torch.empty((size, len(settings.times), *family.shape), device=META)
             pairs = Pairs(cond=map_cond(many, cond), states=states, **ends)
         told, empty = map_cond(many, cond), map_cond(many, uncond)
-        return Batch(told, empty, family.shape, noise.index, noise, x0, pairs=pairs, prompts=prompts)
+        return Batch(told, empty, shape, noise.index, noise, x0, pairs=pairs, prompts=prompts)
 
     return make
 

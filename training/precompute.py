@@ -45,6 +45,8 @@ def prepare(
         UserError: something computed is not finite, a shard is missing or damaged, or the batch cannot be split over
             the processes.
     """
+    from accelerate.utils import gather_object
+
     from training.batches import Batches
     from training.encoded import Conditions, Latents, forget
     from training.measure import metric_prompts
@@ -52,7 +54,7 @@ def prepare(
     from training.trajectories import Trajectories
 
     split, device = recipe.optim.split(accelerator.num_processes), accelerator.device
-    share = Share(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
+    share = Share(accelerator.process_index, accelerator.num_processes, lambda value: gather_object([value]))
     how = {"mend": all_of_it, "share": share, "progress": accelerator.is_main_process}
     # A stage before may have sent some of it away.
     forget(family)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from typing import Any
 
@@ -14,6 +15,7 @@ from stepdistill.denoiser import Denoiser
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
 from stepdistill.methods.assemble import trained_by
+from stepdistill.methods.base import Method
 from training.checkpoint import Checkpoint, RunDirectory
 from training.data import Source
 from training.forecast import forecast
@@ -41,6 +43,8 @@ def run(recipe: Recipe, fresh: bool = False) -> None:
         say(main, f"{directory.path} is finished at step {done}; nothing to do (--fresh starts over).")
         accelerator.end_training()
         return
+    for source in dict.fromkeys(sources):
+        say(main, f"data {source.describe()}")
     if cut := _cut(family, sources):
         say(main, cut)
     count = accelerator.num_processes
@@ -61,7 +65,7 @@ def _cut(family: Family, sources: list[Source], most: int = 10_000) -> str:
     """A sentence on captions that the text encoders do not read to their end, "" where there are none."""
     if family.conditions != "prompt":
         return ""
-    captions = [caption for source in set(sources) for caption in source.captions[:most]]
+    captions = [text for source in set(sources) for text in itertools.islice(source.all_captions(), most)]
     cut = family.cut(captions)
     return f"{cut:,} of {len(captions):,} prompts are cut at the tokenizer's limit." if cut else ""
 
@@ -186,13 +190,7 @@ def check(recipe: Recipe, family: Family, source: Source) -> None:
         raise UserError(f"the family {family.name!r} needs captions, and {data} has none.")
     if family.conditions == "class":
         _check_classes(family, source, data)
-    height, width = family.resolution
-    if method.needs_images and source.has_images and source.image_size != (height, width):
-        wanted = height if height == width else [height, width]
-        raise UserError(
-            f"data.resolution={source.config.resolution} differs from the family's {height}x{width};"
-            f" set it to {wanted}, or family.resolution to that of the data where the family takes it."
-        )
+    _check_sizes(method, family, source)
     if method.sampling.init_noise not in family.init_noises:
         raise UserError(
             f"student.init_noise={method.sampling.init_noise}: the pipeline of this {family.name!r} teacher starts from"
@@ -201,6 +199,32 @@ def check(recipe: Recipe, family: Family, source: Source) -> None:
     recipe.optim.check_networks(trained_by(method, recipe.run.steps))
     check_metric(recipe.run, family)
     check_trackers(recipe.run.trackers)
+
+
+def _check_sizes(method: Method, family: Family, source: Source) -> None:
+    """UserError where images have sizes, or videos a length, that the family does not take."""
+    frames = getattr(getattr(family, "config", None), "frames", 1)
+    if method.needs_images and source.has_images and source.frames != frames:
+        raise UserError(
+            f"data: {source.noun} of {source.frames} frame{'s' * (source.frames > 1)} are not what the family"
+            f" {family.name!r} takes, which is {frames}; set data.frames of the source `frames`, or family.frames."
+        )
+    if source.bucketed:
+        for bucket in source.buckets:
+            family.shape_at(bucket.size)
+        if method.pairs(family.schedule) is not None:
+            raise UserError(
+                "data.enable_bucket: this method learns from the teacher's trajectories, which are of one size; leave it"
+                " out, or choose another method."
+            )
+        return
+    height, width = family.resolution
+    if method.needs_images and source.has_images and source.image_size != (height, width):
+        wanted = height if height == width else [height, width]
+        raise UserError(
+            f"data.resolution={source.config.resolution} differs from the family's {height}x{width};"
+            f" set it to {wanted}, or family.resolution to that of the data where the family takes it."
+        )
 
 
 def _check_classes(family: Family, source: Source, data: str) -> None:

@@ -4,7 +4,8 @@
 
 Every shard is written under a temporary name and renamed, and carries the SHA-256 of its tensors, so a computation
 that is killed at any point goes on at the first shard that is missing. `store.json` says what the rows depend on and,
-once all are there, how many there are: from then on a shard that is missing or damaged is refused.
+once all are there, how many there are: from then on a shard that is missing or damaged is refused. `verified.json` has
+the size and time of every shard whose checksum was right, which is computed again only where these have changed.
 """
 
 from __future__ import annotations
@@ -36,15 +37,36 @@ Rows = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Share:
-    """Which shards a process computes: those whose number is `index` modulo `of`; wait: until all have come so far."""
+    """Which shards a process computes: those whose number is `index` modulo `of`.
+
+    gather: a value of each process, once all have come so far, by the processes' numbers.
+    """
 
     index: int = 0
     of: int = 1
-    wait: Callable[[], None] = lambda: None
+    gather: Callable[[Any], list[Any]] = lambda value: [value]
 
     @property
     def first(self) -> bool:
         return self.index == 0
+
+    def together(self, work: Callable[[], Any]) -> list[Any]:
+        """What `work` returns in each process. What ends it in one ends it in all, and none waits for ever.
+
+        Raises:
+            UserError: in the first process, as in the one where `work` raised it; other processes exit.
+        """
+        failed, value = None, None
+        try:
+            value = work()
+        except (UserError, OSError) as error:
+            failed = error
+        said = self.gather((str(failed) if failed else "", value))
+        if failed:
+            raise failed
+        if problem := next((problem for problem, _ in said if problem), ""):
+            raise UserError(problem) if self.first else SystemExit(2)
+        return [value for _, value in said]
 
 
 ALONE = Share()
@@ -67,7 +89,7 @@ class Shards:
         key = hashlib.sha256(text.encode()).hexdigest()[:20]
         self.what, self.count = what, count
         self.directory = Path(cache_dir) / f"{what}-{key}"
-        self._index = self.directory / "store.json"
+        self._index, self._checked = self.directory / "store.json", self.directory / "verified.json"
         self._rows = rows
         self._open: dict[int, Rows] = {}
 
@@ -95,31 +117,45 @@ class Shards:
         Raises:
             UserError: a shard of a complete store is missing or damaged.
         """
-        if self.complete and not mend:
-            if share.first:
-                self.check()
+        # Said by one, that a store which is finished meanwhile is not so for some of them alone.
+        complete = share.gather(self.complete)[0]
+        if complete and not mend:
+            self.check(share)
             return self
-        if share.first:
-            # Left over from a computation that was killed.
-            for left_over in self.directory.glob(".*"):
-                shutil.rmtree(left_over, ignore_errors=True)
-            self._lay_out(make, batch)
-        share.wait()
+        share.together(lambda: self._begin(make, batch) if share.first else None)
         own = range(share.index, self._shards, share.of)
-        for number in tqdm(own, desc=f"computing {self.what}", unit="shard", disable=not progress, delay=1):
-            if self._read(number) is None:
-                self._write(number, make, batch)
-        share.wait()
+        bar = tqdm(own, desc=f"computing {self.what}", unit="shard", disable=not progress, delay=1)
+
+        def compute() -> None:
+            for number in bar:
+                if self._read(number) is None:
+                    self._write(number, make, batch)
+
+        share.together(compute)
         if share.first:
             self._say(complete=max(self.count, self._said().get("complete", 0)))
-        share.wait()
+        share.gather(None)
         return self
 
-    def check(self) -> None:
-        """Read every shard once. Raises UserError for the first that is missing or damaged."""
-        for number in range(self._shards):
-            if self._read(number) is None:
-                raise self._damaged(number)
+    def check(self, share: Share = ALONE) -> None:
+        """Look at every shard, and read those that have changed since their checksum was right. Raises UserError for the
+        first that is missing or damaged.
+        """
+        known = self._verified()
+
+        def look() -> dict[str, list[int]]:
+            sound = {}
+            for number in range(share.index, self._shards, share.of):
+                name, now = self._path(number).name, self._stamp(number)
+                if now is None or (known.get(name) != now and self._read(number) is None):
+                    raise self._damaged(number)
+                sound[name] = now
+            return sound
+
+        sound = {name: stamp for part in share.together(look) for name, stamp in part.items()}
+        if share.first and not sound.items() <= known.items():
+            with atomic_write(self._checked) as temporary:
+                temporary.write_text(json.dumps(known | sound, sort_keys=True, indent=0), encoding="utf-8")
 
     def rows(self, indices: Sequence[int]) -> Rows:
         """Copies of the rows of these numbers, in their order, on the CPU.
@@ -156,6 +192,21 @@ class Shards:
         first = number * self._per_shard
         return range(first, min(first + self._per_shard, self.count))
 
+    def _stamp(self, number: int) -> list[int] | None:
+        """Size and time of a shard's file, None without one."""
+        try:
+            found = self._path(number).stat()
+        except OSError:
+            return None
+        return [found.st_size, found.st_mtime_ns]
+
+    def _verified(self) -> dict[str, Any]:
+        try:
+            known = json.loads(self._checked.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return known if isinstance(known, dict) else {}
+
     def _said(self) -> dict[str, Any]:
         try:
             said = json.loads(self._index.read_text(encoding="utf-8"))
@@ -169,8 +220,10 @@ class Shards:
         with atomic_write(self._index) as temporary:
             temporary.write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
 
-    def _lay_out(self, make: Callable[[range], Rows], batch: int) -> None:
-        """Say how many rows a shard has, which the first of them tell."""
+    def _begin(self, make: Callable[[range], Rows], batch: int) -> None:
+        """Say how many rows a shard has, which the first of them tell, and clear up after a computation that was killed."""
+        for left_over in self.directory.glob(".*"):
+            shutil.rmtree(left_over, ignore_errors=True)
         if self._said():
             return
         if self._rows is None:

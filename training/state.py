@@ -26,6 +26,7 @@ class TrainState:
         step: loop iterations done in this stage.
         samples: examples drawn by all phases, from which data order follows.
         updates: optimiser steps taken, by network.
+        drawn: of `samples`, how many were of each bucket of the data; [] at the start.
     """
 
     seed: int
@@ -34,6 +35,7 @@ class TrainState:
     step: int = 0
     samples: int = 0
     updates: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    drawn: list[int] = field(default_factory=list)
 
     @property
     def global_step(self) -> int:
@@ -51,10 +53,11 @@ class TrainState:
 
     def state_dict(self) -> dict[str, Any]:
         """The counters, as plain values."""
-        return {"samples": self.samples, "updates": dict(self.updates)}
+        return {"samples": self.samples, "updates": dict(self.updates), "drawn": list(self.drawn)}
 
     def load_state_dict(self, state: Mapping[str, Any], global_step: int) -> None:
         """Go on after `global_step` with the counters that `state_dict` gave there."""
         self.step = global_step - self.offset
         self.samples = state["samples"]
         self.updates.update(state["updates"])
+        self.drawn = list(state.get("drawn", []))

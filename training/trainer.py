@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -114,7 +115,7 @@ class Trainer:
         """Train to the end of the stage and return the student, carrying the weights that are exported.
 
         Raises:
-            UserError: a loss or a gradient is not finite.
+            UserError: a loss or a gradient is not finite; or, with a checkpoint written, too many examples are gone.
             KeyboardInterrupt: after Ctrl-C or SIGTERM, when the step is finished and a checkpoint is written.
         """
         run = self.run
@@ -129,9 +130,11 @@ class Trainer:
                 self._every(run.save_every, self.save, always=last)
                 self._every(run.metric_every, self._measure)
                 self._every(run.preview_every, lambda: self.monitor.preview(self.modules))
-                if self._any_process(asked()):
+                if self._any_process(asked() or bool(self.batches.trouble)):
                     # What was learnt is kept; the same command goes on from here.
                     self.save()
+                    if self.batches.trouble:
+                        raise UserError(self.batches.trouble)
                     raise KeyboardInterrupt
         return self.student.put()
 
@@ -210,9 +213,12 @@ class Trainer:
         total = losses["total"]
         finite = torch.isfinite(total.detach())
         if not finite.all():
-            bad = batch.index[~finite].tolist() if total.ndim else batch.index.tolist()
+            numbers = torch.as_tensor(batch.index.cpu() if batch.examples is None else batch.examples)
+            bad = (numbers[~finite.cpu()] if total.ndim else numbers).tolist()
             raise UserError(
-                self._diverged(f"the loss of phase {phase.name!r} (term {term}, samples {bad[:8]})")
+                self._diverged(
+                    f"the loss of phase {phase.name!r} (term {term}, examples {bad[:8]} of the data)"
+                )
             )
         return total.mean()
 
@@ -248,6 +254,7 @@ class Trainer:
                 "method": self.method.state_dict(),
                 "health": self.monitor.health.state_dict(),
                 "routing": self.batches.source.routing,
+                "data": self.batches.data,
             }
             self.directory.save(self.state.global_step, tensors, optimizers, extra)
         self._saved_at = self.state.step
@@ -264,6 +271,7 @@ class Trainer:
             UserError: the checkpoint is of a run whose earlier stages had other lengths.
         """
         extra, counters, state = checkpoint.extra, checkpoint.extra["counters"], self.state
+        self._say_changed(extra.get("data"))
         if extra.get("offset", state.offset) != state.offset:
             raise UserError(
                 f"the checkpoint of step {checkpoint.step} is of a run whose stage {state.stage} began at step"
@@ -281,3 +289,12 @@ class Trainer:
         self.method.load_state_dict(extra["method"])
         if "health" in extra:
             self.monitor.health.load_state_dict(extra["health"])
+
+    def _say_changed(self, before: Mapping[str, str] | None) -> None:
+        now = self.batches.data
+        if self.accelerator.is_main_process and before and before["fingerprint"] != now["fingerprint"]:
+            tqdm.write(
+                f"the data are not those of the checkpoint, so their order is another from here on; they were"
+                f" {before['said']}, and are {now['said']}",
+                file=sys.stderr,
+            )

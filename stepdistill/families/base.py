@@ -141,9 +141,28 @@ class Family:
         uses: how often each has been used before, None = never; where there are several captions it says which.
         """
         if self.conditions == "prompt":
-            return [source.caption(i, use) for i, use in zip(indices, uses or [0] * len(indices), strict=True)]
+            return [
+                source.caption(i, use) for i, use in zip(indices, uses or [0] * len(indices), strict=True)
+            ]
         labels = source.labels if self.conditions == "class" else None
         return [labels[i] for i in indices] if labels is not None else list(indices)
+
+    def sized(self, cond: Cond, sizes: Tensor) -> Cond:
+        """A condition told the sizes of its images, for networks that hear of them; for others as it is.
+
+        sizes: (B, 6), in pixels: height and width of the whole image, what is cut off at its top and its left once it has
+            the scale of what is left, height and width of what is left.
+        """
+        return cond
+
+    def shape_at(self, size: tuple[int, int]) -> tuple[int, ...]:
+        """`shape` for images of another (height, width). Raises UserError for one that its networks cannot take."""
+        if tuple(size) != tuple(self.resolution):
+            raise UserError(
+                f"the family {self.name!r} takes images of {self.resolution[0]}x{self.resolution[1]} alone;"
+                " set data.enable_bucket=false."
+            )
+        return self.shape
 
     def cut(self, prompts: Sequence) -> int:
         """How many of the prompts are longer than what `encode` reads of them."""

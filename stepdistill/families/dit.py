@@ -65,14 +65,13 @@ class DiT(Latent):
     def stride(self) -> int:
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
-    def checked_resolution(self, model: nn.Module) -> tuple[int, int]:
+    def check_size(self, model: nn.Module, size: tuple[int, int], where: str) -> None:
         side = model.config.sample_size * self.stride
-        if any(asked != side for asked in self.config.resolution):
+        if any(asked != side for asked in size):
             raise UserError(
-                f"family.resolution={list(self.config.resolution)}: a DiTPipeline draws images of {side} x {side}"
-                " pixels alone, its transformer's sample_size; leave it out."
+                f"{where}: a DiTPipeline draws images of {side} x {side} pixels alone, its transformer's sample_size;"
+                " leave it out."
             )
-        return side, side
 
     def encode(self, prompts: Sequence[int]) -> Cond:
         return labels_of(prompts, self.classes).to(self.device)

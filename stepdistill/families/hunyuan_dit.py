@@ -104,5 +104,11 @@ class HunyuanDiT(Latent):
         sizes = sizes.repeat(len(prompts), 1)
         return {"prompt": states, "mask": mask, "prompt_2": t5, "mask_2": t5_mask, "sizes": sizes}
 
+    def sized(self, cond: Cond, sizes: Tensor) -> Cond:
+        # As its pipeline, which says the same of every training image.
+        told = cond["sizes"].clone()
+        told[:, 2:4] = sizes[:, 4:]
+        return cond | {"sizes": told}
+
     def stock_call(self, guidance_scale: float) -> dict[str, Any]:
         return super().stock_call(guidance_scale) | {"use_resolution_binning": False}

@@ -169,20 +169,29 @@ class Latent(Leaving):
         if not sides:
             sides = (default,) if isinstance(default, int) else tuple(default)
             sides = tuple(side * self.stride for side in sides)
-        height, width = sides * 2 if len(sides) == 1 else sides
+        size = sides * 2 if len(sides) == 1 else sides
+        self.check_size(model, size, f"family.resolution={list(size)}")
+        return size
+
+    def check_size(self, model: nn.Module, size: tuple[int, int], where: str) -> None:
+        """Raise UserError for a (height, width) in pixels that the network cannot take; it begins with `where`."""
         multiple = math.lcm(self.multiple, self.sides)
-        if height % multiple or width % multiple:
+        if size[0] % multiple or size[1] % multiple:
             raise UserError(
-                f"family.resolution={[height, width]}: both sides must be multiples of {multiple} for this"
-                f" {self.name!r} teacher."
+                f"{where}: both sides must be multiples of {multiple} for this {self.name!r} teacher."
             )
-        rows, columns = (side * self.stride for side in self.largest(model) or (height, width))
-        if height > rows or width > columns:
+        rows, columns = (side * self.stride for side in self.largest(model) or size)
+        if size[0] > rows or size[1] > columns:
             raise UserError(
-                f"family.resolution={[height, width]}: this {self.name!r} teacher has positions for at most"
-                f" {rows} x {columns} pixels; ask for less."
+                f"{where}: this {self.name!r} teacher has positions for at most {rows} x {columns} pixels; ask for less."
             )
-        return height, width
+
+    def shape_at(self, size: tuple[int, int]) -> tuple[int, ...]:
+        if self.pipeline is None:
+            return super().shape_at(size)
+        model = getattr(self.pipeline, self.face.inner)
+        self.check_size(model, tuple(size), f"data: a bucket of {list(size)}")
+        return self.latent_shape(model, *size)
 
     def largest(self, model: nn.Module) -> tuple[int, int] | None:
         """(h, w) in latents where a network's table of positions ends; None = it has no such table."""

@@ -102,6 +102,12 @@ class PixArt(Latent):
             cond |= {"resolution": size.repeat(count, 1), "aspect_ratio": ratio.repeat(count, 1)}
         return cond
 
+    def sized(self, cond: Cond, sizes: Tensor) -> Cond:
+        if "resolution" not in cond:
+            return cond
+        size = sizes[:, 4:].to(cond["resolution"])
+        return cond | {"resolution": size, "aspect_ratio": size[:, :1] / size[:, 1:]}
+
     def stock_call(self, guidance_scale: float) -> dict[str, Any]:
         told = {
             "use_resolution_binning": False,

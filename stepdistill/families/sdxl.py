@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from stepdistill.denoiser import Cond
 from stepdistill.errors import UserError
 from stepdistill.families.faces import UNetFace
-from stepdistill.families.latent import Latent
+from stepdistill.families.latent import Latent, LatentConfig
 from stepdistill.families.reading import CLIP_TOKENIZERS
 from stepdistill.families.unets import check_unet, drop_variance
 
@@ -29,6 +30,18 @@ class SDXLUNet(UNetFace):
 
 class SDXL(Latent):
     """StableDiffusionXLPipeline; without a prompt its condition is zeros where the pipeline says so, as SDXL's does."""
+
+    @dataclass
+    class Config(LatentConfig):
+        """As `LatentConfig`.
+
+        Attributes:
+            size_conditions: what networks are told of real images (Podell et al. 2023, arXiv 2307.01952, Sec. 2.2):
+                "image" = the size and the crop of each, as SDXL was trained; "target" = an uncropped image of the size
+                that is drawn, as a pipeline says by default.
+        """
+
+        size_conditions: Literal["image", "target"] = "image"
 
     name = "sdxl"
     pipelines = ("StableDiffusionXLPipeline",)
@@ -67,6 +80,13 @@ class SDXL(Latent):
             list(prompts), device=self.device, do_classifier_free_guidance=False
         )
         return {"prompt": states, "pooled": pooled, "time_ids": self._sizes(len(prompts))}
+
+    def sized(self, cond: Cond, sizes: Tensor) -> Cond:
+        """As its pipeline, which tells the empty prompt the sizes of the other."""
+        if self.config.size_conditions == "target":
+            # What a pipeline says that is asked for an image of that size.
+            sizes = torch.cat((sizes[:, 4:], torch.zeros_like(sizes[:, 2:4]), sizes[:, 4:]), 1)
+        return cond | {"time_ids": sizes.to(cond["time_ids"])}
 
     def uncond(self, count: int) -> Cond:
         empty = super().uncond(count)

@@ -91,6 +91,7 @@ class Batch:
         x0: real data (B, *shape), or None when the run has none.
         pairs: as many trajectories as samples, of their own conditions, or None.
         prompts: what the conditions were encoded from, captions or class indices (reward models read them).
+        examples: numbers of the samples in the data, for messages.
     """
 
     cond: Cond
@@ -101,6 +102,7 @@ class Batch:
     x0: Tensor | None = None
     pairs: Pairs | None = None
     prompts: Sequence[str] | Sequence[int] | None = None
+    examples: Sequence[int] | None = None
 
     def randn(self) -> Tensor:
         """Fresh standard normal noise in the shape of x0."""

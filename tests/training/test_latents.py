@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -45,9 +46,17 @@ def test_latents_are_computed_once(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_latents_that_are_not_finite_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="examples 0 to 2 are not finite; run the encoder in float32"):
-        latents(source("scenes", size=3), lambda x: x.float() * torch.inf, tmp_path, "k")
+def test_latents_that_are_not_finite_are_refused_by_their_number_in_the_data(tmp_path: Path) -> None:
+    def spoilt(images: torch.Tensor) -> torch.Tensor:
+        x0 = images.float()
+        x0[1:, 0, 3, 5] = torch.nan
+        return x0
+
+    with pytest.raises(
+        UserError,
+        match=r"the latents of 2 examples, \[1, 2\] of the data, are not finite; set family\.dtype=float32",
+    ):
+        latents(source("scenes", size=3), spoilt, tmp_path, "k")
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
@@ -141,6 +150,76 @@ def test_a_shard_missing_or_damaged_is_one_sentence_and_is_made_again_when_asked
     calls: list[int] = []
     mended = store(tmp_path).fill(lambda r: calls.extend(r) or numbers(r), mend=True, progress=False)
     assert calls == [3, 4, 5] and mended.rows([4])["value"].tolist() == [4]
+
+
+def test_a_shard_is_hashed_once_and_again_when_its_file_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = store(tmp_path).fill(numbers, progress=False)
+    hashed: list[int] = []
+    original = shards._digest
+    monkeypatch.setattr(shards, "_digest", lambda rows: hashed.append(1) or original(rows))
+    for expected in (4, 0, 0):
+        hashed.clear()
+        store(tmp_path).fill(numbers, progress=False)
+        assert len(hashed) == expected
+    path = made.directory / "000002.safetensors"
+    os.utime(path, ns=(0, 0))
+    store(tmp_path).fill(numbers, progress=False)
+    assert len(hashed) == 1
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"000002\.safetensors is damaged"):
+        store(tmp_path).fill(numbers, progress=False)
+
+
+class Gathering:
+    """What processes have of each other, between threads."""
+
+    def __init__(self, count: int) -> None:
+        self.values: list = [None] * count
+        self.barrier = threading.Barrier(count, timeout=20)
+
+    def share(self, index: int) -> Share:
+        def gather(value: object) -> list:
+            self.values[index] = value
+            self.barrier.wait()
+            values = list(self.values)
+            self.barrier.wait()
+            return values
+
+        return Share(index, len(self.values), gather)
+
+
+@pytest.mark.parametrize("where", ["damaged", "cannot be made"])
+def test_what_ends_one_process_ends_all(tmp_path: Path, where: str) -> None:
+    """The second finds it; the first says it, and neither waits for the other."""
+    if where == "damaged":
+        path = store(tmp_path).fill(numbers, progress=False).directory / "000001.safetensors"
+        path.write_bytes(b"?")
+
+    def make(indices: range) -> dict[str, torch.Tensor]:
+        if 4 in indices:
+            raise UserError("row 4 cannot be made")
+        return numbers(indices)
+
+    gathering, ended = Gathering(2), {}
+
+    def work(index: int) -> None:
+        try:
+            store(tmp_path).fill(make, share=gathering.share(index), progress=False)
+        except BaseException as error:
+            ended[index] = error
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    expected = "000001.safetensors is damaged" if where == "damaged" else "row 4 cannot be made"
+    assert all(isinstance(error, UserError) and expected in str(error) for error in ended.values()), ended
+    assert len(ended) == 2
 
 
 def test_a_batch_does_not_load_a_shard(tmp_path: Path) -> None:

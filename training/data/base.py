@@ -14,9 +14,13 @@ import numpy as np
 
 from stepdistill import routing
 from stepdistill.errors import UserError
+from training.data.buckets import Bucket, Size
+
+# Buckets that a description lists.
+SAID = 8
 
 
-def image_size(resolution: int | tuple[int, int]) -> tuple[int, int]:
+def image_size(resolution: int | Size) -> Size:
     """(height, width) of a recipe's resolution, [height, width] or the side of a square."""
     return (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
 
@@ -37,7 +41,9 @@ class Source:
 
     Attributes:
         size: examples kept.
-        image_size: (height, width) of the images in pixels, (0, 0) without.
+        image_size: (height, width) of the images in pixels, (0, 0) without; with buckets, what their areas are about.
+        bucketed: whether images have several sizes, those of `buckets`.
+        frames: of each example, which is a video where it has several.
         has_images: whether `images` works; a source of prompts has none.
         captions: one text per example, the first where there are several, or None.
         texts: all texts of each example, where one has several; else None.
@@ -47,6 +53,10 @@ class Source:
     """
 
     has_images: bool = True
+    bucketed: bool = False
+    frames: int = 1
+    # What its examples are called.
+    noun: str = "images"
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -76,8 +86,19 @@ class Source:
         # The first use is of any of them.
         return texts[(index + use) % len(texts)]
 
+    @property
+    def buckets(self) -> Sequence[Bucket]:
+        """The examples by the size of their images, none of them empty."""
+        return [Bucket(self.image_size, range(self.size))]
+
+    def sizes(self, indices: Sequence[int]) -> np.ndarray:
+        """What SDXL is told of images (n, 6), in pixels: height and width of the whole image before it was resized, how
+        much is cut off at the top and at the left of what it was resized to, height and width of what is left.
+        """
+        return np.tile(np.array([*self.image_size, 0, 0, *self.image_size], np.int64), (len(indices), 1))
+
     def images(self, indices: Sequence[int]) -> np.ndarray:
-        """uint8 (n, height, width, 3), RGB.
+        """uint8 (n, height, width, 3), RGB, of examples of one bucket; of videos (n, frames, height, width, 3).
 
         Raises:
             UserError: the source has no images; as Unreadable, one of them is gone.
@@ -94,15 +115,23 @@ class Source:
 
     def describe(self) -> str:
         """One line: what there is and what was dropped."""
-        parts = [f"{self.size:,} {'images' if self.has_images else 'examples'}"]
+        parts = [f"{self.size:,} {self.noun if self.has_images else 'examples'}"]
+        parts[0] += f" of {self.frames} frames" * (self.frames > 1)
         if self.has_images:
-            parts[0] += " at {}x{}".format(*self.image_size)
+            parts[0] += self._sizes_said()
         parts += self._captions_said()
         parts += [f"{len(self.class_names)} classes"] if self.class_names else []
         dropped = ", ".join(f"{n:,} {why}" for why, n in self.counts.items() if why != "kept" and n)
         where = getattr(self.config, "path", "")
         name = f"{type(self).__name__.lower()} {where}".strip()
         return f"{name}: {', '.join(parts)}" + (f"; left out: {dropped}" if dropped else "")
+
+    def _sizes_said(self) -> str:
+        if not self.bucketed:
+            return " at {}x{}".format(*self.image_size)
+        listed = sorted(self.buckets, key=lambda bucket: -len(bucket.members))
+        said = ", ".join(f"{len(each.members):,} at {each.size[0]}x{each.size[1]}" for each in listed[:SAID])
+        return f" in {len(listed)} bucket{'s' * (len(listed) > 1)} ({said}{', ...' * (len(listed) > SAID)})"
 
     def _captions_said(self) -> list[str]:
         if self.texts is None:

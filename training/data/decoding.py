@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,12 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stepdistill.untrusted import IMAGE_BYTES, opened_image
+from training.data.buckets import Size, nearest_size
 
 if TYPE_CHECKING:
     from PIL import Image
 
-# (height, width) in pixels.
-Size = tuple[int, int]
 # Rows that become RGB at a time, where an image has another mode.
 STRIP = 256
 
@@ -61,11 +59,6 @@ def decoded(raw: bytes | str, sizes: Sequence[Size], min_size: int = 0) -> Cut |
     except Exception:
         # A damaged file makes the decoders raise nearly anything.
         return "unreadable image"
-
-
-def nearest_size(height: int, width: int, sizes: Sequence[Size]) -> Size:
-    """The one of `sizes` whose aspect ratio is nearest to that of height and width, by its logarithm."""
-    return min(sizes, key=lambda size: abs(math.log(size[0] / size[1] / (height / width))))
 
 
 def _cut(image: Image.Image, sizes: Sequence[Size]) -> Cut:

@@ -36,13 +36,13 @@ class Folder(Stored):
         super().__init__(config)
         root = existing(config.path, directory=True)
         dropped: collections.Counter[str] = collections.Counter()
-        images, beside, described = _walk(root, dropped)
+        images, beside, described = walk(root, dropped)
         if not images:
             raise UserError(f"data.path={root} holds no .png, .jpg or .webp file.")
         self._paths = sorted(images, key=lambda path: path.relative_to(root).parts)
         dropped["missing file"] += len(described.keys() - set(images))
         dropped["caption without an image"] += len(beside - {path.with_suffix("") for path in images})
-        captions = [described.get(path) or _beside(path) for path in self._paths]
+        captions = [described.get(path) or beside_of(path.with_suffix("")) for path in self._paths]
         tops = [path.relative_to(root).parts[:-1][:1] for path in self._paths]
         names = tuple(sorted({top[0] for top in tops if top}))
         labels = [names.index(top[0]) for top in tops] if all(tops) and len(names) > 1 else None
@@ -50,16 +50,20 @@ class Folder(Stored):
         self._open(Listing(len(self._paths), told, labels, names, dropped))
 
     def _raw(self, listed: Sequence[int]) -> Iterator[bytes | str]:
-        for i in listed:
-            try:
-                yield read_regular(self._paths[i])
-            except FileNotFoundError:
-                yield "missing file"
-            except OSError as error:
-                yield f"unreadable file ({error.strerror})"
+        return (read(self._paths[i]) for i in listed)
 
 
-def _walk(
+def read(path: Path) -> bytes | str:
+    """An encoded image, or why there is none."""
+    try:
+        return read_regular(path)
+    except FileNotFoundError:
+        return "missing file"
+    except OSError as error:
+        return f"unreadable file ({error.strerror})"
+
+
+def walk(
     root: Path, dropped: collections.Counter[str]
 ) -> tuple[list[Path], set[Path], dict[Path, list[str]]]:
     """Images, files of captions without their suffixes, and the captions that metadata say by image. What begins with a
@@ -119,5 +123,6 @@ def _table(path: Path) -> Iterator[dict[str, Any]]:
         ) from None
 
 
-def _beside(image: Path) -> list[str]:
-    return next((texts for suffix in CAPTION_SUFFIXES if (texts := text_file(image.with_suffix(suffix)))), [])
+def beside_of(stem: Path) -> list[str]:
+    """The captions in the file that has this name but for its suffix."""
+    return next((texts for suffix in CAPTION_SUFFIXES if (texts := text_file(Path(f"{stem}{suffix}")))), [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import hashlib
 import math
 import os
@@ -27,10 +28,11 @@ from training.data.base import (
     facts,
     image_size,
 )
+from training.data.buckets import Bucket, Size, bucket_sizes
 from training.data.decoding import Cut, decoded
 
-# Images decoded at a time, and the encoded bytes of them that are held.
-CHUNK, CHUNK_BYTES = 256, 64 << 20
+# Images decoded at a time, and the bytes of them that are held, encoded and decoded.
+CHUNK, CHUNK_BYTES, PIXEL_BYTES = 256, 64 << 20, 256 << 20
 MOST_CLASSES = 1_000_000
 
 
@@ -42,6 +44,11 @@ class Files(Partition):
         path: where they lie.
         resolution: [height, width] in pixels that images are resized to, at least 8, once they are cut to that shape
             about their centre; or the side of a square.
+        enable_bucket: images keep about their aspect ratio: each goes to the bucket of the nearest, of about the area of
+            `resolution`. Every batch is of one bucket.
+        bucket_reso_steps: what the sides of buckets are multiples of; min_bucket_reso, max_bucket_reso: the least and the
+            greatest side, 0 = half and twice that of a square of that area.
+        aspect_ratio_buckets: [height, width] of each bucket, in place of those.
         min_size: images whose shorter side is below this are dropped; 0 = keep and enlarge.
         memory_gb: up to this (GiB), decoded images stay in memory. Beyond it a batch is read and decoded when it is
             asked for; a shuffled batch of a Parquet file then reads whole row groups, so encode such data to
@@ -49,7 +56,12 @@ class Files(Partition):
     """
 
     path: Path
-    resolution: int | tuple[int, int] = 64
+    resolution: int | Size = 64
+    enable_bucket: bool = False
+    bucket_reso_steps: int = 64
+    min_bucket_reso: int = 0
+    max_bucket_reso: int = 0
+    aspect_ratio_buckets: tuple[Size, ...] = ()
     min_size: int = 0
     memory_gb: float = 2.0
 
@@ -57,6 +69,20 @@ class Files(Partition):
         super().__post_init__()
         at_least(8, resolution=min(image_size(self.resolution)))
         at_least(0, min_size=self.min_size, memory_gb=self.memory_gb)
+        at_least(8, bucket_reso_steps=self.bucket_reso_steps)
+        at_least(0, min_bucket_reso=self.min_bucket_reso, max_bucket_reso=self.max_bucket_reso)
+        if self.aspect_ratio_buckets:
+            at_least(8, aspect_ratio_buckets=min(min(size) for size in self.aspect_ratio_buckets))
+        self.sizes()
+
+    def sizes(self) -> tuple[Size, ...]:
+        """(height, width) that images may get."""
+        size = image_size(self.resolution)
+        if self.aspect_ratio_buckets:
+            return tuple(dict.fromkeys(self.aspect_ratio_buckets))
+        if not self.enable_bucket:
+            return (size,)
+        return bucket_sizes(size, self.bucket_reso_steps, self.min_bucket_reso, self.max_bucket_reso)
 
 
 @dataclass
@@ -85,6 +111,7 @@ class Stored(Source):
 
     def _open(self, listing: Listing) -> None:
         """Drop what cannot be used of the listed examples and take stock of the rest."""
+        self.bucketed = self.config.enable_bucket or bool(self.config.aspect_ratio_buckets)
         captions, labels, dropped = listing.captions, listing.labels, listing.dropped
         candidates = []
         for i in self._ours(listing):
@@ -120,9 +147,11 @@ class Stored(Source):
 
     def _decode(self, candidates: list[int], dropped: collections.Counter[str]) -> list[int]:
         """The candidates that decode; their pixels stay in memory where they fit, and their bytes are hashed."""
-        fits = len(candidates) * math.prod(self.image_size) * 3 <= self.config.memory_gb * 2**30
+        self._wanted = self.config.sizes()
+        each = 3 * self.frames * max(map(math.prod, self._wanted))
+        fits = len(candidates) * each <= self.config.memory_gb * 2**30
         self._pixels: list[np.ndarray] | None = [] if fits else None
-        kept, hashed = [], hashlib.sha256()
+        kept, told, hashed = [], [], hashlib.sha256()
         main = os.environ.get("LOCAL_RANK", "0") == "0"
         shown = {"desc": "reading images", "unit": "image", "disable": None if main else True, "delay": 1}
         with (
@@ -132,7 +161,7 @@ class Stored(Source):
         ):
             # Pillow warns of what is counted here.
             warnings.simplefilter("ignore")
-            for chunk in _chunks(zip(candidates, self._raw(candidates), strict=True)):
+            for chunk in _chunks(zip(candidates, self._raw(candidates), strict=True), each):
                 results = pool.map(self._decoded, (raw for _, raw in chunk))
                 for (i, raw), result in zip(chunk, results, strict=True):
                     if isinstance(result, str):
@@ -141,15 +170,29 @@ class Stored(Source):
                     if fits:
                         self._pixels.append(result.pixels)
                     kept.append(i)
+                    told.append((*result.original, *result.corner, *result.pixels.shape[-3:-1]))
                     hashed.update(hashlib.sha256(raw).digest())
                 bar.update(len(chunk))
         if not kept:
             raise UserError(f"data.path={self.config.path} holds no usable image{because(dropped)}.")
-        self._digest = hashed.hexdigest()
+        self._digest, self._sizes = hashed.hexdigest(), np.array(told, np.int64)
         return kept
 
     def _decoded(self, raw: bytes | str) -> Cut | str:
-        return decoded(raw, [self.image_size], self.config.min_size)
+        return decoded(raw, self._wanted, self.config.min_size)
+
+    @functools.cached_property
+    def buckets(self) -> Sequence[Bucket]:
+        if not self.bucketed:
+            return super().buckets
+        sizes, which = np.unique(self._sizes[:, 4:], axis=0, return_inverse=True)
+        return [
+            Bucket((int(height), int(width)), np.flatnonzero(which.reshape(-1) == number))
+            for number, (height, width) in enumerate(sizes)
+        ]
+
+    def sizes(self, indices: Sequence[int]) -> np.ndarray:
+        return self._sizes[np.asarray(indices, np.int64)]
 
     def _raw(self, listed: Sequence[int]) -> Iterator[bytes | str]:
         """Encoded bytes of the listed examples (numbers before dropping), in order, or why there are none."""
@@ -193,14 +236,15 @@ def class_names(labels: Sequence[int | None], given: Sequence[str], where: str) 
     return tuple(given) or tuple(map(str, range(last + 1)))
 
 
-def _chunks(pairs: Iterable[tuple[int, bytes | str]]) -> Iterator[list[tuple[int, bytes | str]]]:
-    """In order, as many at a time as `CHUNK` and `CHUNK_BYTES` allow."""
+def _chunks(pairs: Iterable[tuple[int, bytes | str]], each: int) -> Iterator[list[tuple[int, bytes | str]]]:
+    """In order, as many at a time as `CHUNK`, `CHUNK_BYTES` and, where they take `each` bytes, `PIXEL_BYTES` allow."""
+    most = max(1, min(CHUNK, PIXEL_BYTES // each))
     chunk: list[tuple[int, bytes | str]] = []
     held = 0
     for pair in pairs:
         chunk.append(pair)
         held += len(pair[1])
-        if len(chunk) == CHUNK or held >= CHUNK_BYTES:
+        if len(chunk) >= most or held >= CHUNK_BYTES:
             yield chunk
             chunk, held = [], 0
     if chunk:
