@@ -74,7 +74,7 @@ def evaluate(
 
     Returns:
         Metric values by name ("fd:scenes-v1", "clip:scenes-v1", "attributes/all", ... and standard errors
-        "<name>/se"), with "n" and "protocol".
+        "<name>/se"), with "n", "warnings" and "protocol", whose name says what is not as the protocol fixes it.
 
     Raises:
         UserError: unknown names, n below 2, a reference of another extractor, or images that are not as
@@ -92,7 +92,7 @@ def evaluate(
     found = measure(
         sampler, chosen, metrics, n=n, extractor=extractor, reference=given, clip=clip or "", batch=batch
     )
-    return found.numbers | {"n": found.n, "protocol": chosen.label(found.n)}
+    return found.numbers | {"n": found.n, "protocol": found.protocol.label(found.n), "warnings": found.doubts}
 
 
 def run(

@@ -13,12 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from evaluation.images import Images, MemoryImages, as_images, rechunked
+from evaluation.images import Images, MemoryImages, as_images, joined, rechunked
 from evaluation.processes import Processes
 from evaluation.weights import pipeline_name
 from stepdistill.errors import UserError, atomic_write
@@ -134,8 +133,9 @@ def generate(
             parts.append(drawn(sample, prompts[at:until], seeds[at:until]))
             progress(until - at)
         if start + have < stop:
+            images = joined(parts)
             with atomic_write(path) as temporary:
-                save_file({"images": torch.cat(parts)}, temporary)
+                save_file({"images": images}, temporary)
     processes.wait()
     if not all(_shard(folder, start).is_file() for start in starts):
         raise UserError(

@@ -5,7 +5,7 @@ A set has one size of image, its own or that of a `Resize`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -144,28 +144,33 @@ def as_images(images: Tensor) -> Tensor:
 
 
 def rechunked(batches: Iterable[Tensor], size: int) -> Iterator[Tensor]:
-    """The same rows in batches of exactly `size` (the last may be shorter), formed by index.
-
-    Raises:
-        UserError: rows of two sizes, which a sampler that varies its size returns.
-    """
+    """The same rows in batches of exactly `size` (the last may be shorter), formed by index. Raises as `joined`."""
     waiting: list[Tensor] = []
     count = 0
     for batch in batches:
-        if waiting and batch.shape[1:] != waiting[0].shape[1:]:
-            (_, old, before), (_, new, now) = waiting[0].shape[1:], batch.shape[1:]
-            raise UserError(
-                f"the images have two sizes, {before}x{old} and {now}x{new}; a set needs one size for all."
-            )
         waiting.append(batch)
         count += len(batch)
         if count >= size:
-            rows = torch.cat(waiting) if len(waiting) > 1 else waiting[0]
+            rows = joined(waiting)
             whole = count - count % size
             yield from rows[:whole].split(size)
             waiting, count = ([rows[whole:]], count - whole) if count > whole else ([], 0)
     if count:
-        yield torch.cat(waiting)
+        yield joined(waiting)
+
+
+def joined(batches: Sequence[Tensor]) -> Tensor:
+    """All rows of the batches.
+
+    Raises:
+        UserError: images of two sizes, which a sampler that varies its size returns.
+    """
+    first = batches[0]
+    other = next((batch for batch in batches if batch.shape[1:] != first.shape[1:]), None)
+    if other is not None:
+        sizes = " and ".join(f"{one.shape[-1]}x{one.shape[-2]}" for one in (first, other))
+        raise UserError(f"the images have two sizes, {sizes}; a set needs one size for all.")
+    return torch.cat(tuple(batches)) if len(batches) > 1 else first
 
 
 def to_tensor(batch: list[np.ndarray]) -> Tensor:

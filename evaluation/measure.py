@@ -25,7 +25,7 @@ from evaluation.metrics.clip_score import ClipScore
 from evaluation.processes import Processes
 from evaluation.protocol import Protocol, checked_n, get_protocol
 from evaluation.reference import reference_stats
-from evaluation.references import NamedReference, holds
+from evaluation.references import FileReference, NamedReference, holds
 from evaluation.stats import FeatureStats
 from evaluation.values import Value, flat
 from stepdistill.errors import UserError
@@ -52,6 +52,8 @@ class Measured:
     n: int
     inputs: Inputs | None = None
     doubts: list[str] = field(default_factory=list)
+    # What they were measured under, which says of each thing that is not as a protocol of its name has it.
+    protocol: Protocol | None = None
 
     @property
     def numbers(self) -> dict[str, float]:
@@ -110,6 +112,10 @@ class Measurement:
             self.extractor = self.processes.share(extractor)
             if protocol is not None:
                 self.protocol = replace(protocol, extractor=self.extractor.name)
+        if protocol is not None and isinstance(reference, FeatureStats) and "reference" in self.needs:
+            self.protocol = replace(
+                self.protocol, reference=FileReference("", reference.n, reference.sha256())
+            )
         looked_at = self._inputs(self.n)
         for metric in self.metrics.values():
             metric.check(looked_at, self.n)
@@ -152,7 +158,7 @@ class Measurement:
             if "timed" not in metric.needs and ("teacher" not in metric.needs or inputs.teacher is not None):
                 values += metric.compute(inputs)
         self.reference_rows = vars(inputs).get("reference_features", self.reference_rows)
-        return Measured(values, n, inputs, inputs.doubts)
+        return Measured(values, n, inputs, inputs.doubts, self.protocol)
 
     def inputs(self, images: Images, n: int) -> Inputs:
         """What metrics are computed from, of the first `n` images."""
@@ -232,7 +238,7 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         images = kept((drawn(draw, prompts[part], seeds[part]) for part in parts), Path(folder))
         done = ready.of(images, teacher=teacher)
-    return Measured(done.values, n, doubts=done.doubts)
+    return replace(done, inputs=None)
 
 
 def quantised(draws: Callable, quantise: str) -> SamplerFn:

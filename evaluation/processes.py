@@ -60,9 +60,8 @@ class Processes:
         return self.rank == 0
 
     def device(self, name: str) -> str:
-        """`name`, or for "cuda" the GPU of this process on its machine. Raises UserError as `ready_device` does."""
-        here = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" and self.count > 1 else name
-        return ready_device(here)
+        """`name`, or for "cuda" the GPU of this process on its machine."""
+        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" and self.count > 1 else name
 
     def mine(self, index: int) -> bool:
         """Whether piece `index` of dealt-out work is this process's."""

@@ -7,6 +7,7 @@ size of the caller was. As long as there are no more rows than features the rows
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from array import array
@@ -107,6 +108,11 @@ class FeatureStats:
         if moments.n < 2:
             raise UserError(f"a covariance needs at least 2 images, got {moments.n}; use more images.")
         return moments.m2 / (moments.n - 1)
+
+    def sha256(self) -> str:
+        """Of mean and covariance."""
+        moments = self.moments()
+        return hashlib.sha256(moments.mean.tobytes() + moments.m2.tobytes()).hexdigest()
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write an .npz file with the moments (or the few rows) and what made them. Returns its path.

@@ -39,7 +39,7 @@ def test_evaluate_a_perfect_and_a_bad_sampler(tmp_path, monkeypatch) -> None:
     options = {"protocol": protocol, "n": 100, "metrics": ("fd", "attributes"), "extractor": tiny_extractor()}
     good, bad = evaluation.evaluate(perfect, **options), evaluation.evaluate(grey, **options)
     assert asked == [64, 36]
-    assert good["protocol"] == "scenes-2k[n=100]" and good["n"] == 100
+    assert good["protocol"] == "scenes-2k[n=100, extractor=tiny, other reference]" and good["n"] == 100
     assert good["fd:tiny"] < 0.1 * bad["fd:tiny"]
     assert good["attributes/all"] > 0.95 and bad["attributes/all"] == 0
     assert evaluation.evaluate(perfect, **options, batch=7) == good

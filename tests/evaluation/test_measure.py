@@ -26,6 +26,7 @@ from evaluation.protocol import PROTOCOLS
 from evaluation.references import NamedReference, SceneReference
 from evaluation.values import Value, measured
 from stepdistill import scenes
+from stepdistill.errors import UserError
 
 
 def public(folder: Path, count: int = 24) -> dict:
@@ -230,3 +231,33 @@ def test_a_set_of_images_is_measured_as_it_is(tmp_path) -> None:
         batch=4,
     )
     assert whole.numbers == drawn.numbers and whole.n == 30
+
+
+def test_a_sampler_that_varies_its_size_is_told(net) -> None:
+    """It used to end in a traceback of torch.cat."""
+
+    def draw(prompts, seeds):
+        return torch.zeros(len(seeds), 3, 32 + 2 * (seeds[0] > 0), 32, dtype=torch.uint8)
+
+    with pytest.raises(UserError, match="the images have two sizes, 32x32 and 32x34"):
+        measure(
+            draw,
+            PROTOCOLS["scenes-2k"],
+            ["fd"],
+            n=20,
+            batch=8,
+            extractor=str(net),
+            reference=MemoryImages([pictures(0, 9)]),
+        )
+
+
+def test_statistics_instead_of_the_protocols_reference_are_in_the_name(extractor) -> None:
+    stats = extractor.statistics(MemoryImages([pictures(0, 40)]))
+    found = evaluation.evaluate(
+        lambda prompts, seeds: pictures(50, len(seeds)),
+        n=20,
+        metrics=("fd",),
+        extractor=extractor,
+        reference=stats,
+    )
+    assert found["protocol"] == "scenes-2k[n=20, extractor=tiny, other reference]"

@@ -189,7 +189,7 @@ def test_samples_are_kept_exactly_while_small_and_shrunk_when_large() -> None:
 def test_published_numbers_stand_beside_their_protocol_only(tmp_path) -> None:
     for changes, there in (({}, True), ({"n": 500}, False), ({"protocol_hash": "0"}, False)):
         shown, text = written(tmp_path, **changes)
-        assert ("DMD2, SD 1.5" in shown) == ("published: DMD2, SD 1.5, 1 steps: fid 8.35" in text) == there
+        assert ("DMD2, SD 1.5" in shown) == ("published: DMD2, SD 1.5, 1 step: fid 8.35" in text) == there
 
 
 @pytest.mark.usefixtures("no_plots")

@@ -58,16 +58,16 @@ def test_run_compares_students_with_their_teacher(tmp_path, painters, net, capsy
     assert student["metrics"]["fd_ratio/se"] > 0 and student["metrics"][
         "latency/speedup_denoise"
     ] == pytest.approx(8)
-    assert results["protocol"] == "scenes-2k[n=24]" and results["seeds"] == [0, 23]
+    assert results["protocol"] == "scenes-2k[n=24, extractor=tiny]" and results["seeds"] == [0, 23]
     assert results["extractor"]["name"] == "tiny" and len(results["extractor"]["sha256"]) == 64
     assert any("biased upwards" in warning for warning in results["warnings"])
     shown = capsys.readouterr().out
     text = (tmp_path / "out" / "results.md").read_text()
-    for part in ("fd:tiny ↓", "latency/speedup ↑", "±", "scenes-2k[n=24]"):
+    for part in ("fd:tiny ↓", "latency/speedup ↑", "±", "scenes-2k[n=24, extractor=tiny]"):
         assert part in shown and part in text
     assert "FID" not in shown
     html = (tmp_path / "out" / "results.html").read_text()
-    assert html.count("data:image/png;base64,") == 8 * 5 and "scenes-2k[n=24]" in html
+    assert html.count("data:image/png;base64,") == 8 * 5 and "scenes-2k[n=24, extractor=tiny]" in html
     assert (tmp_path / "out" / "pareto.png").stat().st_size > 1000
     assert [len(row["folds"]["fd:tiny"]) for row in results["rows"]] == [10] * 5
 
@@ -190,7 +190,7 @@ def test_a_run_looks_for_all_it_needs_first(tmp_path, painters, net, capsys, mon
     main([*map(str, command), "--metrics", "fd", "--steps", "1"])
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert (
-        results["protocol"] == "public"
+        results["protocol"] == "public[extractor=tiny]"
         and results["reference_n"] == 5
         and len(results["captions_sha256"]) == 64
     )
