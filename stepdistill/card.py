@@ -34,6 +34,7 @@ class Card:
         commit, stepdistill: of the code that wrote it. metrics: measured numbers, by name.
         settings: of the family, beyond what the pipeline says (`Family.settings`).
         revision: the commit at which the teacher was fetched from a hub.
+        loras: merged into the teacher before: file, scale and sha256 of each.
     """
 
     kind: Literal["student", "teacher", "students"] = "teacher"
@@ -53,6 +54,7 @@ class Card:
     metrics: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     revision: str = ""
+    loras: tuple[dict[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         for steps, times in self.timesteps.items():

@@ -9,6 +9,7 @@ is in `stepdistill.json` and in the README.md beside them.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from stepdistill import card as cards
 from stepdistill.card import Card
 from stepdistill.denoiser import Denoiser, unwrap
 from stepdistill.drawing import DEFAULT_TEACHER_STEPS
-from stepdistill.errors import atomic_write
+from stepdistill.errors import UserError, atomic_write
 from stepdistill.families.base import Family
 from stepdistill.lora import LoRA
 from stepdistill.methods.base import Method
@@ -43,6 +44,7 @@ def card_of(family: Family, method: Method, recipe: dict[str, Any], **facts: Any
         teacher=recipe["family"].get("teacher", ""),
         settings=family.settings,
         revision=family.revision,
+        loras=family.loras,
         recipe=recipe,
         commit=git_commit(short=True) or "unknown",
         stepdistill=__version__,
@@ -50,18 +52,57 @@ def card_of(family: Family, method: Method, recipe: dict[str, Any], **facts: Any
     )
 
 
-def write(family: Family, student: Denoiser, directory: Path, card: Card) -> None:
-    """Write the pipeline, stepdistill.json and the model card; `directory` appears whole or not at all."""
+# A directory -> numbers measured on exactly what lies in it, by name, for its model card.
+Measured = Callable[[Path], dict[str, str]]
+
+
+def write(
+    family: Family, student: Denoiser, directory: Path, card: Card, measured: Measured | None = None
+) -> None:
+    """Write the pipeline, stepdistill.json and the model card; `directory` appears whole or not at all.
+
+    Adapters leave merged, and beside that as a file of their own where the stock pipeline reads one.
+    """
     student = unwrap(student)
     whole = student.merged() if isinstance(student, (LoRA, Pruned)) else student
     with atomic_write(directory) as temporary:
         family.export(whole, temporary, card)
         _name_known_tokenizers(temporary)
         cards.write(card, temporary)
-        adapters = family.lora_file(student, temporary / "lora") if isinstance(student, LoRA) else None
+        if isinstance(student, LoRA):
+            family.lora_file(student, temporary / "lora")
         if isinstance(student, Pruned):
             student.write(temporary / "intervals")
-        temporary.joinpath("README.md").write_text(readme(family, card, adapters is not None))
+        told = replace(card, metrics=card.metrics | (measured(temporary) if measured else {}))
+        temporary.joinpath("README.md").write_text(
+            readme(family, told, (temporary / "lora").is_dir()), encoding="utf-8"
+        )
+
+
+def write_adapters(
+    family: Family, student: LoRA, directory: Path, card: Card, measured: Measured | None = None
+) -> None:
+    """Write adapters alone, as `load_lora_weights` of the stock pipeline reads them, with the scheduler to draw with,
+    stepdistill.json and the model card; `directory` appears whole or not at all.
+
+    Raises:
+        UserError: the family's stock pipeline reads no adapters, or draws no student of this kind.
+    """
+    if why := family.no_lora_file or beyond_stock(family, card):
+        raise UserError(f"{why} Export it with --merge.")
+    with atomic_write(directory) as temporary:
+        temporary.mkdir()
+        family.lora_file(student, temporary)
+        family.student_scheduler(card, student.kind).save_pretrained(temporary / "scheduler")
+        cards.write(card, temporary)
+        told = replace(card, metrics=card.metrics | (measured(temporary) if measured else {}))
+        temporary.joinpath("README.md").write_text(adapters_readme(family, told), encoding="utf-8")
+
+
+def base_of(card: Card) -> str:
+    """What a student's adapters lie over: the teacher, or the student it began as."""
+    init = (card.recipe.get("student") or {}).get("init", "teacher")
+    return card.teacher if init == "teacher" else init
 
 
 def _name_known_tokenizers(directory: Path) -> None:
@@ -75,35 +116,86 @@ def _name_known_tokenizers(directory: Path) -> None:
 
 def readme(family: Family, card: Card, adapters: bool = False) -> str:
     """The model card, with code that runs where this package is not installed. adapters: they lie beside it in `lora`."""
-    sampling, student, missing = card.sampling, card.kind == "student", beyond_stock(family, card)
+    missing = beyond_stock(family, card)
+    loaded = ", ".join(['"PATH_TO_THIS_DIRECTORY"', *_arguments(family.stock_load())])
+    code = [
+        "import torch",
+        "from diffusers import DiffusionPipeline",
+        "",
+        f"pipeline = DiffusionPipeline.from_pretrained({loaded})",
+        *_drawn(family, card),
+    ]
+    if missing:
+        code = _own_call(family, card)
+    notes = getattr(getattr(family, "face", None), "notes", ()) if card.kind == "student" else ()
+    if adapters:
+        notes = (
+            *notes,
+            "",
+            f'`lora` holds the same as adapters for `{base_of(card)}`: `pipeline.load_lora_weights("lora")`. Scheduler and'
+            " call are those of this directory, not the teacher's.",
+        )
+    said = [f"{missing} The code below therefore needs stepdistill.", ""] if missing else []
+    return _page(["library_name: diffusers", "tags: [stepdistill]"], card, said, code, notes)
+
+
+def adapters_readme(family: Family, card: Card) -> str:
+    """The model card of adapters alone, with code that loads what they lie over, them, and the scheduler they need."""
+    base, scheduler = base_of(card), type(family.student_scheduler(card, family.teacher.kind)).__name__
+    revision = {"revision": family.revision} if family.revision and base == card.teacher else {}
+    loaded = ", ".join([_literal(base), *_arguments(revision | family.stock_load())])
+    code = [
+        "import torch",
+        f"from diffusers import DiffusionPipeline, {scheduler}",
+        "",
+        f"pipeline = DiffusionPipeline.from_pretrained({loaded})",
+        *_merged_before(family, card),
+        'pipeline.load_lora_weights("PATH_TO_THIS_DIRECTORY")',
+        f'pipeline.scheduler = {scheduler}.from_pretrained("PATH_TO_THIS_DIRECTORY", subfolder="scheduler")',
+        *_drawn(family, card),
+    ]
+    head = ["library_name: diffusers", f"base_model: {_literal(base)}", "tags: [stepdistill, lora]"]
+    said = [
+        f"Adapters (LoRA) for `{base}`: they hold neither scheduler nor call, which the code below sets.",
+        "",
+    ]
+    return _page(head, card, said, code, [])
+
+
+def _merged_before(family: Family, card: Card) -> list[str]:
+    """The lines that merge into a stock pipeline what was merged into the teacher."""
+    lines, loadable = [], getattr(family.pipeline, "_lora_loadable_modules", ())
+    parts = [name for name in loadable if getattr(family.pipeline, name, None) is not None]
+    for each in card.loras:
+        lines += [
+            f"pipeline.load_lora_weights({_literal(each['file'])})",
+            f"pipeline.fuse_lora(components={json.dumps(parts)}, lora_scale={each['scale']!r})",
+            "pipeline.unload_lora_weights()",
+        ]
+    return lines
+
+
+def _page(head: list[str], card: Card, said: list[str], code: list[str], notes: Sequence[str]) -> str:
+    """A model card. head: its metadata; said: before the code; notes: behind the table."""
+    steps = " / ".join(map(str, card.sampling.steps))
     lines = [
-        "---", "library_name: diffusers", "tags: [stepdistill]", "---",
+        "---", *head, "---",
         f"# {card.name}",
         "",
-        f"A {card.method} student in {' / '.join(map(str, sampling.steps))} steps, distilled from `{card.teacher}`."
-        if student
+        f"A {card.method} student in {steps} steps, distilled from `{card.teacher}`."
+        if card.kind == "student"
         else "A multi-step teacher.",
         "",
-        *([f"{missing} The code below therefore needs stepdistill.", ""] if missing else []),
+        *said,
         "```python",
-        *(_own_call(family, card) if missing else _stock_call(family, card)),
+        *code,
         "```",
         "",
         "| | |",
         "|---|---|",
     ]  # fmt: skip
-    lines += [f"| {key} | {value} |" for key, value in _facts(card).items()]
-    for name, value in card.metrics.items():
-        lines.append(f"| {name} | {value} |")
-    if student:
-        notes = getattr(getattr(family, "face", None), "notes", ())
-        lines += ["", *notes] if notes else []
-    if adapters:
-        lines += [
-            "",
-            f'`lora` holds the same as adapters for `{card.teacher}`: `pipeline.load_lora_weights("lora")`. Scheduler and'
-            " call are those of this directory, not the teacher's.",
-        ]
+    lines += [f"| {name} | {value} |" for name, value in (_facts(card) | card.metrics).items()]
+    lines += ["", *notes] if notes else []
     return "\n".join([*lines, "", "The resolved recipe is in `stepdistill.json`.", ""])
 
 
@@ -112,6 +204,10 @@ def _facts(card: Card) -> dict[str, Any]:
     sampling = card.sampling
     at = f" at {card.revision}" if card.revision else ""
     rows = {"method": card.method, "teacher": f"{card.teacher}{at}" or "none (trained from data)"}
+    if card.loras:
+        rows["LoRAs merged into the teacher"] = "; ".join(
+            f"`{each['file']}` x {each['scale']:g} (sha256 {each['sha256'][:16]})" for each in card.loras
+        )
     if card.kind == "student":
         rows["steps"] = "; ".join(
             f"{n}: t = {', '.join(f'{t:g}' for t in ts)}" for n, ts in card.timesteps.items()
@@ -147,8 +243,8 @@ def beyond_stock(family: Family, card: Card) -> str:
     return ""
 
 
-def _stock_call(family: Family, card: Card) -> list[str]:
-    """The lines of the card that draw an image where this package is not installed."""
+def _drawn(family: Family, card: Card) -> list[str]:
+    """The lines that draw an image with a stock pipeline called `pipeline`."""
     sampling = card.sampling
     steps = min(sampling.steps, default=DEFAULT_TEACHER_STEPS)
     settings, called = family.stock_steps(sampling, steps)
@@ -158,13 +254,7 @@ def _stock_call(family: Family, card: Card) -> list[str]:
     told |= {"num_inference_steps": steps} | called | family.stock_sampling(sampling, sampling.scale)
     if family.conditions == "prompt" and sampling.rule == "tcd":
         told["eta"] = sampling.eta
-    loaded = ", ".join(['"PATH_TO_THIS_DIRECTORY"', *_arguments(family.stock_load())])
-    lines = [
-        "import torch",
-        "from diffusers import DiffusionPipeline",
-        "",
-        f"pipeline = DiffusionPipeline.from_pretrained({loaded})",
-    ]
+    lines = []
     if settings:
         made = ", ".join(["pipeline.scheduler.config", *_arguments(settings)])
         lines.append(f"pipeline.scheduler = pipeline.scheduler.from_config({made})")

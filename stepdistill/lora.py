@@ -52,7 +52,15 @@ class LoraConfig:
         return self.rank > 0
 
     def over(self, base: Denoiser) -> LoRA:
-        return LoRA(base, self.rank, self.alpha or self.rank, self.targets)
+        """Raises UserError for a rank that is larger than a layer, which has no updates of such a rank."""
+        adapted = LoRA(base, self.rank, self.alpha or self.rank, self.targets)
+        name, least = min(adapted.ranks.items(), key=lambda each: each[1])
+        if least < self.rank:
+            raise UserError(
+                f"a LoRA of rank {self.rank} is larger than the layer {name}, whose smaller side is {least}; ask for a rank"
+                f" of at most {least}, or for targets without it."
+            )
+        return adapted
 
 
 NO_LORA = LoraConfig()
@@ -100,6 +108,11 @@ class LoRA(Denoiser):
     @property
     def base(self) -> Denoiser:
         return self._base[0]
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Of each adapted layer's update: the smaller side of a layer is the most."""
+        return {name.replace("/", "."): down.weight.shape[0] for name, (down, _) in self.adapters.items()}
 
     @property
     def network(self) -> nn.Module:

@@ -21,14 +21,23 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepdistill.config import dump, read_yaml
 from stepdistill.errors import UserError, atomic_write
 from training.files import flush, save_tensors
 from training.recipe import Recipe, differences
 
-_OWN = ("recipe.yaml", "metrics.jsonl", "tensorboard", "previews", "checkpoints", "student", "results")
+_OWN = (
+    "recipe.yaml",
+    "metrics.jsonl",
+    "tensorboard",
+    "previews",
+    "checkpoints",
+    "student",
+    "lora",
+    "results",
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,27 @@ class Checkpoint:
     tensors: dict[str, dict[str, Tensor]]
     optimizers: dict[str, dict[str, Any]]
     extra: dict[str, Any]
+
+    def load_into(self, name: str, module: nn.Module) -> None:
+        """The weights of the network `name` into a module of the same make; every key must match.
+
+        Raises:
+            UserError: it is of another make, adapters in place of a whole network for one.
+        """
+        theirs, own = self.tensors.get(name, {}), module.state_dict()
+        if {key: value.shape for key, value in theirs.items()} == {key: v.shape for key, v in own.items()}:
+            module.load_state_dict(theirs)
+            return
+        held, wanted = (
+            "adapters" if any(key.startswith("adapters.") for key in keys) else "a whole network"
+            for keys in (theirs, own)
+        )
+        if held == wanted:
+            held, wanted = "one of another size or rank", "this"
+        raise UserError(
+            f"the checkpoint of step {self.step} has {held} for {name!r}, and this recipe makes {wanted}; set student and"
+            " method back to what the run was begun with, or use --fresh."
+        )
 
 
 class RunDirectory:
@@ -158,6 +188,20 @@ class RunDirectory:
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint."""
         return max(self.steps(), default=None)
+
+    def chosen(self, which: str) -> int:
+        """The step that "latest", "best" or a number stands for.
+
+        Raises:
+            UserError: there is none such.
+        """
+        found = {"latest": self.latest(), "best": (self.best() or (None,))[0]}.get(which, which)
+        if found is None or not str(found).isdecimal():
+            raise UserError(
+                f"checkpoint {which}: give a step, 'best' or 'latest'; {self.path} has checkpoints of steps"
+                f" {self.steps()}."
+            )
+        return int(found)
 
     def load(self, step: int) -> Checkpoint:
         """The checkpoint of `step`.

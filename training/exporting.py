@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from stepdistill import card as cards
 from stepdistill import export
 from stepdistill.card import Card
 from stepdistill.denoiser import Denoiser
 from stepdistill.drawing import Sampler
 from stepdistill.ema import EMA
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, first_line
 from stepdistill.families.base import Family
 from stepdistill.methods.assemble import new_student
 from stepdistill.methods.base import Method
@@ -92,42 +94,126 @@ class ExportedStudent:
 
     def write(self, step: int) -> None:
         """Write the pipeline directory; after `put`."""
-        export.write(self.card.family, self.student, self.directory, self.card.at(step))
+        run = RunDirectory(self.directory.parent)
+        card = self.card.at(step)
+        export.write(self.card.family, self.student, self.directory, card, measured_by(run, card))
+
+
+@dataclass(frozen=True)
+class Exported:
+    """The student of one checkpoint, carrying the weights that are exported, and its card."""
+
+    family: Family
+    student: Denoiser
+    card: Card
+
+    @classmethod
+    def of(cls, recipe: Recipe, which: str) -> Exported:
+        """which: a step, "best" or "latest".
+
+        Raises:
+            UserError: there is no such checkpoint, or it is of another recipe.
+        """
+        directory = RunDirectory(recipe.run.out, recipe.run.keep)
+        directory.check(recipe)
+        checkpoint = directory.load(directory.chosen(which))
+        stage = recipe.stages()[checkpoint.extra["stage"]]
+        family: Family = stage.family.make()
+        method = stage.new_method()
+        student = new_student(method, family, stage.student.init, stage.student.lora)
+        made = StudentCard(stage, recipe, method, family, _routing(checkpoint, stage))
+        checkpoint.load_into("student", student)
+        if made.average:
+            # An average has the names of the parameters it follows, and its count of updates.
+            average = checkpoint.tensors["student_ema"]
+            followed = {name: tensor for name, tensor in average.items() if name != "updates"}
+            student.load_state_dict(student.state_dict() | followed)
+        return cls(family, student.eval(), _as_made(directory.student, made.at(checkpoint.step)))
 
 
 def export_checkpoint(recipe: Recipe, which: str) -> str:
     """Export the weights (run.export: ema or raw) of one checkpoint to run.out/student-STEP-WEIGHTS.
 
-    Args:
-        which: a step, "best" or "latest".
-
     Raises:
-        UserError: there is no such checkpoint, or it is of another recipe.
+        UserError: as `Exported.of`.
     """
-    directory = RunDirectory(recipe.run.out, recipe.run.keep)
-    directory.check(recipe)
-    chosen = {"latest": directory.latest(), "best": (directory.best() or (None,))[0]}.get(which, which)
-    if chosen is None or not str(chosen).isdecimal():
-        raise UserError(
-            f"--export {which}: give a step, 'best' or 'latest';"
-            f" there are checkpoints of steps {directory.steps()}."
-        )
-    checkpoint = directory.load(int(chosen))
-    stage = recipe.stages()[checkpoint.extra["stage"]]
-    family: Family = stage.family.make()
-    method = stage.new_method()
-    student = new_student(method, family, stage.student.init, stage.student.lora)
-    card = StudentCard(stage, recipe, method, family, _routing(checkpoint, stage))
-    student.load_state_dict(checkpoint.tensors["student"])
-    if card.average:
-        # An average has the names of the parameters it follows, and its count of updates.
-        followed = {
-            name: tensor for name, tensor in checkpoint.tensors["student_ema"].items() if name != "updates"
-        }
-        student.load_state_dict(student.state_dict() | followed)
-    target = directory.path / f"student-{chosen}-{recipe.run.export}"
-    export.write(family, student.eval(), target, card.at(checkpoint.step))
+    made, run = Exported.of(recipe, which), RunDirectory(recipe.run.out)
+    target = run.path / f"student-{made.card.step}-{made.card.weights}"
+    export.write(made.family, made.student, target, made.card, measured_by(run, made.card))
     return f"exported to {target}"
+
+
+def measured_by(run: RunDirectory, card: Card) -> export.Measured:
+    """What a run knows of the student of a card: the metric it was watched by at that step, and the rows of its
+    results/results.json that are of a directory of the same content, or of the run's own of that student.
+    """
+
+    def numbers(directory: Path) -> dict[str, str]:
+        watched = {
+            name.removeprefix("metric/"): f"{value:.4g}"
+            for line in _lines(run.metrics)
+            if line.get("step") == card.step
+            for name, value in line.items()
+            if name.startswith("metric/") and isinstance(value, float)
+        }
+        places = [directory, *([run.student] if _card_in(run.student) == card else [])]
+        return watched | _results(run.results / "results.json", places)
+
+    return numbers
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Of a log; the last one of a run that was killed may be half a line."""
+    if path.is_file():
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                with contextlib.suppress(ValueError):
+                    yield json.loads(line)
+
+
+def _results(path: Path, places: Sequence[Path]) -> dict[str, str]:
+    """The main numbers of a results file, where they are of what lies in one of the directories."""
+    from evaluation.generate import pipeline_sha256
+    from evaluation.values import readings
+
+    if not path.is_file():
+        return {}
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        contents = {pipeline_sha256(place) for place in places}
+        rows = [row for row in results["rows"] if row["sha256"] in contents]
+        main = [name for name, value in readings(results).items() if value.main]
+        found = {}
+        for row in rows:
+            where = (
+                f" at {row['steps']} step{'s' * (row['steps'] > 1)} (n = {row['n']}, {results['protocol']})"
+            )
+            for name in main:
+                value, error = row["metrics"].get(name), row["metrics"].get(f"{name}/se")
+                if value is not None:
+                    found[name + where] = f"{value:.4g}" + (f" ± {error:.2g}" if error else "")
+        return found
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is damaged ({first_line(error)}); measure again, or remove it to export without its numbers."
+        ) from None
+
+
+def _as_made(directory: Path, card: Card) -> Card:
+    """The card, with the commit it was first exported at, where that student lies in `directory`: what was measured on it
+    is known by its checksum.
+    """
+    made = _card_in(directory)
+    same = made is not None and card == replace(made, commit=card.commit, stepdistill=card.stepdistill)
+    return made if same else card
+
+
+def _card_in(directory: Path) -> Card | None:
+    try:
+        return cards.read(directory)
+    except UserError:
+        # Damaged, so nobody's.
+        return None
 
 
 def _routing(checkpoint: Checkpoint, stage: Recipe) -> dict[str, Any] | None:

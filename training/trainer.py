@@ -279,7 +279,7 @@ class Trainer:
                 " stages back, or use --fresh."
             )
         for name, module in self.modules.items():
-            module.load_state_dict(checkpoint.tensors[name])
+            checkpoint.load_into(name, module)
         self.ema.load_state_dict(checkpoint.tensors["student_ema"])
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(checkpoint.optimizers[name])

@@ -68,6 +68,8 @@ class Family:
     preview_count: int | None = None
     # The commit at which the teacher was fetched from a hub.
     revision: str = ""
+    # LoRAs that were merged into the teacher, for cards: file, scale, sha256.
+    loras: tuple[dict[str, Any], ...] = ()
     many_steps: ClassVar[Sampling] = MANY_STEPS
     output: ClassVar[str] = "images"
 
@@ -242,6 +244,10 @@ class Family:
     def no_lora_file(self) -> str:
         """Why adapters cannot leave as a file of their own, one sentence; "" = they can."""
         return f"The family {self.name!r} has no pipeline that reads a LoRA."
+
+    def student_scheduler(self, card: Card, kind: str) -> Any:
+        """The stock scheduler that a student of this card leaves with. kind: what its network predicts."""
+        raise UserError(f"the family {self.name!r} has no pipeline to export to.")
 
     def export(self, student: Denoiser, directory: Path, card: Card) -> None:
         """Write a stock diffusers pipeline directory with the scheduler that samples as `card.sampling` says.

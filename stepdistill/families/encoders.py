@@ -18,7 +18,7 @@ from stepdistill.families.reading import only_variant
 from stepdistill.provenance import sha256_of_files, sha256_of_weights
 
 # Fields of a configuration that say where weights lie, not what they are.
-WHERE = ("teacher", "revision", "variant")
+WHERE = ("teacher", "revision", "variant", "lora")
 
 
 class TextParts(Family):

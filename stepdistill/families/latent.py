@@ -16,6 +16,7 @@ from stepdistill import assets
 from stepdistill.config import build
 from stepdistill.denoiser import Cond, Denoiser, map_cond, parameter_count
 from stepdistill.errors import UserError
+from stepdistill.families.adapters import LoraFile, merge
 from stepdistill.families.encoders import described
 from stepdistill.families.faces import UNetFace
 from stepdistill.families.leaving import Leaving
@@ -36,6 +37,7 @@ class LatentConfig:
         variant: of the weights' files, such as "fp16"; "" = the plain ones.
         resolution: of images in pixels: [height, width], [side], or [] for the pipeline's own.
         dtype: of what is frozen; what is trained is float32.
+        lora: LoRAs to merge into the teacher first, "PATH" or "PATH:scale" of safetensors files, one or a list.
     """
 
     teacher: str = ""
@@ -43,8 +45,11 @@ class LatentConfig:
     variant: str = ""
     resolution: tuple[int, ...] = ()
     dtype: Dtype = "float32"
+    lora: str | tuple[str | LoraFile, ...] = ()
 
     def __post_init__(self) -> None:
+        named = (self.lora,) if isinstance(self.lora, str) else self.lora
+        self.lora = tuple(LoraFile.of(each) for each in named if each)
         if len(self.resolution) > 2 or any(side < 1 for side in self.resolution):
             raise ValueError(
                 f"resolution must be [height, width] in pixels, or [side], got {list(self.resolution)}."
@@ -102,7 +107,18 @@ class Latent(Leaving):
             self.path, type(self), dtype=getattr(torch, config.dtype), revision=config.revision,
             variant=config.variant, **self.unused,
         )  # fmt: skip
+        merge(pipeline, config.lora)
         self.set_pipeline(pipeline)
+
+    @property
+    def loras(self) -> tuple[dict[str, Any], ...]:
+        return tuple(each.fact for each in self.config.lora)
+
+    def load_text(self) -> None:
+        gone = tuple(self._dropped)
+        super().load_text()
+        if gone and self.config.lora:
+            merge(self.pipeline, self.config.lora, gone)
 
     def set_pipeline(self, pipeline: Any) -> None:
         """Describe a loaded pipeline: sizes, noise process, teacher."""

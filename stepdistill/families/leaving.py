@@ -42,14 +42,17 @@ class Leaving(TextParts):
         """The stock scheduler a student leaves with."""
         return few_step_scheduler(self.scheduler, sampling, self.schedule, self.passes_sigmas)
 
+    def student_scheduler(self, card: Card, kind: str) -> Any:
+        many = card.kind == "teacher"
+        return of_kind(self.scheduler if many else self.few_step_scheduler(card.sampling), kind)
+
     def export(self, student: Denoiser, directory: Path, card: Card) -> None:
         self.load_text()
-        network = student.network
+        network, scheduler = student.network, self.student_scheduler(card, student.kind)
         if card.kind == "teacher":
-            pipeline = self.assembled(network.model, of_kind(self.scheduler, student.kind))
+            pipeline = self.assembled(network.model, scheduler)
         else:
             settings = self.student_settings if card.sampling.guidance == "none" else {}
-            scheduler = of_kind(self.few_step_scheduler(card.sampling), student.kind)
             pipeline = self.assembled(network.leaving(card.sampling.inputs), scheduler, **settings)
         pipeline.save_pretrained(directory, safe_serialization=True)
 

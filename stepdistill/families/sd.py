@@ -65,6 +65,10 @@ class SD(Latent):
         if not self.config.unet:
             super().open()
             return
+        if self.config.lora:
+            raise UserError(
+                "family.lora is merged into a teacher, and with family.unet there is none; leave one out."
+            )
         self.teacher, self.pipeline, self._parts = None, None, _components(self.path)
         for module in self.modules().values():
             module.eval().requires_grad_(False)

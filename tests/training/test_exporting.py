@@ -43,7 +43,7 @@ def test_any_checkpoint_can_be_exported(tmp_path, tiny_sd):
     assert torch.equal(unets[1, "raw"][name], raw[f"network.unet.{name}"])
     images = stepdistill.load(run / "student")(["a large red star on a black background"], [0], chunk=1)
     assert images.shape == (1, 3, 16, 16)
-    with pytest.raises(UserError, match=r"there are checkpoints of steps \[1, 2, 3\]"):
+    with pytest.raises(UserError, match=r"has checkpoints of steps \[1, 2, 3\]"):
         export_checkpoint(recipe, "newest")
     with pytest.raises(UserError, match=r"no complete checkpoint .*; complete are the steps \[1, 2, 3\]"):
         export_checkpoint(recipe, "7")

@@ -1,0 +1,150 @@
+"""`python -m training.export`: a student, or its adapters, out of a run's directory alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from runs import metrics, sd
+from safetensors.torch import load_file
+from stock import ask_stock, card_code
+
+import stepdistill
+from evaluation.generate import pipeline_sha256
+from training import export, exporting
+from training import run as running
+
+pytestmark = pytest.mark.usefixtures("short_runs")
+LORA = ("student.lora.rank=2", "student.lora.alpha=4", "student.ema=0.5", "run.steps=2")
+
+
+@pytest.fixture
+def adapters(tmp_path, tiny_sd) -> Path:
+    """The directory of a run that trained adapters, apart from where it was made."""
+    method = {"name": "vsd", "lora_rank": 2, "student_every": 1}
+    running.run(sd(tmp_path / "made", tiny_sd, *LORA, "run.save_every=1", method=method))
+    return (tmp_path / "made").rename(tmp_path / "moved")
+
+
+def refused(capsys, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        export.main(list(arguments))
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
+    return said
+
+
+def test_adapters_leave_alone_and_their_card_draws_what_the_whole_pipeline_draws(adapters, tmp_path, capsys):
+    export.main([str(adapters)])
+    assert capsys.readouterr().out == f"exported to {adapters / 'lora'}\n"
+    files = sorted(str(path.relative_to(adapters / "lora")) for path in (adapters / "lora").rglob("*.*"))
+    assert files == [
+        "README.md", "pytorch_lora_weights.safetensors", "scheduler/scheduler_config.json", "stepdistill.json"
+    ]  # fmt: skip
+    shutil.rmtree(adapters / "student")
+    export.main([str(adapters), "--merge"])
+    assert capsys.readouterr().out == f"exported to {adapters / 'student'}\n"
+    torch.manual_seed(0)
+    theirs = drawn(adapters / "lora", tmp_path)
+    whole = drawn(adapters / "student", tmp_path)
+    assert abs(theirs.astype(int) - whole).max() <= 1 and whole.std() > 1
+
+
+def drawn(directory: Path, tmp_path: Path):
+    code = (directory / "README.md").read_text().split("```python")[1].split("```")[0]
+    code = code.replace("PATH_TO_THIS_DIRECTORY", str(directory)).replace('"PROMPT"', '"a red circle"')
+    return ask_stock(tmp_path, code=f"import torch\ntorch.manual_seed(5)\n{code}")[0]
+
+
+def test_a_whole_student_leaves_from_any_checkpoint_and_to_any_place(tmp_path, tiny_sd, capsys):
+    running.run(sd(tmp_path / "run", tiny_sd, "run.steps=2", "run.save_every=1"))
+    made = load_file(tmp_path / "run/student/unet/diffusion_pytorch_model.safetensors")
+    shutil.rmtree(tmp_path / "run/student")
+    for arguments, place, step in (
+        (["--checkpoint", "1", "-o", str(tmp_path / "early")], tmp_path / "early", 1),
+        # Merging what has no adapters changes nothing.
+        (["--merge"], tmp_path / "run/student", 2),
+    ):
+        export.main([str(tmp_path / "run"), *arguments])
+        assert capsys.readouterr().out == f"exported to {place}\n"
+        assert stepdistill.load(place).card.step == step
+    again = load_file(tmp_path / "run/student/unet/diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(made[name], again[name]) for name in made)
+    assert card_code(tmp_path / "early", tmp_path).std() > 1
+
+
+def test_numbers_measured_on_just_this_student_stand_on_its_card(tmp_path, tiny_sd):
+    run = tmp_path / "run"
+    running.run(sd(run, tiny_sd, "run.steps=2", "run.save_every=1"))
+    content = (run / "student/stepdistill.json").read_bytes()
+    with open(run / "metrics.jsonl", "a") as log:
+        log.write(json.dumps({"step": 2, "metric/fd:scenes-v1": 12.345678}) + "\n" + '{"step": 2, "met')
+    (run / "results").mkdir()
+    row = {"steps": 1, "n": 500, "metrics": {"fd:mine": 3.14159, "fd:mine/se": 0.271, "attributes/all": 0.5}}
+    results = {
+        "protocol": "scenes-2k[n=500]",
+        "rows": [row | {"sha256": pipeline_sha256(run / "student")}, row | {"sha256": "of another"}],
+        "values": {"fd:mine": {"better": "lower", "main": True}, "attributes/all": {"better": "higher", "main": False}},
+    }  # fmt: skip
+    (run / "results/results.json").write_text(json.dumps(results))
+    # Again and again, by another commit as well.
+    for commit in ("one", "another"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(exporting.export, "git_commit", lambda short, commit=commit: commit)
+            export.main([str(run)])
+        readme = (run / "student/README.md").read_text()
+        assert "| fd:scenes-v1 | 12.35 |" in readme
+        assert "| fd:mine at 1 step (n = 500, scenes-2k[n=500]) | 3.142 ± 0.27 |" in readme
+        assert "attributes/all" not in readme
+        assert (run / "student/stepdistill.json").read_bytes() == content
+    export.main([str(run), "--checkpoint", "1", "-o", str(tmp_path / "early")])
+    assert "fd:" not in (tmp_path / "early/README.md").read_text()
+    assert len(metrics(run)[:1]) == 1
+
+
+def test_what_cannot_be_exported_is_one_sentence(adapters, tmp_path, tiny_sd, capsys, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("keep me")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    for arguments, says in (
+        ([str(tmp_path / "nowhere")], "it has no recipe.yaml"),
+        ([str(adapters), "--checkpoint", "7"], "no complete checkpoint"),
+        ([str(adapters), "--checkpoint", "newest"], "has checkpoints of steps [1, 2]"),
+        ([str(adapters), "-o", str(tmp_path / "mine")], "holds something else than an exported student"),
+        ([str(adapters), "--push", "a/b/c"], "give owner/name"),
+        ([str(adapters), "--push", "me/mine"], "there is no token for the hub"),
+    ):
+        assert says in refused(capsys, *arguments)
+    assert (tmp_path / "mine/notes.txt").read_text() == "keep me"
+    # Of a family whose pipeline reads none.
+    monkeypatch.setattr(
+        "stepdistill.families.sd.SD.no_lora_file", "This pipeline has no `load_lora_weights`."
+    )
+    assert "Export it with --merge." in refused(capsys, str(adapters))
+    assert not (adapters / "lora").exists()
+
+
+def test_a_push_says_what_the_hub_said(adapters, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_x")
+    said = refused(capsys, str(adapters), "--push", "me/mine")
+    assert "the hub cannot be written to" in said and (adapters / "lora/README.md").is_file()
+    asked = []
+
+    class Hub:
+        def create_repo(self, name, **settings):
+            asked.append((name, settings))
+            return type("Url", (str,), {"repo_id": name})(f"https://hub/{name}")
+
+        def upload_folder(self, *, folder_path, repo_id, commit_message):
+            asked.append((Path(folder_path), repo_id))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    export.main([str(adapters), "--push", "me/mine", "--private"])
+    assert capsys.readouterr().out.endswith("pushed to https://hub/me/mine\n")
+    assert asked == [
+        ("me/mine", {"private": True, "exist_ok": True}), (adapters / "lora", "me/mine")
+    ]  # fmt: skip
