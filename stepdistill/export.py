@@ -258,8 +258,12 @@ def _drawn(family: Family, card: Card) -> list[str]:
     if settings:
         made = ", ".join(["pipeline.scheduler.config", *_arguments(settings)])
         lines.append(f"pipeline.scheduler = pipeline.scheduler.from_config({made})")
+    inputs = family.stock_inputs()
+    if inputs:
+        lines = ["from PIL import Image", *lines]
+    given = [*_arguments(told), *(f"{name}={code}" for name, code in inputs.items())]
     drawn = {"images": "image", "frames": "video"}[family.output]
-    return [*lines, f"{drawn} = pipeline({', '.join(_arguments(told))}).{family.output}[0]"]
+    return [*lines, f"{drawn} = pipeline({', '.join(given)}).{family.output}[0]"]
 
 
 def _arguments(named: dict[str, Any]) -> list[str]:

@@ -38,6 +38,15 @@ Each was then distilled by DMD2, in 250 and 300 iterations of 16; the recipes ar
 
 ![A teacher in FLUX's shape and its student](../assets/pictures/shapes_flux.png)
 
+## Inpainting
+
+`sd_inpaint` serves UNets of nine channels, which see a mask and the image without what it covers.
+In training both are made of the data's images: boxes, strokes, and some masks that cover everything.
+A mask depends on its sample and step alone, so that runs resume bit for bit; the VAE therefore encodes an image per sample.
+Previews, evaluation and the app ask with prompts, for which the mask covers everything.
+The exported student is a `StableDiffusionInpaintPipeline`, which takes an image and a mask.
+SDXL's inpainting UNet is refused by its number of channels.
+
 ## What upstream makes impossible
 
 - Most flow pipelines draw the noise between two steps from the global generator: a seed there needs `torch.manual_seed`.

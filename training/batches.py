@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -98,9 +98,13 @@ class Batches:
     ) -> Batch:
         family, bucket = self.family, self.buckets[number]
         noise = state.noise(positions, phase, self.device)
+        if family.needs_images:
+            examples, images = self._readable(examples, bucket, self.source.images)
         examples, x0 = self._real(examples, bucket) if self.needs_images else (examples, None)
         prompts = family.prompts(self.source, examples, uses)
         cond, uncond = self._moved(family.encode(prompts)), self._moved(family.uncond(len(examples)))
+        if family.needs_images:
+            cond, uncond = family.completed(cond, uncond, torch.from_numpy(images).movedim(-1, -3), noise)
         if self.source.has_images:
             sizes = self._sizes(examples, bucket)
             cond, uncond = family.sized(cond, sizes), family.sized(uncond, sizes)
@@ -116,20 +120,29 @@ class Batches:
         return torch.as_tensor(sizes, dtype=torch.float32, device=self.device)
 
     def _real(self, examples: list[int], bucket: Bucket) -> tuple[list[int], Tensor]:
-        """x0 of the examples, each of which that can no longer be read with the next of its bucket in its place."""
+        """The examples, as `_readable` has them, and their x0."""
         if self.latents is not None:
             return examples, self.latents.of(examples).to(self.device)
+        examples, x0 = self._readable(examples, bucket, lambda each: self.family.examples(self.source, each))
+        return examples, x0.to(self.device)
+
+    def _readable(
+        self, examples: list[int], bucket: Bucket, read: Callable[[list[int]], Any]
+    ) -> tuple[list[int], Any]:
+        """The examples, each of which that can no longer be read with the next of its bucket in its place, and what
+        `read` gives for them.
+        """
         while True:
-            examples = [self._readable(example, bucket) for example in examples]
+            examples = [self._kept(example, bucket) for example in examples]
             try:
-                return examples, self.family.examples(self.source, examples).to(self.device)
+                return examples, read(examples)
             except Unreadable as error:
                 self.lost[error.index] = str(error)
                 if all(int(member) in self.lost for member in bucket.members):
                     raise
                 tqdm.write(f"example {error.index} is left out from now on: {error}", file=sys.stderr)
 
-    def _readable(self, example: int, bucket: Bucket) -> int:
+    def _kept(self, example: int, bucket: Bucket) -> int:
         while example in self.lost:
             (row,) = bucket.rows([example])
             example = int(bucket.members[(row + 1) % len(bucket.members)])

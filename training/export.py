@@ -67,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _check_hub(given.push)
         with allowing_code(given.allow_code):
             # The run may have been moved.
-            recipe = load_recipe(directory.recipe, [f"run.out={directory.path}"])
+            chosen = [f"run.export={given.weights}"] if given.weights else []
+            recipe = load_recipe(directory.recipe, [f"run.out={directory.path}", *chosen])
             quieten_libraries()
             made = Exported.of(recipe, given.checkpoint)
             print(f"exported to {(target := export(made, directory, given.out, given.merge))}")

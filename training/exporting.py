@@ -131,18 +131,6 @@ class Exported:
         return cls(family, student.eval(), _as_made(directory.student, made.at(checkpoint.step)))
 
 
-def export_checkpoint(recipe: Recipe, which: str) -> str:
-    """Export the weights (run.export: ema or raw) of one checkpoint to run.out/student-STEP-WEIGHTS.
-
-    Raises:
-        UserError: as `Exported.of`.
-    """
-    made, run = Exported.of(recipe, which), RunDirectory(recipe.run.out)
-    target = run.path / f"student-{made.card.step}-{made.card.weights}"
-    export.write(made.family, made.student, target, made.card, measured_by(run, made.card))
-    return f"exported to {target}"
-
-
 def measured_by(run: RunDirectory, card: Card) -> export.Measured:
     """What a run knows of the student of a card: the metric it was watched by at that step, and the rows of its
     results/results.json that are of a directory of the same content, or of the run's own of that student.

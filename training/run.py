@@ -184,6 +184,11 @@ def check(recipe: Recipe, family: Family, source: Source) -> None:
         raise UserError(
             f"{needs} real images as configured, and {data} has none; set data.name to a source with images."
         )
+    if family.needs_images and not source.has_images:
+        raise UserError(
+            f"the family {family.name!r} is told parts of images, and {data} has none; set data.name to a source with"
+            " images."
+        )
     if method.needs_teacher and family.teacher is None:
         raise UserError(f"{needs} a teacher; set family.teacher and leave family.unet out.")
     if family.conditions == "prompt" and source.captions is None:
@@ -204,7 +209,8 @@ def check(recipe: Recipe, family: Family, source: Source) -> None:
 def _check_sizes(method: Method, family: Family, source: Source) -> None:
     """UserError where images have sizes, or videos a length, that the family does not take."""
     frames = getattr(getattr(family, "config", None), "frames", 1)
-    if method.needs_images and source.has_images and source.frames != frames:
+    seen = (method.needs_images or family.needs_images) and source.has_images
+    if seen and source.frames != frames:
         raise UserError(
             f"data: {source.noun} of {source.frames} frame{'s' * (source.frames > 1)} are not what the family"
             f" {family.name!r} takes, which is {frames}; set data.frames of the source `frames`, or family.frames."
@@ -219,7 +225,7 @@ def _check_sizes(method: Method, family: Family, source: Source) -> None:
             )
         return
     height, width = family.resolution
-    if method.needs_images and source.has_images and source.image_size != (height, width):
+    if seen and source.image_size != (height, width):
         wanted = height if height == width else [height, width]
         raise UserError(
             f"data.resolution={source.config.resolution} differs from the family's {height}x{width};"

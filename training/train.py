@@ -42,11 +42,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         action="store_true",
         help="start over instead of resuming; removes what the run directory holds of the run",
     )
-    parser.add_argument(
-        "--export",
-        metavar="STEP",
-        help="train nothing; export the weights of checkpoint STEP, or of the 'best' or 'latest' one",
-    )
     from stepdistill.errors import cli_errors, quieten_libraries
     from stepdistill.registry import add_allow_code, allowing_code
 
@@ -59,15 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with allowing_code(given.allow_code):
             recipe = load_recipe(given.recipe, given.overrides)
             # After the recipe: a mistake in it is said in half the time.
-            from training.exporting import export_checkpoint
             from training.run import dry_run, run
 
             if recipe.family.cls.exportable:
                 quieten_libraries()
             if given.dry_run:
                 print(dry_run(recipe))
-            elif given.export:
-                print(export_checkpoint(recipe, given.export))
             else:
                 run(recipe, fresh=given.fresh)
 

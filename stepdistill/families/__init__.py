@@ -9,6 +9,7 @@ FAMILIES = Table(
     {
         "toy": "stepdistill.families.toy:Toy",
         "sd": "stepdistill.families.sd:SD",
+        "sd_inpaint": "stepdistill.families.sd_inpaint:SDInpaint",
         "sdxl": "stepdistill.families.sdxl:SDXL",
         "pixart": "stepdistill.families.pixart:PixArt",
         "dit": "stepdistill.families.dit:DiT",

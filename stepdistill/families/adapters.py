@@ -6,9 +6,11 @@ a warning is an error here: a teacher with half a style would be distilled for a
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,6 +162,31 @@ def _merge(pipeline: Any, each: LoraFile, pairs: int, parts: Sequence[str] | Non
             f"{where} does not fit this teacher, a {type(pipeline).__name__}: {found} of its {pairs} layers are there; it"
             " is of another base."
         )
+
+
+@contextlib.contextmanager
+def _loading_by_peft(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Text encoders take adapters for the length of the block whatever peft transformers asks for: its 5.24 wants a later
+    one than there is, and nothing of it is needed here.
+    """
+    from peft import inject_adapter_in_model, set_peft_model_state_dict
+    from transformers import PreTrainedModel
+
+    encoders = [module for module in modules if isinstance(module, PreTrainedModel)]
+
+    def load_adapter(
+        encoder: nn.Module, adapter_name: str, adapter_state_dict: Any, peft_config: Any, **_: Any
+    ) -> None:
+        inject_adapter_in_model(peft_config, encoder, adapter_name=adapter_name)
+        set_peft_model_state_dict(encoder, adapter_state_dict, adapter_name)
+
+    for encoder in encoders:
+        encoder.load_adapter = functools.partial(load_adapter, encoder)
+    try:
+        yield
+    finally:
+        for encoder in encoders:
+            del encoder.load_adapter
 
 
 def _adapted(module: nn.Module) -> int:

@@ -14,6 +14,7 @@ from stepdistill.card import Card
 from stepdistill.denoiser import Cond, Denoiser, parameter_count
 from stepdistill.errors import UserError
 from stepdistill.families.faces import cast
+from stepdistill.noise import SampleNoise
 from stepdistill.sampling import MANY_STEPS, Sampling
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Family:
         preview_count: x0 that make one picture of a preview, drawn at once; None = one picture for each.
         many_steps: how its pipelines are sampled that come without a card.
         output: what its pipeline calls the images it returns.
+        needs_images: its conditions are of images, so that prompts alone train nothing.
     """
 
     name: ClassVar[str] = ""
@@ -72,6 +74,7 @@ class Family:
     loras: tuple[dict[str, Any], ...] = ()
     many_steps: ClassVar[Sampling] = MANY_STEPS
     output: ClassVar[str] = "images"
+    needs_images: ClassVar[bool] = False
 
     @classmethod
     def from_directory(
@@ -190,6 +193,13 @@ class Family:
         """x0 of the images `indices` of a data source."""
         return self.encode_images(torch.from_numpy(source.images(indices)).movedim(-1, -3))
 
+    def completed(self, cond: Cond, uncond: Cond, images: Tensor, noise: SampleNoise) -> tuple[Cond, Cond]:
+        """Of a family that `needs_images`: the conditions of a training batch with what they have of its images.
+
+        images: uint8 (N, 3, H, W). noise: of the batch, for what is drawn at random.
+        """
+        return cond, uncond
+
     def latent_key(self) -> str:
         """Names everything that `encode_images` depends on besides the images, for caches of x0."""
         raise NotImplementedError
@@ -267,6 +277,10 @@ class Family:
         """Arguments by which the stock pipeline draws at this family's resolution and guidance, 1 = off, besides prompts,
         steps and generators.
         """
+        return {}
+
+    def stock_inputs(self) -> dict[str, str]:
+        """Arguments of a stock call that are no plain values, as Python code, in which `Image` is Pillow's."""
         return {}
 
     def stock_sampling(self, sampling: Sampling, guidance_scale: float) -> dict[str, Any]:

@@ -108,6 +108,10 @@ class UNetFace(Face):
         """What the UNet is told of a condition: the text encoder's states (B, tokens, width), for one."""
         return {"encoder_hidden_states": cond.to(dtype)}
 
+    def sample(self, x_t: Tensor, cond: Cond) -> Tensor:
+        """What the UNet is given to denoise: x_t (B, C, h, w), with further channels behind it where it takes such."""
+        return x_t
+
     def forward(
         self, x_t: Tensor, t: Tensor, cond: Cond, guidance: Tensor | None = None, end: Tensor | None = None
     ) -> Tensor:
@@ -121,7 +125,8 @@ class UNetFace(Face):
             embedded = sinusoids(scalar, self.unet.config.time_cond_proj_dim).to(x_t.device, dtype)
         told = self.arguments(cond, dtype)
         time = t.to(x_t.device, torch.float32)
-        return self.unet(x_t.to(dtype), time, timestep_cond=embedded, **told).sample
+        sample = self.sample(x_t, cond).to(dtype)
+        return self.unet(sample, time, timestep_cond=embedded, **told).sample
 
     @property
     def told(self) -> tuple[str, ...]:

@@ -11,11 +11,13 @@ from torch import nn
 from stepdistill.errors import UserError
 
 
-def check_unet(unet: nn.Module, path: Path, channels: Iterable[int], allowed: dict[str, Any]) -> None:
+def check_unet(
+    unet: nn.Module, path: Path, channels: Iterable[int], allowed: dict[str, Any], outputs: int = 0
+) -> None:
     """Whether a UNet can be called with what its family tells it.
 
     channels: of its input, such as the VAE's latents. allowed: further conditions -> the one value besides null that the
-    family serves.
+    family serves. outputs: channels of an image, where the input has more.
 
     Raises:
         UserError: it takes another input, gives neither one nor two values for each of it, or must be told more.
@@ -23,15 +25,21 @@ def check_unet(unet: nn.Module, path: Path, channels: Iterable[int], allowed: di
     config, channels = unet.config, tuple(channels)
     if config.in_channels not in channels:
         known = " or ".join(map(str, channels))
-        mask = ", as one does that fills in masks" if config.in_channels == 2 * channels[0] + 1 else ""
+        way = "choose one that draws from noise alone"
+        if config.in_channels == inpainting_channels(channels[0]):
+            way = (
+                "as one does that fills in masks; of Stable Diffusion 1.x and 2.x such are served as a"
+                " StableDiffusionInpaintPipeline with family.name=sd_inpaint"
+            )
         raise UserError(
             f"{path}: in_channels={config.in_channels} in unet/config.json, where images have {known}: this UNet takes"
-            f" more than an image{mask}; choose one that draws from noise alone."
+            f" another input than an image, {way}."
         )
-    if config.out_channels not in (config.in_channels, 2 * config.in_channels):
+    outputs = outputs or config.in_channels
+    if config.out_channels not in (outputs, 2 * outputs):
         raise UserError(
-            f"{path}: out_channels={config.out_channels} in unet/config.json is neither in_channels"
-            f" ({config.in_channels}) nor, with a learned variance, twice that; choose another UNet."
+            f"{path}: out_channels={config.out_channels} in unet/config.json is neither that of images"
+            f" ({outputs}) nor, with a learned variance, twice that; choose another UNet."
         )
     for name in ("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim_type"):
         value = config.get(name)
@@ -40,6 +48,11 @@ def check_unet(unet: nn.Module, path: Path, channels: Iterable[int], allowed: di
                 f"{path}: {name}={value!r} in unet/config.json: this UNet must be told more than its family tells one;"
                 " choose another teacher or family."
             )
+
+
+def inpainting_channels(latent: int) -> int:
+    """Of a UNet that fills in masks: the image, the mask, and the image without what the mask covers."""
+    return 2 * latent + 1
 
 
 def drop_variance(pipeline: Any) -> None:

@@ -9,7 +9,6 @@ import pytest
 import tiny
 import torch
 import worlds
-from diffusers import DiffusionPipeline
 from models import family_of
 from peft import LoraConfig as PeftConfig
 from runs import sd
@@ -102,15 +101,24 @@ def test_what_students_leave_is_read_as_well_and_several_add_up(variant, tmp_pat
 
 
 def test_a_text_encoders_part_is_merged_and_comes_back_with_it(tmp_path):
-    stock = DiffusionPipeline.from_pretrained(tiny.directory("sd15"))
-    torch.manual_seed(0)
-    config = PeftConfig(r=2, lora_alpha=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    stock.text_encoder.add_adapter(config)
-    from peft import get_peft_model_state_dict
-
-    layers = get_peft_model_state_dict(stock.text_encoder)
-    type(stock).save_lora_weights(tmp_path, text_encoder_lora_layers=layers, safe_serialization=True)
-    merged, plain_ = family_of("sd15", lora=str(tmp_path)), family_of("sd15")
+    plain_, expected, rank, alpha = family_of("sd15"), family_of("sd15"), 2, 4.0
+    content, generator = {}, torch.Generator().manual_seed(0)
+    for name, layer in expected.pipeline.text_encoder.named_modules():
+        if name.endswith(("q_proj", "v_proj")):
+            down = 0.1 * torch.randn(rank, layer.in_features, generator=generator)
+            up = torch.randn(layer.out_features, rank, generator=generator)
+            with torch.no_grad():
+                layer.weight += alpha / rank * up @ down
+            # As trainers name it, whose encoders have one more level.
+            kohya = "lora_te_text_model_" + name.removeprefix("text_model.").replace(".", "_")
+            content |= {
+                f"{kohya}.lora_down.weight": down,
+                f"{kohya}.lora_up.weight": up,
+                f"{kohya}.alpha": torch.tensor(alpha),
+            }
+    save_file(content, tmp_path / "text.safetensors")
+    merged = family_of("sd15", lora=str(tmp_path / "text.safetensors"))
+    torch.testing.assert_close(merged.encode(PROMPTS), expected.encode(PROMPTS), rtol=1e-4, atol=1e-5)
     before = merged.encode(PROMPTS)
     assert not torch.allclose(before, plain_.encode(PROMPTS), atol=1e-4)
     assert merged.text_key() != plain_.text_key()

@@ -100,17 +100,21 @@ NAMED = {
 
 @pytest.mark.parametrize("field", NAMED)
 def test_a_recipe_runs_no_code(canary: Path, tmp_path: Path, capsys: Any, field: str) -> None:
+    from training import export
     from training.train import main
 
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(toy(tmp_path / "run", **NAMED[field])))
-    for options in (["--dry-run"], [], ["--export", "latest"]):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text(path.read_text())
+    for command, options in (
+        (main, [str(path), "--dry-run"]), (main, [str(path)]), (export.main, [str(tmp_path / "run")])
+    ):  # fmt: skip
         with pytest.raises(SystemExit) as ended:
-            main([str(path), *options])
+            command(options)
         said = capsys.readouterr().err
         assert ended.value.code == 2 and said.count("\n") == 1
-        if options != ["--export", "latest"]:
-            assert f"{field}" in said and "would import the module canary and run its class X" in said
+        assert f"{field}" in said and "would import the module canary and run its class X" in said
     assert not canary.exists() and not (tmp_path / "run" / "metrics.jsonl").exists()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import metrics, sd
+from runs import LCM, checkpoint, labelled_images, metrics, pixel, same, sd, toy
 from safetensors.torch import load_file
 from stock import ask_stock, card_code
 
@@ -16,6 +16,8 @@ import stepdistill
 from evaluation.generate import pipeline_sha256
 from training import export, exporting
 from training import run as running
+from training.checkpoint import RunDirectory
+from training.recipe import recipe_from
 
 pytestmark = pytest.mark.usefixtures("short_runs")
 LORA = ("student.lora.rank=2", "student.lora.alpha=4", "student.ema=0.5", "run.steps=2")
@@ -59,21 +61,60 @@ def drawn(directory: Path, tmp_path: Path):
     return ask_stock(tmp_path, code=f"import torch\ntorch.manual_seed(5)\n{code}")[0]
 
 
-def test_a_whole_student_leaves_from_any_checkpoint_and_to_any_place(tmp_path, tiny_sd, capsys):
-    running.run(sd(tmp_path / "run", tiny_sd, "run.steps=2", "run.save_every=1"))
-    made = load_file(tmp_path / "run/student/unet/diffusion_pytorch_model.safetensors")
-    shutil.rmtree(tmp_path / "run/student")
-    for arguments, place, step in (
-        (["--checkpoint", "1", "-o", str(tmp_path / "early")], tmp_path / "early", 1),
-        # Merging what has no adapters changes nothing.
-        (["--merge"], tmp_path / "run/student", 2),
-    ):
-        export.main([str(tmp_path / "run"), *arguments])
-        assert capsys.readouterr().out == f"exported to {place}\n"
-        assert stepdistill.load(place).card.step == step
-    again = load_file(tmp_path / "run/student/unet/diffusion_pytorch_model.safetensors")
-    assert all(torch.equal(made[name], again[name]) for name in made)
-    assert card_code(tmp_path / "early", tmp_path).std() > 1
+def test_any_checkpoint_leaves_with_either_weights(tmp_path, tiny_sd, capsys):
+    run, settings = tmp_path / "run", ("run.steps=3", "run.save_every=1", "run.keep=3", "student.ema=0.9")
+    running.run(sd(run, tiny_sd, *settings))
+    final = unet(run / "student")
+    shutil.rmtree(run / "student")
+    RunDirectory(run, keep=3).record_best(2, 0.5)
+    found = {}
+    for which, step in (("1", 1), ("best", 2), ("latest", 3)):
+        for weights in ("ema", "raw"):
+            place = tmp_path / f"{step}-{weights}"
+            export.main([str(run), "--checkpoint", which, "--weights", weights, "-o", str(place)])
+            assert capsys.readouterr().out == f"exported to {place}\n"
+            sampler = stepdistill.load(place)
+            assert (sampler.kind, sampler.steps) == ("student", (1, 2))
+            assert sampler.card.step == step and sampler.card.weights == weights
+            found[step, weights] = unet(place)
+    # Merging what has no adapters changes nothing.
+    export.main([str(run), "--merge"])
+    assert same(unet(run / "student"), final) and same(found[3, "ema"], final)
+    assert not same(found[3, "raw"], final) and not same(found[1, "ema"], final)
+    raw = checkpoint(run, 1).tensors["student"]
+    assert torch.equal(found[1, "raw"]["conv_in.weight"], raw["network.unet.conv_in.weight"])
+    assert card_code(run / "student", tmp_path).std() > 1
+
+
+def unet(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "unet/diffusion_pytorch_model.safetensors")
+
+
+def test_a_staged_student_is_exported_with_its_last_method(tmp_path, tiny_sd):
+    mapping = sd(tmp_path / "run", tiny_sd).mapping()
+    del mapping["method"]
+    mapping["stages"] = [
+        {"method": {**LCM, "ddim_steps": 4}, "run": {"steps": 1}},
+        {"method": {"name": "dmd2"}, "run": {"steps": 1}},
+    ]
+    del mapping["run"]["steps"]
+    running.run(recipe_from(mapping))
+    sampler = stepdistill.load(tmp_path / "run" / "student")
+    assert sampler.card.method == "dmd2" and sampler.guidance_free and sampler.sampling.inputs == ()
+    # The grid its times are taken from is still the one it was first taught.
+    assert sampler.sampling.finest == 4
+    assert [stage["method"]["name"] for stage in sampler.card.recipe["stages"]] == ["lcm", "dmd2"]
+
+
+def test_export_needs_no_data_and_writes_the_same_again(tmp_path, tiny_pixel):
+    images = labelled_images(tmp_path / "images")
+    running.run(pixel(tmp_path / "run", tiny_pixel, images, "student.ema=0.9"))
+    written, again = tmp_path / "run" / "student", tmp_path / "again"
+    shutil.rmtree(images)
+    export.main([str(tmp_path / "run"), "-o", str(again)])
+    files = sorted(path.relative_to(written) for path in written.rglob("*") if path.is_file())
+    assert files == sorted(path.relative_to(again) for path in again.rglob("*") if path.is_file())
+    assert all((written / file).read_bytes() == (again / file).read_bytes() for file in files)
 
 
 def test_numbers_measured_on_just_this_student_stand_on_its_card(tmp_path, tiny_sd):
@@ -120,6 +161,10 @@ def test_what_cannot_be_exported_is_one_sentence(adapters, tmp_path, tiny_sd, ca
     ):
         assert says in refused(capsys, *arguments)
     assert (tmp_path / "mine/notes.txt").read_text() == "keep me"
+    running.run(toy(tmp_path / "toy", "run.steps=1"))
+    assert "has no pipeline to export to" in refused(capsys, str(tmp_path / "toy"))
+    (adapters / "checkpoints/1/student.safetensors").write_bytes(b"x")
+    assert "no complete checkpoint" in refused(capsys, str(adapters), "--checkpoint", "1")
     # Of a family whose pipeline reads none.
     monkeypatch.setattr(
         "stepdistill.families.sd.SD.no_lora_file", "This pipeline has no `load_lora_weights`."

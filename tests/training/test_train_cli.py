@@ -213,16 +213,6 @@ def test_ctrl_c_keeps_a_checkpoint_and_the_same_command_goes_on(capsys, monkeypa
     assert "run.out=..." in stopped(capsys, "toy.yaml", "method.student_every=2")
     main(["toy.yaml", "method.student_every=2", "--fresh"])
     assert RunDirectory("out").latest() == 4
-    assert "has no pipeline to export to" in stopped(
-        capsys, "toy.yaml", "method.student_every=2", "--export", "latest"
-    )
-    assert "give a step, 'best' or 'latest'" in stopped(
-        capsys, "toy.yaml", "method.student_every=2", "--export", "best"
-    )
-    (Path("out") / "checkpoints" / "4" / "student.safetensors").write_bytes(b"x")
-    assert "there is no complete checkpoint" in stopped(
-        capsys, "toy.yaml", "method.student_every=2", "--export", "4"
-    )
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(capsys, monkeypatch):
