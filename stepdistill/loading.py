@@ -14,6 +14,7 @@ from stepdistill.errors import UserError
 from stepdistill.families import FAMILIES
 from stepdistill.families.base import Family
 from stepdistill.families.reading import every_family, read_index
+from stepdistill.onnx_form import attached
 from stepdistill.pruning import files, plug
 from stepdistill.registry import resolve
 from stepdistill.students import Students
@@ -87,4 +88,6 @@ def _single(
         family.teacher = plug(family.teacher, files(intervals))
     family.to(device, dtype)
     denoiser = family.teacher.eval().requires_grad_(False)
-    return Sampler(family, denoiser, path, card, device, dtype)
+    sampler = Sampler(family, denoiser, path, card, device, dtype)
+    # ONNX files are of the network without intervals.
+    return sampler if intervals else attached(sampler)

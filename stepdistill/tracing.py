@@ -53,7 +53,7 @@ class Traced(nn.Module):
         return self._recorded[key](*inputs)
 
     def _record(self, inputs: tuple[Tensor, ...], names: list[str] | None, conds: int, extras: tuple) -> Any:
-        plain = _Positional(self.network, names, conds, extras).eval()
+        plain = Positional(self.network, names, conds, extras).eval()
         with warnings.catch_warnings():
             # One per Python branch on a shape; shapes are in the key.
             warnings.simplefilter("ignore")
@@ -66,7 +66,7 @@ class Traced(nn.Module):
         return plain
 
 
-class _Positional(nn.Module):
+class Positional(nn.Module):
     """The network with its condition and extras as a flat list of tensors, which is what can be recorded."""
 
     def __init__(self, network: nn.Module, names: list[str] | None, conds: int, extras: tuple[str, ...]):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stepdistill.denoiser import Cond, Denoiser
 from stepdistill.errors import UserError, first_line
@@ -133,18 +133,27 @@ class SD(Latent):
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Cond:
         """(N, tokens, width) states of the text encoder; prompts longer than the tokenizer's limit are cut."""
-        tokens = self.tokenizer(
+        tokens = self._tokens(prompts)
+        masked = getattr(self.text_encoder.config, "use_attention_mask", False)
+        return self.states(tokens.input_ids, tokens.attention_mask if masked else None)
+
+    def token_ids(self, prompts: Sequence[str]) -> Tensor:
+        """(N, tokens), what `states` makes conditions of where the encoder takes no mask."""
+        return self._tokens(prompts).input_ids
+
+    def states(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Of the text encoder, (N, tokens, width)."""
+        device = self.text_encoder.device
+        return self.text_encoder(ids.to(device), attention_mask=None if mask is None else mask.to(device))[0]
+
+    def _tokens(self, prompts: Sequence[str]) -> Any:
+        return self.tokenizer(
             list(prompts),
             padding="max_length",
             max_length=self.tokenizer.model_max_length,
             truncation=True,
             return_tensors="pt",
         )
-        mask = (
-            tokens.attention_mask if getattr(self.text_encoder.config, "use_attention_mask", False) else None
-        )
-        mask = mask.to(self.text_encoder.device) if mask is not None else None
-        return self.text_encoder(tokens.input_ids.to(self.text_encoder.device), attention_mask=mask)[0]
 
     def assembled(self, model: nn.Module, scheduler: Any, **settings: Any) -> Any:
         """A StableDiffusionPipeline, whatever the teacher's was, and without one as well."""

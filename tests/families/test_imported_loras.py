@@ -104,7 +104,7 @@ def test_a_text_encoders_part_is_merged_and_comes_back_with_it(tmp_path):
     plain_, expected, rank, alpha = family_of("sd15"), family_of("sd15"), 2, 4.0
     content, generator = {}, torch.Generator().manual_seed(0)
     for name, layer in expected.pipeline.text_encoder.named_modules():
-        if name.endswith(("q_proj", "v_proj")):
+        if name.endswith(("q_proj", "k_proj", "v_proj", "out_proj")):
             down = 0.1 * torch.randn(rank, layer.in_features, generator=generator)
             up = torch.randn(layer.out_features, rank, generator=generator)
             with torch.no_grad():

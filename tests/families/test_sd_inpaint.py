@@ -110,7 +110,7 @@ def test_masks_are_of_their_samples_alone_and_of_every_kind():
     assert 0.4 < np.mean(filled) < 0.7
 
 
-@pytest.mark.parametrize("name", ["dmd2", "lcm", "scm"])
+@pytest.mark.parametrize("name", ["dmd2", "lcm", pytest.param("scm", marks=pytest.mark.slow)])
 def test_methods_train_on_masks(family, name):
     own = {"gan_weight": 1e-2} if name == "dmd2" else worlds.SETTINGS.get(name, {})
     method = worlds.method(name, **own)
@@ -120,7 +120,7 @@ def test_methods_train_on_masks(family, name):
     images, masks = pictures()
 
     class Source:
-        captions = tuple(PROMPTS)
+        captions, labels = tuple(PROMPTS), None
 
         def images(self, indices):
             return images[list(indices)].movedim(1, -1).numpy()
@@ -142,7 +142,7 @@ def test_a_run_draws_masks_over_its_images_and_goes_on_bit_for_bit(
     def recipe(out: str):
         family = {"name": "sd_inpaint", "teacher": str(teacher)}
         data = {"name": "scenes", "size": 8, "resolution": 32}
-        settings = ("run.steps=3", "run.log_every=1", "optim.batch_size=2")
+        settings = ("run.steps=2", "run.log_every=1", "optim.batch_size=2", "method.student_every=1")
         return toy(tmp_path / out, *settings, family=family, data=data)
 
     seen, original = [], SDInpaint.completed
@@ -155,14 +155,13 @@ def test_a_run_draws_masks_over_its_images_and_goes_on_bit_for_bit(
 
     monkeypatch.setattr(SDInpaint, "completed", completed)
     running.run(recipe("whole"))
-    assert len(seen) >= 4 and len({mask.numpy().tobytes() for mask in seen}) > 2
+    assert len(seen) == 4 and len({mask.numpy().tobytes() for mask in seen}) == 4
     with monkeypatch.context() as patch:
-        interrupt_in(patch, 1)
+        interrupt_in(patch, 0)
         with pytest.raises(KeyboardInterrupt):
             running.run(recipe("halves"))
     running.run(recipe("halves"))
     assert_same_run(tmp_path / "whole", tmp_path / "halves")
-    assert card_code(tmp_path / "whole/student", tmp_path).std() > 1
 
 
 @pytest.mark.parametrize("name", ["dmd2", "progressive"])
@@ -172,6 +171,7 @@ def test_a_student_leaves_as_the_stock_inpainting_pipeline(family, teacher, tmp_
     grey, everything = torch.full((2, 3, 32, 32), 127, dtype=torch.uint8), torch.ones(2, 1, 32, 32)
     ours = sampler.at(4, chunk=2).x0(PROMPTS, SEEDS)
     hidden = family.hidden(grey, everything)
+    assert card_code(tmp_path / "student", tmp_path).std() > 1
     theirs = stock(tmp_path / "student", hidden, grey, everything, 4, guidance_scale=1.0)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
 

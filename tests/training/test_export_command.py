@@ -23,12 +23,20 @@ pytestmark = pytest.mark.usefixtures("short_runs")
 LORA = ("student.lora.rank=2", "student.lora.alpha=4", "student.ema=0.5", "run.steps=2")
 
 
+@pytest.fixture(scope="module")
+def once() -> dict[str, Path]:
+    """What one test has made and others copy."""
+    return {}
+
+
 @pytest.fixture
-def adapters(tmp_path, tiny_sd) -> Path:
+def adapters(once, tmp_path, tmp_path_factory, tiny_sd) -> Path:
     """The directory of a run that trained adapters, apart from where it was made."""
-    method = {"name": "vsd", "lora_rank": 2, "student_every": 1}
-    running.run(sd(tmp_path / "made", tiny_sd, *LORA, "run.save_every=1", method=method))
-    return (tmp_path / "made").rename(tmp_path / "moved")
+    if not once:
+        made, method = tmp_path_factory.mktemp("adapters") / "made", {"name": "vsd", "lora_rank": 2}
+        running.run(sd(made, tiny_sd, *LORA, "run.save_every=1", method=method))
+        once["run"] = made
+    return Path(shutil.copytree(once["run"], tmp_path / "moved"))
 
 
 def refused(capsys, *arguments: str) -> str:
