@@ -14,7 +14,7 @@ import worlds
 from diffusers import DiffusionPipeline
 from models import TOLD, family_of
 from real_layouts import LAYOUTS, adapted_layout, held
-from torch import Tensor
+from torch import Tensor, nn
 
 import stepdistill
 from stepdistill import export
@@ -46,6 +46,12 @@ def said(family: Family, denoiser: Denoiser) -> Tensor:
     return denoiser(x, t, family.encode(TOLD[family.conditions])).raw
 
 
+def difference(family: Family, network: nn.Module, expected: Tensor) -> float:
+    """The largest of what a network of the same family says."""
+    denoiser = Denoiser(network, family.kind, family.teacher.native).under(family.schedule)
+    return float((said(family, denoiser) - expected).abs().max())
+
+
 @torch.no_grad()
 def row(variant: str) -> list[str]:
     """Of one layout: pipeline, layers, the largest error by the stock loader, and that of the merged pipeline."""
@@ -63,21 +69,15 @@ def row(variant: str) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         whole, alone = Path(folder) / "student", Path(folder) / "lora"
         export.write(family, student, whole, card)
-        merged = stepdistill.load(whole).denoiser
-        merged_error = float(
-            (said(family, Denoiser(merged.network, merged.kind, family.teacher.native)) - expected)
-            .abs()
-            .max()
-        )
+        merged = stepdistill.load(whole).denoiser.network
+        merged_error = difference(family, merged, expected)
         loader = "no loader: `--merge`"
         if not family.no_lora_file:
             export.write_adapters(family, student, alone, card)
             stock = DiffusionPipeline.from_pretrained(tiny.directory(variant), **family.stock_load())
             stock.load_lora_weights(alone)
-            read = Denoiser(
-                family.face(getattr(stock, family.face.inner)), family.kind, family.teacher.native
-            )
-            loader = f"{float((said(family, read) - expected).abs().max()):.1e}".replace("0.0e+00", "0.0")
+            read = difference(family, family.face(getattr(stock, family.face.inner)), expected)
+            loader = f"{read:.1e}".replace("0.0e+00", "0.0")
     name = type(family.pipeline).__name__
     targets = " ".join(dict.fromkeys(family.lora_targets))
     return [
