@@ -5,6 +5,7 @@ PYTHONPATH=.:tests python tests/lora_table.py
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 
@@ -24,7 +25,8 @@ from stepdistill.families.base import Family
 from stepdistill.lora import LoRA, LoraConfig
 from stepdistill.schedule import times_like
 
-PAGE = Path(__file__).parent.parent / "docs" / "lora.md"
+ROOT = Path(__file__).parent.parent
+PAGE, STACKING = ROOT / "docs" / "lora.md", ROOT / "benchmarks" / "stacking.json"
 START, END = "<!-- {} -->", "<!-- end of {} -->"
 
 
@@ -125,6 +127,17 @@ def memory() -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
+def stacking() -> str:
+    """One row for each student, of benchmarks/stacking.json."""
+    kept = json.loads(STACKING.read_text())["kept"]
+    ways = list(next(iter(kept.values())))
+    rows = [["student's steps", *ways], ["---"] * (len(ways) + 1)]
+    rows += [
+        [of.rpartition(" ")[2], *(f"{100 * own[how]:.0f} %" for how in ways)] for of, own in kept.items()
+    ]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
 def replaced(page: str, name: str, table: str) -> str:
     """The page with what stands between the marks of that name made again."""
     before, _, rest = page.partition(START.format(name))
@@ -134,7 +147,7 @@ def replaced(page: str, name: str, table: str) -> str:
 
 def main() -> None:
     page = PAGE.read_text()
-    for name, made in (("layouts", layouts), ("memory", memory)):
+    for name, made in (("layouts", layouts), ("memory", memory), ("stacking", stacking)):
         page = replaced(page, name, made())
     with atomic_write(PAGE) as temporary:
         temporary.write_text(page)

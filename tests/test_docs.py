@@ -147,6 +147,21 @@ def test_the_readmes_results_are_those_of_the_benchmark():
         assert any(one[0] == name and [*one[1:4], one[5]] == cells for one in measured), row
 
 
+def test_the_tables_of_adapters_are_those_of_the_measurement_and_of_every_pipeline():
+    page = (ROOT / "docs" / "lora.md").read_text()
+    kept = json.loads((ROOT / "benchmarks" / "stacking.json").read_text())["kept"]
+    rows = [
+        [cell.strip() for cell in row.split("|")[1:-1]] for row in page.splitlines() if row.startswith("|")
+    ]
+    for name, own in kept.items():
+        assert [name.rpartition(" ")[2], *(f"{100 * share:.0f} %" for share in own.values())] in rows
+    layouts = {row[0]: row[4] for row in rows if row[0] in tiny.VARIANTS}
+    assert list(layouts) == list(tiny.VARIANTS)
+    # Where a stock pipeline reads adapters it says what they say.
+    errors = {name: error for name, error in layouts.items() if "no loader" not in error}
+    assert len(errors) == 19 and all(float(error) < 1e-6 for error in errors.values()), errors
+
+
 def test_the_checks_find_what_they_look_for():
     long = "word " * 31
     assert not too_long(f"{'word ' * 30}. {'word ' * 30}.")
