@@ -54,6 +54,8 @@ class Leaving(TextParts):
         else:
             settings = self.student_settings if card.sampling.guidance == "none" else {}
             pipeline = self.assembled(network.leaving(card.sampling.inputs), scheduler, **settings)
+        for part in pipeline.components.values():
+            _forget_calls(part)
         pipeline.save_pretrained(directory, safe_serialization=True)
 
     @property
@@ -114,3 +116,11 @@ class Leaving(TextParts):
                 f"{self.pipelines[0]} takes a number of steps alone, and this student's times are not even."
             )
         return ""
+
+
+def _forget_calls(part: Any) -> None:
+    """Of a tokenizer, which would save how it was last asked to pad and cut: a file must not depend on that."""
+    backend = getattr(getattr(part, "tokenizer", part), "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_padding()
+        backend.no_truncation()

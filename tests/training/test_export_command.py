@@ -114,9 +114,18 @@ def test_a_staged_student_is_exported_with_its_last_method(tmp_path, tiny_sd):
     assert [stage["method"]["name"] for stage in sampler.card.recipe["stages"]] == ["lcm", "dmd2"]
 
 
-def test_export_needs_no_data_and_writes_the_same_again(tmp_path, tiny_pixel):
-    images = labelled_images(tmp_path / "images")
-    running.run(pixel(tmp_path / "run", tiny_pixel, images, "student.ema=0.9"))
+@pytest.mark.parametrize("kind", ["pixel", "sd"])
+def test_export_needs_no_data_and_writes_the_same_again(kind, tmp_path, request):
+    teacher, images = request.getfixturevalue(f"tiny_{kind}"), tmp_path / "images"
+    if kind == "pixel":
+        running.run(pixel(tmp_path / "run", teacher, labelled_images(images), "student.ema=0.9"))
+    else:
+        images.mkdir()
+        (images / "prompts.txt").write_text("a red circle\na blue star on a white background\n")
+        data = {"name": "prompts", "path": str(images / "prompts.txt")}
+        running.run(
+            sd(tmp_path / "run", teacher, "run.steps=1", method={"name": "vsd", "lora_rank": 2}, data=data)
+        )
     written, again = tmp_path / "run" / "student", tmp_path / "again"
     shutil.rmtree(images)
     export.main([str(tmp_path / "run"), "-o", str(again)])
@@ -170,6 +179,7 @@ def test_what_cannot_be_exported_is_one_sentence(adapters, tmp_path, tiny_sd, ca
         assert says in refused(capsys, *arguments)
     assert (tmp_path / "mine/notes.txt").read_text() == "keep me"
     running.run(toy(tmp_path / "toy", "run.steps=1"))
+    capsys.readouterr()
     assert "has no pipeline to export to" in refused(capsys, str(tmp_path / "toy"))
     (adapters / "checkpoints/1/student.safetensors").write_bytes(b"x")
     assert "no complete checkpoint" in refused(capsys, str(adapters), "--checkpoint", "1")
