@@ -21,8 +21,7 @@ card whose code runs; --merge folds them into a whole pipeline instead. Any othe
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; what is wrong with it is one sentence and exit code 2."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="training.export",
         description="Write the student of a run's checkpoint as a diffusers pipeline, or its adapters.",
@@ -58,9 +57,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="write its networks as ONNX beside it too, which are then what is drawn with",
     )
     parser.add_argument("--private", action="store_true", help="make a repository that is new private")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; what is wrong with it is one sentence and exit code 2."""
     from stepdistill.errors import UserError, cli_errors, quieten_libraries
     from stepdistill.registry import add_allow_code, allowing_code
 
+    parser = _parser()
     add_allow_code(parser)
     with cli_errors():
         given = parser.parse_args(arguments)
