@@ -52,8 +52,32 @@ class Head(nn.Module):
         return logits
 
 
+# Of one head, (B, places), or of several, a list of them: heads may have different numbers of places.
+Logits = Tensor | Sequence[Tensor]
+
+
+def heads_of(logits: Logits) -> Sequence[Tensor]:
+    return [logits] if isinstance(logits, Tensor) else logits
+
+
+def over_heads(
+    function: Callable[..., Tensor], *logits: Logits, how: Literal["mean", "sum"] = "mean"
+) -> Tensor:
+    """`function` of each head's logits, real beside fake, then their mean or sum over heads, (B,).
+
+    Places are averaged within a head, so that a block with many of them does not outweigh the others.
+    """
+    each = torch.stack([function(*one) for one in zip(*map(heads_of, logits), strict=True)])
+    return each.mean(0) if how == "mean" else each.sum(0)
+
+
+def logit(logits: Logits) -> Tensor:
+    """One number per sample, (B,): the mean over heads of the mean over places."""
+    return over_heads(lambda one: one.flatten(1).mean(1), logits)
+
+
 class Discriminator(nn.Module):
-    """A head per tapped block; their logits side by side, (B, all places).
+    """A head per tapped block; the logits of each, (B, its places).
 
     channels: the channel count of each tap, in the order the features come. The rest: see `Head`.
     """
@@ -62,9 +86,9 @@ class Discriminator(nn.Module):
         super().__init__()
         self.heads = nn.ModuleList(Head(count, width, condition, kernel) for count in channels)
 
-    def forward(self, features: Sequence[Tensor], condition: Tensor | None = None) -> Tensor:
+    def forward(self, features: Sequence[Tensor], condition: Tensor | None = None) -> list[Tensor]:
         pairs = zip(self.heads, features, strict=True)
-        return torch.cat([head(feature, condition) for head, feature in pairs], 1)
+        return [head(feature, condition) for head, feature in pairs]
 
 
 Blocks = Literal["all", "half", "middle"]
@@ -93,6 +117,8 @@ class Adversarial:
     r2: bool = False
     # Side of a residual convolution in each head, over neighbouring places; 1 = none.
     head_kernel: int = 1
+    # How the losses of several heads come together.
+    heads: Literal["mean", "sum"] = "mean"
 
     def __post_init__(self) -> None:
         if self.head_kernel < 1 or self.head_kernel % 2 == 0:
@@ -109,7 +135,13 @@ ACCURACY = {
     ),
 }
 
-Critic = Callable[[Tensor], Tensor]
+Critic = Callable[[Tensor], Logits]
+
+
+def generator_loss(config: Adversarial, fake: Logits, real: Logits | None = None) -> Tensor:
+    """The student's side of the game, (B,); only the relativistic one looks at real logits."""
+    play = GAN_LOSSES[config.gan][1]
+    return over_heads(play, fake, *(() if real is None else (real,)), how=config.heads)
 
 
 def discriminator_losses(
@@ -122,8 +154,9 @@ def discriminator_losses(
     """One discriminator step: the game's loss, the gradient penalties, and what tells how it goes.
 
     Args:
-        real, fake: (critic, x_t) each: logits (B, ...) = critic(x_t), with time, condition and whatever else
-            bound. The penalties are taken at these very inputs.
+        real, fake: (critic, x_t) each: logits (B, ...), one such tensor or one per head, = critic(x_t), with
+            time, condition and whatever else bound. The penalties are taken at these very inputs, of D the mean or
+            sum over heads, as the game's losses are.
         randn: fresh unit noise in the shape of x_t, for the finite difference.
         misaligned: fakes of a second kind, as (critic, x_t). The game is played against them once more with the
             same real inputs, lest fakes of two kinds outweigh those.
@@ -138,18 +171,21 @@ def discriminator_losses(
         x_t = x_t.detach().requires_grad_(wanted and config.r1 == "exact")
         logits.append(critic(x_t))
         if wanted:
+            seen = _whole(config, logits[-1])
             penalties[name] = (
-                r1(logits[-1], x_t)
+                r1(seen, x_t)
                 if config.r1 == "exact"
-                else approximate_r1(logits[-1], critic(x_t + config.r1_delta * randn()), config.r1_delta)
+                else approximate_r1(
+                    seen, _whole(config, critic(x_t + config.r1_delta * randn())), config.r1_delta
+                )
             )
-    game = GAN_LOSSES[config.gan][0]
-    gan = game(*logits)
+    play = GAN_LOSSES[config.gan][0]
+    gan = over_heads(play, *logits, how=config.heads)
     again = {}
     if misaligned is not None:
         critic, x_t = misaligned
-        again = {"misaligned": game(logits[0], critic(x_t))}
-    means = [each.detach().flatten(1).mean(1) for each in logits]
+        again = {"misaligned": over_heads(play, logits[0], critic(x_t), how=config.heads)}
+    means = [logit(each).detach() for each in logits]
     right = means[0] > means[1] if config.gan == "relativistic" else torch.cat((means[0] > 0, means[1] < 0))
     return {
         "total": gan + config.r1_weight * sum(penalties.values()) + sum(again.values()),
@@ -160,3 +196,8 @@ def discriminator_losses(
         **penalties,
         **again,
     }
+
+
+def _whole(config: Adversarial, logits: Logits) -> Tensor:
+    """D as the penalties see it, (B, 1)."""
+    return over_heads(lambda one: one.flatten(1).mean(1), logits, how=config.heads)[:, None]

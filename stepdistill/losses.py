@@ -109,7 +109,9 @@ def score_identity(
 
 
 def gan_generator(fake_logits: Tensor, real_logits: Tensor | None = None) -> Tensor:
-    """Non-saturating: softplus(-D(fake)) (Goodfellow et al. 2014). Logits (B, ...) are averaged per sample."""
+    """Non-saturating: softplus(-D(fake)) (Goodfellow et al. 2014). Logits (B, ...) of one head are averaged per
+    sample; `discriminator.over_heads` brings several together.
+    """
     return nnf.softplus(-fake_logits).flatten(1).mean(1)
 
 

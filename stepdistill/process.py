@@ -81,6 +81,12 @@ class Schedule:
         """
         return torch.full_like(as_time(t), (self.t_max - self.t_min) / 1000)
 
+    def at_angle(self, angle: float) -> float | None:
+        """The time at which rho is tan(angle), TrigFlow's own time for data of unit deviation; None where no student can
+        be called at a time of its own.
+        """
+        return float(self.t_of_rho(torch.tensor(angle, dtype=torch.float64).tan()))
+
     def log_rho_rate(self, t: Tensor) -> Tensor:
         """d log rho / dt; finite at the ends."""
         alpha, sigma = self.alpha(t).clamp(min=1 / RHO_LIMIT), self.sigma(t).clamp(min=1 / RHO_LIMIT)

@@ -45,8 +45,9 @@ class Sampling:
         eta: of the rule "tcd": 0 draws no noise between steps, 1 forgets the state before.
         finest: points of the grid all step counts are taken from (a scheduler's `original_inference_steps`);
             0 = the most of `steps`.
-        middle_time: where the schedule is TrigFlow, the second time of two steps (`SCMScheduler`'s
-            intermediate timestep); 0 = the grid's.
+        middle_time: the second time of two steps, as an angle of TrigFlow (`SCMScheduler`'s intermediate timestep): a
+            noise-to-signal ratio of tan(middle_time) under any other schedule but EDM's, whose stock scheduler
+            lists points of one grid; 0 = the grid's.
         inputs: what the network is told besides x_t, t and cond: "guidance" (B,), LCM's embedded scale, or
             "end" (B,), the time a two-time student jumps to.
         guidance: "none": one scale is distilled into the weights; "input": the scale is an input of the
@@ -121,7 +122,8 @@ class Sampling:
         # A model of any number of steps has no finer grid.
         finest = self.points if self.steps else steps
         grid = schedule.few_step_grid(steps, finest, self.first_rho)
-        return (grid[0], self.middle_time) if steps == 2 and self.middle_time and schedule.angular else grid
+        middle = schedule.at_angle(self.middle_time) if steps == 2 and self.middle_time else None
+        return grid if middle is None else (grid[0], middle)
 
     def first_input(self, schedule: Schedule, z: Tensor, t: float) -> Tensor:
         """The student's first state at time t, from unit noise z (B, ...)."""

@@ -47,6 +47,9 @@ class EDM(Schedule):
         times = cut.ode_grid(points - 1, "karras").tolist()
         return tuple(times[i * (points // steps)] for i in range(steps))
 
+    def at_angle(self, angle: float) -> None:
+        return None
+
     def teacher_grid(self, steps: int) -> tuple[float, ...]:
         """Even in rho^(1/7) (Karras et al. 2022, Eq. 5)."""
         return tuple(self.ode_grid(steps, "karras")[:-1].tolist())
@@ -141,6 +144,9 @@ class TrigFlow(Schedule):
     def t_of_rho(self, rho: Tensor) -> Tensor:
         return torch.atan(as_time(rho) / self.sigma_data).clamp(self.t_min, self.t_max)
 
+    def at_angle(self, angle: float) -> float:
+        return angle
+
     def time_of(self, other: Schedule, t: Tensor) -> Tensor:
         return torch.atan2(other.sigma(t) / self.sigma_data, other.alpha(t)).clamp(self.t_min, self.t_max)
 
@@ -227,6 +233,9 @@ class VP(Schedule):
         above = torch.searchsorted(table, log_rho.contiguous()).clamp(1, table.numel() - 1)
         low, high = table[above - 1], table[above]
         return (above - 1).double() + (log_rho - low) / (high - low)
+
+    def at_angle(self, angle: float) -> float:
+        return float(round(super().at_angle(angle)))
 
     def first_state(self, z: Tensor, t: float) -> Tensor:
         """z itself, as if t were pure noise, which a table's last entry is not quite (DMD2, LCM)."""

@@ -2,6 +2,10 @@
 
 A density is a function of a batch's `SampleNoise`; every one returns (B,) float64 times of the
 given schedule.
+
+Log-normal densities are of rho in units of the data's standard deviation: `mean` is that of log(rho / unit). Where
+images differ in scale, so does the noise that hides them; papers whose data have a deviation of 0.5 (EDM, sCM, SiD,
+SANA-Sprint) state log rho itself, which is log 2 = 0.693 less than what stands here: EDM's -1.2 is -0.507.
 """
 
 from __future__ import annotations
@@ -12,12 +16,18 @@ from torch import Tensor
 from stepdistill.noise import SampleNoise
 from stepdistill.schedule import EDM, Schedule
 
+# Of log(rho / unit): the paper's -1.2 for data of deviation 0.5 (Karras et al. 2022, Table 1).
+EDM_MEAN = -0.507
+
 
 def uniform(schedule: Schedule, noise: SampleNoise, low: float = 0.0, high: float = 1.0) -> Tensor:
     """Uniform over the fraction [low, high] of the schedule's time.
 
-    Under a discrete schedule (VP) times are whole.
+    Under a discrete schedule (VP) times are whole. EDM's time is the noise itself, of which half lies above 40:
+    there it is Karras's index that is uniform, as in `karras`.
     """
+    if isinstance(schedule, EDM):
+        return karras(schedule, noise, low, high)
     span = schedule.t_max - schedule.t_min
     if schedule.discrete:
         first, last = round(low * (span + 1)), min(round(high * (span + 1)), int(span) + 1)
@@ -39,11 +49,13 @@ def karras(
     return schedule.t_of_rho((ends[0] + u * (ends[1] - ends[0])) ** power)
 
 
-def lognormal(schedule: Schedule, noise: SampleNoise, mean: float = -1.2, std: float = 1.2) -> Tensor:
-    """log rho ~ N(mean, std^2) (Karras et al. 2022, Table 1). Under flow this is the logit-normal time of
-    Esser et al. 2024.
+def lognormal(
+    schedule: Schedule, noise: SampleNoise, mean: float = EDM_MEAN, std: float = 1.2, unit: float = 1.0
+) -> Tensor:
+    """log(rho / unit) ~ N(mean, std^2) (Karras et al. 2022, Table 1), unit the data's standard deviation. Under flow
+    and unit 1 this is the logit-normal time of Esser et al. 2024.
     """
-    return schedule.t_of_rho((mean + std * noise.randn(dtype=torch.float64)).exp())
+    return schedule.t_of_rho(unit * (mean + std * noise.randn(dtype=torch.float64)).exp())
 
 
 DENSITIES = ("uniform", "karras", "lognormal")
@@ -55,12 +67,13 @@ def draw(
     noise: SampleNoise,
     low: float = 0.0,
     high: float = 1.0,
-    mean: float = -1.2,
+    mean: float = EDM_MEAN,
     std: float = 1.2,
+    unit: float = 1.0,
 ) -> Tensor:
-    """One of `DENSITIES` by name; low and high belong to the first two, mean and std to the last."""
+    """One of `DENSITIES` by name; low and high belong to the first two, mean, std and unit to the last."""
     if density == "lognormal":
-        return lognormal(schedule, noise, mean, std)
+        return lognormal(schedule, noise, mean, std, unit)
     return {"uniform": uniform, "karras": karras}[density](schedule, noise, low, high)
 
 

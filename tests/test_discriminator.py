@@ -11,6 +11,7 @@ from stepdistill.discriminator import (
     Discriminator,
     chosen_blocks,
     discriminator_losses,
+    generator_loss,
 )
 from stepdistill.errors import UserError
 from stepdistill.features import block_features
@@ -160,16 +161,54 @@ def test_accuracy_counts_samples_told_right():
         assert float(told["accuracy"]) == pytest.approx(expected)
 
 
-def test_the_loss_of_several_heads_is_the_mean_of_theirs_when_they_have_equally_many_places():
+@GAMES
+@pytest.mark.parametrize("how", ["mean", "sum"])
+def test_every_head_counts_alike_however_many_places_it_has(game, how):
+    """Stable Diffusion's middle block has 64 places of 11,000: side by side it would be half a percent of the loss."""
     torch.manual_seed(0)
     heads = Discriminator([4, 6], width=16)
-    maps = [torch.randn(3, 4, 2, 5), torch.randn(3, 6, 5, 2)]
-    both = GAN_LOSSES["hinge"][0](heads(maps), -heads(maps))
-    each = [GAN_LOSSES["hinge"][0](head(m), -head(m)) for head, m in zip(heads.heads, maps, strict=True)]
-    torch.testing.assert_close(both, (each[0] + each[1]) / 2)
-    uneven = [maps[0], torch.randn(3, 6, 1, 1)]
-    logits = [head(m) for head, m in zip(heads.heads, uneven, strict=True)]
-    assert [each.shape for each in logits] == [(3, 10), (3, 1)] and heads(uneven).shape == (3, 11)
+    real, fake = ([torch.randn(3, 4, 2, 5), torch.randn(3, 6, 1, 1)] for _ in range(2))
+    assert [each.shape for each in heads(real)] == [(3, 10), (3, 1)]
+    config = Adversarial(game, heads=how)
+    told = discriminator_losses(
+        config, (lambda _: heads(real), points(3)), (lambda _: heads(fake), points(3)), points
+    )
+    play, answer = GAN_LOSSES[game]
+    each = [play(head(r), head(f)) for head, r, f in zip(heads.heads, real, fake, strict=True)]
+    torch.testing.assert_close(told["gan"], (each[0] + each[1]) / (2 if how == "mean" else 1))
+    each = [answer(head(f), head(r)) for head, r, f in zip(heads.heads, real, fake, strict=True)]
+    said = generator_loss(config, heads(fake), heads(real) if game == "relativistic" else None)
+    torch.testing.assert_close(said, (each[0] + each[1]) / (2 if how == "mean" else 1))
+    means = [
+        sum(head(r).mean(1) for head, r in zip(heads.heads, many, strict=True)) / 2 for many in (real, fake)
+    ]
+    torch.testing.assert_close(told["real_logit"], means[0])
+    torch.testing.assert_close(told["fake_logit"], means[1])
+
+
+@pytest.mark.parametrize("kind", ["exact", "finite"])
+@pytest.mark.parametrize("how", ["mean", "sum"])
+def test_the_penalty_is_of_all_heads_together(kind, how):
+    """D = a.x averaged or summed with b.x over three places: its slope is (a + b) / 2 or a + b."""
+    a, b = torch.tensor([1.0, 2.0, -1.0]).double(), torch.tensor([0.5, 0.0, 3.0]).double()
+
+    def critic(x):
+        return [(x @ a)[:, None], (x @ b)[:, None].expand(-1, 3)]
+
+    config = Adversarial("hinge", r1_weight=1.0, r1=kind, r1_delta=1e-3, heads=how)
+    nudge = points(4, seed=3)
+    told = discriminator_losses(config, (critic, points(4)), (critic, points(4)), lambda: nudge)
+    slope = (a + b) / (2 if how == "mean" else 1)
+    expected = slope.square().sum().expand(4) if kind == "exact" else (nudge @ slope).square()
+    torch.testing.assert_close(told["r1"], expected, rtol=1e-6, atol=1e-9)
+
+
+def test_the_papers_that_sum_over_heads_do():
+    assert {name: worlds.method(name).config.heads for name in ("add", "ladd", "lightning")} == {
+        "add": "sum",
+        "ladd": "sum",
+        "lightning": "mean",
+    }
 
 
 def test_a_head_reads_maps_tokens_and_vectors_alike():
@@ -240,7 +279,7 @@ def test_a_head_is_conditioned_by_projection():
     heads = Discriminator([5], width=16, condition=7)
     feature, told = torch.randn(3, 4, 5), torch.randn(3, 7)
     head = heads.heads[0]
-    plain = heads([feature], torch.zeros(3, 7))
+    (plain,), (conditional,) = heads([feature], torch.zeros(3, 7)), heads([feature], told)
     hidden = torch.nn.functional.silu(head.norm(head.enter(feature).transpose(1, 2)).transpose(1, 2))
     expected = torch.einsum("bpw,bw->bp", hidden, head.project(told)) / 4
-    torch.testing.assert_close(heads([feature], told) - plain, expected)
+    torch.testing.assert_close(conditional - plain, expected)

@@ -115,7 +115,7 @@ def test_every_listed_block_of_a_unet_has_the_channels_it_says(tiny_sd):
 def test_discriminator_takes_maps_tokens_and_vectors():
     maps, tokens, vectors = torch.randn(3, 8, 4, 5), torch.randn(3, 7, 6), torch.randn(3, 10)
     logits = Discriminator([8, 6, 10], width=32)([maps, tokens, vectors])
-    assert logits.shape == (3, 4 * 5 + 7 + 1)
+    assert [each.shape for each in logits] == [(3, 4 * 5), (3, 7), (3, 1)]
     head = Head(8)
     # The same places as tokens.
     places = maps.flatten(2).transpose(1, 2)

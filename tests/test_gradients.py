@@ -81,7 +81,7 @@ def add_x0(method: Method, nets: Networks, twin: Batch) -> Tensor:
 def add(method: Method, nets: Networks, twin: Batch) -> Tensor:
     """softplus(-D(eye(x0))) + 2.5 c(t) |x0 - sg teacher(sg x0 renoised)|^2."""
     schedule, x0 = nets.schedule, add_x0(method, nets, twin)
-    gan = nnf.softplus(-nets.discriminator(method.eye.features(x0))).mean()
+    gan = sum(nnf.softplus(-each).mean() for each in nets.discriminator(method.eye.features(x0)))
     t = lognormal(schedule, twin.generator, 0.0, 0.7)
     said = constant(nets.teacher, schedule.add_noise(x0.detach(), twin.randn(), t), t).x0
     # alpha of the VP schedule at this noise.
@@ -94,10 +94,11 @@ def add_critic(method: Method, nets: Networks, twin: Batch) -> Tensor:
     x0 = add_x0(method, nets, twin).detach()
     real = [feature.requires_grad_() for feature in method.eye.features(twin.x0)]
     logits = nets.discriminator(real)
-    slopes = torch.autograd.grad(logits.mean(1).sum(), real, create_graph=True)
+    slopes = torch.autograd.grad(sum(each.mean(1).sum() for each in logits), real, create_graph=True)
     penalty = sum(slope.square().flatten(1).sum(1) for slope in slopes)
-    fake = nets.discriminator(method.eye.features(x0))
-    return (nnf.softplus(-logits) + nnf.softplus(fake)).mean() + 0.3 * penalty.mean()
+    pairs = zip(logits, nets.discriminator(method.eye.features(x0)), strict=True)
+    games = sum((nnf.softplus(-each) + nnf.softplus(fake)).mean() for each, fake in pairs)
+    return games + 0.3 * penalty.mean()
 
 
 def ladd_x0(method: Method, nets: Networks, twin: Batch) -> Tensor:
@@ -112,7 +113,8 @@ def ladd_x0(method: Method, nets: Networks, twin: Batch) -> Tensor:
 def ladd_logits(nets: Networks, twin: Batch, x0: Tensor) -> Tensor:
     tau = lognormal(nets.schedule, twin.generator, 1.0, 0.5)
     x_tau = nets.schedule.add_noise(x0, twin.randn(), tau)
-    return nets.discriminator(features(nets.teacher, x_tau, tau, None, []))
+    (logits,) = nets.discriminator(features(nets.teacher, x_tau, tau, None, []))
+    return logits
 
 
 def ladd(method: Method, nets: Networks, twin: Batch) -> Tensor:
@@ -145,7 +147,8 @@ def lightning_ends(
 
     def logits(x_s: Tensor) -> Tensor:
         seen = [features(nets.encoder, x, time, None, [])[0] for x, time in ((x_s, s), (x_t, t))]
-        return nets.discriminator([torch.cat(seen, 1)])
+        (logits,) = nets.discriminator([torch.cat(seen, 1)])
+        return logits
 
     return logits, torch.where(last, said.x0, said.at(s)), real
 
@@ -168,7 +171,13 @@ def both(method: Method, nets: Networks, twin: Batch) -> Tensor:
     return 0.25 * kd(first, nets, twin) + reward(second, nets, twin)
 
 
-LADD = {"student_times": "density", "first_weight": 0.3, "student_std": 0.7, "time_std": 0.5}
+LADD = {
+    "student_times": "density",
+    "first_weight": 0.3,
+    "student_mean": 0.2,
+    "student_std": 0.7,
+    "time_std": 0.5,
+}
 CASES = {
     "kd": (kd, {}),
     "reward": (reward, HERE | {"anchor_weight": 0.5}),

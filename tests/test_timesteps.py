@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import worlds
 
 from stepdistill import timesteps
 from stepdistill.errors import UserError
@@ -121,7 +122,7 @@ def close(values: torch.Tensor, mean: float, std: float) -> None:
     assert abs(float(values.std()) - std) < 5 * std / (2 * N) ** 0.5
 
 
-@pytest.mark.parametrize("name", ["edm", "flow", "trig"])
+@pytest.mark.parametrize("name", ["flow", "trig"])
 def test_uniform_moments(name):
     schedule = SCHEDULES[name]
     span = schedule.t_max - schedule.t_min
@@ -155,11 +156,56 @@ def test_karras_is_uniform_in_the_seventh_root_of_rho(schedule):
     close(part, 0.375, 0.25 / 12**0.5)
 
 
+def test_uniform_under_edm_is_in_karras_index():
+    """Uniform in sigma the median would be 40, and one draw in eighty below 1."""
+    drawn = timesteps.uniform(EDM(), noise(), 0.02, 0.98)
+    assert torch.equal(drawn, timesteps.karras(EDM(), noise(), 0.02, 0.98))
+    # ((80^(1/7) + 0.002^(1/7)) / 2)^7.
+    assert float(drawn.median()) == pytest.approx(2.515, rel=0.1)
+    assert 0.35 < float((drawn < 1).double().mean()) < 0.45
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
-def test_lognormal_is_normal_in_log_rho(schedule):
+@pytest.mark.parametrize("unit", [1.0, 0.5])
+def test_lognormal_is_normal_in_log_rho_over_the_datas_deviation(schedule, unit):
     # Narrow enough to stay inside every schedule's range.
     mean, std = 0.2, 0.4
-    close(schedule.rho(timesteps.lognormal(schedule, noise(), mean, std)).log(), mean, std)
+    drawn = timesteps.lognormal(schedule, noise(), mean, std, unit)
+    close((schedule.rho(drawn) / unit).log(), mean, std)
+    assert torch.equal(drawn, timesteps.draw("lognormal", schedule, noise(), mean=mean, std=std, unit=unit))
+
+
+def test_densities_of_the_papers_come_back_on_their_own_data():
+    """EDM's, sCM's and ECT's, stated there for images of deviation 0.5, and SANA-Sprint's on latents of deviation 1."""
+    log2 = math.log(2)
+    assert pytest.approx(-1.2 + log2, abs=1e-3) == timesteps.EDM_MEAN
+    for name, field, papers in (
+        ("sim", "time_mean", -1.2),
+        ("diff_instruct", "time_mean", -1.2),
+        ("pretrain", "time_mean", -1.2),
+        ("scm", "time_mean", -1.0),
+        ("ect", "time_mean", -1.1),
+        ("ladd", "student_mean", 0.2),
+    ):
+        assert getattr(worlds.method(name).config, field) == pytest.approx(papers + log2, abs=1e-3), name
+
+
+@pytest.mark.parametrize("name", ["diff_instruct", "scm", "ect", "meanflow", "tsm", "pretrain", "ladd"])
+def test_methods_draw_their_noise_in_units_of_the_data(name, monkeypatch):
+    """A network preconditioned for data half as wide is met at half the noise."""
+    settings = {"time_density": "lognormal"} if name in ("tsm", "pretrain") else {}
+    made, units = worlds.world(name, **settings), []
+    made.nets.student.network.sigma_data = 0.5
+    plain = timesteps.lognormal
+
+    def heard(schedule, noise, mean, std, unit):
+        units.append(unit)
+        return plain(schedule, noise, mean, std, unit)
+
+    monkeypatch.setattr(timesteps, "lognormal", heard)
+    for phase in made.method.phases(0):
+        made.backward(phase)
+    assert units and set(units) == {0.5}
 
 
 def test_draw_picks_by_name_and_passes_what_belongs():

@@ -260,7 +260,7 @@ def test_everything_stays_on_the_device_of_the_state(name):
 
 
 def test_modes_covered_counts_what_is_reached():
-    family = Toy(Toy.Config(modes=8, fit_steps=0))
+    family = Toy(Toy.Config(modes=8, fit_steps=0, uneven=0.0))
     assert family.modes_covered(lambda n: family.data(range(n), seed=5)) == 8
     three = family.mixture.means[:3].float()
     assert family.modes_covered(lambda n: three[torch.arange(n) % 3]) == 3
@@ -269,3 +269,56 @@ def test_modes_covered_counts_what_is_reached():
     thin = family.mixture.means[torch.cat((torch.zeros(4000), torch.ones(96))).long()].float()
     # 96 of 4,096 is less than a quarter of an eighth.
     assert family.modes_covered(lambda n: thin) == 1
+
+
+def test_the_data_are_off_centre_uneven_and_of_unit_variance():
+    for classes in (1, 2):
+        mixture = Toy(Toy.Config(classes=classes, fit_steps=0)).mixture
+        mean = mixture.weights @ mixture.means
+        assert mean.tolist() == pytest.approx([0.4, -0.3])
+        assert float((mixture.weights @ (mixture.means - mean).square()).mean()) == pytest.approx(1)
+        shares = mixture.weights.new_zeros(classes).index_add(0, mixture.classes, mixture.weights)
+        assert shares.tolist() == pytest.approx([1 / classes] * classes)
+        assert float(mixture.weights.max() / mixture.weights.min()) == pytest.approx(
+            3, rel=0.3 * (classes - 1) + 1e-9
+        )
+
+
+def test_the_mean_shows_what_starting_from_unit_noise_leaves_out():
+    """A table's last entry keeps a fifteenth of the data: the exact map of z is off by that share of their mean."""
+    off = {}
+    for mean in ((0.0, 0.0), (0.4, -0.3)):
+        family = Toy(Toy.Config(modes=1, std=1.0, uneven=0.0, fit_steps=0, mean=mean))
+        mixture, t = family.mixture, 999.0
+
+        def draw(count: int, mixture=mixture, t=t) -> torch.Tensor:
+            z = SampleNoise(range(count), phase="draw").randn(2).double()
+            place, end = mixture.means[0], times_like(0.0, z)
+            moved = gaussian_flow_map(mixture.schedule, 0.0, 1.0, z - place * 0, times_like(t, z), end)
+            alpha = float(mixture.schedule.alpha(times_like(t, z))[0])
+            return moved + place * (1 - alpha)
+
+        off[mean] = family.sliced_w1(draw, 2048)
+    assert off[0.4, -0.3] > 1.5 * off[0.0, 0.0]
+
+
+def test_shares_and_covariances_tell_what_a_distance_does_not():
+    family = Toy(Toy.Config(fit_steps=0))
+    exact = family.exact(4096, seed=40)
+    _, nearest, near = family.nearest(exact)
+    place = family.mixture.means[nearest].float()
+    assert bool(near.all())
+    assert family.shares_off(lambda n: exact) < 0.04
+    assert family.trace_off(lambda n: exact) < 0.08 and family.shape_off(lambda n: exact) < 0.15
+    # Half the variance, and where it lies along one axis alone.
+    narrow = place + 0.5**0.5 * (exact - place)
+    assert family.trace_off(lambda n: narrow) == pytest.approx(0.5, abs=0.05)
+    flat = place + (exact - place) * torch.tensor([2**0.5, 0.0])
+    assert family.trace_off(lambda n: flat) < 0.1 < 0.9 < family.shape_off(lambda n: flat)
+    # An even spread over the modes: half of sum |1/8 - w_k|.
+    even = family.mixture.means[torch.arange(4096) % 8]
+    expected = float((family.mixture.weights - 1 / 8).abs().sum() / 2)
+    assert family.shares_off(lambda n: even) == pytest.approx(expected, abs=1e-9)
+    assert family.trace_off(lambda n: even) == pytest.approx(1.0)
+    # Too few points for a covariance.
+    assert family.shape_off(lambda n: even[:1]) == pytest.approx(1.0)

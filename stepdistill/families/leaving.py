@@ -96,8 +96,12 @@ class Leaving(TextParts):
         return {name: None for name in lacking if name not in lenient}
 
     def stock_steps(self, sampling: Sampling, steps: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        if not isinstance(self.schedule, Flow) or not sampling.steps:
+        if not sampling.steps:
             return {}, {}
+        if not isinstance(self.schedule, Flow):
+            own = steps == 2 and sampling.middle_time and sampling.rule == "renoise"
+            times = [int(t) for t in sampling.grid(self.schedule, steps)]
+            return {}, {"timesteps": times} if own else {}
         left, _ = flow_settings(self.schedule, sampling, max(sampling.steps), self.passes_sigmas)
         wanted, sigmas = flow_settings(self.schedule, sampling, steps, self.passes_sigmas)
         return {key: value for key, value in wanted.items() if left[key] != value}, (
@@ -106,6 +110,11 @@ class Leaving(TextParts):
 
     def beyond_stock(self, sampling: Sampling) -> str:
         if not isinstance(self.schedule, Flow):
+            called = inspect.signature(type(self.pipeline).__call__).parameters
+            if any("timesteps" in self.stock_steps(sampling, n)[1] for n in sampling.steps) and (
+                "timesteps" not in called
+            ):
+                return f"{type(self.pipeline).__name__} takes a number of steps alone, and this student's two are not even."
             return ""
         if sampling.first_rho:
             return f"Stock flow pipelines start from noise alone, and this student at rho = {sampling.first_rho:g}."

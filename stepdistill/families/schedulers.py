@@ -150,11 +150,11 @@ def flow_settings(
     has them, and none where one scheduler is to serve several step counts.
     """
     shift, terminal = schedule.shift_at(sampling.points), None
-    unshifted = sampling.grid(Flow(), steps)
+    unshifted = [shifted(t, 1 / shift) for t in sampling.grid(schedule, steps)]
     enough = even(unshifted)
     if enough and not passes_sigmas and steps > 1:
         shift, terminal = bent(shift, steps)
     settings = {"shift": shift, "shift_terminal": terminal, "use_dynamic_shifting": False}
     if sampling.rule != "ode" and (len(sampling.steps) == 1 or not passes_sigmas):
         settings |= {"scale_factors": [1.0] * (steps - 1), "upscale_mode": "nearest"}
-    return settings, None if enough else list(unshifted)
+    return settings, None if enough else unshifted

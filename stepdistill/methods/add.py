@@ -30,9 +30,17 @@ from torch import Tensor, nn
 
 from stepdistill import timesteps
 from stepdistill.denoiser import Denoiser, guided
-from stepdistill.discriminator import ACCURACY, Adversarial, Critic, Discriminator, discriminator_losses
+from stepdistill.discriminator import (
+    ACCURACY,
+    Adversarial,
+    Critic,
+    Discriminator,
+    Logits,
+    discriminator_losses,
+    generator_loss,
+)
 from stepdistill.eyes import EYES, Eye
-from stepdistill.losses import GAN_LOSSES, moments, mse
+from stepdistill.losses import moments, mse
 from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase
 from stepdistill.registry import resolve
 from stepdistill.sampling import Sampling
@@ -50,6 +58,8 @@ class ADD(Method):
         eye: str = "clip"
         # Of that class.
         arguments: dict[str, Any] = field(default_factory=dict)
+        # Eq. 2 sums over the heads.
+        heads: Literal["mean", "sum"] = "sum"
         # Of |grad D|^2 at the features; the paper's gamma is twice that.
         r1_weight: float = 1e-5
         r1: Literal["exact", "finite"] = "exact"
@@ -105,7 +115,7 @@ class ADD(Method):
         if config.gan == "relativistic":
             with torch.no_grad():
                 real = nets.discriminator(self.eye.features(nets.decode(batch.x0)), condition)
-        losses = {"gan": GAN_LOSSES[config.gan][1](fake, real)}
+        losses = {"gan": generator_loss(config, fake, real)}
         losses["distillation"], teacher_x0 = self.distillation(nets, batch, x0)
         teacher = {f"teacher_{name}": value for name, value in moments(teacher_x0).items()}
         total = losses["gan"] + config.distillation_weight * losses["distillation"]
@@ -114,7 +124,7 @@ class ADD(Method):
     def distillation(self, nets: Networks, batch: Batch, x0: Tensor) -> tuple[Tensor, Tensor]:
         """L_dist, and what the teacher made of the re-noised x_hat."""
         schedule = nets.schedule
-        t = timesteps.draw(self.config.time_density, schedule, batch.generator)
+        t = timesteps.draw(self.config.time_density, schedule, batch.generator, unit=nets.sigma_data)
         x_t = schedule.add_noise(x0.detach(), batch.randn(), t)
         with torch.no_grad():
             scale = self.config.guidance_scale
@@ -136,7 +146,7 @@ class ADD(Method):
         """All features of a sample as one vector (B, n), and the heads as a function of it: where R1 is taken."""
         shapes = [each.shape[1:] for each in features]
 
-        def critic(vector: Tensor) -> Tensor:
+        def critic(vector: Tensor) -> Logits:
             parts = vector.split([shape.numel() for shape in shapes], 1)
             unpacked = [part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)]
             return nets.discriminator(unpacked, condition)

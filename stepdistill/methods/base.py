@@ -12,12 +12,12 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from stepdistill.denoiser import Cond, Denoiser, guided, map_cond
+from stepdistill.denoiser import Cond, Denoiser, guided, map_cond, unwrap
 from stepdistill.errors import UserError
 from stepdistill.noise import SampleNoise
 from stepdistill.prediction import Prediction
@@ -112,12 +112,17 @@ class Batch:
         """`cond` with `uncond` in its place for that share of the samples, drawn at random; what guidance
         needs a network to have learnt (Ho & Salimans 2022).
         """
+        return self.dropped(share)[0]
+
+    def dropped(self, share: float) -> tuple[Cond, Tensor]:
+        """`dropped_cond`, and which samples lost theirs, (B,) bool."""
         if not share or self.uncond is None:
-            return self.cond
-        drop = self.generator.rand()[:, None] < share
-        return map_cond(
+            return self.cond, torch.zeros_like(self.index, dtype=torch.bool)
+        drop = self.generator.rand() < share
+        cond = map_cond(
             lambda c, u: c.where(~drop.reshape(-1, *[1] * (c.ndim - 1)), u), self.cond, self.uncond
         )
+        return cond, drop
 
 
 class Networks:
@@ -141,6 +146,11 @@ class Networks:
             raise AttributeError(
                 f"no network {name!r}; there are {', '.join(self.__dict__['modules'])}"
             ) from None
+
+    @property
+    def sigma_data(self) -> float:
+        """The data's standard deviation, in whose units densities of noise levels are stated."""
+        return unwrap(self.student).sigma_data
 
     def scoped(self, scope: str) -> Networks:
         """The view a part of a composition has: its own "scope/name" networks by their plain names, and the
@@ -284,6 +294,23 @@ def consistency(prediction: Prediction) -> Tensor:
     # At t_min for all: where no signal is left, the side that is not taken would have no finite gradient.
     alpha = schedule.alpha(prediction.t.clamp(max=schedule.t_min))
     return torch.where(clean, x_t / expand(alpha, x_t), prediction.x0)
+
+
+# Of the loss of two neighbours at t and s of a consistency method.
+LinkWeight = Literal["uniform", "inverse_gap"]
+
+
+def weigh_link(kind: LinkWeight, schedule: Schedule, t: Tensor, s: Tensor) -> Tensor:
+    """(B,): 1, or 1 / (rho_t - rho_s) of the neighbours' noise levels, up to 80 as EDM's end.
+
+    Every point of a trajectory inherits the errors of all links below it. A link of little noise moves its answer
+    little, so under weight 1 its error is nothing beside those of much noise; divided by the gap, links count by
+    what they err per noise (Song & Dhariwal 2023, arXiv 2310.14189, Sec. 3.1).
+    """
+    if kind == "uniform":
+        return torch.ones_like(t)
+    high, low = (schedule.rho(time).clamp(max=80.0) for time in (t, s))
+    return 1 / (high - low).clamp(min=1e-3)
 
 
 def term_name(loss: LossFn) -> str:

@@ -5,7 +5,7 @@ The student learns it from pairs of neighbours, the second made from the first b
 
     neighbours   x_s = x_t + one Heun step of dx/dt = (x - D(x, t)) / t, from t down to s          (Eq. 6, Alg. 2)
     boundary     f(x, t_min) = x                                                                    (Sec. 3)
-    loss         d( f_theta(x_t, t), sg f_ema(x_s, s) )                                             (Eq. 7)
+    loss         w(t) d( f_theta(x_t, t), sg f_ema(x_s, s) )                                        (Eq. 7)
 
 t and s are neighbours among `points` noise levels, even in rho^(1/7) (Karras et al. 2022, Eq. 5). Everything
 runs in EDM's terms (alpha = 1, sigma = t): a network of another schedule is asked there at equal noise.
@@ -32,12 +32,14 @@ from stepdistill.jvp import same_draws
 from stepdistill.losses import moments, mse, pseudo_huber
 from stepdistill.methods.base import (
     Batch,
+    LinkWeight,
     Losses,
     Method,
     Networks,
     Phase,
     consistency,
     guided_teacher,
+    weigh_link,
 )
 from stepdistill.solvers import SOLVERS
 from stepdistill.timesteps import as_edm
@@ -57,6 +59,8 @@ class CD(Method):
         # d; the paper's best, LPIPS, needs its own network.
         distance: Literal["l2", "pseudo_huber"] = "l2"
         huber_c: float = 1e-3
+        # See `weigh_link`; the paper has uniform.
+        link_weight: LinkWeight = "inverse_gap"
         # Of f_ema; 0 = the student itself.
         target_ema: float = 0.95
 
@@ -90,7 +94,8 @@ class CD(Method):
                 target = consistency(nets.target(x_s, s, batch.cond, in_schedule=frame))
         online = consistency(nets.student(x_t, t, batch.cond, in_schedule=frame))
         if config.distance == "l2":
-            losses = {"total": mse(online, target)}
+            distance = mse(online, target)
         else:
-            losses = {"total": pseudo_huber(online, target, config.huber_c)}
+            distance = pseudo_huber(online, target, config.huber_c)
+        losses = {"total": weigh_link(config.link_weight, frame, t, s).to(distance) * distance}
         return losses | moments(online) | moments(target, "teacher_")

@@ -36,6 +36,9 @@ from stepdistill.registry import resolve
 from stepdistill.sampling import RULES, Sampling
 from stepdistill.schedule import Schedule
 
+# Of targets that have never seen guidance.
+UNGUIDED = ("guidance_scale", "fake_guidance_scale", "critic_guidance_scale")
+
 
 class DisBack(Method):
     @dataclass
@@ -58,7 +61,7 @@ class DisBack(Method):
         cls, own = _base(config)
         with addressed("method.base"):
             self.base: ScoreDistillation = cls(own, self.sampling)
-        self.on_the_way = cls(replace(own, guidance_scale=1.0, fake_guidance_scale=1.0), self.sampling)
+        self.on_the_way = cls(replace(own, **dict.fromkeys(UNGUIDED, 1.0)), self.sampling)
         # In the other stage no student learns.
         if config.stage == "backtrack":
             self.health = self.base.health

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn, no_grad
 
 from stepdistill.denoiser import Denoiser, unwrap
-from stepdistill.discriminator import Blocks, Discriminator, chosen_blocks
+from stepdistill.discriminator import Blocks, Discriminator, Logits, chosen_blocks, logit, over_heads
 from stepdistill.features import block_features, tap, tap_with_gradient
 from stepdistill.losses import distribution_matching, gan_discriminator, gan_generator
 from stepdistill.methods.base import Batch, Losses, Networks
@@ -42,7 +42,7 @@ class DMD2(ScoreDistillation):
     class Config(ScoreDistillation.Config):
         # Iterations per student update (paper: 5 for ImageNet and SDXL, 10 for SD 1.5).
         student_every: int = 5
-        # Of the teacher. Time is uniform; karras is the paper's choice for EDM.
+        # Of the teacher.
         guidance_scale: float = 1.75
         t_low: float = 0.02
         t_high: float = 0.98
@@ -88,11 +88,11 @@ class DMD2(ScoreDistillation):
         if weight is not None:
             losses["weight_max"] = weight.max() / weight.mean()
         if logits is not None:
-            losses["gan"] = gan_generator(logits)
+            losses["gan"] = over_heads(gan_generator, logits)
             losses["total"] = losses["total"] + config.gan_weight * losses["gan"]
         return losses
 
-    def weight(self, real: Prediction, logits: Tensor | None) -> Tensor | None:
+    def weight(self, real: Prediction, logits: Logits | None) -> Tensor | None:
         """Per sample (B,), of the gradient, from what teacher and discriminator say at (x_t, t); None = 1."""
         return None
 
@@ -104,18 +104,18 @@ class DMD2(ScoreDistillation):
         with tap(nets.fake_score, list(self.eye(nets.fake_score))) as seen:
             losses, x0 = self.denoise(nets, batch)
         fake, real = self.judge(nets, seen, len(x0)), self.logits(nets, batch.x0, batch)
-        losses["gan"] = gan_discriminator(real, fake)
+        losses["gan"] = over_heads(gan_discriminator, real, fake)
         losses["total"] = losses["total"] + config.gan_critic_weight * losses["gan"]
-        losses["accuracy"] = torch.cat((real > 0, fake < 0)).float().mean()
+        losses["accuracy"] = torch.cat((logit(real) > 0, logit(fake) < 0)).float().mean()
         return losses
 
-    def logits(self, nets: Networks, x0: Tensor, batch: Batch) -> Tensor:
-        """D at x0 diffused to a fresh time over the full range, independent for real and generated (Sec. 4.3).
+    def logits(self, nets: Networks, x0: Tensor, batch: Batch) -> Logits:
+        """D at x0 diffused to a fresh time of the critic's, independent for real and generated (Sec. 4.3).
 
         Times and conditions are drawn as those of the generated samples are, or they alone would tell which
         is which.
         """
-        t = self.times(nets, batch, density=self.config.critic_density)
+        t = self.critic_times(nets, batch)
         x_t = nets.schedule.add_noise(x0, batch.randn(), t)
         cond = batch.dropped_cond(self.config.critic_dropout)
         blocks = list(self.eye(nets.fake_score))
@@ -125,6 +125,6 @@ class DMD2(ScoreDistillation):
         """The blocks of the fake score the discriminator looks at, in forward order, with their channels."""
         return chosen_blocks(unwrap(fake_score), self.config.gan_blocks)
 
-    def judge(self, nets: Networks, seen: dict[str, Tensor], count: int) -> Tensor:
+    def judge(self, nets: Networks, seen: dict[str, Tensor], count: int) -> Logits:
         """Logits from features of a whole pass; of a guided one, of the conditional half."""
         return nets.discriminator([feature[-count:].float() for feature in seen.values()])

@@ -5,13 +5,13 @@ starts there and brings the pair's points together while it trains, so that one 
 diffusion to consistency:
 
     pair      x_t = x0 + t eps,  x_r = x0 + r eps,  the same eps
-    mapping   r / t = max(0, 1 - n(t) / q^(a + 1)),  n(t) = 1 + k sigmoid(-b t),  a = stage
+    mapping   r / t = max(0, 1 - n(t) / q^(a + 1)),  n(t) = 1 + k sigmoid(-b t / s),  a = stage
     loss      w(t) (sqrt(|f(x_t, t) - sg f(x_r, r)|^2 + c^2) - c),  w = 1 / (t - r)
 
 No teacher is called and no average is kept: the target is the same network with its gradient stopped, on the
 same dropout mask if it has any; where r is 0 it is the data. With `teacher_step` x_r comes from one Euler step
 of the guided teacher instead (consistency distillation under the same mapping). All in EDM's terms, whatever
-schedule the network was trained in.
+schedule the network was trained in; s is the data's standard deviation, 0.5 in the paper, whose b is 1.
 
 Normal ranges: "ratio", the mean r / t, rises with the stage towards 1 and the loss with it; x0_std stays within a
 tenth of teacher_x0_std, here the target's.
@@ -46,9 +46,9 @@ class ECT(Method):
         stages: int = 8
         q: float = 2.0
         k: float = 8.0
-        b: float = 1.0
-        # Of log t.
-        time_mean: float = -1.1
+        b: float = 0.5
+        # Of the log-normal t, see timesteps.py; the paper's -1.1 is of data of deviation 0.5.
+        time_mean: float = -0.407
         time_std: float = 2.0
         # c of the loss; 0 is the plain norm.
         huber_c: float = 0.0
@@ -70,16 +70,17 @@ class ECT(Method):
         stage = min(step // self.config.double_every, self.config.stages - 1)
         yield Phase("student", ("student",), ((1.0, partial(self.loss, stage=stage)),))
 
-    def ratio(self, t: Tensor, stage: int) -> Tensor:
-        """r / t of the mapping function, (B,) for EDM times (B,)."""
+    def ratio(self, t: Tensor, stage: int, unit: float = 1.0) -> Tensor:
+        """r / t of the mapping function, (B,) for EDM times (B,); unit: the data's standard deviation."""
         config = self.config
-        n = 1 + config.k * torch.sigmoid(-config.b * t)
+        n = 1 + config.k * torch.sigmoid(-config.b * t / unit)
         return (1 - n / config.q ** (stage + 1)).clamp(min=0)
 
     def loss(self, nets: Networks, batch: Batch, stage: int = 0) -> Losses:
         config, frame = self.config, as_edm(nets.schedule)
-        t = timesteps.lognormal(frame, batch.generator, config.time_mean, config.time_std)
-        r = t * self.ratio(t, stage)
+        unit = nets.sigma_data
+        t = timesteps.lognormal(frame, batch.generator, config.time_mean, config.time_std, unit)
+        r = t * self.ratio(t, stage, unit)
         r = torch.where(r > frame.t_min, r, 0.0)
         eps = batch.randn()
         x_t = frame.add_noise(batch.x0, eps, t)

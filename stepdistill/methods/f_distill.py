@@ -31,6 +31,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from stepdistill.discriminator import Logits, logit
 from stepdistill.errors import UserError
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.prediction import Prediction
@@ -73,7 +74,7 @@ class FDistill(DMD2):
                 f" got {config.ratio_low:g} and {config.ratio_high:g}."
             )
 
-    def weight(self, real: Prediction, logits: Tensor | None) -> Tensor:
+    def weight(self, real: Prediction, logits: Logits | None) -> Tensor:
         """h(r) at the diffused samples, (B,), a constant."""
         config = self.config
         ratio = self.log_ratio(real, logits).exp().clamp(config.ratio_low, config.ratio_high)
@@ -82,6 +83,6 @@ class FDistill(DMD2):
         weight = WEIGHTS[config.divergence](ratio)
         return weight / weight.mean() if config.normalise_weight else weight
 
-    def log_ratio(self, real: Prediction, logits: Tensor) -> Tensor:
+    def log_ratio(self, real: Prediction, logits: Logits) -> Tensor:
         """log p_data / p_student at (x_t, t), which is what an optimal discriminator's logit is; (B,)."""
-        return logits.detach().flatten(1).mean(1)
+        return logit(logits).detach()

@@ -40,12 +40,14 @@ from stepdistill.discriminator import (
     Adversarial,
     Blocks,
     Discriminator,
+    Logits,
     chosen_blocks,
     discriminator_losses,
+    generator_loss,
 )
 from stepdistill.errors import UserError
 from stepdistill.features import block_features
-from stepdistill.losses import GAN_LOSSES, moments
+from stepdistill.losses import moments
 from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase
 from stepdistill.schedule import Schedule, expand
 
@@ -56,9 +58,11 @@ class LADD(Method):
 
     @dataclass
     class Config(Adversarial):
+        # Sec. 3 sums over the blocks' heads.
+        heads: Literal["mean", "sum"] = "sum"
         # Of the teacher: all, half (up to the middle one) or middle.
         blocks: Blocks = "all"
-        # Of log rho(tau), the level real and generated data are judged at.
+        # Of the log-normal level real and generated data are judged at; see timesteps.py.
         time_mean: float = 1.0
         time_std: float = 1.0
         # Iterations per student update.
@@ -69,8 +73,8 @@ class LADD(Method):
         first_weight: float = 0.7
         # Iterations before which a grid's less noisy half alone is trained.
         warmup: int = 500
-        # Of log rho(t), for density.
-        student_mean: float = 0.2
+        # For density: SANA-Sprint's 0.2, stated for data of deviation 0.5.
+        student_mean: float = 0.893
         student_std: float = 1.6
         # Real data under another sample's condition count as fake.
         misaligned: bool = False
@@ -93,7 +97,8 @@ class LADD(Method):
         grid = self.times_sampled(schedule)
         at_first = batch.generator.rand() < config.first_weight
         if config.student_times == "density":
-            drawn = timesteps.lognormal(schedule, batch.generator, config.student_mean, config.student_std)
+            shape = config.student_mean, config.student_std, nets.sigma_data
+            drawn = timesteps.lognormal(schedule, batch.generator, *shape)
         else:
             later = grid[len(grid) // 2 :] if warm else grid[1:] or grid
             later = torch.tensor(later, dtype=torch.float64, device=at_first.device)
@@ -119,9 +124,10 @@ class LADD(Method):
         """(critic, x_tau): the discriminator bound to a fresh level tau, and x0 noised to it."""
         teacher = unwrap(nets.teacher).backbone()
         names = list(chosen_blocks(teacher, self.config.blocks))
-        tau = timesteps.lognormal(nets.schedule, batch.generator, self.config.time_mean, self.config.time_std)
+        shape = self.config.time_mean, self.config.time_std, nets.sigma_data
+        tau = timesteps.lognormal(nets.schedule, batch.generator, *shape)
 
-        def critic(x: Tensor) -> Tensor:
+        def critic(x: Tensor) -> Logits:
             return nets.discriminator(block_features(teacher, x, tau, cond, names))
 
         return critic, nets.schedule.add_noise(x0, batch.randn(), tau)
@@ -133,7 +139,7 @@ class LADD(Method):
         if self.config.gan == "relativistic":
             critic, x_tau = self.seen(nets, batch, batch.x0, batch.cond)
             real = critic(x_tau)
-        gan = GAN_LOSSES[self.config.gan][1](fake, real)
+        gan = generator_loss(self.config, fake, real)
         return {"total": gan, "gan": gan} | moments(x0) | moments(batch.x0, "teacher_")
 
     def discriminator_loss(self, nets: Networks, batch: Batch, warm: bool = False) -> Losses:

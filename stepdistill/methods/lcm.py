@@ -32,7 +32,7 @@ from stepdistill.denoiser import Denoiser, guided, unwrap
 from stepdistill.ema import track_average
 from stepdistill.jvp import same_draws
 from stepdistill.losses import moments, pseudo_huber
-from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase
+from stepdistill.methods.base import Batch, LinkWeight, Losses, Method, Networks, Phase, weigh_link
 from stepdistill.prediction import Prediction
 from stepdistill.schedule import Schedule, expand
 
@@ -52,6 +52,8 @@ class LCM(Method):
         # Of f_ema, the target network.
         target_ema: float = 0.95
         huber_c: float = 1e-3
+        # See `weigh_link`; the paper has uniform.
+        link_weight: LinkWeight = "uniform"
         sigma_data: float = 0.5
         # In c_skip and c_out; LCMScheduler's default.
         timestep_scaling: float = 10.0
@@ -106,7 +108,8 @@ class LCM(Method):
             with same_draws(x_t):
                 target = self.boundary(nets.target(x_s, s, batch.cond, **told))
         online = self.boundary(nets.student(x_t, t, batch.cond, **told))
-        losses = {"total": pseudo_huber(online, target, config.huber_c)}
+        distance = pseudo_huber(online, target, config.huber_c)
+        losses = {"total": weigh_link(config.link_weight, nets.schedule, t, s).to(distance) * distance}
         return losses | moments(online) | moments(target, "teacher_")
 
     def ode_times(self, schedule: Schedule) -> Tensor:

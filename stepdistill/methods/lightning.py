@@ -30,10 +30,17 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.denoiser import Denoiser, guided, unwrap
-from stepdistill.discriminator import ACCURACY, Adversarial, Discriminator, discriminator_losses
+from stepdistill.discriminator import (
+    ACCURACY,
+    Adversarial,
+    Discriminator,
+    Logits,
+    discriminator_losses,
+    generator_loss,
+)
 from stepdistill.errors import UserError
 from stepdistill.features import block_features
-from stepdistill.losses import GAN_LOSSES, moments, mse
+from stepdistill.losses import moments, mse
 from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase
 from stepdistill.prediction import Prediction
 from stepdistill.sampling import Sampling
@@ -132,7 +139,7 @@ class Lightning(Method):
         said = nets.student(x_t, self.at(nets.schedule, i, 1), batch.cond)
         return self.move(said, self.at(nets.schedule, i + 1, 1)), said.x0
 
-    def logits(self, nets: Networks, batch: Batch, i: Tensor, x_t: Tensor, x_s: Tensor) -> Tensor:
+    def logits(self, nets: Networks, batch: Batch, i: Tensor, x_t: Tensor, x_s: Tensor) -> Logits:
         """D(x_s), or D(x_t, x_s): one encoder over both, their features side by side."""
         looks = [(x_s, self.at(nets.schedule, i + 1, 1))]
         if self.config.conditional:
@@ -154,7 +161,7 @@ class Lightning(Method):
         if config.gan_weight > 0:
             fake = self.logits(nets, batch, i, x_t, x_s)
             beside = self.logits(nets, batch, i, x_t, real) if config.gan == "relativistic" else None
-            losses["gan"] = GAN_LOSSES[config.gan][1](fake, beside)
+            losses["gan"] = generator_loss(config, fake, beside)
             losses["total"] = losses["total"] + config.gan_weight * losses["gan"]
         return losses | moments(x0) | moments(batch.x0, "teacher_")
 
@@ -164,7 +171,7 @@ class Lightning(Method):
         with torch.no_grad():
             fake, _ = self.generate(nets, batch, i, x_t)
 
-        def critic(x_s: Tensor) -> Tensor:
+        def critic(x_s: Tensor) -> Logits:
             return self.logits(nets, batch, i, x_t, x_s)
 
         return discriminator_losses(self.config, (critic, real), (critic, fake), batch.randn)

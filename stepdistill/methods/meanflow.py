@@ -50,7 +50,7 @@ class MeanFlow(Method):
         cond_dropout: float = 0.1
         # Of samples with r = t.
         equal_share: float = 0.75
-        # Of log rho of the one draw, under flow the logit-normal density.
+        # Of the one log-normal draw (timesteps.py), under flow the logit-normal density.
         time_mean: float = -0.4
         time_std: float = 1.0
         # Of the other: the paper's CIFAR-10 run has -0.6, 1.6 and -4, 1.6.
@@ -75,7 +75,7 @@ class MeanFlow(Method):
         config, noise = self.config, batch.generator
         frame = as_edm(nets.schedule, most=self.sampling.first_rho or 1e4)
         densities = (config.time_mean, config.time_std), (config.end_mean, config.end_std)
-        both = [timesteps.lognormal(frame, noise, *density) for density in densities]
+        both = [timesteps.lognormal(frame, noise, *density, nets.sigma_data) for density in densities]
         t, r = (Flow().t_of_rho(pick(*both)) for pick in (torch.maximum, torch.minimum))
         return t, torch.where(noise.rand() < config.equal_share, t, r)
 
@@ -84,9 +84,9 @@ class MeanFlow(Method):
         t, r = self.times(nets, batch)
         eps = batch.randn()
         x_t = flow.add_noise(batch.x0, eps, t)
-        cond = batch.dropped_cond(config.cond_dropout) if config.direction == "data" else batch.cond
+        cond, dropped = batch.dropped(config.cond_dropout if config.direction == "data" else 0.0)
         with torch.no_grad():
-            v = self.velocity(nets, batch, cond, x_t, t, eps)
+            v = self.velocity(nets, batch, x_t, t, eps, dropped)
             with same_draws(x_t):
                 target, derivative = self.target(student, cond, x_t, t, r, v)
         prediction = nets.student(x_t, t, cond, in_schedule=flow, end=r)
@@ -112,15 +112,17 @@ class MeanFlow(Method):
         return v - expand(t - r, v) * derivative, derivative
 
     def velocity(
-        self, nets: Networks, batch: Batch, cond: Cond, x_t: Tensor, t: Tensor, eps: Tensor
+        self, nets: Networks, batch: Batch, x_t: Tensor, t: Tensor, eps: Tensor, dropped: Tensor
     ) -> Tensor:
-        """dx_t/dt, guided (Sec. 4.2 in the training form)."""
+        """dx_t/dt, guided (Sec. 4.2 in the training form, where samples that lost their condition keep v itself)."""
         config = self.config
         if config.direction == "teacher":
             return guided_teacher(nets, batch, config.guidance_scale, Flow())(x_t, t).flow.to(x_t.dtype)
         v = eps - batch.x0
         if config.guidance_scale == 1 and config.kappa == 0:
             return v
-        own = [unwrap(nets.student)(x_t, t, c, in_schedule=Flow(), end=t).flow for c in (cond, batch.uncond)]
+        conds = batch.cond, batch.uncond
+        own = [unwrap(nets.student)(x_t, t, cond, in_schedule=Flow(), end=t).flow for cond in conds]
         omega, kappa = config.guidance_scale, config.kappa
-        return omega * v + kappa * own[0] + (1 - omega - kappa) * own[1]
+        guided = omega * v + kappa * own[0] + (1 - omega - kappa) * own[1]
+        return torch.where(expand(dropped, v) > 0, v, guided)

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from stepdistill import timesteps
-from stepdistill.denoiser import unwrap
 from stepdistill.losses import denoising, moments
 from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase
 
@@ -38,8 +37,8 @@ class Pretrain(Method):
         # Share of samples trained without their condition.
         cond_dropout: float = 0.1
         time_density: Literal["uniform", "karras", "lognormal"] = "uniform"
-        # Of log rho, for lognormal; EDM's values. Under flow it is the logit-normal density.
-        time_mean: float = -1.2
+        # For lognormal; see timesteps.py. EDM's values; under flow it is the logit-normal density.
+        time_mean: float = timesteps.EDM_MEAN
         time_std: float = 1.2
         # Used by previews and written on the card; training does not see it.
         guidance_scale: float = 2.0
@@ -53,11 +52,10 @@ class Pretrain(Method):
 
     def loss(self, nets: Networks, batch: Batch) -> Losses:
         config, noise = self.config, batch.generator
-        t = timesteps.draw(
-            config.time_density, nets.schedule, noise, mean=config.time_mean, std=config.time_std
-        )
+        shape = {"mean": config.time_mean, "std": config.time_std, "unit": nets.sigma_data}
+        t = timesteps.draw(config.time_density, nets.schedule, noise, **shape)
         eps = batch.randn()
         cond = batch.dropped_cond(config.cond_dropout)
         prediction = nets.student(nets.schedule.add_noise(batch.x0, eps, t), t, cond)
-        loss = denoising(prediction, batch.x0, eps, unwrap(nets.student).sigma_data)
+        loss = denoising(prediction, batch.x0, eps, nets.sigma_data)
         return {"total": loss} | moments(prediction.x0) | moments(batch.x0, "teacher_")

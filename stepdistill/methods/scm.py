@@ -65,8 +65,8 @@ class SCM(Method):
         prior: bool = True
         # u of the loss; likewise.
         learned_weight: bool = True
-        # Of log rho, the paper's P_mean and P_std.
-        time_mean: float = -1.0
+        # Of the log-normal times, see timesteps.py: the paper's P_mean of -1.0 is of data of deviation 0.5.
+        time_mean: float = -0.307
         time_std: float = 1.4
         derivative: Literal["forward", "difference", "upwind"] = "forward"
         # Of the differences, of log rho; 0 = as much as moves the network's time by a tenth of a step, at most 1e-3.
@@ -112,7 +112,8 @@ class SCM(Method):
         """TrigFlow times of log-normal rho, within what the teacher knows and the student is sampled at."""
         config = self.config
         frame = as_edm(nets.schedule, most=self.sampling.first_rho or 80.0)
-        rho = timesteps.lognormal(frame, batch.generator, config.time_mean, config.time_std)
+        shape = config.time_mean, config.time_std, trig.sigma_data
+        rho = timesteps.lognormal(frame, batch.generator, *shape)
         # A difference moves log rho by its step; beyond its range a network is no function of time.
         inside = 1 + 2 * (config.difference_step or LONGEST)
         return trig.t_of_rho(rho.clamp(frame.t_min * inside, frame.t_max / inside))

@@ -74,15 +74,20 @@ class ScoreDistillation(Method):
         fake_score_lora: LoraConfig = NO_LORA
         # In a later stage: go on with the fake score of the stage before.
         carry_fake_score: bool = False
+        # Of the fake score while it learns: its guided answer is what must denoise (SiD-LSG).
+        critic_guidance_scale: float = 1.0
         # Share of samples the fake score learns without their condition.
         critic_dropout: float = 0.0
         # Of the noise levels the two scores are compared at.
         time_density: Density = "uniform"
-        # Their range, as fractions of the schedule; the critic sees all.
+        # Their range, as fractions of the schedule.
         t_low: float = 0.0
         t_high: float = 1.0
-        # Of log rho, for lognormal.
-        time_mean: float = -1.2
+        # The critic's.
+        critic_low: float = 0.0
+        critic_high: float = 1.0
+        # For lognormal; see timesteps.py.
+        time_mean: float = timesteps.EDM_MEAN
         time_std: float = 1.2
         critic_density: Literal["same", "uniform", "karras", "lognormal"] = "same"
         # Which of its sampling states are met alike; see `simulate`.
@@ -94,11 +99,13 @@ class ScoreDistillation(Method):
         super().__init__(config, sampling)
         if config.student_every < 1:
             raise UserError(f"method.student_every must be at least 1, got {config.student_every}.")
-        if not 0 <= config.t_low < config.t_high <= 1:
-            raise UserError(
-                "method.t_low and method.t_high must be fractions of the schedule in rising order,"
-                f" got {config.t_low:g} and {config.t_high:g}."
-            )
+        for low, high in (("t_low", "t_high"), ("critic_low", "critic_high")):
+            ends = getattr(config, low), getattr(config, high)
+            if not 0 <= ends[0] < ends[1] <= 1:
+                raise UserError(
+                    f"method.{low} and method.{high} must be fractions of the schedule in rising order,"
+                    f" got {ends[0]:g} and {ends[1]:g}."
+                )
         # Of the student's phase, for the critic's after it.
         self._made: deque[tuple[Tensor, Cond]] = deque()
 
@@ -143,7 +150,11 @@ class ScoreDistillation(Method):
         config = self.config
         density = config.time_density if density == "same" else density
         mean, std = config.time_mean, config.time_std
-        return timesteps.draw(density, nets.schedule, batch.generator, low, high, mean, std)
+        return timesteps.draw(density, nets.schedule, batch.generator, low, high, mean, std, nets.sigma_data)
+
+    def critic_times(self, nets: Networks, batch: Batch) -> Tensor:
+        config = self.config
+        return self.times(nets, batch, config.critic_low, config.critic_high, config.critic_density)
 
     def diffuse(self, nets: Networks, batch: Batch, x0: Tensor) -> tuple[Tensor, Tensor]:
         """x0 at a drawn time: x_t (B, ...), which carries x0's gradient, and t (B,)."""
@@ -165,7 +176,7 @@ class ScoreDistillation(Method):
         return self.teacher_at(nets, batch, x_t, t), self.fake_at(nets, batch, x_t, t)
 
     def critic_loss(self, nets: Networks, batch: Batch) -> Losses:
-        """Denoising of what the student makes now, over the full range of noise levels."""
+        """Denoising of what the student makes now."""
         return self.denoise(nets, batch)[0]
 
     def denoise(self, nets: Networks, batch: Batch) -> tuple[Losses, Tensor]:
@@ -177,9 +188,12 @@ class ScoreDistillation(Method):
         else:
             with no_grad():
                 x0 = self.generate(nets, batch)
-        t, eps = self.times(nets, batch, density=self.config.critic_density), batch.randn()
-        cond = batch.dropped_cond(self.config.critic_dropout)
-        prediction = nets.fake_score(nets.schedule.add_noise(x0, eps, t), t, cond)
+        config = self.config
+        t, eps = self.critic_times(nets, batch), batch.randn()
+        # Of a condition that was dropped the guided answer is the unconditional one.
+        cond, scale = batch.dropped_cond(config.critic_dropout), config.critic_guidance_scale
+        x_t = nets.schedule.add_noise(x0, eps, t)
+        prediction = guided(nets.fake_score, x_t, t, cond, batch.uncond, scale)
         loss = self.critic_error(prediction, x0, eps, unwrap(nets.fake_score).sigma_data)
         return {"total": loss, "denoising": loss}, x0
 

@@ -15,9 +15,9 @@ fake score; their parameters are frozen. Each sample is divided by mean |x0 - te
 
 The paper sums over pixels and multiplies by 100; here it is the mean, which Adam does not notice. Use
 optim.betas = [0, 0.999] as the paper does: momentum makes the two networks circle each other. No images are
-needed. SiD-LSG (arXiv 2406.01561) guides both scores alike, `fake_guidance_scale` = `guidance_scale` > 1, with a
-fake score that has also learnt the unconditional answer: `critic_dropout` 0.1. It trains that score on its guided
-answer, which is not done here.
+needed. SiD-LSG (arXiv 2406.01561), for Stable Diffusion, guides teacher and fake score alike, the latter while
+it learns too (`critic_guidance_scale`) and with a tenth of the conditions dropped (`critic_dropout`); alpha is 1 and both
+see times uniform between 20 and 979, not EDM's: `training/recipes/sd15_sid_lsg.yaml`.
 
 Normal ranges as in SIM: "gap" falls, x0_std stays near teacher_x0_std. "total" is negative for alpha > 1.
 """

@@ -6,7 +6,7 @@ own prediction, and repeats that with fewer segments, each stage from the one be
 
     jump           f(x_t, t -> b) = alpha_b x0 + sigma_b eps, both of one prediction; f(x_b, b -> b) = x_b
     teacher step   x_s = DDIM( x_t, t -> s ) of the guided teacher, s = max(next point, b)
-    loss           d( f_theta(x_t, t -> b), sg f_ema(x_s, s -> b) )
+    loss           w d( f_theta(x_t, t -> b), sg f_ema(x_s, s -> b) )
 
 With k = 1 it is the consistency trajectory of TCD (arXiv 2402.19159), and so is its sampling: along the line to
 (1 - eta) of the next time, then noise up to it (`TCDScheduler`). Stages are written as a recipe's `stages:`,
@@ -33,7 +33,16 @@ from stepdistill.ema import track_average
 from stepdistill.errors import UserError
 from stepdistill.jvp import same_draws
 from stepdistill.losses import moments, mse, pseudo_huber
-from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase, guided_teacher
+from stepdistill.methods.base import (
+    Batch,
+    LinkWeight,
+    Losses,
+    Method,
+    Networks,
+    Phase,
+    guided_teacher,
+    weigh_link,
+)
 from stepdistill.sampling import Sampling
 from stepdistill.schedule import Schedule
 from stepdistill.solvers import ddim
@@ -52,6 +61,8 @@ class TSCD(Method):
         guidance_scale: float = 7.5
         distance: Literal["l2", "pseudo_huber"] = "l2"
         huber_c: float = 1e-3
+        # See `weigh_link`.
+        link_weight: LinkWeight = "inverse_gap"
         target_ema: float = 0.95
 
     def __init__(self, config: Any, sampling: Sampling | None = None):
@@ -98,7 +109,8 @@ class TSCD(Method):
             target = torch.where((s == b).reshape(-1, *[1] * (x_s.ndim - 1)), x_s, target)
         online = nets.student(x_t, t, batch.cond).at(b)
         if config.distance == "l2":
-            losses = {"total": mse(online, target)}
+            distance = mse(online, target)
         else:
-            losses = {"total": pseudo_huber(online, target, config.huber_c)}
+            distance = pseudo_huber(online, target, config.huber_c)
+        losses = {"total": weigh_link(config.link_weight, schedule, t, s).to(distance) * distance}
         return losses | moments(online) | moments(target, "teacher_")

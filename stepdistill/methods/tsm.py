@@ -26,7 +26,7 @@ from typing import Any, Literal
 import torch
 
 from stepdistill import timesteps
-from stepdistill.denoiser import guided, unwrap
+from stepdistill.denoiser import guided
 from stepdistill.losses import denoising, moments
 from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase
 
@@ -43,7 +43,8 @@ class TSM(Method):
         # Share of samples without their condition, where guidance is off.
         cond_dropout: float = 0.1
         time_density: Literal["uniform", "karras", "lognormal"] = "uniform"
-        time_mean: float = -1.2
+        # For lognormal; see timesteps.py.
+        time_mean: float = timesteps.EDM_MEAN
         time_std: float = 1.2
 
     @classmethod
@@ -55,12 +56,13 @@ class TSM(Method):
 
     def loss(self, nets: Networks, batch: Batch) -> Losses:
         config, schedule, noise = self.config, nets.schedule, batch.generator
-        t = timesteps.draw(config.time_density, schedule, noise, mean=config.time_mean, std=config.time_std)
+        shape = {"mean": config.time_mean, "std": config.time_std, "unit": nets.sigma_data}
+        t = timesteps.draw(config.time_density, schedule, noise, **shape)
         x_t = schedule.add_noise(batch.x0, batch.randn(), t)
         cond = batch.dropped_cond(config.cond_dropout) if config.guidance_scale == 1 else batch.cond
         with torch.no_grad():
             said = guided(nets.teacher, x_t, t, cond, batch.uncond, config.guidance_scale)
         prediction = nets.student(x_t, t, cond)
         # The teacher's x0 and eps stand where training from data has the true ones.
-        loss = denoising(prediction, said.x0, said.eps, unwrap(nets.student).sigma_data)
+        loss = denoising(prediction, said.x0, said.eps, nets.sigma_data)
         return {"total": loss} | moments(prediction.x0) | moments(said.x0, "teacher_")

@@ -15,7 +15,7 @@ from stepdistill.families.toy import Toy
 from stepdistill.methods.base import Batch, Networks, consistency
 from stepdistill.noise import SampleNoise
 from stepdistill.prediction import Prediction
-from stepdistill.schedule import EDM, Flow, TrigFlow, times_like
+from stepdistill.schedule import EDM, VP, Flow, TrigFlow, times_like
 from stepdistill.timesteps import as_edm
 
 
@@ -122,3 +122,45 @@ def test_the_target_is_an_exponential_average(name):
     assert [n for n, _ in unwrap(wrapped.student).named_parameters()] == [
         n for n, _ in target.named_parameters()
     ]
+
+
+@pytest.mark.parametrize("schedule", ["vp", "edm", "flow"])
+@pytest.mark.parametrize("name", ["lcm", "cd", "tscd"])
+def test_a_link_may_count_by_the_inverse_of_the_noise_it_spans(name, schedule):
+    """1 / (rho_t - rho_s) of the two noise levels asked about; where the trajectory ends both sides are known."""
+    totals, made = {}, None
+    for weight in ("uniform", "inverse_gap"):
+        made, heard = world(name, schedule=schedule, link_weight=weight), {}
+        for role in ("student", "target"):
+
+            def forward(
+                x, t, *args, role=role, heard=heard, own=made.nets.schedule,
+                plain=made.nets.modules[role].forward, **more,
+            ):  # fmt: skip
+                heard[role] = (more.get("in_schedule") or own).rho(t)
+                return plain(x, t, *args, **more)
+
+            made.nets.modules[role].forward = forward
+        totals[weight] = made.method.loss(made.nets, made.batch())["total"]
+    gap = heard["student"].clamp(max=80) - heard["target"].clamp(max=80)
+    expected = totals["uniform"] / gap.clamp(min=1e-3).to(totals["uniform"])
+    torch.testing.assert_close(totals["inverse_gap"], expected, rtol=1e-4, atol=1e-7)
+    assert float(gap.max() / gap.min()) > 3
+
+
+@pytest.mark.parametrize(
+    ("schedule", "second"),
+    [
+        ("vp", float(VP.from_betas().t_of_rho(torch.tensor(3.6021)).round())),
+        ("flow", 3.6021 / 4.6021),
+        ("trig", 1.3),
+        # Its stock scheduler lists points of one grid.
+        ("edm", EDM().few_step_grid(2)[1]),
+    ],
+)
+def test_scms_second_time_is_at_one_noise_level(schedule, second):
+    made = world("scm", steps=(1, 2, 4), schedule=schedule)
+    sampling, at = made.method.sampling, made.nets.schedule
+    assert sampling.grid(at, 2)[1] == pytest.approx(second, rel=1e-4)
+    assert sampling.grid(at, 2)[0] == sampling.grid(at, 1)[0]
+    assert len(sampling.grid(at, 4)) == 4

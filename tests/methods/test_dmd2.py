@@ -191,7 +191,7 @@ def test_of_a_guided_fake_score_the_conditional_half_is_judged():
     x_t, t = method.diffuse(nets, batch, method.generate(nets, batch))
     blocks = [nets.fake_score.middle]
     conditional, unconditional = (
-        gan_generator(nets.discriminator(block_features(nets.fake_score, x_t, t, cond, blocks)))
+        gan_generator(*nets.discriminator(block_features(nets.fake_score, x_t, t, cond, blocks)))
         for cond in (batch.cond, batch.uncond)
     )
     torch.testing.assert_close(losses["gan"], conditional)

@@ -14,12 +14,15 @@ from stepdistill.schedule import EDM
 
 def test_ects_mapping_is_the_papers():
     method = worlds.method("ect")
+    # For data of deviation 0.5.
     t = torch.tensor([0.5, 1.0, 3.0, 80.0], dtype=torch.float64)
-    first, last = method.ratio(t, 0), method.ratio(t, 7)
+    first, last = method.ratio(t, 0, 0.5), method.ratio(t, 7, 0.5)
+    # Half of the noise hides data half as wide alike.
+    torch.testing.assert_close(method.ratio(2 * t, 0), first)
     torch.testing.assert_close(first, torch.tensor([0.0, 0.0, 0.3103, 0.5]).double(), rtol=0, atol=1e-3)
     assert float(last.min()) > 0.98 and float(last[-1]) == pytest.approx(255 / 256)
     for stage in range(7):
-        assert bool((method.ratio(t, stage) <= method.ratio(t, stage + 1)).all())
+        assert bool((method.ratio(t, stage, 0.5) <= method.ratio(t, stage + 1, 0.5)).all())
 
 
 def test_ects_stage_follows_the_updates():
@@ -55,7 +58,7 @@ def test_ects_gradient_stops_at_the_target():
     method, net = worlds.method("ect"), Affine()
     nets, batch, twin = nets_of(EDM(), net), batch_of(), batch_of()
     ours = gradient(method.loss(nets, batch, stage=4)["total"].mean(), net)
-    t = (-1.1 + 2.0 * twin.generator.randn(dtype=torch.float64)).exp().clamp(0.002, 80)
+    t = (-0.407 + 2.0 * twin.generator.randn(dtype=torch.float64)).exp().clamp(0.002, 80)
     r = t * method.ratio(t, 4)
     assert float((r > 0.002).double().mean()) > 0.5
     r = torch.where(r > 0.002, r, 0.0)

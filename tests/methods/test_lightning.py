@@ -55,7 +55,7 @@ def test_lightnings_error_is_weighed_and_its_relativistic_student_set_beside_wha
     i, x_t = made.method.start(made.nets, batch)
     x_s, _ = made.method.generate(made.nets, batch, i, x_t)
     real = made.method.real(made.nets, batch, i, x_t)
-    fake, beside = (made.method.logits(made.nets, batch, i, x_t, x) for x in (x_s, real))
+    (fake,), (beside,) = (made.method.logits(made.nets, batch, i, x_t, x) for x in (x_s, real))
     torch.testing.assert_close(losses["error"], (x_s - real).square().mean(1), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(losses["gan"], torch.nn.functional.softplus(beside - fake).mean(1))
     torch.testing.assert_close(losses["total"], 0.3 * losses["error"] + 0.7 * losses["gan"])
@@ -71,7 +71,7 @@ def test_a_conditional_discriminator_sees_both_ends_of_the_step_and_the_other_on
         i, x_t = made.method.start(made.nets, batch)
         x_s, _ = made.method.generate(made.nets, batch, i, x_t)
         x_t, x_s = x_t.detach().requires_grad_(), x_s.detach().requires_grad_()
-        logits = made.method.logits(made.nets, batch, i, x_t, x_s)
+        (logits,) = made.method.logits(made.nets, batch, i, x_t, x_s)
         by_t, by_s = torch.autograd.grad(logits.sum(), (x_t, x_s), allow_unused=True)
         assert float(by_s.abs().max()) > 0 and (by_t is not None) == conditional
         # The features are the encoder's own at (x, t).
@@ -85,7 +85,7 @@ def test_a_conditional_discriminator_sees_both_ends_of_the_step_and_the_other_on
             seen += block_features(
                 made.nets.encoder, x_t, made.method.at(made.nets.schedule, i, 1), batch.cond, middle
             )
-        torch.testing.assert_close(logits, made.nets.discriminator([torch.cat(seen, 1)]))
+        torch.testing.assert_close([logits], made.nets.discriminator([torch.cat(seen, 1)]))
 
 
 def test_the_encoder_is_the_teachers_first_half_with_weights_of_its_own(tiny_sd):

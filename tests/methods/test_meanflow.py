@@ -84,9 +84,13 @@ def test_meanflows_guided_target_mixes_its_own_velocities():
     eps, t = torch.randn(COUNT, 1, dtype=torch.float64), times_like(0.4, batch.x0)
     x_t = Flow().add_noise(batch.x0, eps, t)
     with torch.no_grad():
-        v = method.velocity(nets, batch, batch.cond, x_t, t, eps)
+        dropped = torch.arange(COUNT) < 3
+        v = method.velocity(nets, batch, x_t, t, eps, dropped)
         c, u = (nets.student(x_t, t, told, end=t).flow for told in (batch.cond, batch.uncond))
-    torch.testing.assert_close(v, 2.0 * (eps - batch.x0) + 0.5 * c - 1.5 * u, rtol=1e-9, atol=1e-9)
+    mixed = 2.0 * (eps - batch.x0) + 0.5 * c - 1.5 * u
+    torch.testing.assert_close(v[3:], mixed[3:], rtol=1e-9, atol=1e-9)
+    # The official rule where the condition is dropped: at omega 3 a guided target has nine times the variance.
+    torch.testing.assert_close(v[:3], (eps - batch.x0)[:3], rtol=1e-12, atol=1e-12)
     # And the mix is a constant: with r = t the gradient is that of (u - v)^2 at u alone.
     method = worlds.method("meanflow", **settings, equal_share=1.0, weight_power=0.0)
     net, twin = nets.student.network, batch_of()
@@ -94,7 +98,7 @@ def test_meanflows_guided_target_mixes_its_own_velocities():
     t, _ = method.times(nets, twin)
     eps = twin.randn()
     x_t = Flow().add_noise(twin.x0, eps, t)
-    v = method.velocity(nets, batch, batch.cond, x_t, t, eps).detach()
+    v = method.velocity(nets, batch, x_t, t, eps, torch.zeros(COUNT, dtype=torch.bool)).detach()
     u = nets.student(x_t, t, batch.cond, end=t).flow
     torch.testing.assert_close(ours, gradient((u - v).square().mean(), net), rtol=1e-6, atol=1e-9)
 

@@ -39,7 +39,9 @@ class SegmentOracle(nn.Module):
 @pytest.mark.parametrize("segments", [8, 4, 2, 1])
 def test_tscd_with_the_exact_segment_maps_has_the_teachers_error_alone(schedule, segments):
     def loss(points: int) -> float:
-        method = worlds.method("tscd", segments=segments, ddim_steps=points, guidance_scale=1.0)
+        method = worlds.method(
+            "tscd", segments=segments, ddim_steps=points, guidance_scale=1.0, link_weight="uniform"
+        )
         nets = nets_of(schedule, SegmentOracle(schedule, method))
         return float(method.loss(nets, batch_of(256))["total"].mean().sqrt())
 
@@ -55,7 +57,7 @@ def test_tscds_loss_is_zero_where_student_and_teacher_follow_the_exact_flow(sche
         return gaussian_flow_map(schedule, MEAN, STD, x_t, t, s)
 
     monkeypatch.setattr("stepdistill.methods.tscd.ddim", flow_map)
-    method = worlds.method("tscd", segments=segments, guidance_scale=1.0)
+    method = worlds.method("tscd", segments=segments, guidance_scale=1.0, link_weight="uniform")
     losses = method.loss(nets_of(schedule, SegmentOracle(schedule, method)), batch_of(256))
     assert float(losses["total"].max()) < 1e-15 * schedule.t_max**2
 
@@ -64,8 +66,12 @@ def test_tscd_of_one_segment_is_cd_with_an_euler_step():
     """But for the jump's end: the trajectory's last point, not the data, so sigma_min eps apart."""
     schedule, found = EDM(), []
     for method in (
-        worlds.method("cd", points=11, solver="euler", distance="l2", guidance_scale=1.0),
-        worlds.method("tscd", segments=1, ddim_steps=10, distance="l2", guidance_scale=1.0),
+        worlds.method(
+            "cd", points=11, solver="euler", distance="l2", guidance_scale=1.0, link_weight="uniform"
+        ),
+        worlds.method(
+            "tscd", segments=1, ddim_steps=10, distance="l2", guidance_scale=1.0, link_weight="uniform"
+        ),
     ):
         nets = nets_of(schedule, Affine(), target=Denoiser(Affine(), "x0", schedule))
         loss = method.loss(nets, batch_of(512))["total"].mean()
@@ -105,7 +111,7 @@ def test_every_time_lies_in_exactly_one_segment(schedule, segments):
 
 def test_tscd_never_looks_below_the_edge_and_takes_the_state_itself_there():
     """One DDIM step that ends in the edge has x_s for its target, whatever the target network says."""
-    method = worlds.method("tscd", segments=8, ddim_steps=8, guidance_scale=1.0)
+    method = worlds.method("tscd", segments=8, ddim_steps=8, guidance_scale=1.0, link_weight="uniform")
     nets, batch, twin = nets_of(VP.from_betas(), Affine()), batch_of(), batch_of()
 
     class Never(nn.Module):
