@@ -6,12 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-import worlds
-
-from stepdistill.families.toy import Toy
-from stepdistill.methods.base import Batch, Networks
-from stepdistill.noise import SampleNoise
+from learning import learner, small
 
 RECIPES = Path(__file__).parents[1] / "training" / "recipes"
 
@@ -30,49 +25,11 @@ def test_the_shipped_recipe_reaches_the_data(recipe, bound, tmp_path):
     assert reached and reached[-1] <= bound
 
 
-@pytest.fixture(scope="module")
-def family() -> Toy:
-    made = Toy(Toy.Config(modes=4, std=0.2, schedule="flow", fit_steps=100))
-    made.teacher.width = 32
-    return made
-
-
-def distance_after(family: Toy, steps: int, pull: float) -> float:
-    """Sliced W1 over its floor after a short one-step DMD2 run; `pull` multiplies the student's loss."""
+def test_dmd2s_gradient_is_what_closes_the_gap():
+    """Without the student's loss nothing moves."""
     settings = {"normalise": False, "guidance_scale": 1.0, "time_density": "lognormal", "time_mean": -0.5}
-    method = worlds.method("dmd2", steps=(1,), student_every=1, **settings)
-    student = family.student("teacher", ())
-    nets = Networks(
-        {"student": student, "teacher": family.teacher} | method.networks(family.teacher, student),
-        family.schedule,
-    )
-    trained = {name: nets.modules[name] for name in ("student", "fake_score")}
-    optimizers = {
-        name: torch.optim.Adam(net.parameters(), 2e-3, betas=(0.0, 0.99)) for name, net in trained.items()
-    }
-    for step in range(steps):
-        for phase in method.phases(step):
-            for name, net in trained.items():
-                net.requires_grad_(name in phase.trains)
-            noise = SampleNoise(range(64), step=step, phase=phase.name)
-            batch = Batch(None, None, family.shape, noise.index, noise)
-            for weight, loss in phase.terms:
-                factor = pull if phase.name == "student" else 1.0
-                (factor * weight * loss(nets, batch)["total"].mean()).backward()
-            for name in phase.trains:
-                optimizers[name].step()
-                optimizers[name].zero_grad()
-
-    @torch.no_grad()
-    def draw(count: int) -> torch.Tensor:
-        z = SampleNoise(range(count), phase="draw").randn(2)
-        x = family.schedule.first_state(z, family.schedule.t_max)
-        return student(x, torch.full((count,), family.schedule.t_max, dtype=torch.float64)).x0
-
-    return family.sliced_w1(draw, 1024)
-
-
-def test_dmd2_closes_the_gap_and_its_gradient_is_what_does_it(family):
-    start = distance_after(family, 0, 1.0)
-    assert distance_after(family, 20, 0.0) == pytest.approx(start, rel=1e-6)
-    assert distance_after(family, 300, 1.0) < start / 2.5
+    family = small()
+    still = learner("dmd2", family, student_every=1, pull=0.0, **settings)
+    start = still.distance()
+    assert still.run(20).distance() == pytest.approx(start, rel=1e-6)
+    assert learner("dmd2", family, student_every=1, **settings).run(300).distance() < start / 2.5

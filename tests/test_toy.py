@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -284,22 +285,20 @@ def test_the_data_are_off_centre_uneven_and_of_unit_variance():
         )
 
 
-def test_the_mean_shows_what_starting_from_unit_noise_leaves_out():
-    """A table's last entry keeps a fifteenth of the data: the exact map of z is off by that share of their mean."""
-    off = {}
-    for mean in ((0.0, 0.0), (0.4, -0.3)):
-        family = Toy(Toy.Config(modes=1, std=1.0, uneven=0.0, fit_steps=0, mean=mean))
-        mixture, t = family.mixture, 999.0
+@pytest.mark.parametrize(("schedule", "most", "least"), [("vp", 9.0, 2.0), ("flow", 1.5, 0.0)])
+def test_a_mean_shows_what_starting_from_unit_noise_leaves_out(schedule, most, least):
+    """A table's last entry keeps a fifteenth of the data: the exact teacher's own ODE from z misses its share of the mean."""
+    family = Toy(Toy.Config(fit_steps=0, schedule=schedule, mean=(2.0, -1.5)))
 
-        def draw(count: int, mixture=mixture, t=t) -> torch.Tensor:
-            z = SampleNoise(range(count), phase="draw").randn(2).double()
-            place, end = mixture.means[0], times_like(0.0, z)
-            moved = gaussian_flow_map(mixture.schedule, 0.0, 1.0, z - place * 0, times_like(t, z), end)
-            alpha = float(mixture.schedule.alpha(times_like(t, z))[0])
-            return moved + place * (1 - alpha)
+    def draw(count: int) -> torch.Tensor:
+        grid = (*family.schedule.teacher_grid(60), family.schedule.t_min)
+        x = family.schedule.first_state(SampleNoise(range(count), phase="draw").randn(2), grid[0])
+        for t, s in itertools.pairwise(grid):
+            said = family.teacher(x, times_like(t, x))
+            x = said.at(times_like(s, x))
+        return x
 
-        off[mean] = family.sliced_w1(draw, 2048)
-    assert off[0.4, -0.3] > 1.5 * off[0.0, 0.0]
+    assert least <= family.sliced_w1(draw, 1024, draws=1) < most
 
 
 def test_shares_and_covariances_tell_what_a_distance_does_not():
@@ -307,7 +306,7 @@ def test_shares_and_covariances_tell_what_a_distance_does_not():
     exact = family.exact(4096, seed=40)
     _, nearest, near = family.nearest(exact)
     place = family.mixture.means[nearest].float()
-    assert bool(near.all())
+    assert float(near.double().mean()) > 0.998
     assert family.shares_off(lambda n: exact) < 0.04
     assert family.trace_off(lambda n: exact) < 0.08 and family.shape_off(lambda n: exact) < 0.15
     # Half the variance, and where it lies along one axis alone.
