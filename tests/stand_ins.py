@@ -27,6 +27,7 @@ STAND_INS = {
     "sana_sprint": "sana",
     "sd15_dmd2_1step": "sd15",
     "sd15_lcm_lora": "sd15",
+    "sd15_sid_lsg": "sd15",
     "sd21_swiftbrush": "sd15",
     "sd35_ladd": "sd3.5",
     "sdxl_dmd2_4step": "sdxl",
