@@ -71,8 +71,16 @@ def distribution_matching(
             # The floor only matters where student and teacher agree to all digits.
             scale = (x0 - teacher_x0).abs().flatten(1).mean(1).clamp(min=1e-5)
             gradient = gradient / expand(scale, x0)
-        target = x0 - gradient
-    return 0.5 * mse(x0, target)
+    return displaced(x0, -gradient)
+
+
+def displaced(x0: Tensor, direction: Tensor, scale: Tensor | None = None) -> Tensor:
+    """|x0 - sg(x0 + direction / scale)|^2 / 2, means over the sample's elements: the surrogate whose gradient is
+    -direction / scale over their number. scale: (B,), None = 1.
+    """
+    if scale is not None:
+        direction = direction / expand(scale, x0)
+    return 0.5 * mse(x0, (x0 + direction).detach())
 
 
 def score_implicit(x0: Tensor, teacher_x0: Tensor, fake_x0: Tensor, huber_c: float) -> Tensor:

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn, no_grad
 
@@ -36,6 +36,17 @@ from stepdistill.rollout import Simulated, simulate
 from stepdistill.sampling import Sampling
 
 Density = Literal["uniform", "karras", "lognormal"]
+
+
+class Diffused(NamedTuple):
+    """Generated samples x0 (B, ...), a constant, the times (B,) and unit noise (B, ...) that diffuse them, and what the
+    fake score is told of them.
+    """
+
+    x0: Tensor
+    t: Tensor
+    eps: Tensor
+    cond: Cond
 
 
 class ScoreDistillation(Method):
@@ -179,8 +190,8 @@ class ScoreDistillation(Method):
         """Denoising of what the student makes now."""
         return self.denoise(nets, batch)[0]
 
-    def denoise(self, nets: Networks, batch: Batch) -> tuple[Losses, Tensor]:
-        """The critic's denoising loss and the x0 (B, ...), a constant, it was taken on."""
+    def denoise(self, nets: Networks, batch: Batch) -> tuple[Losses, Diffused]:
+        """The critic's denoising loss and what it was taken on."""
         # One forward pass of the student less.
         if self._made:
             x0, cond = self._made.popleft()
@@ -195,7 +206,7 @@ class ScoreDistillation(Method):
         x_t = nets.schedule.add_noise(x0, eps, t)
         prediction = guided(nets.fake_score, x_t, t, cond, batch.uncond, scale)
         loss = self.critic_error(prediction, x0, eps, unwrap(nets.fake_score).sigma_data)
-        return {"total": loss, "denoising": loss}, x0
+        return {"total": loss, "denoising": loss}, Diffused(x0, t, eps, cond)
 
     def critic_error(self, prediction: Prediction, x0: Tensor, eps: Tensor, sigma_data: float) -> Tensor:
         """Per sample, (B,); the network's own kind of error unless a paper has another."""

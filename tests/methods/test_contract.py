@@ -51,7 +51,7 @@ def test_what_only_gives_targets_is_a_constant(name, settings):
             for _, loss in phase.terms:
                 loss(made.nets, made.batch(step, phase.name))["total"].mean().backward()
     reached = {key for key in held if any(gradients(made.nets.modules[key]))}
-    assert reached == ({"teacher"} if name in ("sim", "sid") else set())
+    assert reached == ({"teacher"} if name in ("sim", "sid", "sida") else set())
 
 
 @EVERY

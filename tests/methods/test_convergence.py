@@ -24,6 +24,7 @@ CASES: dict[str, tuple[int, float, dict[str, Any]]] = {
     "f_distill": (150, 2.0, MATCHING | {"gan_critic_weight": 0.1}),
     "sim": (200, 1.5, {"huber_c": 0.3, "critic_density": "same", **LOGNORMAL}),
     "sid": (200, 1.25, {"normalise": False, "critic_density": "same", **LOGNORMAL}),
+    "sida": (250, 1.25, {"normalise": False, "critic_density": "same", "gan_weight": 1e-2, **LOGNORMAL}),
     "disback": (150, 2.0, {"path": 1, "base": {"name": "dmd2", **MATCHING}}),
     "kd": (200, 2.0, {"pair_count": 1, "pair_steps": 20}),
     "cd": (250, 1.5, {"points": 18}),

@@ -116,7 +116,7 @@ def test_the_critic_tells_real_from_generated_and_not_the_reverse():
     made = world("dmd2", gan_weight=1e-3)
     # What the student made.
     made.method.judge = lambda nets, seen, count: torch.full((count, 1), -50.0)
-    made.method.logits = lambda nets, x0, batch: torch.full((len(x0), 1), 50.0)
+    made.method.real_logits = lambda nets, batch, fake: torch.full((len(fake.x0), 1), 50.0)
     losses = made.method.critic_loss(made.nets, made.batch(phase="critic"))
     assert float(losses["gan"].max()) < 1e-6 and float(losses["accuracy"]) == 1
 
@@ -161,11 +161,11 @@ def test_dmd2_judges_by_every_block_it_is_told_to_look_at(which):
 @pytest.mark.parametrize("name", ["dmd2", "f_distill"])
 def test_the_discriminator_meets_real_and_generated_data_under_one_law(name, monkeypatch):
     """Noise level or condition alone must not tell which is which."""
-    from stepdistill.methods import dmd2
+    from stepdistill.methods import judged
 
     settings = {"gan_weight": 1.0, "critic_density": "lognormal", "time_mean": -2.0, "time_std": 0.01}
     made, real, fake = world(name, **settings | {"critic_dropout": 1.0}), [], []
-    original, score = dmd2.block_features, made.nets.fake_score.forward
+    original, score = judged.block_features, made.nets.fake_score.forward
 
     def features(net, x_t, t, cond, blocks):
         real.append((t, cond))
@@ -175,7 +175,7 @@ def test_the_discriminator_meets_real_and_generated_data_under_one_law(name, mon
         fake.append((t, cond))
         return score(x_t, t, cond, **more)
 
-    monkeypatch.setattr(dmd2, "block_features", features)
+    monkeypatch.setattr(judged, "block_features", features)
     made.nets.fake_score.forward = forward
     batch = made.batch(phase="critic")
     made.method.critic_loss(made.nets, batch)
