@@ -209,16 +209,19 @@ def save(rows: dict[str, Any]) -> None:
 
 
 def markdown(rows: dict[str, Any]) -> str:
-    """Three tables: the recipes as they are shipped, under other schedules, with guidance."""
+    """The recipes as they are shipped, under other schedules, with guidance; last, rows of the toy as it was before."""
     titles = (
         "Sliced W1 over the sampling floor, as shipped",
         "The same recipes under other teacher schedules",
         "Two classes of 4 modes each, guided; the reference is the end of the guided teacher's ODE",
+        "Not comparable with the above: modes of equal shares about the origin, by the code of each row's commit",
     )
-    groups: list[list[tuple[str, dict[str, Any]]]] = [[], [], []]
+    groups: list[list[tuple[str, dict[str, Any]]]] = [[], [], [], []]
     for key, row in sorted(rows.items()):
-        groups[2 if row["guidance"] != 1 else 1 if "/" in key else 0].append((key, row))
-    groups[0].sort(key=lambda item: _least(item[1]))
+        earlier = "sw1" in row and "shares" not in row
+        groups[3 if earlier else 2 if row["guidance"] != 1 else 1 if "/" in key else 0].append((key, row))
+    for group in (groups[0], groups[3]):
+        group.sort(key=lambda item: _least(item[1]))
     parts = []
     for title, group in zip(titles, groups, strict=True):
         lines = [
@@ -229,17 +232,22 @@ def markdown(rows: dict[str, Any]) -> str:
             "|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         for key, row in group:
-            name = key.partition("/")[0]
+            name = key if group is groups[3] else key.partition("/")[0]
             if "error" in row:
                 lines.append(f"| {name} | {row['schedule']} | {row['error']} | | | | | | | | |")
                 continue
             scores = " | ".join(f"{row['sw1'][n]:.2f}" if n in row["sw1"] else "" for n in "1248")
             modes = ", ".join(str(value) for value in row["modes"].values())
-            off = " | ".join(f"{next(iter(row[name].values())):.2f}" for name in ("shares", "trace"))
+            off = " | ".join(_first(row.get(measure)) for measure in ("shares", "trace"))
             tail = f"{modes} | {off} | {row['cpu_seconds']:.0f} | {row['iterations']:,} |"
             lines.append(f"| {name} | {row['schedule']} | {scores} | {tail}")
         parts.append("\n".join(lines) if group else "")
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _first(values: dict[str, float] | None) -> str:
+    """At the fewest steps."""
+    return f"{next(iter(values.values())):.2f}" if values else ""
 
 
 def _least(row: dict[str, Any]) -> float:
