@@ -8,17 +8,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as nnf
 from torch import Tensor
 
-from stepdistill.clip import Clip
+from stepdistill.clip import Clip, normalisation, pretrained
+from stepdistill.errors import UserError
 from stepdistill.registry import Table
+from stepdistill.untrusted import check_directory
 
 EYES = Table(
     "stepdistill.eyes:Eye",
-    {"clip": "stepdistill.eyes:ClipEye", "fourier": "stepdistill.eyes:FourierEye"},
+    {
+        "clip": "stepdistill.eyes:ClipEye",
+        "dino": "stepdistill.eyes:DinoEye",
+        "fourier": "stepdistill.eyes:FourierEye",
+    },
 )
 
 
@@ -61,6 +69,44 @@ class ClipEye(Eye):
     def prompts(self, prompts: Sequence[str], device: torch.device) -> Tensor:
         """(B, prompt_width)."""
         return self.clip.to(device).embed_texts(prompts)
+
+
+class DinoEye(Eye):
+    """Hidden states of a DINOv2 after `layers` (counted from 1), ADD's own eye (arXiv 2311.17042, Sec. 3.2: ViT-S); it is
+    told no captions. directory: of a transformers Dinov2Model with its preprocessor_config.json. side: what images are
+    resized to, a multiple of the patches' side. layers: four, evenly, unless they are named.
+
+    Raises:
+        UserError: no such model, or no such layers or side of it.
+    """
+
+    def __init__(self, directory: str, layers: Sequence[int] = (), side: int = 224):
+        path = Path(directory)
+        if not path.is_dir():
+            raise UserError(
+                f"method.arguments.directory: there is no directory {directory} of a DINOv2 model."
+            )
+        check_directory(path)
+        self.mean, self.std = normalisation(path)
+        self.model = pretrained("Dinov2Model", path, use_safetensors=True)
+        config = self.model.config
+        depth, patch = config.num_hidden_layers, config.patch_size
+        self.layers = tuple(layers) or tuple(sorted({math.ceil(depth * k / 4) for k in (1, 2, 3, 4)}))
+        if not all(1 <= layer <= depth for layer in self.layers):
+            raise UserError(f"method.arguments.layers must be from 1 to {depth}, got {list(layers)}.")
+        if side < patch or side % patch:
+            raise UserError(f"method.arguments.side must be a multiple of {patch}, got {side}.")
+        self.side, self.widths = side, (config.hidden_size,) * len(self.layers)
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """images (B, 3, H, W) in [0, 1] -> (B, 1 + patches, C) per layer, with gradient."""
+        if self.mean.device != images.device:
+            self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
+            self.model.to(images.device)
+        if images.shape[-2:] != (self.side, self.side):
+            images = nnf.interpolate(images, (self.side, self.side), mode="bicubic", antialias=True)
+        seen = self.model(pixel_values=(images - self.mean) / self.std, output_hidden_states=True)
+        return [seen.hidden_states[i] for i in self.layers]
 
 
 class FourierEye(Eye):

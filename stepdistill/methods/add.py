@@ -10,7 +10,7 @@ The critic's eye is a frozen image network, which must be shown pixels; the teac
 
 The teacher judges a re-noised x_hat, so L_dist is a score distillation, not a regression to the data.
 
-The eye is pluggable (`eye`, stepdistill/eyes.py). The paper's DINOv2 ViT-S stands behind the same interface;
+The eye is pluggable (`eye`, stepdistill/eyes.py). The paper's DINOv2 ViT-S is `dino`, from a directory of its own;
 embedded is the micro-CLIP's image tower (`assets/clip`), whose own text tower embeds the caption. Real images go
 through the same decoder as generated ones, lest the decoder's own traces tell them apart. Beside the paper: its
 critic is also told the image embedding of x0; here it is told the caption's alone.

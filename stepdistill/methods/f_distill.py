@@ -16,8 +16,9 @@ D_f(data || student) = E_student f(r), r = p_data / p_student, is DMD's times a 
 
 A weight that grows with r listens to samples the data finds likely: those divergences cover modes and have
 more variance. r comes for free from DMD2's discriminator, r = exp(logit), at the x_t the scores are asked at.
-Since E_student r = 1, the ratios are divided by their batch mean, then the weights by theirs, so that the
-learning rate means the same for all (the paper also keeps an average per time bin). Needs real images.
+Since E_student r = 1 at every noise level, the ratios are divided by their mean: of the batch, or with `time_bins` by a
+running one of each part of the noise levels, as the published code does; then the weights by theirs, so that the
+learning rate means the same for all. Needs real images.
 
 Normal ranges are DMD2's; "weight_max" (largest over mean weight) in the hundreds means that single samples
 rule, and "accuracy" of 1 that the discriminator has won and r says nothing: lower gan_critic_weight.
@@ -36,6 +37,7 @@ from stepdistill.errors import UserError
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.prediction import Prediction
 from stepdistill.sampling import Sampling
+from stepdistill.schedule import Flow
 
 WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
     "reverse_kl": lambda r: r**0,
@@ -57,8 +59,12 @@ class FDistill(DMD2):
         # r is clipped to this range before anything else.
         ratio_low: float = 0.1
         ratio_high: float = 20.0
-        # Ratios and weights by their batch means.
+        # Ratios and weights by their means.
         normalise_weight: bool = True
+        # Parts of the noise levels, even in flow's time, with a running mean of the ratio each; 0 = the batch's alone.
+        time_bins: int = 0
+        # Of those means.
+        bin_decay: float = 0.99
         gan_weight: float = 1e-3
 
     def __init__(self, config: Any, sampling: Sampling | None = None):
@@ -73,15 +79,40 @@ class FDistill(DMD2):
                 "method.ratio_low and method.ratio_high must be positive and rising,"
                 f" got {config.ratio_low:g} and {config.ratio_high:g}."
             )
+        if config.time_bins < 0 or not 0 <= config.bin_decay < 1:
+            raise UserError(
+                "method.time_bins must be at least 0 and method.bin_decay at least 0 and below 1,"
+                f" got {config.time_bins} and {config.bin_decay:g}."
+            )
+        # Of no ratio yet.
+        self._means: list[float] = [0.0] * config.time_bins
 
     def weight(self, real: Prediction, logits: Logits | None) -> Tensor:
         """h(r) at the diffused samples, (B,), a constant."""
         config = self.config
         ratio = self.log_ratio(real, logits).exp().clamp(config.ratio_low, config.ratio_high)
         if config.normalise_weight:
-            ratio = ratio / ratio.mean()
+            ratio = ratio / self.mean(real, ratio)
         weight = WEIGHTS[config.divergence](ratio)
         return weight / weight.mean() if config.normalise_weight else weight
+
+    def mean(self, real: Prediction, ratio: Tensor) -> Tensor:
+        """What each ratio is divided by: the batch's mean, or that of its part of the noise levels so far."""
+        bins = self.config.time_bins
+        if not bins:
+            return ratio.mean()
+        level = Flow().t_of_rho(real.schedule.rho(real.t)).to(ratio.device)
+        part = (level * bins).long().clamp(max=bins - 1)
+        for k in part.unique().tolist():
+            now, before = float(ratio[part == k].mean()), self._means[k]
+            self._means[k] = now + (before - now) * self.config.bin_decay if before else now
+        return ratio.new_tensor(self._means)[part]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"ratio_means": list(self._means)} if self._means else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._means = list(state.get("ratio_means", self._means))
 
     def log_ratio(self, real: Prediction, logits: Logits) -> Tensor:
         """log p_data / p_student at (x_t, t), which is what an optimal discriminator's logit is; (B,)."""

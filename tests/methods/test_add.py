@@ -6,6 +6,7 @@ import pytest
 import torch
 from worlds import COUNT, world
 
+from stepdistill.errors import UserError
 from stepdistill.prediction import Prediction
 
 
@@ -102,3 +103,47 @@ def test_the_clip_eye_shows_every_layer_of_the_image_tower():
     assert float(torch.autograd.grad(features[0].sum(), images)[0].abs().max()) > 0
     assert eye.prompts(["a red circle", "a star"], images.device).shape == (2, eye.prompt_width)
     assert len(ClipEye(layers=(2, 4)).features(images.detach())) == 2
+
+
+@pytest.fixture(scope="module")
+def dino(tmp_path_factory):
+    from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("dino")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 6, "num_attention_heads": 2, "intermediate_size": 16}
+    Dinov2Model(Dinov2Config(**sizes, image_size=28, patch_size=7)).save_pretrained(path)
+    BitImageProcessor(image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.3, 0.4]).save_pretrained(path)
+    return path
+
+
+def test_the_dino_eye_shows_layers_of_the_stock_model(dino):
+    from transformers import Dinov2Model
+
+    from stepdistill.eyes import DinoEye
+
+    eye, stock = DinoEye(str(dino), side=28), Dinov2Model.from_pretrained(dino).eval()
+    assert eye.layers == (2, 3, 5, 6) and eye.widths == (16,) * 4 and eye.prompt_width == 0
+    images = torch.rand(2, 3, 28, 28, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in ([0.5, 0.4, 0.3], [0.2, 0.3, 0.4]))
+    states = stock(pixel_values=(images - mean) / std, output_hidden_states=True).hidden_states
+    for layer, feature in zip(eye.layers, eye.features(images), strict=True):
+        assert feature.shape == (2, 1 + 16, 16)
+        torch.testing.assert_close(feature, states[layer])
+    assert not any(p.requires_grad for p in eye.model.parameters())
+    # Pictures of another size are brought to its own, and their gradient comes through.
+    large = torch.rand(1, 3, 40, 40, requires_grad=True)
+    (slope,) = torch.autograd.grad(DinoEye(str(dino), layers=[1], side=28).features(large)[0].sum(), large)
+    assert float(slope.abs().max()) > 0
+
+
+def test_the_dino_eye_refuses_what_is_not_there(dino, tmp_path):
+    from stepdistill.eyes import DinoEye
+
+    for directory, more, says in (
+        (tmp_path / "none", {}, r"method\.arguments\.directory: there is no directory"),
+        (dino, {"layers": [7]}, r"method\.arguments\.layers must be from 1 to 6"),
+        (dino, {"side": 30}, r"method\.arguments\.side must be a multiple of 7"),
+    ):
+        with pytest.raises(UserError, match=says):
+            DinoEye(str(directory), **more)

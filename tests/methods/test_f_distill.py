@@ -13,6 +13,7 @@ from stepdistill.errors import UserError
 from stepdistill.families.toy import SCHEDULES
 from stepdistill.methods.f_distill import WEIGHTS
 from stepdistill.prediction import Prediction
+from stepdistill.schedule import Flow
 
 # f(r), r = p / q, of D_f(p || q) = E_q f(r).
 F = {
@@ -84,3 +85,25 @@ def test_no_gradient_of_f_distill_either_whatever_the_ratio(monkeypatch):
     assert float(line.gradient().abs().max()) > 0.01
     line.nets.modules["fake_score"] = line.nets.teacher
     assert float(line.gradient().abs().max()) == 0
+
+
+def test_ratios_are_divided_by_the_running_mean_of_their_part_of_the_noise():
+    """Two parts, below and above flow time 1/2; the means outlive a checkpoint."""
+    settings = {"divergence": "forward_kl", "time_bins": 2, "bin_decay": 0.75, "gan_weight": 1e-3}
+    schedule = Flow()
+    method = Line("f_distill", SCHEDULES["flow"](), **settings).method
+    t = torch.tensor([0.1, 0.4, 0.7, 0.9], dtype=torch.float64)
+
+    def asked(method, *values: float) -> Tensor:
+        logits = torch.tensor(values).log()[:, None]
+        return method.mean(Prediction(logits, "x0", logits, t, schedule), logits[:, 0].exp())
+
+    torch.testing.assert_close(asked(method, 1.0, 3.0, 4.0, 8.0), torch.tensor([2.0, 2.0, 6.0, 6.0]))
+    again = Line("f_distill", SCHEDULES["flow"](), **settings).method
+    again.load_state_dict(method.state_dict())
+    for one in (method, again):
+        # A quarter of the way to 4 and to 2.
+        torch.testing.assert_close(asked(one, 4.0, 4.0, 2.0, 2.0), torch.tensor([2.5, 2.5, 5.0, 5.0]))
+    assert Line("f_distill", SCHEDULES["flow"]()).method.state_dict() == {}
+    with pytest.raises(UserError, match=r"method\.time_bins"):
+        Line("f_distill", SCHEDULES["flow"](), time_bins=-1)
