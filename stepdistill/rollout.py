@@ -21,6 +21,7 @@ def simulate(
     batch: Batch,
     late: float = 0.0,
     by: Simulated = "states",
+    first: int = 0,
     **inputs: Tensor,
 ) -> tuple[Tensor, Tensor, float]:
     """Backward simulation (DMD2, arXiv 2405.14867, Sec. 4.5): the state the student meets at one of its own
@@ -33,13 +34,15 @@ def simulate(
     by: "states" meets every (count, K) alike, so that the last ones of a long grid hold; "counts" every count,
     which favours pure noise; "passes" a count the rarer the longer it is (probability over 1 / count), which
     spends as much on one step as on many; "longest" the states of the longest count alike and no others.
-    late: positions before that fraction of the grid are left out.
+    late: positions before that fraction of the grid are left out. first: so many first positions are, too.
 
     Returns:
         x_t (B, ...), t (B,) and t as a number.
     """
     schedule = nets.schedule
-    states = [(count, place) for count in sampling.steps for place in range(int(late * count), count)]
+    states = [
+        (count, place) for count in sampling.steps for place in range(max(first, int(late * count)), count)
+    ]
     if by != "states":
         counts = list(sampling.steps)
         if by == "longest":

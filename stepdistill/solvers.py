@@ -11,7 +11,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from stepdistill.prediction import Prediction
-from stepdistill.schedule import expand
+from stepdistill.schedule import Schedule, expand
 
 Predict = Callable[[Tensor, Tensor], Prediction]
 
@@ -21,6 +21,14 @@ def ddim(predict: Predict, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
     the step.
     """
     return predict(x_t, t).at(s)
+
+
+def chord(schedule: Schedule, x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """The x0 whose one DDIM step from x_t at t ends in x_s at s: what a student has to say to be there in one step."""
+    ratio = expand(schedule.sigma(s) / schedule.sigma(t), x_t)
+    alpha_s, alpha_t = (expand(schedule.alpha(time), x_t) for time in (s, t))
+    # 0 / 0 where both times are the same.
+    return (x_s - ratio * x_t) / (alpha_s - ratio * alpha_t).clamp(min=1e-8)
 
 
 def euler(predict: Predict, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:

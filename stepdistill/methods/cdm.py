@@ -73,7 +73,7 @@ class CDM(DecoupledDMD):
     @torch.no_grad()
     def anchor(self, nets: Networks, batch: Batch) -> tuple[Tensor, Tensor]:
         times = self.grid(nets.schedule, batch)
-        place = batch.generator.shared_randint(0, len(times))
+        place = batch.generator.shared_randint(min(self.first, len(times) - 1), len(times))
         x = self.sampling.first_input(nets.schedule, batch.randn(), times[0])
         for t, s in itertools.pairwise(times[: place + 1]):
             x = nets.student(x, times_like(t, x), batch.cond).at(times_like(s, x)).to(x.dtype)

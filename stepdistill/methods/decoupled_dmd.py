@@ -79,7 +79,7 @@ class DecoupledDMD(ScoreDistillation):
 
     def anchor(self, nets: Networks, batch: Batch) -> tuple[Tensor, Tensor]:
         """A state x_t (B, ...) of the student's own sampling and its time (B,), one for the whole global batch."""
-        return simulate(self.sampling, nets, batch, by=self.config.simulated)[:2]
+        return simulate(self.sampling, nets, batch, by=self.config.simulated, first=self.first)[:2]
 
     def generate(self, nets: Networks, batch: Batch) -> Tensor:
         """What the fake score learns on."""

@@ -31,7 +31,8 @@ from stepdistill.errors import UserError
 from stepdistill.losses import moments, mse
 from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase
 from stepdistill.sampling import Sampling
-from stepdistill.schedule import Schedule, expand
+from stepdistill.schedule import expand
+from stepdistill.solvers import chord
 
 
 class Progressive(Method):
@@ -83,7 +84,7 @@ class Progressive(Method):
             target = torch.where(
                 expand((i == count - 1).double(), x_t) > 0,
                 second.x0,
-                self.target(schedule, x_t, second.at(end), t, end),
+                chord(schedule, x_t, second.at(end), t, end),
             ).to(x_t.dtype)
         prediction = nets.student(x_t, t, batch.cond)
         snr = schedule.rho(t) ** -2
@@ -96,11 +97,3 @@ class Progressive(Method):
         if self.config.predecessor == "student":
             return nets.predecessor(x_t, t, batch.cond)
         return guided(nets.teacher, x_t, t, batch.cond, batch.uncond, self.config.guidance_scale)
-
-    def target(self, schedule: Schedule, x_t: Tensor, x_end: Tensor, t: Tensor, end: Tensor) -> Tensor:
-        """The x0 whose one DDIM step from x_t at t ends in x_end at `end`."""
-        ratio = expand(schedule.sigma(end) / schedule.sigma(t), x_t)
-        alpha_end, alpha_t = (expand(schedule.alpha(time), x_t) for time in (end, t))
-        denominator = alpha_end - ratio * alpha_t
-        # 0 / 0 where both times are the last.
-        return (x_end - ratio * x_t) / denominator.clamp(min=1e-8)

@@ -6,9 +6,10 @@ SIM do the same). The frozen teacher stands for the data. A method of this kind 
 what it does with the two answers at a diffused sample, which is its `student_loss`.
 
 Logged by all, with the names a health panel reads: "gap", the mean square distance of the two answers, which
-falls; "x0_mean", "x0_std" of the student's samples beside "teacher_x0_mean", "teacher_x0_std" of the
-teacher's answers to them; and "denoising", the fake score's loss. A student that leaves the teacher in mean
-or std (brightness drift, collapse) has outrun its fake score.
+falls; "scores_cosine", the cosine of the two scores, and "scores_apart", the size of their difference over the
+teacher's, by which a critic's health is told, as its loss does not tell it; "x0_mean", "x0_std" of the student's
+samples beside "teacher_x0_mean", "teacher_x0_std" of the teacher's answers to them; and "denoising", the fake
+score's loss. A student that leaves the teacher in mean or std (brightness drift, collapse) has outrun its fake score.
 
 Normal ranges, on data of unit variance: "gap" below 1, and falling (on the embedded teacher 0.05 to 0.1 late in
 runs of Diff-Instruct, DMD2 and f-distill, 0.1 to 0.3 in those of SIM and SiD, 0.3 to 0.4 where DMD and VSD lag);
@@ -18,11 +19,13 @@ first fifty iterations that may double it where rates are high.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn, no_grad
 
 from stepdistill import timesteps
@@ -30,10 +33,12 @@ from stepdistill.denoiser import Cond, Denoiser, guided, unwrap
 from stepdistill.errors import UserError
 from stepdistill.lora import NO_LORA, LoraConfig
 from stepdistill.losses import denoising, moments, mse
-from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase
+from stepdistill.methods.base import Batch, Losses, LossFn, Method, Networks, Phase
 from stepdistill.prediction import Prediction
 from stepdistill.rollout import Simulated, simulate
 from stepdistill.sampling import Sampling
+from stepdistill.schedule import times_like
+from stepdistill.solvers import chord
 
 Density = Literal["uniform", "karras", "lognormal"]
 
@@ -105,6 +110,13 @@ class ScoreDistillation(Method):
         simulated: Simulated = "states"
         # The critic learns on what the student's update was just computed from.
         shared_samples: bool = False
+        # Of the diversity anchor; 0 = off. Published: 0.05 (LightX2V), for students of two steps at least.
+        diversity_weight: float = 0.0
+        # Steps of the guided teacher it takes, of so many.
+        diversity_steps: int = 5
+        diversity_grid: int = 30
+        # Of the teacher there; 0 = guidance_scale.
+        diversity_guidance: float = 0.0
 
     def __init__(self, config: Any, sampling: Sampling | None = None):
         super().__init__(config, sampling)
@@ -117,12 +129,27 @@ class ScoreDistillation(Method):
                     f"method.{low} and method.{high} must be fractions of the schedule in rising order,"
                     f" got {ends[0]:g} and {ends[1]:g}."
                 )
+        if config.diversity_weight and min(self.sampling.steps) < 2:
+            raise UserError(
+                f"method.diversity_weight={config.diversity_weight:g} anchors a student's first step, and one of one step has"
+                f" no other; give student.steps of at least 2, got {list(self.sampling.steps)}."
+            )
+        if not 1 <= config.diversity_steps < config.diversity_grid:
+            raise UserError(
+                "method.diversity_steps must be at least 1 and below method.diversity_grid,"
+                f" got {config.diversity_steps} and {config.diversity_grid}."
+            )
         # Of the student's phase, for the critic's after it.
         self._made: deque[tuple[Tensor, Cond]] = deque()
 
     @classmethod
     def sampled(cls, config: Any) -> dict[str, Any]:
         return {"rule": "renoise"}
+
+    @property
+    def first(self) -> int:
+        """The first of the sampling states that score distillation is for; with the anchor, the one after it."""
+        return int(self.config.diversity_weight > 0)
 
     @property
     def carried(self) -> tuple[str, ...]:
@@ -139,7 +166,10 @@ class ScoreDistillation(Method):
 
     def phases(self, step: int) -> Iterator[Phase]:
         if step % self.config.student_every == 0:
-            yield Phase("student", ("student",), ((1.0, self.student_loss),))
+            terms: tuple[tuple[float, LossFn], ...] = ((1.0, self.student_loss),)
+            if self.config.diversity_weight:
+                terms += ((self.config.diversity_weight, self.diversity_loss),)
+            yield Phase("student", ("student",), terms)
         yield Phase("critic", self.critics, ((1.0, self.critic_loss),))
 
     def student_loss(self, nets: Networks, batch: Batch) -> Losses:
@@ -149,11 +179,35 @@ class ScoreDistillation(Method):
         """x0 = G(x_K, t_K) at one of the student's own sampling steps; with gradient through the last
         call only.
         """
-        x_t, t, _ = simulate(self.sampling, nets, batch, by=self.config.simulated)
+        x_t, t, _ = simulate(self.sampling, nets, batch, by=self.config.simulated, first=self.first)
         x0 = nets.student(x_t, t, batch.cond).x0
         if self.config.shared_samples and x0.requires_grad:
             self._made.append((x0.detach(), batch.cond))
         return x0
+
+    def diversity_loss(self, nets: Networks, batch: Batch) -> Losses:
+        """The student's first answer held to the guided teacher's own way from the same noise.
+
+        Matching distributions forgives a student that draws one layout for all noise. So its first step is regressed on
+        the line from its noise to where `diversity_steps` of the teacher's lead, at noise a: in flow (eps - x_a) / (1 - a),
+        in x0-space the x0 whose one DDIM step ends there. The scores then act on the later steps alone.
+        """
+        schedule, config = nets.schedule, self.config
+        first = self.sampling.grid(schedule, min(self.sampling.steps))[0]
+        x_first = self.sampling.first_input(schedule, batch.randn(), first)
+        later = [t for t in schedule.teacher_grid(config.diversity_grid) if t < first][
+            : config.diversity_steps
+        ]
+        scale = config.diversity_guidance or config.guidance_scale
+        with torch.no_grad():
+            x = x_first
+            for t, s in itertools.pairwise([first, *later]):
+                said = guided(nets.teacher, x, times_like(t, x), batch.cond, batch.uncond, scale)
+                x = said.at(times_like(s, x)).to(x.dtype)
+            ends = times_like(first, x), times_like(later[-1], x)
+            target = chord(schedule, x_first, x, *ends).to(x.dtype)
+        loss = mse(nets.student(x_first, ends[0], batch.cond).x0, target)
+        return {"total": loss, "anchor": loss}
 
     def times(
         self, nets: Networks, batch: Batch, low: float = 0.0, high: float = 1.0, density: str = "same"
@@ -231,8 +285,14 @@ class ScoreImplicit(ScoreDistillation):
 
 
 def compared(x0: Tensor, real: Prediction, fake: Prediction) -> Losses:
-    """What is logged of a comparison: the two answers' mean square distance, the student's samples beside the
-    teacher's answers.
+    """What is logged of a comparison: the two answers' mean square distance, how far the scores are apart, the student's
+    samples beside the teacher's answers.
     """
     teacher = {f"teacher_{name}": value for name, value in moments(real.x0).items()}
-    return {"gap": mse(fake.x0, real.x0).detach()} | moments(x0) | teacher
+    # The scores themselves, at unit noise: their cosine, and the size of their difference beside the teacher's.
+    theirs, own = (each.flow.detach().flatten(1) for each in (real, fake))
+    scores = {
+        "scores_cosine": torch.cosine_similarity(theirs, own),
+        "scores_apart": (theirs - own).norm(dim=1) / theirs.norm(dim=1).clamp(min=1e-12),
+    }
+    return {"gap": mse(fake.x0, real.x0).detach()} | scores | moments(x0) | teacher

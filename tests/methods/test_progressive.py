@@ -16,12 +16,12 @@ from stepdistill.methods.base import Networks
 from stepdistill.prediction import Prediction
 from stepdistill.sampling import Sampling
 from stepdistill.schedule import Flow, times_like
+from stepdistill.solvers import chord
 
 
 @EVERY_SCHEDULE
 def test_one_step_to_the_target_ends_where_two_steps_did(schedule):
     """The target is inverted DDIM: from x_t with its x0, one step lands on the predecessor's x_t''."""
-    method = worlds.method("progressive", steps=(4,))
     grid = torch.tensor(schedule.teacher_grid(8), dtype=torch.float64)
     for i in range(3):
         t, middle, end = (times_like(float(grid[2 * i + k]), torch.empty(32)) for k in range(3))
@@ -29,7 +29,7 @@ def test_one_step_to_the_target_ends_where_two_steps_did(schedule):
         two = Sampling(rule="ode").walk(
             exact(schedule), x_t, (float(t[0]), float(middle[0]), float(end[0])), None
         )
-        target = method.target(schedule, x_t, two, t, end)
+        target = chord(schedule, x_t, two, t, end)
         torch.testing.assert_close(
             Prediction(target, "x0", x_t, t, schedule).at(end), two, rtol=1e-7, atol=1e-7
         )
