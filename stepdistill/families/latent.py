@@ -277,7 +277,8 @@ class Latent(Leaving):
         if self._empty is None:
             # The same in every batch.
             self._empty = self.encode_negative([self.empty_prompt])
-        return map_cond(lambda c: c.expand(count, *c.shape[1:]), self._empty)
+        # Some networks flatten batch and tokens, which an expanded tensor does not let them.
+        return map_cond(lambda c: c.expand(count, *c.shape[1:]).contiguous(), self._empty)
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Latent:
         self._empty = None

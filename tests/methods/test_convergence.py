@@ -14,6 +14,7 @@ from stepdistill.methods import METHODS
 LOGNORMAL = {"time_density": "lognormal", "time_mean": -0.5}
 MATCHING = {"student_every": 1, "guidance_scale": 1.0, "normalise": False, **LOGNORMAL}
 GAME = {"gan": "relativistic", "r1": "exact", "r1_weight": 0.02, "r2": True}
+FEATURES = GAME | {"r1_weight": 1.0}
 # Of each method: iterations, by what the distance must fall at least, and settings. Students take one step but where
 # "steps" says otherwise.
 CASES: dict[str, tuple[int, float, dict[str, Any]]] = {
@@ -25,6 +26,8 @@ CASES: dict[str, tuple[int, float, dict[str, Any]]] = {
     "sim": (200, 1.5, {"huber_c": 0.3, "critic_density": "same", **LOGNORMAL}),
     "sid": (200, 1.25, {"normalise": False, "critic_density": "same", **LOGNORMAL}),
     "sida": (250, 1.25, {"normalise": False, "critic_density": "same", "gan_weight": 1e-2, **LOGNORMAL}),
+    "decoupled_dmd": (150, 2.0, {"student_every": 1, "floor": 10.0, **LOGNORMAL}),
+    "cdm": (150, 1.5, {"student_every": 1, "floor": 10.0, "most_steps": 4, **LOGNORMAL}),
     "disback": (150, 2.0, {"path": 1, "base": {"name": "dmd2", **MATCHING}}),
     "kd": (200, 2.0, {"pair_count": 1, "pair_steps": 20}),
     "cd": (250, 1.5, {"points": 18}),
@@ -38,9 +41,9 @@ CASES: dict[str, tuple[int, float, dict[str, Any]]] = {
     "lightning": (150, 1.2, {"predecessor": "teacher", "mse_weight": 1.0, "steps": 2, **GAME}),
     "ladd": (200, 1.5, {"warmup": 0, "time_mean": -1.0, "heads": "mean", **GAME}),
     "add": (
-        200,
-        1.5,
-        {"eye": "fourier", "distillation_weight": 0.02, "heads": "mean"} | GAME | {"r1_weight": 1.0},
+        400,
+        1.15,
+        {"eye": "fourier", "distillation_weight": 0.02, "heads": "mean", "first_rho": 1.0, **FEATURES},
     ),
     "compose": (150, 2.0, {"parts": [{"name": "dmd2", **MATCHING}, {"name": "cd", "points": 18}]}),
 }

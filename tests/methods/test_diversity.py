@@ -93,9 +93,7 @@ def test_the_scores_act_on_later_steps_alone(name):
 
 
 def test_one_step_has_no_later_step_to_leave_to_the_scores():
-    with pytest.raises(
-        UserError, match=r"method\.diversity_weight=0.05 .*steps of at least 2, got \[1, 2\]"
-    ):
+    with pytest.raises(UserError, match=r"method\.diversity_weight=0.05 .*steps of at least 2, got \[1, 2\]"):
         world("dmd2", steps=(1, 2), diversity_weight=0.05)
     with pytest.raises(UserError, match=r"method\.diversity_steps must be at least 1 and below"):
         world("dmd2", diversity_steps=30)
