@@ -48,13 +48,30 @@ def load(
     return _single(path, card, device, dtype, intervals)
 
 
+def class_of(path: Path, card: Card | None) -> type[Family]:
+    """The family of a directory with this card, or none.
+
+    Raises:
+        UserError: no family serves its pipeline, or the card names an unknown one.
+    """
+    # A card may have been downloaded: it names what is registered, and never code of its own.
+    if card is not None and card.family:
+        where = f"{path / cards.NAME}: family"
+        return resolve(card.family, FAMILIES, "family", where=where, registered_only=True)
+    return family_of(path)
+
+
 def family_of(path: Path) -> type[Family]:
     """The family that serves a pipeline directory, told by its model_index.json.
 
     Raises:
         UserError: there is no such directory, or no family serves its pipeline.
     """
-    name = read_index(path)["_class_name"]
+    return serving(read_index(path)["_class_name"], path)
+
+
+def serving(name: str, path: Path) -> type[Family]:
+    """The family that serves the pipeline class `name`, which lies at `path`. Raises UserError where none does."""
     families = [family for _, family in every_family()]
     for family in families:
         if name in family.pipelines:
@@ -77,12 +94,7 @@ def _single(
     dtype: torch.dtype,
     intervals: str | Path | Sequence[str | Path] = (),
 ) -> Sampler:
-    # A card may have been downloaded: it names what is registered, and never code of its own.
-    if card is not None and card.family:
-        where = f"{path / cards.NAME}: family"
-        cls = resolve(card.family, FAMILIES, "family", where=where, registered_only=True)
-    else:
-        cls = family_of(path)
+    cls = class_of(path, card)
     family = cls.from_directory(path, card.settings if card is not None else None, dtype)
     if intervals:
         family.teacher = plug(family.teacher, files(intervals))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from training.forecast import forecast
 from training.measure import check_metric, measure
 from training.precompute import prepare
 from training.recipe import Recipe
+from training.teacher import assess
 from training.trackers import check_trackers, trackers
 from training.trainer import Trainer
 
@@ -37,7 +39,7 @@ def run(recipe: Recipe, fresh: bool = False) -> None:
     for stage in recipe.stages():
         stage.optim.split(accelerator.num_processes)
     family.to(accelerator.device)
-    done = _begin(accelerator, directory, recipe, fresh)
+    done = _by_main(accelerator, lambda: directory.begin(recipe, fresh))
     checkpoint = directory.load(done) if done else None
     if done >= recipe.total_steps and (directory.student.exists() or not family.exportable):
         say(main, f"{directory.path} is finished at step {done}; nothing to do (--fresh starts over).")
@@ -51,6 +53,8 @@ def run(recipe: Recipe, fresh: bool = False) -> None:
     say(
         main, f"{count} process{'es' * (count > 1)} on {accelerator.device}, precision {recipe.run.precision}"
     )
+    if not done:
+        say(main, _assessed(accelerator, recipe, family, sources[0]))
     accelerator.log_with = trackers(directory.path, recipe.run.trackers, done) if main else []
     accelerator.init_trackers("stepdistill")
     try:
@@ -70,20 +74,26 @@ def _cut(family: Family, sources: list[Source], most: int = 10_000) -> str:
     return f"{cut:,} of {len(captions):,} prompts are cut at the tokenizer's limit." if cut else ""
 
 
-def _begin(accelerator: Accelerator, directory: RunDirectory, recipe: Recipe, fresh: bool) -> int:
-    """How many steps are done. The main process looks; what it refuses ends all, and it alone says why."""
-    begun: list[Any] = [0, None]
+def _assessed(accelerator: Accelerator, recipe: Recipe, family: Family, source: Source) -> str:
+    """A line on the teacher."""
+    micro, _ = recipe.stages()[0].optim.split(accelerator.num_processes)
+    return _by_main(accelerator, lambda: assess(recipe, family, source, accelerator.device, micro))
+
+
+def _by_main(accelerator: Accelerator, does: Callable[[], Any]) -> Any:
+    """What the main process alone finds. What it refuses ends all, and it alone says why."""
+    found: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
-            begun = [directory.begin(recipe, fresh), None]
+            found = [does(), None]
         except UserError as error:
-            begun = [0, str(error)]
-    done, refused = broadcast_object_list(begun)
+            found = [None, str(error)]
+    answer, refused = broadcast_object_list(found)
     if refused and accelerator.is_main_process:
         raise UserError(refused)
     if refused:
         raise SystemExit(2)
-    return done
+    return answer
 
 
 def accelerator_of(recipe: Recipe) -> Accelerator:
@@ -260,6 +270,6 @@ def dry_run(recipe: Recipe) -> str:
 
 
 def say(main: bool, text: str) -> None:
-    """A line for the person at the terminal, from the main process alone."""
-    if main:
+    """A line for the person at the terminal, from the main process alone; nothing where there is none."""
+    if main and text:
         print(text, file=sys.stderr, flush=True)

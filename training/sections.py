@@ -185,6 +185,7 @@ class RunConfig:
             unless the environment sets WANDB_MODE.
         precompute: when the prompts' conditions are encoded once, into ./cache, and text encoders leave memory: "auto" =
             if that has been done already (training.precompute), or the run draws more prompts than there are.
+        check_teacher: test at the start whether the teacher predicts what its scheduler says; false = trust it.
         resume: go on with a run that lies in `out`; false = refuse.
     """
 
@@ -206,6 +207,7 @@ class RunConfig:
     threads: int = 0
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     precompute: Literal["auto", "always", "never"] = "auto"
+    check_teacher: bool = True
     resume: bool = True
 
     def __post_init__(self) -> None:

@@ -189,6 +189,10 @@ class Family:
         """uint8 (N, 3, H, W) -> x0 (N, *shape)."""
         raise NotImplementedError
 
+    def stills(self, images: Tensor) -> Tensor:
+        """Single images uint8 (N, 3, H, W) as what `encode_images` takes."""
+        return images
+
     def examples(self, source: Any, indices: Sequence[int]) -> Tensor:
         """x0 of the images `indices` of a data source."""
         return self.encode_images(torch.from_numpy(source.images(indices)).movedim(-1, -3))

@@ -64,6 +64,7 @@ class Latent(Leaving):
         unused: components not loaded, and what from_pretrained is told in their place.
         kept: fields of `Config` that a student's directory must remember (`settings`), beside the resolution.
         empty_prompt: what guidance compares with where no negative prompt is given.
+        scaled_by: what of its VAE makes latents of unit variance, for people.
         sides: what the pipeline wants both sides of an image to be a multiple of, whatever its network takes.
         lora_targets: layers that a LoRA adapts, by any component of their dotted names.
     """
@@ -72,6 +73,7 @@ class Latent(Leaving):
     unused: ClassVar[Mapping[str, Any]] = {}
     kept: ClassVar[tuple[str, ...]] = ()
     empty_prompt: ClassVar[str] = ""
+    scaled_by: ClassVar[str] = "scaling_factor"
     sides: ClassVar[int] = 1
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out")
     conditions = "prompt"
@@ -328,6 +330,8 @@ class Latent(Leaving):
 
 class ByChannel(Latent):
     """A family whose VAE says mean and deviation of each channel, and no scaling."""
+
+    scaled_by = "latents_mean and latents_std"
 
     def normalised(self, z: Tensor) -> Tensor:
         mean, std = self.channel_statistics(z)

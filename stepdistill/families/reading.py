@@ -54,6 +54,18 @@ def read_index(path: Path) -> dict[str, Any]:
     return content
 
 
+def fetch_index(path: Path, revision: str = "") -> dict[str, Any]:
+    """model_index.json behind a hub id. Raises UserError where it cannot be reached."""
+    from diffusers import DiffusionPipeline
+
+    try:
+        return DiffusionPipeline.load_config(str(path), revision=revision or None)
+    except LOADING as error:
+        raise UserError(
+            f"{path} is no directory here, and cannot be fetched from the hub: {first_line(error)}"
+        ) from None
+
+
 def read_pipeline(
     path: Path,
     family: type[Family],

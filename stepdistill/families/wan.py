@@ -129,6 +129,10 @@ class Wan(ByChannel):
         )  # fmt: skip
         return states
 
+    def stills(self, images: Tensor) -> Tensor:
+        """Videos in which nothing moves, (N, F, 3, H, W)."""
+        return images[:, None].expand(-1, self.config.frames, -1, -1, -1)
+
     def encode_images(self, images: Tensor) -> Tensor:
         """uint8 (N, F, 3, H, W) of all frames, or (N, 3, H, W) where a video is one image, -> x0 (N, *shape).
 
