@@ -113,7 +113,8 @@ class Denoiser(nn.Module):
         for name in twin.network.behind_middle:
             parent, _, leaf = name.rpartition(".")
             setattr(twin.network.get_submodule(parent), leaf, nn.ModuleList())
-        return twin
+        # What its last block makes of a text is heard no more.
+        return twin.requires_grad_(True)
 
     def under(self, schedule: Schedule) -> Denoiser:
         """The same network (shared, not copied) spoken to in another schedule."""

@@ -112,6 +112,10 @@ class Schedule:
         """sigma_t z: a state at time t without signal, z (B, ...)."""
         return z * expand(self.sigma(times_like(t, z)), z)
 
+    def bent(self, t: Tensor) -> Tensor:
+        """Where a sampler's even grid has t (B,) before it is bent: a shift is all that bends one."""
+        return t
+
     def few_step_grid(self, steps: int, finest: int = 0, first_rho: float = 0.0) -> tuple[float, ...]:
         """The times a student of `steps` steps is called at, falling from t_max: even in t.
 

@@ -111,6 +111,10 @@ class Flow(Schedule):
         shift = self.shift_at(at_least(finest, finest))
         return tuple(shifted(t, shift) for t in super().few_step_grid(steps))
 
+    def bent(self, t: Tensor) -> Tensor:
+        """By the shift of a grid of fifty steps, where it depends on that."""
+        return shifted(t, self.shift_at(50))
+
     def shift_at(self, steps: int) -> float:
         """Of a grid of so many steps."""
         return self.shift(steps) if callable(self.shift) else self.shift

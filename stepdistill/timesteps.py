@@ -10,6 +10,8 @@ SANA-Sprint) state log rho itself, which is log 2 = 0.693 less than what stands 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -35,6 +37,13 @@ def uniform(schedule: Schedule, noise: SampleNoise, low: float = 0.0, high: floa
     return schedule.t_min + span * (low + (high - low) * noise.rand())
 
 
+def shifted(schedule: Schedule, noise: SampleNoise, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """Uniform, and then bent as the schedule's samplers bend an even grid: more time where noise is high, under flow with
+    a shift above 1. Where there is no shift, uniform. Self-Forcing (arXiv 2506.08009) and LightX2V renoise so.
+    """
+    return schedule.bent(uniform(schedule, noise, low, high))
+
+
 def karras(
     schedule: Schedule, noise: SampleNoise, low: float = 0.0, high: float = 1.0, power: float = 7.0
 ) -> Tensor:
@@ -58,7 +67,7 @@ def lognormal(
     return schedule.t_of_rho(unit * (mean + std * noise.randn(dtype=torch.float64)).exp())
 
 
-DENSITIES = ("uniform", "karras", "lognormal")
+Density = Literal["uniform", "shifted", "karras", "lognormal"]
 
 
 def draw(
@@ -71,10 +80,10 @@ def draw(
     std: float = 1.2,
     unit: float = 1.0,
 ) -> Tensor:
-    """One of `DENSITIES` by name; low and high belong to the first two, mean, std and unit to the last."""
+    """A `Density` by name; low and high belong to all but the last, mean, std and unit to that."""
     if density == "lognormal":
         return lognormal(schedule, noise, mean, std, unit)
-    return {"uniform": uniform, "karras": karras}[density](schedule, noise, low, high)
+    return {"uniform": uniform, "shifted": shifted, "karras": karras}[density](schedule, noise, low, high)
 
 
 def as_edm(schedule: Schedule, least: float = 0.002, most: float = 80.0) -> EDM:

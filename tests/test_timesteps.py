@@ -208,6 +208,17 @@ def test_methods_draw_their_noise_in_units_of_the_data(name, monkeypatch):
     assert units and set(units) == {0.5}
 
 
+def test_shifted_times_are_uniform_before_a_samplers_shift():
+    """Of the same draw u in [low, high]: S u / (1 + (S - 1) u), as flow schedulers bend their grids."""
+    even = timesteps.uniform(Flow(), noise(), 0.02, 0.98)
+    bent = timesteps.draw("shifted", Flow(shift=5.0), noise(), 0.02, 0.98)
+    torch.testing.assert_close(bent, 5 * even / (1 + 4 * even))
+    # The one of a grid of as many steps, where it depends on them.
+    assert torch.equal(timesteps.shifted(Flow(shift=lambda steps: steps / 10), noise(), 0.02, 0.98), bent)
+    for schedule in SCHEDULES.values():
+        assert torch.equal(timesteps.shifted(schedule, noise()), timesteps.uniform(schedule, noise()))
+
+
 def test_draw_picks_by_name_and_passes_what_belongs():
     schedule = Flow()
     assert torch.equal(

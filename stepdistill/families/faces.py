@@ -161,11 +161,16 @@ class TransformerFace(Face):
             pair), "first tokens" or "last tokens" of one sequence.
         tail: submodules behind the last block.
         patch: side of the latents' patch that makes one token.
+        text_only: in a block of two streams, what asks for the text and makes something of it. Of the last block that
+            is the only part nobody hears; its keys and values are heard by the image.
     """
 
     inner = "transformer"
     stacks: ClassVar[dict[str, str]] = {"transformer_blocks": "whole"}
     tail: ClassVar[tuple[str, ...]] = ("norm_out", "proj_out")
+    text_only: ClassVar[tuple[str, ...]] = (
+        "attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "ff_context",
+    )  # fmt: skip
 
     @property
     def patch(self) -> int:
@@ -194,6 +199,13 @@ class TransformerFace(Face):
         names = list(self.blocks)
         tail = (f"transformer.{name}" for name in self.tail if hasattr(self.transformer, name))
         return (*names[names.index(self.middle) + 1 :], *tail)
+
+    @property
+    def unheard(self) -> tuple[str, ...]:
+        """Of the last block there is: in a discriminator's encoder the middle one."""
+        *_, last = (name for name in self.blocks if any(True for _ in self.get_submodule(name).parameters()))
+        block = dict(self.get_submodule(last).named_modules())
+        return tuple(f"{last}.{part}" for part in self.text_only if part in block)
 
     def tokens(self, x_t: Tensor) -> int:
         """Of one image, whose latents are x_t (B, C, [F,] h, w)."""

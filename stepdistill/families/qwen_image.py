@@ -22,17 +22,7 @@ class QwenImageTransformer(TransformerFace):
 
     stacks: ClassVar = {"transformer_blocks": "second"}
     prunable: ClassVar = {"transformer_blocks": "num_layers"}
-
-    @property
-    def unheard(self) -> tuple[str, ...]:
-        """What the last block makes of the text; nothing where a discriminator's encoder ends before that block."""
-        *_, last = self.blocks
-        if not hasattr(self.get_submodule(last), "attn"):
-            return ()
-        return tuple(
-            f"{last}.{part}"
-            for part in ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "txt_mlp")
-        )
+    text_only = (*TransformerFace.text_only[:-1], "txt_mlp")
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """x_t: (B, 16, h, w)."""

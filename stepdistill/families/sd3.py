@@ -38,16 +38,6 @@ class SD3Transformer(TransformerFace):
         places = tuple(new for new, old in enumerate(kept["transformer_blocks"]) if old in dual)
         return super().recounted(kept) | {"dual_attention_layers": places}
 
-    @property
-    def unheard(self) -> tuple[str, ...]:
-        """What the last block asks for the text; nothing where a discriminator's encoder ends before that block."""
-        *_, last = self.blocks
-        attention = getattr(self.get_submodule(last), "attn", None)
-        parts = (
-            name for name in ("add_q_proj", "norm_added_q") if getattr(attention, name, None) is not None
-        )
-        return tuple(f"{last}.attn.{name}" for name in parts)
-
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         model = self.transformer
         return model(

@@ -68,7 +68,7 @@ class ADD(Method):
         # Of the teacher in L_dist.
         guidance_scale: float = 1.0
         # Of its noise levels.
-        time_density: Literal["uniform", "karras", "lognormal"] = "uniform"
+        time_density: timesteps.Density = "uniform"
 
     def __init__(self, config: Any, sampling: Sampling | None = None):
         super().__init__(config, sampling)

@@ -26,7 +26,8 @@ import torch
 
 from stepdistill.losses import distribution_matching
 from stepdistill.methods.base import Batch, Losses, Networks
-from stepdistill.methods.score import Density, ScoreDistillation, compared
+from stepdistill.methods.score import ScoreDistillation, compared
+from stepdistill.timesteps import Density
 
 
 class DiffInstruct(ScoreDistillation):

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from stepdistill import timesteps
 from stepdistill.losses import denoising, moments
@@ -36,7 +36,7 @@ class Pretrain(Method):
     class Config:
         # Share of samples trained without their condition.
         cond_dropout: float = 0.1
-        time_density: Literal["uniform", "karras", "lognormal"] = "uniform"
+        time_density: timesteps.Density = "uniform"
         # For lognormal; see timesteps.py. EDM's values; under flow it is the logit-normal density.
         time_mean: float = timesteps.EDM_MEAN
         time_std: float = 1.2

@@ -39,8 +39,7 @@ from stepdistill.rollout import Simulated, simulate
 from stepdistill.sampling import Sampling
 from stepdistill.schedule import times_like
 from stepdistill.solvers import chord
-
-Density = Literal["uniform", "karras", "lognormal"]
+from stepdistill.timesteps import Density
 
 
 class Diffused(NamedTuple):
@@ -105,7 +104,7 @@ class ScoreDistillation(Method):
         # For lognormal; see timesteps.py.
         time_mean: float = timesteps.EDM_MEAN
         time_std: float = 1.2
-        critic_density: Literal["same", "uniform", "karras", "lognormal"] = "same"
+        critic_density: Literal["same", Density] = "same"
         # Which of its sampling states are met alike; see `simulate`.
         simulated: Simulated = "states"
         # The critic learns on what the student's update was just computed from.
@@ -277,7 +276,7 @@ class ScoreImplicit(ScoreDistillation):
         # Of the student; the fake score has EDM's lognormal.
         time_density: Density = "karras"
         t_high: float = 0.8
-        critic_density: Literal["same", "uniform", "karras", "lognormal"] = "lognormal"
+        critic_density: Literal["same", Density] = "lognormal"
 
     @classmethod
     def sampled(cls, config: Any) -> dict[str, Any]:

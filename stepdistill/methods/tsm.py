@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -42,7 +42,7 @@ class TSM(Method):
         guidance_scale: float = 1.0
         # Share of samples without their condition, where guidance is off.
         cond_dropout: float = 0.1
-        time_density: Literal["uniform", "karras", "lognormal"] = "uniform"
+        time_density: timesteps.Density = "uniform"
         # For lognormal; see timesteps.py.
         time_mean: float = timesteps.EDM_MEAN
         time_std: float = 1.2

@@ -58,6 +58,13 @@ def test_an_encoder_ends_at_the_middle_block(variant):
     ours[-1].square().mean().backward()
     left = {name.rpartition(".")[0] for name, _ in encoder.named_parameters()}
     assert not [name for name in names[last + 1 :] if any(f"{each}.".startswith(f"{name}.") for each in left)]
+    # Data-parallel training waits for every gradient that is wanted.
+    waiting = [
+        name
+        for name, parameter in encoder.named_parameters()
+        if parameter.requires_grad and parameter.grad is None
+    ]
+    assert waiting == []
     # The middle block itself is trained.
     gradients = [parameter.grad for parameter in encoder.get_submodule(denoiser.middle).parameters()]
     assert any(gradient is not None and bool(gradient.any()) for gradient in gradients)
