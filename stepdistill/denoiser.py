@@ -112,7 +112,8 @@ class Denoiser(nn.Module):
         twin = self.clone()
         for name in twin.network.behind_middle:
             parent, _, leaf = name.rpartition(".")
-            setattr(twin.network.get_submodule(parent), leaf, nn.ModuleList())
+            holder = twin.network.get_submodule(parent)
+            setattr(holder, leaf, nn.ModuleList() if isinstance(getattr(holder, leaf), nn.Module) else None)
         # What its last block makes of a text is heard no more.
         return twin.requires_grad_(True)
 

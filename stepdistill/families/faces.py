@@ -159,18 +159,21 @@ class TransformerFace(Face):
     Attributes:
         stacks: lists of blocks in forward order -> where a block's output has the image: "whole", "second" (of a
             pair), "first tokens" or "last tokens" of one sequence.
-        tail: submodules behind the last block.
+        tail: submodules and parameters behind the last block.
         patch: side of the latents' patch that makes one token.
         text_only: in a block of two streams, what asks for the text and makes something of it. Of the last block that
             is the only part nobody hears; its keys and values are heard by the image.
+        last_stack_only: submodules that make what blocks of the last stack alone are told.
     """
 
     inner = "transformer"
     stacks: ClassVar[dict[str, str]] = {"transformer_blocks": "whole"}
-    tail: ClassVar[tuple[str, ...]] = ("norm_out", "proj_out")
+    tail: ClassVar[tuple[str, ...]] = ("norm_out", "proj_out", "scale_shift_table")
     text_only: ClassVar[tuple[str, ...]] = (
         "attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "ff_context",
     )  # fmt: skip
+
+    last_stack_only: ClassVar[tuple[str, ...]] = ()
 
     @property
     def patch(self) -> int:
@@ -205,7 +208,9 @@ class TransformerFace(Face):
         """Of the last block there is: in a discriminator's encoder the middle one."""
         *_, last = (name for name in self.blocks if any(True for _ in self.get_submodule(name).parameters()))
         block = dict(self.get_submodule(last).named_modules())
-        return tuple(f"{last}.{part}" for part in self.text_only if part in block)
+        text = tuple(f"{last}.{part}" for part in self.text_only if part in block)
+        cut = last.split(".")[-2] != list(self.stacks)[-1]
+        return (*text, *(f"transformer.{name}" for name in self.last_stack_only if cut))
 
     def tokens(self, x_t: Tensor) -> int:
         """Of one image, whose latents are x_t (B, C, [F,] h, w)."""

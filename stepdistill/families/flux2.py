@@ -32,6 +32,7 @@ class Flux2Transformer(TransformerFace):
         "transformer_blocks": "num_layers",
         "single_transformer_blocks": "num_single_layers",
     }
+    last_stack_only = ("single_stream_modulation",)
     # The latents are patches already.
     patch = 1
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from forks import two_processes
 from runs import checkpoint, metrics, same, sd, toy
@@ -100,3 +101,20 @@ def test_two_processes_stop_after_the_same_step_and_measure(tmp_path, monkeypatc
     assert RunDirectory(halves).latest() == 3
     train_in_two(toy(halves, *measuring), tmp_path / "ranks3")
     assert same(checkpoint(whole).tensors, checkpoint(halves).tensors)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["sd3", "qwen-image"])
+def test_an_encoder_that_ends_in_a_joint_block_is_trained_in_two_processes(variant, tmp_path):
+    """What its last block makes of the text nobody hears: no gradient arrives there, and none is waited for."""
+    recipe = toy(
+        tmp_path / "run", "run.steps=3", "run.precompute=never",
+        family={"name": tiny.VARIANTS[variant][0], "teacher": str(tiny.directory(variant)), "resolution": [32]},
+        student={"steps": [2], "ema": 0.5}, method={"name": "lightning"},
+        data={"name": "scenes", "size": 24, "resolution": 32}, optim={"lr": 1e-3, "batch_size": 4},
+    )  # fmt: skip
+    train_in_two(recipe, tmp_path / "ranks")
+    first, second = (load_file(tmp_path / "ranks" / f"encoder-{rank}.safetensors") for rank in (0, 1))
+    assert same(first, second)
+    begun = recipe.family.make().teacher.encoder().state_dict()
+    assert not same({name: begun[name] for name in first}, first)
