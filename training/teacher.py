@@ -143,14 +143,14 @@ def judge(family: Family, examples: Examples, batch: int) -> Verdict:
 
 
 def assess(recipe: Recipe, family: Family, source: Source, device: Any, batch: int) -> str:
-    """A line on the teacher of a run that begins, "" where there is nothing to test.
+    """A line on the teacher of a run that begins, "" where there is nothing to test: exact teachers declare nothing.
 
     Nothing is drawn from any generator but the test's own.
 
     Raises:
         UserError: what its directory says is wrong, and what fits is known.
     """
-    if not recipe.run.check_teacher or family.teacher is None:
+    if not recipe.run.check_teacher or family.teacher is None or family.pipeline is None:
         return ""
     stages = recipe.stages()
     if not any(stage.student.init == "teacher" or stage.new_method().needs_teacher for stage in stages):

@@ -150,7 +150,8 @@ def tables_of(family: Family, kind: str, examples: Examples, batch: int) -> tupl
     declared = family.teacher.native
     if not isinstance(declared, VP):
         return {}, ""
-    tables = {f"{_betas(getattr(family.pipeline.scheduler, 'config', {}))}, as declared": declared}
+    scheduler = getattr(family.pipeline, "scheduler", None)
+    tables = {f"{_betas(getattr(scheduler, 'config', {}))}, as declared": declared}
     for schedule, start, end in TABLES:
         other = VP(DDPMScheduler(len(declared.log_rho), start, end, schedule).alphas_cumprod)
         if not other.agrees(declared):
@@ -204,7 +205,7 @@ def _memory(family: Family, recipe: Recipe | None, method: str, rank: int) -> st
     try:
         if rank:
             given["student"] = {"lora": {"rank": rank}}
-            section |= _adapters(family, given | {"method": method}, rank)
+            section |= _adapters(given | {"method": method}, rank)
         said = forecast(recipe_from(given | {"method": section}), family, Anything(family))
     except UserError:
         return "no"
@@ -216,7 +217,8 @@ def _batch(recipe: Recipe) -> dict[str, Any]:
     return {"batch_size": first.optim.batch_size, "micro_batch_size": first.optim.micro_batch_size}
 
 
-def _adapters(family: Family, given: dict[str, Any], rank: int) -> dict[str, Any]:
-    """A fake score is then adapters as well, where the method has one."""
-    has = hasattr(recipe_from(given).method.config, "fake_score_lora")
-    return {"fake_score_lora": {"rank": rank}} if has else {}
+def _adapters(given: dict[str, Any], rank: int) -> dict[str, Any]:
+    """A fake score is then adapters as well, and nothing is told that a stock LoRA has no place for."""
+    config = recipe_from(given).method.config
+    told = {"fake_score_lora": {"rank": rank}, "tell_guidance": False}
+    return {name: value for name, value in told.items() if hasattr(config, name)}

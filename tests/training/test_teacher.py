@@ -230,21 +230,21 @@ def test_the_test_leaves_every_generator_as_it_was(tmp_path, tiny_sd):
     assert all(map(torch.equal, weights, family.teacher.parameters()))
 
 
-def test_a_resumed_run_does_not_test_again(tmp_path, monkeypatch, capsys):
-    recipe = toy(tmp_path / "run", "run.steps=4")
+def test_a_resumed_run_does_not_test_again(tmp_path, tiny_sd, monkeypatch, capsys):
+    recipe = sd(tmp_path / "run", tiny_sd, "run.steps=2", "optim.batch_size=1")
     with monkeypatch.context() as patch:
-        interrupt_in(patch, 1)
+        interrupt_in(patch, 0)
         with pytest.raises(KeyboardInterrupt):
             running.run(recipe)
-    assert "the teacher predicts x0" in capsys.readouterr().err
+    assert "whether the teacher predicts v could not be verified on its data" in capsys.readouterr().err
     monkeypatch.setattr(running, "assess", lambda *_: pytest.fail("tested again"))
     running.run(recipe)
 
 
-def test_what_has_no_teacher_is_not_tested(tmp_path, monkeypatch):
+def test_what_has_no_teacher_or_declares_nothing_is_not_tested(tmp_path, tiny_sd, monkeypatch):
     monkeypatch.setattr(teacher, "judge", lambda *_: pytest.fail("tested"))
-    recipe = toy(tmp_path / "a", "run.check_teacher=false")
-    family, (source,) = running.build(recipe)
-    assert assess(recipe, family, source, "cpu", 4) == ""
-    recipe = toy(tmp_path / "b", "student.init=random", method={"name": "pretrain"})
-    assert assess(recipe, family, source, "cpu", 4) == ""
+    off = sd(tmp_path / "off", tiny_sd, "run.check_teacher=false")
+    fresh = sd(tmp_path / "fresh", tiny_sd, "student.init=random", method={"name": "pretrain"})
+    for recipe in (off, fresh, toy(tmp_path / "toy")):
+        family, (source,) = running.build(recipe)
+        assert assess(recipe, family, source, "cpu", 4) == ""
