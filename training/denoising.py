@@ -26,9 +26,9 @@ LEVELS = (0.5, 1.0, 2.0, 4.0, 8.0)
 VERIFIED = 0.9
 # A reading is wrong where its error is so many times that of another, which is verified. Twice or more was seen.
 CLEARLY = 1.5
-# Of x0, in one test: enough for an error to within some percent.
-VALUES = 8192
-LEAST, MOST = 8, 512
+# Of x0, in one test: enough for an error to within some percent, and what is worth its time.
+VALUES, WORTH = 2**13, 2**20
+MOST = 512
 # Velocities that point the other way, x0 - eps.
 REVERSED = "reversed flow"
 # What diffusers' schedulers call what a network predicts.
@@ -80,8 +80,10 @@ def readings(schedule: Schedule, declared: str) -> tuple[str, ...]:
 
 
 def count_of(shape: Iterable[int], available: int) -> int:
-    """Examples of one test: few of large ones."""
-    return min(max(VALUES // math.prod(shape), LEAST), MOST, available)
+    """Examples of one test: eight, fewer of large ones, more of small ones."""
+    size = math.prod(shape)
+    few = min(8, max(2, WORTH // size))
+    return min(max(VALUES // size, few), MOST, available)
 
 
 def chunk_of(shape: Iterable[int], batch: int) -> int:
@@ -96,7 +98,7 @@ def errors_of(
     cond: Cond,
     *,
     kinds: Iterable[str] = (),
-    chunk: int = LEAST,
+    chunk: int = 8,
     seed: int = 0,
 ) -> Errors:
     """The errors of `denoiser` along its own schedule on x0 (N, *shape) under cond, batch first.

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from models import family_of
 from runs import assert_same_run, interrupt_in, sd, toy
 from torch import nn
 
@@ -158,14 +159,14 @@ def test_a_wrong_scaling_of_latents_is_named_with_the_one_that_fits(embedded, wr
     assert f"scaling_factor={wrong:g}" in said
 
 
-FAST = ("sd15", "flux-schnell", "dit", "wan")
+FAST = ("sd15", "dit", "wan")
 
 
 @pytest.mark.parametrize(
     "variant", [pytest.param(v, marks=() if v in FAST else pytest.mark.slow) for v in tiny.VARIANTS]
 )
 def test_random_weights_are_neither_verified_nor_refused(variant):
-    family = load(tiny.directory(variant)).family_
+    family = family_of(variant)
     found = verdict(family)
     assert not found.verified and found.wrong(family) == "" and "could not be verified" in found.line()
 
