@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 from PIL import Image
+from models import SETTINGS
 from runs import sd, toy
 from test_teacher import SCHEDULES, Plain
 
@@ -127,18 +128,10 @@ def test_three_guidance_scales_are_drawn_where_a_teacher_takes_them(tiny_sd, tmp
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["dit", "wan", "flux-dev", "sana-sprint", "sdxl"])
 def test_every_kind_of_teacher_is_looked_at_and_drawn(variant, tmp_path, capsys):
-    small = [] if variant != "wan" else ["family.frames=5", "family.resolution=32"]
-    report = said(
-        capsys,
-        str(tiny.directory(variant)),
-        *small,
-        "--methods",
-        "dmd2",
-        "--steps",
-        "2",
-        "--out",
-        str(tmp_path),
-    )
+    settings = SETTINGS.get(tiny.VARIANTS[variant][0], {})
+    small = [f"family.{key}={value}" for key, value in settings.items()]
+    how = ("--methods", "dmd2", "--steps", "2", "--out", str(tmp_path))
+    report = said(capsys, str(tiny.directory(variant)), *small, *how)
     assert report["wrong"] == [] and not report["verified"] and set(report["memory"]) == {"dmd2"}
     assert Image.open(report["pictures"]).format == "PNG"
 
