@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import tiny
-from PIL import Image
 from models import SETTINGS
+from PIL import Image
 from runs import sd, toy
 from test_teacher import SCHEDULES, Plain
 
