@@ -70,6 +70,10 @@ class Verdict:
         said = f"{self.declared}, {self.errors.mean(self.declared):.2f} of the best linear denoiser's error"
         if self.verified:
             return f"the teacher predicts {said} on {self.where}, as declared"
+        if self.fits or self.factor != 1:
+            return (
+                f"the teacher is declared wrong: on {self.where} {self.errors} (1 = the best linear denoiser)"
+            )
         return (
             f"whether the teacher predicts {self.declared} could not be verified on {self.where} ({self.errors}, 1 = the"
             " best linear denoiser): its weights are not trained, or for other images"

@@ -12,14 +12,18 @@ from models import SETTINGS
 from PIL import Image
 from runs import sd, toy
 from test_teacher import SCHEDULES, Plain
+from torch import nn
 
 from stepdistill import assets
 from stepdistill.config import dump
+from stepdistill.denoiser import Denoiser
 from stepdistill.loading import load
+from stepdistill.schedule import Flow
 from training import own_samples, teacher_report
 from training.check_teacher import main
 from training.denoising import REVERSED, VERIFIED
 from training.own_samples import judge_by_itself
+from training.teacher import examples_of, judge, some_prompts
 from training.teacher_report import memory_of, tables_of
 
 pytestmark = pytest.mark.usefixtures("short_runs")
@@ -41,6 +45,36 @@ def test_without_images_each_reading_is_judged_on_its_own_samples(schedule, kind
     others = [reading for reading in found.errors.levels if reading != kind]
     assert others and all(found.errors.mean(reading) > VERIFIED for reading in others)
     assert found.verified == (declared == kind) and found.fits == ("" if declared == kind else kind)
+
+
+class Converted(nn.Module):
+    """The answers of a trained denoiser as another kind."""
+
+    def __init__(self, denoiser: Denoiser, kind: str):
+        super().__init__()
+        self.denoiser, self.kind = denoiser, kind
+
+    def forward(self, x_t, t, cond):
+        said = self.denoiser(x_t, t, cond)
+        return -said.flow if self.kind == REVERSED else getattr(said, self.kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("flow", "kind"), [(0, "eps"), (0, "v"), (0, "x0"), (1, "flow"), (1, REVERSED)])
+def test_a_trained_teacher_is_told_with_and_without_images(flow, kind):
+    """The table of docs/teachers.md."""
+    family = load(assets.path("teacher")).family_
+    schedule = Flow() if flow else family.schedule
+    network = Converted(family.teacher.under(schedule), kind)
+    family.teacher = Denoiser(network, "flow" if kind == REVERSED else kind, schedule)
+    prompts = some_prompts(family, None, own_samples.COUNT)
+    for found in (
+        judge(family, examples_of(family, None, "cpu", 16), 16),
+        judge_by_itself(family, prompts, "cpu", 16),
+    ):
+        assert found.errors.best == kind and found.errors.mean(kind) < 0.2
+        assert found.fits == (kind if kind == REVERSED else "") and found.verified == (kind != REVERSED)
+        assert all(found.errors.mean(other) > 0.5 for other in found.errors.levels if other != kind)
 
 
 def test_samples_of_random_weights_verify_nothing(tiny_sd, monkeypatch):
