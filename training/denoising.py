@@ -99,16 +99,18 @@ def errors_of(
     *,
     kinds: Iterable[str] = (),
     chunk: int = 8,
+    spread: float = 0.0,
     seed: int = 0,
 ) -> Errors:
     """The errors of `denoiser` along its own schedule on x0 (N, *shape) under cond, batch first.
 
-    kinds: the readings, all of `readings` when not given. chunk: the batch of one pass.
+    kinds: the readings, all of `readings` when not given. chunk: the batch of one pass. spread: the standard deviation
+    that `LEVELS` count in, 0 = that of x0.
     """
     schedule = denoiser.native
     kinds = tuple(kinds) or readings(schedule, denoiser.kind)
     variance = x0.double().transpose(0, 1).flatten(1).var(1, unbiased=False)
-    spread = float(variance.mean().sqrt())
+    spread = spread or float(variance.mean().sqrt())
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, list[float]] = {kind: [] for kind in kinds}
     for level in LEVELS:

@@ -27,6 +27,8 @@ from training.denoising import (
 from training.teacher import Examples, Verdict
 
 STEPS, COUNT = 16, 16
+# Of pictures, about: x0 of latents are scaled to 1, pixels are in [-1, 1].
+SPREAD = 0.7
 # Beyond this standard deviation a sample is no picture.
 MOST_SPREAD = 1e3
 WHERE = "samples of its own"
@@ -47,7 +49,9 @@ def judge_by_itself(family: Family, prompts: Sequence, device: Any, batch: int) 
         x0 = examples.x0
         found[kind] = (math.inf,) * len(LEVELS)
         if x0.isfinite().all() and 0 < float(x0.std()) < MOST_SPREAD:
-            errors = errors_of(teacher, x0, examples.cond, chunk=chunk_of(family.shape, batch))
+            # Levels of pictures: at those of samples that are all but one colour every reading is right.
+            chunk = chunk_of(family.shape, batch)
+            errors = errors_of(teacher, x0, examples.cond, chunk=chunk, spread=max(float(x0.std()), SPREAD))
             if errors.mean(kind) >= VERIFIED or not errors.clearly_better(kind):
                 found[kind] = errors.levels[kind]
         if kind == teacher.kind:

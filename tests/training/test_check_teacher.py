@@ -43,7 +43,7 @@ def test_without_images_each_reading_is_judged_on_its_own_samples(schedule, kind
     found = judge_by_itself(Plain(schedule, kind, declared), range(64), "cpu", 64)
     assert found.errors.best == kind and found.errors.mean(kind) < VERIFIED
     others = [reading for reading in found.errors.levels if reading != kind]
-    assert others and all(found.errors.mean(reading) > VERIFIED for reading in others)
+    assert others and all(found.errors.mean(other) > 2 * found.errors.mean(kind) for other in others)
     assert found.verified == (declared == kind) and found.fits == ("" if declared == kind else kind)
 
 
@@ -77,11 +77,16 @@ def test_a_trained_teacher_is_told_with_and_without_images(flow, kind):
         assert all(found.errors.mean(other) > 0.5 for other in found.errors.levels if other != kind)
 
 
-def test_samples_of_random_weights_verify_nothing(tiny_sd, monkeypatch):
-    monkeypatch.setattr(own_samples, "STEPS", 4)
+def test_samples_of_random_weights_verify_nothing(tiny_sd):
     family = load(tiny_sd).family_
     found = judge_by_itself(family, ["a", "b", "c", "d"], "cpu", 8)
     assert set(found.errors.levels) == {"eps", "v", "x0"} and not found.verified and not found.fits
+
+
+@pytest.fixture(autouse=True)
+def short_walks(monkeypatch, request):
+    if "slow" not in request.keywords:
+        monkeypatch.setattr(own_samples, "STEPS", 4)
 
 
 def test_a_report_says_what_a_teacher_is(tiny_sd, capsys):
@@ -93,21 +98,15 @@ def test_a_report_says_what_a_teacher_is(tiny_sd, capsys):
     assert len(report["latents"]["std"]) == 4 and report["tables"] == {}
 
 
-def test_a_recipe_is_tested_on_its_own_data(tiny_sd, tmp_path, capsys):
-    recipe = tmp_path / "mine.yaml"
+def test_a_recipe_is_tested_on_its_own_data_where_that_has_images(tiny_sd, tmp_path, capsys):
+    recipe, prompts = tmp_path / "mine.yaml", tmp_path / "prompts.txt"
+    prompts.write_text("one\ntwo\n")
     recipe.write_text(dump(sd(tmp_path / "run", tiny_sd)))
-    report = said(capsys, str(recipe), *QUIET)
-    assert [test["where"] for test in report["tests"]] == ["its data"]
-    recipe.write_text(
-        dump(sd(tmp_path / "run", tiny_sd, data={"name": "prompts", "path": str(_prompts(tmp_path))}))
-    )
-    assert next(test["where"] for test in said(capsys, str(recipe), *QUIET)["tests"]) == "drawn scenes"
-
-
-def _prompts(folder):
-    path = folder / "prompts.txt"
-    path.write_text("one\ntwo\n")
-    return path
+    assert [test["where"] for test in said(capsys, str(recipe), *QUIET)["tests"]] == ["its data"]
+    data, method = {"name": "prompts", "path": str(prompts)}, {"name": "sim"}
+    recipe.write_text(dump(sd(tmp_path / "run", tiny_sd, data=data, method=method)))
+    tried = [test["where"] for test in said(capsys, str(recipe), *QUIET)["tests"]]
+    assert tried == ["drawn scenes", "samples of its own"]
 
 
 def test_images_of_a_folder_are_taken(tiny_sd, tmp_path, capsys):
@@ -117,9 +116,7 @@ def test_images_of_a_folder_are_taken(tiny_sd, tmp_path, capsys):
     assert [test["where"] for test in report["tests"]] == ["its data"]
 
 
-def test_a_wrong_teacher_ends_with_1_and_says_what_fits(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(own_samples, "STEPS", 4)
-    monkeypatch.setattr(own_samples, "COUNT", 4)
+def test_a_wrong_teacher_ends_with_1_and_says_what_fits(tmp_path, capsys):
     path = tmp_path / "wrong"
     shutil.copytree(assets.path("teacher"), path)
     config = path / "scheduler" / "scheduler_config.json"
@@ -145,6 +142,7 @@ def test_another_table_that_fits_better_is_named():
     assert "along scaled_linear 0.00085 to 0.012" in wrong and "do not fit" in wrong
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_forecast_and_adapters_take_less(tiny_sd):
     family = load(tiny_sd).family_
     rows = memory_of(family, None, ["sim"])

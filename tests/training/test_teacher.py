@@ -171,16 +171,15 @@ def test_random_weights_are_neither_verified_nor_refused(variant):
     assert not found.verified and found.wrong(family) == "" and "could not be verified" in found.line()
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_no_random_weights_look_like_a_trained_network(tiny_sd, seed):
     family = load(tiny_sd).family_
     torch.manual_seed(seed)
     for parameter in family.teacher.parameters():
-        parameter.data.normal_(0, 0.3 / max(parameter.numel() / len(parameter), 1) ** 0.5 * (1 + seed))
-    for kind in ("eps", "v", "x0"):
-        family.teacher.kind = kind
-        found = verdict(family)
-        assert not found.verified and found.wrong(family) == ""
+        parameter.data.normal_(0, 0.3 / max(parameter.numel() / len(parameter), 1) ** 0.5 * 4**seed)
+    errors = verdict(family).errors
+    assert set(errors.levels) == {"eps", "v", "x0"}
+    assert all(errors.mean(kind) > VERIFIED for kind in errors.levels)
 
 
 def test_pixels_with_and_without_classes_are_tried(tiny_pixel, tiny_ddpm):
