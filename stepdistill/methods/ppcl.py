@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ class PPCL(Method):
         length_weight: float = 0.1
         # Share of samples without their condition.
         cond_dropout: float = 0.1
-        time_density: Literal["uniform", "karras", "lognormal"] = "uniform"
+        time_density: timesteps.Density = "uniform"
         time_mean: float = -1.2
         time_std: float = 1.2
         # Used by previews and written on the card; training does not see it.
