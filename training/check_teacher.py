@@ -115,7 +115,7 @@ def look(subject: Subject, device: str, methods: Sequence[str]) -> Report:
     report.tests.append(judge(family, examples, batch))
     report.latents = latents_of(family, examples)
     if examples.stand_in and not report.tests[0].wrong(family):
-        prompts = some_prompts(family, subject.source, COUNT)
+        prompts = some_prompts(family, subject.source, range(COUNT))
         report.tests.append(judge_by_itself(family, prompts, device, batch))
         if report.tests[-1].verified:
             examples = own_samples(family, family.teacher.kind, prompts, device, batch)
@@ -194,7 +194,7 @@ def _checked(given: Any) -> Report:
     if not given.no_pictures and subject.family.exportable:
         path = Path(given.out) / "guidance.png"
         words = given.prompt if subject.family.conditions == "prompt" else None
-        prompts = words or some_prompts(subject.family, subject.source, PROMPTS)
+        prompts = words or some_prompts(subject.family, subject.source, range(PROMPTS))
         draw(subject, prompts, given.steps, device, path)
         report.pictures = str(path)
     return report

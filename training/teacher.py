@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from stepdistill.denoiser import Cond, map_cond
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
 from training.data import Source
+from training.data.base import Unreadable
 from training.denoising import CLEARLY, REVERSED, SETTINGS, Errors, chunk_of, count_of, errors_of
 
 if TYPE_CHECKING:
@@ -105,27 +107,43 @@ def examples_of(family: Family, source: Source | None, device: Any, batch: int) 
 
     batch: of one pass of the encoders.
     """
-    count, stand_in = count_of(family.shape, 2**31), False
-    if source is not None:
-        count = min(count, source.size)
-    if source is not None and family.own_data:
-        x0, cond = family.examples(source, range(count)), family.encode(family.prompts(source, range(count)))
-    elif source is not None and source.has_images and source.image_size == family.resolution:
-        pixels = source.images(range(count))
-        cond = _told(family, source, count)
-        x0 = _encoded(family, pixels, batch)
-    else:
-        count, stand_in = count_of(family.shape, 2**31), True
-        cond = _told(family, None, count)
-        x0 = _encoded(family, _scenes(count, family.resolution), batch)
-    where = SCENES if stand_in else "its data"
-    return Examples(x0.detach().to(device), map_cond(lambda c: c.to(device), cond), where, stand_in)
+    found = None
+    if source is not None and _fits(family, source):
+        # What cannot be read a run counts, and goes on up to a limit.
+        with contextlib.suppress(Unreadable):
+            found = _of_data(family, source, batch)
+    if found is None:
+        count = count_of(family.shape, 2**31)
+        pixels = _encoded(family, _scenes(count, family.resolution), batch)
+        found = Examples(pixels, _told(family, None, range(count)), SCENES, True)
+    cond = map_cond(lambda c: c.to(device), found.cond)
+    return replace(found, x0=found.x0.detach().to(device), cond=cond)
+
+
+def _fits(family: Family, source: Source) -> bool:
+    sized = source.bucketed or source.image_size == family.resolution
+    frames = source.frames in (1, getattr(family.config, "frames", 1))
+    return family.own_data or (source.has_images and sized and frames)
+
+
+def _of_data(family: Family, source: Source, batch: int) -> Examples:
+    if family.own_data:
+        rows = range(count_of(family.shape, source.size))
+        return Examples(
+            family.examples(source, rows), family.encode(family.prompts(source, rows)), "its data"
+        )
+    members = source.buckets[0].members
+    rows = [int(row) for row in members[: count_of(family.shape, len(members))]]
+    x0 = _encoded(family, source.images(rows), batch)
+    sizes = torch.as_tensor(source.sizes(rows), dtype=torch.float32)
+    return Examples(x0, family.sized(_told(family, source, rows), sizes), "its data")
 
 
 def _encoded(family: Family, pixels: np.ndarray, batch: int) -> Tensor:
     images = torch.from_numpy(np.ascontiguousarray(pixels)).movedim(-1, -3)
-    parts = images.split(chunk_of(family.shape, batch))
-    return torch.cat([family.encode_images(family.stills(part)) for part in parts])
+    # Those of videos have frames.
+    images = family.stills(images) if images.ndim == 4 else images
+    return torch.cat([family.encode_images(part) for part in images.split(chunk_of(family.shape, batch))])
 
 
 def judge(family: Family, examples: Examples, batch: int) -> Verdict:
@@ -179,26 +197,24 @@ def _scenes(count: int, resolution: tuple[int, int]) -> np.ndarray:
     return pictures
 
 
-def some_prompts(family: Family, source: Source | None, count: int) -> list:
-    """What a picture may be asked for: the data's captions or classes, else those of drawn scenes, or any classes."""
-    if source is not None:
-        count = min(count, source.size)
-        if _listed(family, source) is not None:
-            return family.prompts(source, range(count))
+def some_prompts(family: Family, source: Source | None, rows: Sequence[int]) -> list:
+    """What pictures may be asked for: the data's captions or classes, else those of drawn scenes, or any classes."""
+    if source is not None and _listed(family, source) is not None:
+        return family.prompts(source, [row for row in rows if row < source.size])
     if family.conditions == "prompt":
-        return [scenes.scene_at(i).caption for i in range(count)]
-    return [i % len(family.class_names or (0,)) for i in range(count)]
+        return [scenes.scene_at(row).caption for row in rows]
+    return [row % len(family.class_names or (0,)) for row in rows]
 
 
-def _told(family: Family, source: Source | None, count: int) -> Cond:
-    """The conditions of the first pictures of a source, None = scenes. Without captions or classes that the family knows
+def _told(family: Family, source: Source | None, rows: Sequence[int]) -> Cond:
+    """The conditions of those pictures of a source, None = scenes. Without captions or classes that the family knows
     they are told none, where that can be said.
     """
-    prompts = some_prompts(family, source, count)
+    prompts = some_prompts(family, source, rows)
     if family.conditions == "none" or (family.conditions == "prompt" and source is None):
         return family.encode(prompts)
     known = source is not None and _listed(family, source) is not None
-    return family.encode(prompts) if known or not family.guidable else family.uncond(count)
+    return family.encode(prompts) if known or not family.guidable else family.uncond(len(prompts))
 
 
 def _listed(family: Family, source: Source) -> Sequence | None:

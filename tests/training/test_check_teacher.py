@@ -67,7 +67,7 @@ def test_a_trained_teacher_is_told_with_and_without_images(flow, kind):
     schedule = Flow() if flow else family.schedule
     network = Converted(family.teacher.under(schedule), kind)
     family.teacher = Denoiser(network, "flow" if kind == REVERSED else kind, schedule)
-    prompts = some_prompts(family, None, own_samples.COUNT)
+    prompts = some_prompts(family, None, range(own_samples.COUNT))
     for found in (
         judge(family, examples_of(family, None, "cpu", 16), 16),
         judge_by_itself(family, prompts, "cpu", 16),

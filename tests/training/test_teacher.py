@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from models import family_of
+from PIL import Image
 from runs import assert_same_run, interrupt_in, sd, toy
 from torch import nn
 
@@ -24,6 +25,7 @@ from training import run as running
 from training import teacher
 from training.checkpoint import RunDirectory
 from training.data import Source
+from training.data.base import Unreadable
 from training.denoising import LEVELS, REVERSED, VERIFIED, Errors, errors_of, readings
 from training.recipe import Recipe
 from training.teacher import assess, examples_of, judge
@@ -187,6 +189,36 @@ def test_pixels_with_and_without_classes_are_tried(tiny_pixel, tiny_ddpm):
         family = load(path).family_
         found = verdict(family)
         assert set(found.errors.levels) == kinds and not found.verified and found.wrong(family) == ""
+
+
+class Gone(Source):
+    """Images that could be read when the run was begun."""
+
+    def images(self, indices):
+        raise Unreadable(0, "it is gone")
+
+
+def test_data_that_cannot_be_read_any_more_leave_the_test_to_scenes(tiny_sd):
+    family, gone = load(tiny_sd).family_, Gone(Source)
+    gone.size, gone.image_size = 4, family.resolution
+    assert examples_of(family, gone, "cpu", 4).where == "drawn scenes"
+
+
+def test_images_of_several_sizes_are_those_of_one_bucket(tiny_sd, tmp_path):
+    for number, size in enumerate(((16, 16), (16, 24), (16, 16), (24, 16), (16, 16))):
+        Image.new("RGB", size[::-1], (40 * number, 90, 200 - 30 * number)).save(tmp_path / f"{number}.png")
+    data = {
+        "name": "folder",
+        "path": str(tmp_path),
+        "resolution": 16,
+        "aspect_ratio_buckets": [[16, 16], [16, 24]],
+    }
+    source = sd(tmp_path / "run", tiny_sd, data=data).data.make()
+    family = load(tiny_sd).family_
+    examples = examples_of(family, source, "cpu", 4)
+    assert source.bucketed and examples.where == "its data"
+    assert examples.x0.shape == (len(source.buckets[0].members), *family.shape_at(source.buckets[0].size))
+    assert judge(family, examples, 4).wrong(family) == ""
 
 
 # ----------------------------------------------------------------------------------------------------------- in a run
