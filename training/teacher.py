@@ -122,7 +122,7 @@ def examples_of(family: Family, source: Source | None, device: Any, batch: int) 
 
 def _fits(family: Family, source: Source) -> bool:
     sized = source.bucketed or source.image_size == family.resolution
-    frames = source.frames in (1, getattr(family.config, "frames", 1))
+    frames = source.frames in (1, getattr(getattr(family, "config", None), "frames", 1))
     return family.own_data or (source.has_images and sized and frames)
 
 
