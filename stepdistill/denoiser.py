@@ -105,17 +105,19 @@ class Denoiser(nn.Module):
         return self
 
     def encoder(self) -> Denoiser:
-        """A trainable copy that ends at the middle block, for a discriminator whose features are trained.
-
-        It can be tapped up to there (`features.block_features`) and says nothing itself.
+        """A trainable copy that ends at the middle block, for a discriminator whose features are trained: a
+        `features.Encoder`.
         """
+        from stepdistill.features import Encoder
+
         twin = self.clone()
         for name in twin.network.behind_middle:
             parent, _, leaf = name.rpartition(".")
             holder = twin.network.get_submodule(parent)
             setattr(holder, leaf, nn.ModuleList() if isinstance(getattr(holder, leaf), nn.Module) else None)
+        ended = Encoder(twin.network, twin.kind, twin.native, twin.schedule).train(twin.training)
         # What its last block makes of a text is heard no more.
-        return twin.requires_grad_(True)
+        return ended.requires_grad_(True)
 
     def under(self, schedule: Schedule) -> Denoiser:
         """The same network (shared, not copied) spoken to in another schedule."""

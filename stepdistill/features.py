@@ -90,15 +90,30 @@ def block_features(
     def stop(*_: object) -> None:
         raise _Enough
 
+    # An encoder's own forward comes here.
+    passed = inner.whole if isinstance(inner, Encoder) else inner
     with tap(inner, names) as collected:
         handle = submodules(inner)[names[-1]].register_forward_hook(stop)
         try:
-            inner(x_t, t, cond)
+            passed(x_t, t, cond)
         except _Enough:
             pass
         finally:
             handle.remove()
     return [collected[name].float() for name in names]
+
+
+class Encoder(Denoiser):
+    """A denoiser that ends at its middle block (`Denoiser.encoder`). Called, it gives the features of that block, (B, C, h, w)
+    or (B, N, C): only what is called through its wrapper has its gradients shared between processes.
+    """
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+        return block_features(self, x_t, t, cond, [self.middle])[0]
+
+    def whole(self, x_t: Tensor, t: Tensor, cond: Cond) -> object:
+        """A denoiser's pass, which leaves at the block that is tapped last."""
+        return super().forward(x_t, t, cond)
 
 
 def submodules(module: nn.Module) -> dict[str, nn.Module]:

@@ -100,16 +100,19 @@ def errors_of(
     kinds: Iterable[str] = (),
     chunk: int = 8,
     spread: float = 0.0,
+    by_place: bool = False,
     seed: int = 0,
 ) -> Errors:
     """The errors of `denoiser` along its own schedule on x0 (N, *shape) under cond, batch first.
 
     kinds: the readings, all of `readings` when not given. chunk: the batch of one pass. spread: the standard deviation
-    that `LEVELS` count in, 0 = that of x0.
+    that `LEVELS` count in, 0 = that of x0. by_place: the linear denoiser knows the mean of each place, over examples, and
+    not of each channel alone, so that one picture again and again has no variance.
     """
     schedule = denoiser.native
     kinds = tuple(kinds) or readings(schedule, denoiser.kind)
-    variance = x0.double().transpose(0, 1).flatten(1).var(1, unbiased=False)
+    values = x0.double()
+    variance = values.var(0) if by_place else values.transpose(0, 1).flatten(1).var(1, unbiased=False)
     spread = spread or float(variance.mean().sqrt())
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, list[float]] = {kind: [] for kind in kinds}

@@ -39,7 +39,8 @@ def judge_by_itself(family: Family, prompts: Sequence, device: Any, batch: int) 
     """Each reading by its error on the samples drawn under it.
 
     The right one gives pictures that the network knows. Wrong ones give noise or nothing, which it does not denoise; one
-    that it does, but better by another reading, is out as well.
+    that it does, but better by another reading, is out as well. All are drawn under one condition, and measured by how
+    they differ: a network that hears its condition alone draws one picture, and would denoise it perfectly.
     """
     teacher = family.teacher
     found: dict[str, tuple[float, ...]] = {}
@@ -51,7 +52,9 @@ def judge_by_itself(family: Family, prompts: Sequence, device: Any, batch: int) 
         if x0.isfinite().all() and 0 < float(x0.std()) < MOST_SPREAD:
             # Levels of pictures: at those of samples that are all but one colour every reading is right.
             chunk = chunk_of(family.shape, batch)
-            errors = errors_of(teacher, x0, examples.cond, chunk=chunk, spread=max(float(x0.std()), SPREAD))
+            errors = errors_of(
+                teacher, x0, examples.cond, chunk=chunk, spread=max(float(x0.std()), SPREAD), by_place=True
+            )
             if errors.mean(kind) >= VERIFIED or not errors.clearly_better(kind):
                 found[kind] = errors.levels[kind]
         if kind == teacher.kind:
@@ -60,14 +63,17 @@ def judge_by_itself(family: Family, prompts: Sequence, device: Any, batch: int) 
 
 
 def own_samples(family: Family, kind: str, prompts: Sequence, device: Any, batch: int) -> Examples:
-    """One for each prompt, unguided, of a teacher whose output is read as `kind`."""
-    teacher, schedule = family.teacher, family.teacher.native
-    cond = map_cond(lambda c: c.to(device), family.encode(prompts))
+    """As many as prompts, of a teacher whose output is read as `kind`: unguided and without a condition, where that can be
+    said, or all under the first.
+    """
+    teacher, schedule, count = family.teacher, family.teacher.native, len(prompts)
+    told = family.uncond(count) if family.guidable else family.encode([prompts[0]] * count)
+    cond = map_cond(lambda c: c.to(device), told)
     network = _Reversed(teacher.network) if kind == REVERSED else teacher.network
     read = Denoiser(network, "flow" if kind == REVERSED else kind, schedule)
-    noise = SampleNoise(range(len(prompts)), phase="check_teacher", device=device).randn(*family.shape)
+    noise = SampleNoise(range(count), phase="check_teacher", device=device).randn(*family.shape)
     times, parts = MANY_STEPS.grid(schedule, STEPS), []
-    for rows in torch.arange(len(prompts)).split(chunk_of(family.shape, batch)):
+    for rows in torch.arange(count).split(chunk_of(family.shape, batch)):
         x_t = MANY_STEPS.first_input(schedule, noise[rows.to(noise.device)], times[0])
         told = told_of(teacher, x_t)
         # This rule draws no noise on the way.

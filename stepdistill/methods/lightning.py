@@ -39,7 +39,6 @@ from stepdistill.discriminator import (
     generator_loss,
 )
 from stepdistill.errors import UserError
-from stepdistill.features import block_features
 from stepdistill.losses import moments, mse
 from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase
 from stepdistill.prediction import Prediction
@@ -144,8 +143,7 @@ class Lightning(Method):
         looks = [(x_s, self.at(nets.schedule, i + 1, 1))]
         if self.config.conditional:
             looks.append((x_t, self.at(nets.schedule, i, 1)))
-        middle = [unwrap(nets.encoder).middle]
-        seen = [block_features(nets.encoder, x, t, batch.cond, middle)[0] for x, t in looks]
+        seen = [nets.encoder(x, t, batch.cond) for x, t in looks]
         return nets.discriminator([torch.cat(seen, 1 if seen[0].ndim != 3 else 2)])
 
     def student_loss(self, nets: Networks, batch: Batch) -> Losses:

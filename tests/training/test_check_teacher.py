@@ -72,7 +72,7 @@ def test_a_trained_teacher_is_told_with_and_without_images(flow, kind):
         judge(family, examples_of(family, None, "cpu", 16), 16),
         judge_by_itself(family, prompts, "cpu", 16),
     ):
-        assert found.errors.best == kind and found.errors.mean(kind) < 0.2
+        assert found.errors.best == kind and found.errors.mean(kind) < 0.3
         assert found.fits == (kind if kind == REVERSED else "") and found.verified == (kind != REVERSED)
         assert all(found.errors.mean(other) > 0.5 for other in found.errors.levels if other != kind)
 

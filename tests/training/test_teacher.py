@@ -54,6 +54,9 @@ class Plain(Family):
     def encode(self, prompts):
         return None
 
+    def uncond(self, count):
+        return None
+
 
 class Plane(nn.Module):
     def __init__(self, schedule, kind: str):
