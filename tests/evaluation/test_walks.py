@@ -108,8 +108,8 @@ def test_classes_against_edms_zip(places, monkeypatch, capsys) -> None:
         for index in range(30):
             pixels = np.random.default_rng(index).integers(0, 256, (32, 32, 3), dtype=np.uint8)
             file.writestr(f"00000/img{index:08d}.png", encoded(Image.fromarray(pixels)))
-    numbers, _ = walked(places, capsys, "cifar10-50k", "--metrics", "fid", "--seeds", "0,1,2")
-    assert numbers["fid:inception-2015"] > numbers["fid:inception-2015/min_of_3"] - 1e-9 > 0
+    numbers, _ = walked(places, capsys, "cifar10-50k", "--metrics", "fid", "--seeds", "0,1")
+    assert numbers["fid:inception-2015"] > numbers["fid:inception-2015/min_of_2"] - 1e-9 > 0
     main(["compare", str(places / "out"), "--published"])
     assert (
         "SiD, unconditional, 1 step: fid 1.923 (mingyuanzhou/SiD@01fbb13 README.md" in capsys.readouterr().out
