@@ -17,6 +17,13 @@ QUIET = (
     "--disable-component-update", "--no-first-run", "--remote-debugging-pipe",
 )  # fmt: skip
 
+# What stands behind the addresses that a page gives its files: its policy forbids that a script fetches them.
+KEEP_FILES = """{
+  const make = URL.createObjectURL;
+  window.__files = new Map();
+  URL.createObjectURL = (file) => { const url = make.call(URL, file); window.__files.set(url, file); return url; };
+}"""
+
 
 class Tab:
     """One page of a browser: what it requested, what it complained of, and a way to act on it."""
@@ -40,6 +47,7 @@ class Tab:
         self._session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.send(f"{domain}.enable")
+        self.send("Page.addScriptToEvaluateOnNewDocument", source=KEEP_FILES)
 
     def send(self, method, **params):
         """The result of one command; the events that come meanwhile are noted."""

@@ -190,13 +190,13 @@ def tiny_pair(root):
 
 
 @contextlib.contextmanager
-def served(folder, *, receipt=None):
+def served(folder, *, receipt=None, step=0.0):
     """A server of fake models in a process of its own, as `python -m app` runs it: its URL, and its log file.
 
     Its temporary files, and so the cache of uploads, lie in `folder`. `receipt` is the seconds that a request
-    may take to arrive, where not the server's own.
+    may take to arrive, where not the server's own; `step` those of a step of the teacher.
     """
-    command = [sys.executable, __file__, *([] if receipt is None else [str(receipt)])]
+    command = [sys.executable, __file__, json.dumps({"receipt": receipt, "step": step})]
     env = {**os.environ, "TMPDIR": str(folder), "PYTHONPATH": str(Path(__file__).parent.parent)}
     with open(folder / "log", "w") as log:
         process = subprocess.Popen(
@@ -216,6 +216,7 @@ def served(folder, *, receipt=None):
 if __name__ == "__main__":
     from app import __main__, connections
 
-    if sys.argv[1:]:
-        connections.RECEIPT_SECONDS = float(sys.argv[1])
-    __main__.serve(engine_of(), __main__._listen("127.0.0.1", 0), "127.0.0.1", [])
+    given = json.loads(sys.argv[1])
+    connections.RECEIPT_SECONDS = given["receipt"] or connections.RECEIPT_SECONDS
+    made = engine_of(teacher=FakeSampler("teacher", delay=given["step"]))
+    __main__.serve(made, __main__._listen("127.0.0.1", 0), "127.0.0.1", [])

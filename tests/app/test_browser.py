@@ -7,8 +7,10 @@ import json
 import time
 from urllib.parse import urlsplit
 
+import httpx
 import pytest
 from app_browser import CHROMIUM, Tab
+from app_fakes import served
 
 from app import png
 
@@ -18,6 +20,14 @@ PROMPT = "document.querySelector('#prompt')"
 SHOTS = "[...document.querySelectorAll('#shots img')]"
 LOADED = f"{SHOTS}.length > 0 && {SHOTS}.every(image => image.naturalWidth)"
 FRESH = f"({LOADED}) && !document.querySelector('#shots').matches('.stale, .drawing')"
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory):
+    """A server whose teacher takes a second and a half, so that one can stop it."""
+    folder = tmp_path_factory.mktemp("served")
+    with served(folder, step=0.03) as (url, log):
+        yield httpx.URL(url), log, folder
 
 
 @pytest.fixture()
@@ -42,7 +52,7 @@ def write(tab, text):
 
 def settings(tab, at=0):
     """What the file of an image on the page says."""
-    script = f"fetch({SHOTS}[{at}].src).then(a => a.arrayBuffer()).then(b => btoa(String.fromCharCode(...new Uint8Array(b))))"
+    script = f"__files.get({SHOTS}[{at}].src).arrayBuffer().then(b => btoa(String.fromCharCode(...new Uint8Array(b))))"
     return json.loads(png.read_png(base64.b64decode(tab.run(script)))[1])
 
 
@@ -140,14 +150,14 @@ def test_history_outlives_a_reload_and_restores_everything(tab):
 
 @slow
 def test_a_dropped_png_is_drawn_again_and_found_identical(tab):
-    drop = f"""fetch({SHOTS}[0].src).then(a => a.blob()).then(blob => {{
+    drop = f"""{{
       const data = new DataTransfer();
-      data.items.add(new File([blob], 'a.png', {{type: 'image/png'}}));
+      data.items.add(new File([__files.get({SHOTS}[0].src)], 'a.png', {{type: 'image/png'}}));
       document.body.dispatchEvent(new DragEvent('drop', {{dataTransfer: data, bubbles: true, cancelable: true}}));
-    }})"""
+    }}"""
     tab.run(drop)
     tab.until("document.querySelector('#read').textContent.includes('identical')")
-    tab.run(drop.replace("[blob]", "['<svg onload=alert(1)>']"))
+    tab.run(drop.replace(f"[__files.get({SHOTS}[0].src)]", "['<svg onload=alert(1)>']"))
     tab.until("document.querySelector('#read').textContent.includes('not a PNG')")
     # The browser notes our 400 by itself.
     tab.complaints = [c for c in tab.complaints if "400" not in json.dumps(c)]
