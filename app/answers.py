@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import Awaitable, Callable
+import contextlib
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 from fastapi import Request as HttpRequest
@@ -48,16 +49,12 @@ def refusal(error: UserError) -> JSONResponse:
     return JSONResponse(body, status_code=status, headers=headers)
 
 
-async def results_of(jobs: list[Job], gone: Callable[[], Awaitable[bool]]) -> list[Result]:
-    """The results of the jobs of one call. When the one who asked has gone, they are stopped."""
+@contextlib.contextmanager
+def awaited(jobs: list[Job]) -> Iterator[list[asyncio.Future]]:
+    """The futures of jobs for the event loop. Whatever is not drawn at the end is stopped: nobody waits for it."""
     futures = [asyncio.wrap_future(job.future) for job in jobs]
     try:
-        while True:
-            _, pending = await asyncio.wait(futures, timeout=0.5)
-            if not pending:
-                return [future.result() for future in futures]
-            if await gone():
-                raise Cancelled("the client went away.")
+        yield futures
     finally:
         for job, future in zip(jobs, futures, strict=True):
             if not future.done():
@@ -66,6 +63,17 @@ async def results_of(jobs: list[Job], gone: Callable[[], Awaitable[bool]]) -> li
             elif not future.cancelled():
                 # Looked at, or asyncio would print what nobody asked for.
                 future.exception()
+
+
+async def results_of(jobs: list[Job], gone: Callable[[], Awaitable[bool]]) -> list[Result]:
+    """The results of the jobs of one call. When the one who asked has gone, they are stopped."""
+    with awaited(jobs) as futures:
+        while True:
+            _, pending = await asyncio.wait(futures, timeout=0.5)
+            if not pending:
+                return [future.result() for future in futures]
+            if await gone():
+                raise Cancelled("the client went away.")
 
 
 def png64(result: Result, embed: bool = True) -> str:

@@ -1,9 +1,9 @@
-"""What of Gradio a client may reach, and what it may hand to its functions: gradio_client's calls and no more.
+"""What of Gradio a client may reach, and what it may hand to its functions: what its page and gradio_client need.
 
 Gradio opens every path in a dict that looks like one of its files, whichever input of a handler it stands
-in, and has some fifty routes of which its client needs six. So here only those are open; a call is rebuilt
-from the fields it may have; and a dict that looks like a file is refused: no handler takes one, and there is
-nowhere to upload one to.
+in, and has some fifty routes of which its page and its client need ten. So here only those are open; a call is
+rebuilt from the fields it may have; and a dict that looks like a file is refused: no handler takes one, and there
+is nowhere to upload one to.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 
+from starlette._utils import get_route_path
+
 from app.connections import Receive, Scope, Send
 from app.guard import parse, read, reply
 from app.request import Invalid
@@ -25,13 +27,24 @@ if TYPE_CHECKING:
 
 JOIN = "/gradio_api/queue/join"
 STREAM = "/gradio_api/queue/data"
-OPEN = (
+CALLS = (
     ("GET HEAD", r"/config"),
     ("GET", r"/gradio_api/(?:info/?|queue/data|heartbeat/[A-Za-z0-9-]{1,64})"),
     ("GET HEAD", r"/gradio_api/file=.+"),
     ("POST", re.escape(JOIN)),
 )
-OPEN = tuple((methods.split(), re.compile(pattern)) for methods, pattern in OPEN)
+# Of the page: itself, and files of the installed package by names that neither climb nor hide.
+PAGE = (
+    ("GET HEAD", r"/"),
+    ("GET", r"/(?:gradio_api/)?theme\.css|/gradio_api/startup-events"),
+    ("GET", r"/(?:assets|static)(?:/[A-Za-z0-9_@-][A-Za-z0-9_.@-]*)+"),
+)
+# Its scripts stand in the document, and it makes functions of text. None come from elsewhere, and it asks nobody else.
+POLICY = (
+    b"default-src 'none'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    b"img-src 'self' blob: data:; font-src 'self' data:; connect-src 'self'; manifest-src 'self'; base-uri 'self'; "
+    b"form-action 'none'; frame-ancestors 'none'"
+)
 # Of a browser's tab, which the tab has chosen.
 NAME = re.compile(r"[A-Za-z0-9-]{1,64}")
 # The one field of a query that a route reads.
@@ -46,17 +59,20 @@ class Gate:
 
     Args:
         later: gives the page and Gradio's application once they are needed.
+        page: let through what Gradio's page needs as well, and not the calls alone.
         cache: the directory of served files; None is Gradio's own.
     """
 
-    def __init__(self, later: Later, cache: str | Path | None = None) -> None:
+    def __init__(self, later: Later, page: bool = False, cache: str | Path | None = None) -> None:
         self.later = later
+        routes = (*CALLS, *PAGE) if page else CALLS
+        self.open = [(methods.split(), re.compile(pattern)) for methods, pattern in routes]
         cache = cache or os.environ.get("GRADIO_TEMP_DIR") or Path(tempfile.gettempdir()) / "gradio"
         self.cache = Path(cache).resolve()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path, method = scope["path"], scope["method"]
-        if not any(method in methods and pattern.fullmatch(path) for methods, pattern in OPEN):
+        path, method = get_route_path(scope), scope["method"]
+        if not any(method in methods and pattern.fullmatch(path) for methods, pattern in self.open):
             await reply(send, 404, "nothing is served at this address")
             return
         if path.startswith("/gradio_api/file=") and not self._is_served(path.partition("=")[2]):
@@ -75,7 +91,7 @@ class Gate:
         if path == STREAM:
             await _stream(app, scope, receive, send)
         else:
-            await app(scope, receive, send)
+            await app(scope, receive, _with_policy(send) if path == "/" else send)
 
     def _is_served(self, path: str) -> bool:
         """Whether `path` names a file of the cache: cache/hash/name, with nothing to climb or follow."""
@@ -83,6 +99,15 @@ class Gate:
         if ".." in whole.parts or whole.parent.parent != self.cache:
             return False
         return whole.resolve() == whole and whole.is_file()
+
+
+def _with_policy(send: Send) -> Send:
+    async def sending(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message["headers"], (b"content-security-policy", POLICY)]}
+        await send(message)
+
+    return sending
 
 
 async def _stream(app: Any, scope: Scope, receive: Receive, send: Send) -> None:

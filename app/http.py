@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 
 from fastapi import FastAPI
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse
 
 from app import openai, studio
 from app.engine import Engine
@@ -39,7 +39,7 @@ def create_app(
             safe, as DNS rebinding always comes with a name.
         account: "USER:PASSWORD" that every request but those for /healthz has to give (HTTP Basic).
         openapi: serve a description of the HTTP API at /openapi.json.
-        gradio: answer gradio_client.
+        gradio: serve Gradio's page at /gradio/, and answer gradio_client.
         results: an evaluation's results.json, runs: directories of training runs, for the page.
     """
     later = Later(engine)
@@ -65,6 +65,9 @@ def create_app(
     app.include_router(openai.routes(engine))
     app.include_router(studio.routes(engine, results, runs))
     if gradio:
+        # Without the slash its page would look for its files beside it.
+        app.get("/gradio", include_in_schema=False)(lambda: RedirectResponse("/gradio/"))
+        app.mount("/gradio", Gate(later, page=True))
         app.mount("/", Gate(later))
     app.state.later = later
     return app

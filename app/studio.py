@@ -14,7 +14,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response, StreamingRes
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
 from app import readback, results, runs
-from app.answers import body_of, error_of, png64, refusal
+from app.answers import awaited, body_of, error_of, png64, refusal
 from app.batcher import Job
 from app.catalog import Entry
 from app.engine import Engine
@@ -156,7 +156,7 @@ def _page(router: APIRouter) -> None:
         ".css": "text/css",
         ".js": "text/javascript",
         ".svg": "image/svg+xml",
-        ".webmanifest": "application/manifest+json",
+        ".json": "application/manifest+json",
     }
 
     def answer(name: str) -> Response:
@@ -176,6 +176,11 @@ def _page(router: APIRouter) -> None:
     def icon() -> Response:
         return answer("icon.svg")
 
+    # Where Gradio's page looks for it as well.
+    @router.get("/manifest.json")
+    def manifest() -> Response:
+        return answer("manifest.json")
+
     @router.get("/static/{name}")
     def static(name: str) -> Response:
         return answer(name)
@@ -190,8 +195,8 @@ POLICY = (
 
 async def _drawn(jobs: list[Job], embed: bool) -> AsyncIterator[bytes]:
     """Lines of JSON: the steps while they are drawn, every image when it is there, and what went wrong."""
-    futures = [asyncio.wrap_future(job.future) for job in jobs]
-    try:
+    # Left as well when the client goes away.
+    with awaited(jobs) as futures:
         told = None
         while True:
             _, pending = await asyncio.wait(futures, timeout=TICK)
@@ -206,14 +211,6 @@ async def _drawn(jobs: list[Job], embed: bool) -> AsyncIterator[bytes]:
                 yield await asyncio.to_thread(_image, at, future.result(), embed)
             except UserError as error:
                 yield _line({"index": at, **error_of(error)[1]})
-    finally:
-        # Reached as well when the client goes away.
-        for job, future in zip(jobs, futures, strict=True):
-            if not future.done():
-                job.cancel()
-                future.cancel()
-            elif not future.cancelled():
-                future.exception()
 
 
 def _image(at: int, result: Result, embed: bool) -> bytes:

@@ -124,6 +124,7 @@ export function api(box) {
   };
   box.replaceChildren(el("h2", {}, "Call this server"),
     ...Object.entries(codes).flatMap(([name, code]) => [el("div", {class: "row between"}, el("h3", {}, name), el("button", {onclick: () => copy(code, "Code")}, "Copy")), el("pre", {tabindex: "0"}, code)]),
+    el("p", {}, el("a", {href: "/gradio/"}, "The same models as a Gradio page")),
     el("h3", {}, "Addresses"),
-    el("table", {class: "wide"}, el("tbody", {}, ...[["POST /v1/images/generations", "images, in OpenAI's shape; seed, steps, guidance_scale and negative_prompt beside its fields"], ["GET /v1/models, /v1/models/ID", "what is served"], ["GET /healthz", "200 when ready, 503 until then"], ["GET /metrics", "for Prometheus"], ["gradio_client", "the function /generate"]].map(([a, b]) => el("tr", {}, el("th", {scope: "row"}, a), el("td", {}, b))))));
+    el("table", {class: "wide"}, el("tbody", {}, ...[["POST /v1/images/generations", "images, in OpenAI's shape; seed, steps, guidance_scale and negative_prompt beside its fields"], ["GET /v1/models, /v1/models/ID", "what is served"], ["GET /healthz", "200 when ready, 503 until then"], ["GET /metrics", "for Prometheus"], ["/gradio", "Gradio's page; its functions are /generate and /compare"]].map(([a, b]) => el("tr", {}, el("th", {scope: "row"}, a), el("td", {}, b))))));
 }

@@ -56,15 +56,17 @@ def settings(tab, at=0):
     return json.loads(png.read_png(base64.b64decode(tab.run(script)))[1])
 
 
+def hosts(tab):
+    """Whom the page has asked."""
+    return {urlsplit(url).netloc for url in tab.urls if urlsplit(url).scheme not in ("data", "blob", "about")}
+
+
 def test_the_page_draws_by_itself_and_as_one_types_and_asks_nobody_else(tab, live):
     assert settings(tab)["prompt"].startswith("a small red circle")
     write(tab, "a blue star")
     tab.until(FRESH + f" && {SHOTS}[0].alt === 'a blue star'")
     assert tab.run(f"{PROMPT}.value") == "a blue star" and settings(tab)["prompt"] == "a blue star"
-    hosts = {
-        urlsplit(url).netloc for url in tab.urls if urlsplit(url).scheme not in ("data", "blob", "about")
-    }
-    assert hosts == {live[0].netloc.decode()}
+    assert hosts(tab) == {live[0].netloc.decode()}
     assert set(tab.statuses.values()) <= {200, 304}
 
 
@@ -243,3 +245,26 @@ def test_the_page_says_when_the_server_is_gone_and_goes_on_when_it_is_back(tab):
     tab.until("document.querySelector('#gone').hidden", 15)
     assert tab.run("document.querySelector('.pill').className") == "pill ready"
     tab.complaints = [c for c in tab.complaints if "ERR_INTERNET_DISCONNECTED" not in json.dumps(c)]
+
+
+def button(tab, name):
+    """Click what stands on the page under a name."""
+    found = f"[...document.querySelectorAll('button')].find(b => b.checkVisibility() && b.innerText.trim() === {name!r})"
+    tab.until(f"{found} !== undefined", 30)
+    tab.run(f"[{found}].map(b => b.click())")
+
+
+@slow
+def test_gradios_page_draws_compares_and_asks_nobody_else(tab, live):
+    tab.send("Page.navigate", url=f"{live[0]}/gradio")
+    # What the models take is there once they are.
+    tab.until("document.body?.innerText.includes('1, 2, 4.')")
+    button(tab, "Generate")
+    tab.until("document.querySelector('.pixels img')?.naturalWidth")
+    tab.run("document.querySelectorAll('button[role=tab]')[1].click()")
+    button(tab, "Draw both")
+    said = "[...document.querySelectorAll('textarea')].some(box => box.value.includes('times as long'))"
+    tab.until(
+        f"{said} && [...document.querySelectorAll('.pixels img')].filter(i => i.naturalWidth).length >= 2"
+    )
+    assert hosts(tab) == {live[0].netloc.decode()}

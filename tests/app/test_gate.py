@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import time
 
 import numpy as np
@@ -12,8 +13,10 @@ from app_clients import JOIN, sentence, stream
 
 from app import png
 
-# Of the one function: prompt, model, steps, seed, n, negative prompt, guidance.
+# Of "/generate": prompt, model, steps, seed, n, negative prompt, guidance.
 VALUES = ["a red circle", "student", 1, 3, 1, "", None]
+
+OF_THE_PAGE = ("/theme.css", "/gradio_api/startup-events")
 
 
 def test_gradio_client_works_through_the_gate(client, live):
@@ -35,7 +38,7 @@ def test_gradio_client_works_through_the_gate(client, live):
 def test_a_call_comes_from_a_part_that_calls_the_function(client):
     config = client.get("/config").json()
     parts = {part["id"] for part in config["components"]}
-    (function,) = config["dependencies"]
+    function = next(d for d in config["dependencies"] if d["api_name"] == "generate")
     own = {part for part, _ in function["targets"]}
     call = {"fn_index": function["id"], "session_hash": "part", "data": VALUES}
     for trigger in own:
@@ -63,8 +66,38 @@ def test_a_call_comes_from_a_part_that_calls_the_function(client):
     ],
 )  # fmt: skip
 def test_what_the_page_does_not_need_is_not_there(client, method, path):
-    answer = client.request(method, path, json={"data": []} if method == "POST" else None)
-    assert answer.status_code == 404 and sentence(answer)
+    for before in ("", "/gradio") if path not in OF_THE_PAGE else ("",):
+        answer = client.request(method, before + path, json={"data": []} if method == "POST" else None)
+        assert answer.status_code == 404 and sentence(answer)
+
+
+def test_gradios_page_is_served_with_its_files_and_a_policy(client):
+    answer = client.get("/gradio", follow_redirects=True)
+    assert answer.url.path == "/gradio/" and "gradio_config" in answer.text
+    policy = answer.headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "http" not in policy and "frame-ancestors 'none'" in policy
+    for path in (*re.findall(r'"\./(assets/[^"]+)"', answer.text), "theme.css"):
+        assert client.get(f"/gradio/{path}").status_code == 200, path
+    for path in ("assets/../routes.py", "assets/%2e%2e/index.html", "static/.hidden", "assets//etc/passwd"):
+        assert client.get(f"/gradio/{path}").status_code == 404, path
+    assert client.get("/gradio/config").json()["dependencies"][0]["api_name"] == "generate"
+    assert client.post("/gradio" + JOIN, json={"fn_index": 0}).status_code == 400
+
+
+def test_two_models_are_compared_from_the_same_noise(client, live):
+    from gradio_client import Client
+
+    caller = Client(f"{live[0]}/gradio", verbose=False, download_files=False, httpx_kwargs={"timeout": 60})
+    left, right, both, said = caller.predict(
+        "a red circle", 3, "teacher", 5, "student", 2, api_name="/compare"
+    )
+    assert len(both) == 2 and "seed 3" in said and "5 steps" in said and "2 steps" in said
+    made = [json.loads(png.read_png(client.get(one["url"]).content)[1]) for one in (left, right)]
+    assert [(one["model"], one["steps"], one["seed"]) for one in made] == [
+        ("teacher", 5, 3),
+        ("student", 2, 3),
+    ]
+    caller.close()
 
 
 @pytest.mark.parametrize(
