@@ -12,11 +12,25 @@ import difflib
 import errno
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+# Of a disk without room, and of a quota that is used up.
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+# Of a place that is read-only or not ours, and of a disk that fails.
+_UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was asked to end by a signal, and has saved what it had. Commands exit with 128 + its number."""
+
+    def __init__(self, number: int = signal.SIGINT) -> None:
+        super().__init__()
+        self.number = int(number)
 
 
 class UserError(Exception):
@@ -39,8 +53,9 @@ def first_line(error: BaseException) -> str:
 def cli_errors() -> Iterator[None]:
     """Turn the failures a person can act on into one line on stderr and an exit code.
 
-    `UserError` and a full disk exit 2, Ctrl-C exits 130. Anything else is a defect of ours and keeps
-    its traceback. From here on a file name that is no UTF-8 can be printed.
+    `UserError`, a full disk and a place that cannot be written to exit 2, Ctrl-C exits 130, and a signal that a run has
+    obeyed 128 + its number. Anything else is a defect of ours and keeps its traceback. From here on a file name that is no
+    UTF-8 can be printed.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -50,11 +65,22 @@ def cli_errors() -> Iterator[None]:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as stop:
+        number = getattr(stop, "number", int(signal.SIGINT))
+        print(
+            f"interrupted{'' if number == signal.SIGINT else f' by {signal.Signals(number).name}'}",
+            file=sys.stderr,
+        )
+        raise SystemExit(128 + number) from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in _UNWRITABLE and error.filename:
+            print(
+                f"error: {error.filename} cannot be written or read ({os.strerror(error.errno)}); choose another place, or"
+                " mend this one.",
+                file=sys.stderr,
+            )
+            raise SystemExit(2) from None
+        if error.errno not in FULL_DISK:
             raise
         where = f" while writing {error.filename}" if error.filename else ""
         print(

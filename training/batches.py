@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from stepdistill.denoiser import Cond, map_cond
 from stepdistill.families.base import Family
@@ -17,6 +15,7 @@ from stepdistill.methods.base import Batch
 from training.data import Source, Unreadable, order
 from training.data.buckets import Bucket, next_bucket, shared_out
 from training.encoded import Latents
+from training.notices import warn
 from training.state import TrainState
 from training.trajectories import Trajectories
 
@@ -140,7 +139,7 @@ class Batches:
                 self.lost[error.index] = str(error)
                 if all(int(member) in self.lost for member in bucket.members):
                     raise
-                tqdm.write(f"example {error.index} is left out from now on: {error}", file=sys.stderr)
+                warn("W04", f"example {error.index} is left out from now on: {error}")
 
     def _kept(self, example: int, bucket: Bucket) -> int:
         while example in self.lost:

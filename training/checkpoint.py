@@ -2,31 +2,32 @@
 
     recipe.yaml metrics.jsonl previews/ checkpoints/<step>/ student/ results/
 
-A checkpoint is a directory of safetensors and JSON; nothing is ever pickled. It is written under a temporary
-name and renamed when complete; `state.json`, written last, lists the other files with their sizes.
+A checkpoint is written under a temporary name and renamed when complete; `training.saved` says what it holds. One that
+is no longer what was written is set aside as checkpoints/damaged-<step>, and the newest whole one is gone on from.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from stepdistill import card as cards
 from stepdistill.config import dump, read_yaml
-from stepdistill.errors import UserError, atomic_write
-from training.files import flush, save_tensors
-from training.recipe import Recipe, differences
+from stepdistill.errors import FULL_DISK, UserError, atomic_write
+from training import identity, saved
+from training.files import flush
+from training.lock import Lock
+from training.notices import notice
+from training.recipe import Recipe
+from training.saved import Checkpoint, Damaged
 
 _OWN = (
     "recipe.yaml",
@@ -38,37 +39,8 @@ _OWN = (
     "lora",
     "results",
 )
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """What `RunDirectory.save` was given; tensors are on the CPU."""
-
-    step: int
-    tensors: dict[str, dict[str, Tensor]]
-    optimizers: dict[str, dict[str, Any]]
-    extra: dict[str, Any]
-
-    def load_into(self, name: str, module: nn.Module) -> None:
-        """The weights of the network `name` into a module of the same make; every key must match.
-
-        Raises:
-            UserError: it is of another make, adapters in place of a whole network for one.
-        """
-        theirs, own = self.tensors.get(name, {}), module.state_dict()
-        if {key: value.shape for key, value in theirs.items()} == {key: v.shape for key, v in own.items()}:
-            module.load_state_dict(theirs)
-            return
-        held, wanted = (
-            "adapters" if any(key.startswith("adapters.") for key in keys) else "a whole network"
-            for keys in (theirs, own)
-        )
-        if held == wanted:
-            held, wanted = "one of another size or rank", "this"
-        raise UserError(
-            f"the checkpoint of step {self.step} has {held} for {name!r}, and this recipe makes {wanted}; set student and"
-            " method back to what the run was begun with, or use --fresh."
-        )
+# There from the moment a run is to be started over until the new one's recipe lies there.
+_CLEARING = ".clearing"
 
 
 class RunDirectory:
@@ -76,11 +48,16 @@ class RunDirectory:
 
     Attributes:
         keep: how many checkpoints are kept, beside the best one.
+        notes: what `begin` found that a person should hear of, sentences.
     """
 
     def __init__(self, out: str | Path, keep: int = 2) -> None:
         self.path = Path(out).expanduser()
         self.keep = keep
+        self.notes: list[str] = []
+        self.lock = Lock(self.path / ".lock")
+        # Steps whose checksums were right.
+        self._sound: set[int] = set()
         self.recipe = self.path / "recipe.yaml"
         self.metrics = self.path / "metrics.jsonl"
         self.previews = self.path / "previews"
@@ -89,67 +66,143 @@ class RunDirectory:
         self.results = self.path / "results"
 
     def begin(self, recipe: Recipe, fresh: bool = False) -> int:
-        """Make the directory ready for `recipe` and return how many steps of it are done: 0 for a new run.
+        """Make the directory ready for `recipe`, lock it, and return how many steps of it are done: 0 for a new run.
 
         Raises:
-            UserError: the directory holds another run, or one that `run.resume=false` forbids to go on with.
+            UserError: the directory holds another run, or one that `run.resume=false` forbids to go on with, or one that is
+                at work, or checkpoints none of which is whole.
         """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"run.out={self.path} is a file; name a directory.")
-        if fresh:
-            self.clear()
-        step = self.latest()
-        if step is not None or self.student.exists():
-            self.check(recipe)
-            if not recipe.run.resume:
-                raise UserError(
-                    f"{self.path} holds a run already and run.resume is false; choose another directory"
-                    " with run.out=..., or start over with --fresh."
-                )
         try:
-            self.previews.mkdir(parents=True, exist_ok=True)
-            self.checkpoints.mkdir(exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not self.lock.take():
+                raise self.lock.refused()
+            return self._begin(recipe, fresh)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            self.lock.release()
+            if error.errno in FULL_DISK:
                 raise
             why = os.strerror(error.errno or 0)
             raise UserError(
                 f"run.out={self.path} cannot be written to ({why}); choose another directory."
             ) from None
-        # Left over from a save that was killed.
-        for left_over in self.checkpoints.glob(".*"):
-            shutil.rmtree(left_over, ignore_errors=True)
+        except UserError:
+            self.lock.release()
+            raise
+
+    def _begin(self, recipe: Recipe, fresh: bool) -> int:
+        if fresh or self._clearing.exists():
+            self.clear()
+        step = self._newest()
+        if step is not None or self.student.exists():
+            self._permitted(recipe)
+        step = self._finished(recipe) if step is None else step
+        self.previews.mkdir(exist_ok=True)
+        self.checkpoints.mkdir(exist_ok=True)
+        self._tidy()
         with atomic_write(self.recipe) as temporary:
             temporary.write_text(dump(recipe), encoding="utf-8")
-        return step or 0
+        self._clearing.unlink(missing_ok=True)
+        if not step and self.metrics.is_file() and self.metrics.stat().st_size:
+            self.notes.append(
+                notice("W09", f"the run in {self.path} ended before its first checkpoint; it begins again.")
+            )
+        return step
 
-    def check(self, recipe: Recipe) -> None:
-        """UserError when the run in the directory is of another family, method or student than `recipe`."""
-        if not self.recipe.exists():
-            return
-        old, new = _identity(read_yaml(self.recipe)), _identity(yaml.safe_load(dump(recipe)))
-        if any(name.startswith("stages.") for name in old):
-            # Stages may be added at the end.
-            new = {name: part for name, part in new.items() if name in old}
-        changed = differences(old, new)
-        if changed:
-            name, before, now = changed[0]
+    @property
+    def _clearing(self) -> Path:
+        return self.path / _CLEARING
+
+    def _permitted(self, recipe: Recipe) -> None:
+        """UserError where what lies here is not to be gone on with."""
+        self.check(recipe)
+        if not recipe.run.resume:
             raise UserError(
-                f"{self.path} holds a run with {name}={_shown(before)}, and this recipe has {_shown(now)};"
-                " choose another directory with run.out=..., or start over with --fresh."
+                f"{self.path} holds a run already and run.resume is false; choose another directory"
+                " with run.out=..., or start over with --fresh."
             )
 
-    def clear(self) -> None:
-        """Remove what a run left here; anything else in the directory stays."""
+    def _newest(self) -> int | None:
+        """Step of the newest whole checkpoint; newer ones are set aside. None where there never was one.
+
+        Raises:
+            UserError: there are some, and none is whole: starting over must be somebody's wish.
+        """
+        wrong: dict[int, str] = {}
+        for step in reversed(self._numbered()):
+            try:
+                self._verify(step)
+            except Damaged as damage:
+                wrong[step] = str(damage)
+                continue
+            for each, why in wrong.items():
+                self._set_aside(each)
+                self.notes.append(
+                    notice(
+                        "W01",
+                        f"the checkpoint of step {each} is damaged ({why}); going on from step {step}, and what was saved lies"
+                        f" in {self._aside(each)}.",
+                    )
+                )
+            return step
+        if wrong:
+            found = "; ".join(f"{step}: {why}" for step, why in sorted(wrong.items()))
+            raise UserError(
+                f"{self.checkpoints} has no whole checkpoint to go on from ({found}); bring one back, choose another"
+                " directory with run.out=..., or start over with --fresh."
+            )
+        return None
+
+    def _finished(self, recipe: Recipe) -> int:
+        """Steps of a run without checkpoints: all, where its student lies here, else none.
+
+        Raises:
+            UserError: the student here is of other steps, and nothing is left to go on from.
+        """
+        if not self.student.exists():
+            return 0
+        step = self.exported()
+        if step == recipe.total_steps:
+            return step
+        raise UserError(
+            f"{self.path} holds a student of step {step} and no checkpoint to go on from to {recipe.total_steps}; choose"
+            " another directory with run.out=..., or start over with --fresh."
+        )
+
+    def exported(self) -> int | None:
+        """The step of the exported student, None without one that can be read."""
+        try:
+            return cards.read(self.student).step if self.student.is_dir() else None
+        except UserError:
+            return None
+
+    def _tidy(self) -> None:
+        """Remove what writes that were killed left under hidden names; nobody else is at work here."""
+        for place in (self.checkpoints, self.previews):
+            _remove(*place.glob(".*"))
+        _remove(*(left for name in _OWN for left in self.path.glob(f".{name}.*")))
+
+    def check(self, recipe: Recipe) -> None:
+        """UserError when the run in the directory is of another family, method, student or optimiser than `recipe`; what
+        else differs is noted.
+        """
         if not self.recipe.exists():
+            return
+        fixed, free = identity.changes(read_yaml(self.recipe), yaml.safe_load(dump(recipe)))
+        identity.refuse(self.path, fixed)
+        if change := identity.said(free):
+            self.notes.append(notice("W02", change))
+
+    def clear(self) -> None:
+        """Remove what a run left here; anything else in the directory stays. Killed half-way it is gone on with at the next
+        start, so what is here is the old run or a new one.
+        """
+        if not self.recipe.exists() and not self._clearing.exists():
             # Not the directory of a run: nothing here is ours.
             return
-        for name in _OWN:
-            path = self.path / name
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+        self._clearing.touch()
+        _remove(*(self.path / name for name in _OWN))
 
     def save(
         self,
@@ -164,29 +217,39 @@ class RunDirectory:
         optimizers: torch's `state_dict()` of each, by name. extra: plain values, as JSON holds them.
         If writing fails, the older checkpoints are as they were; a full disk raises OSError(ENOSPC).
         """
+        if found := saved.not_finite(tensors, optimizers):
+            raise UserError(self.diverged(f"{found}, to be saved,", step))
         target = self.checkpoints / str(step)
+        # The log's lines up to here are on the disk before what goes on from here is.
+        if self.metrics.is_file():
+            flush(self.metrics)
         with atomic_write(target) as folder:
-            folder.mkdir()
-            for name, state in tensors.items():
-                save_tensors(folder / f"{_stem(name)}.safetensors", state)
-            for name, state in optimizers.items():
-                _write_optimizer(folder / f"{_stem(name)}.optimizer", state)
-            _write_json(folder / "extra.json", extra)
-            files = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
-            names = {"networks": list(tensors), "optimizers": list(optimizers)}
-            _write_json(folder / "state.json", {"format": 2, "step": step, **names, "files": files})
+            saved.write(folder, step, tensors, optimizers, extra)
+        self._sound.discard(step)
         self._prune()
         return target
 
-    def steps(self) -> list[int]:
-        """Steps of all complete checkpoints, ascending."""
-        if not self.checkpoints.is_dir():
+    def diverged(self, what: str, step: int) -> str:
+        """A sentence on something that is not finite at `step`, and what to do."""
+        kept = self.latest()
+        return (
+            f"{what} is not finite at step {step}; the last checkpoint is"
+            f" {'none' if kept is None else f'step {kept}'}."
+            " Lower optim.lr, set optim.max_grad_norm, or use run.precision=no."
+        )
+
+    def _numbered(self) -> list[int]:
+        """Steps of all that was saved, ascending, whole or not; none while the directory is being cleared."""
+        if not self.checkpoints.is_dir() or self._clearing.exists():
             return []
-        numbered = [path for path in self.checkpoints.iterdir() if path.name.isdecimal()]
-        return sorted(int(path.name) for path in numbered if _complete(path))
+        return sorted(int(path.name) for path in self.checkpoints.iterdir() if path.name.isdecimal())
+
+    def steps(self) -> list[int]:
+        """Steps of all checkpoints whose files are there in their sizes, ascending."""
+        return [step for step in self._numbered() if saved.complete(self.checkpoints / str(step))]
 
     def latest(self) -> int | None:
-        """Step of the newest complete checkpoint."""
+        """Step of the newest of `steps`."""
         return max(self.steps(), default=None)
 
     def chosen(self, which: str) -> int:
@@ -204,28 +267,37 @@ class RunDirectory:
         return int(found)
 
     def load(self, step: int) -> Checkpoint:
-        """The checkpoint of `step`.
+        """The checkpoint of `step`, every byte of which is as it was written.
 
         Raises:
             UserError: there is none, or it is damaged.
         """
         folder = self.checkpoints / str(step)
-        if not _complete(folder):
+        if not saved.complete(folder):
             raise UserError(
                 f"there is no complete checkpoint {folder}; complete are the steps {self.steps()}."
             )
         try:
-            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-            tensors = {name: load_file(folder / f"{_stem(name)}.safetensors") for name in state["networks"]}
-            optimizers = {
-                name: _read_optimizer(folder / f"{_stem(name)}.optimizer") for name in state["optimizers"]
-            }
-            extra = json.loads((folder / "extra.json").read_text(encoding="utf-8"))
-            return Checkpoint(state["step"], tensors, optimizers, extra)
-        except (SafetensorError, ValueError, KeyError) as error:
+            self._verify(step)
+            return saved.read(folder)
+        except Damaged as error:
             raise UserError(
                 f"the checkpoint {folder} is damaged ({error}); remove it to go on from the one before."
             ) from None
+
+    def _verify(self, step: int) -> None:
+        """Raises `Damaged`. What this object has read once is not read again."""
+        if step not in self._sound:
+            saved.verify(self.checkpoints / str(step))
+            self._sound.add(step)
+
+    def _aside(self, step: int) -> Path:
+        return self.checkpoints / f"damaged-{step}"
+
+    def _set_aside(self, step: int) -> None:
+        """Out of the way of what will be saved; of what is damaged, the last stays."""
+        _remove(*self.checkpoints.glob("damaged-*"))
+        os.replace(self.checkpoints / str(step), self._aside(step))
 
     def record_best(self, step: int, metric: float, lower_is_better: bool = True) -> bool:
         """Note the metric of `step`. True if it is the best yet, whose checkpoint is never pruned."""
@@ -235,7 +307,7 @@ class RunDirectory:
         if best is not None and (metric >= best[1] if lower_is_better else metric <= best[1]):
             return False
         with atomic_write(self.checkpoints / "best.json") as temporary:
-            _write_json(temporary, {"step": step, "metric": metric})
+            saved.write_json(temporary, {"step": step, "metric": metric})
         # The one that was best before may go now.
         self._prune()
         return True
@@ -249,62 +321,18 @@ class RunDirectory:
             return None
 
     def _prune(self) -> None:
-        steps, best = self.steps(), self.best()
-        for step in steps[: -self.keep]:
-            if best is None or step != best[0]:
+        whole, best = self.steps(), self.best()
+        # What is damaged and older than all that is kept goes too.
+        oldest = whole[-self.keep :][0]
+        for step in self._numbered():
+            if step < oldest and (best is None or step != best[0]):
                 shutil.rmtree(self.checkpoints / str(step))
 
 
-def _write_json(path: Path, tree: Any) -> None:
-    path.write_text(json.dumps(tree), encoding="utf-8")
-    flush(path)
-
-
-def _stem(network: str) -> str:
-    """A composition's networks are called "part/name"; a file cannot be."""
-    return network.replace("/", "+")
-
-
-def _write_optimizer(path: Path, state: Mapping[str, Any]) -> None:
-    """PATH.safetensors with the tensors of every parameter's state, PATH.json with the groups' settings."""
-    tensors = {
-        f"state.{number}.{key}": value
-        for number, part in state["state"].items()
-        for key, value in part.items()
-    }
-    save_tensors(path.with_name(f"{path.name}.safetensors"), tensors)
-    _write_json(path.with_name(f"{path.name}.json"), {"param_groups": state["param_groups"]})
-
-
-def _read_optimizer(path: Path) -> dict[str, Any]:
-    """What `_write_optimizer` wrote, and what format 1 did, whose JSON marks a tuple as {"__tuple__": [...]}."""
-    states: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in load_file(path.with_name(f"{path.name}.safetensors")).items():
-        _, number, key = name.split(".")
-        states.setdefault(int(number), {})[key] = tensor
-    groups = json.loads(path.with_name(f"{path.name}.json").read_text(encoding="utf-8"))["param_groups"]
-    for group in groups:
-        betas = group["betas"]
-        group["betas"] = tuple(betas["__tuple__"] if isinstance(betas, dict) else betas)
-    return {"state": dict(sorted(states.items())), "param_groups": groups}
-
-
-def _complete(folder: Path) -> bool:
-    try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        return all((folder / name).stat().st_size == size for name, size in state["files"].items())
-    except (OSError, ValueError, KeyError):
-        return False
-
-
-def _identity(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a written recipe that a checkpoint depends on."""
-    parts = {name: recipe.get(name) or {} for name in ("family", "method", "student")}
-    stages = recipe.get("stages") or []
-    for i, stage in enumerate(stages):
-        parts[f"stages.{i}"] = {name: stage.get(name) or {} for name in ("method", "student")}
-    return parts
-
-
-def _shown(value: Any) -> str:
-    return "nothing" if value is None else str(value)
+def _remove(*paths: Path) -> None:
+    """Files and directories, whether they are there or not; of a link, the link."""
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

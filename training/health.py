@@ -63,7 +63,7 @@ class Health:
             elif name not in self.left:
                 self.left.add(name)
                 shown = "not finite" if not math.isfinite(value) else f"{value:.3g}"
-                warnings.append(f"warning: {name} = {shown}, normally {low:g} to {high:g}: {cause}.")
+                warnings.append(f"{name} = {shown}, normally {low:g} to {high:g}: {cause}.")
         return derived, warnings
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ from training.exporting import ExportedStudent
 from training.health import Health
 from training.measure import measure
 from training.meters import Meters
+from training.notices import warn
 from training.preview import Preview
 from training.recipe import Recipe
 from training.state import TrainState
@@ -68,7 +68,7 @@ class Monitor:
         self.accelerator.log(values, step)
         if self.accelerator.is_main_process:
             for warning in warnings:
-                tqdm.write(f"step {step}: {warning}", file=sys.stderr)
+                warn("W06", f"step {step}: {warning}")
         shown = {name: f"{value:.3g}" for name, value in values.items() if name.endswith("/total")}
         bar.set_postfix(shown | {"images/s": f"{speed:.0f}"}, refresh=False)
 

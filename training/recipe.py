@@ -138,21 +138,6 @@ def _staged(base: Mapping[str, Any], partials: Sequence[Mapping[str, Any]]) -> l
     return built
 
 
-Difference = tuple[str, Any, Any]
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[Difference]:
-    """(dotted name, old value, new value) wherever two plain mappings differ; None is a missing key."""
-    changed = []
-    for key in [*old, *(key for key in new if key not in old)]:
-        a, b, name = old.get(key), new.get(key), f"{prefix}{key}"
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            changed += differences(a, b, f"{name}.")
-        elif a != b:
-            changed.append((name, a, b))
-    return changed
-
-
 def _check_stage(partial: Any, where: str) -> None:
     if not isinstance(partial, Mapping):
         raise UserError(f"{where}: expected sections such as method and run, got {partial!r}.")

@@ -17,10 +17,11 @@ from stepdistill.errors import UserError
 from stepdistill.families.base import Family
 from stepdistill.methods.assemble import trained_by
 from stepdistill.methods.base import Method
-from training.checkpoint import Checkpoint, RunDirectory
+from training.checkpoint import RunDirectory
 from training.data import Source
 from training.forecast import forecast
 from training.measure import check_metric, measure
+from training.notices import notice
 from training.precompute import prepare
 from training.recipe import Recipe
 from training.teacher import assess
@@ -40,15 +41,32 @@ def run(recipe: Recipe, fresh: bool = False) -> None:
         stage.optim.split(accelerator.num_processes)
     family.to(accelerator.device)
     done = _by_main(accelerator, lambda: directory.begin(recipe, fresh))
-    checkpoint = directory.load(done) if done else None
-    if done >= recipe.total_steps and (directory.student.exists() or not family.exportable):
-        say(main, f"{directory.path} is finished at step {done}; nothing to do (--fresh starts over).")
+    try:
+        for note in directory.notes:
+            say(main, note)
+        if done >= recipe.total_steps and (directory.exported() == done or not family.exportable):
+            say(main, f"{directory.path} is finished at step {done}; nothing to do (--fresh starts over).")
+        else:
+            _train(recipe, accelerator, family, sources, directory, done)
+    finally:
         accelerator.end_training()
-        return
+        directory.lock.release()
+
+
+def _train(
+    recipe: Recipe,
+    accelerator: Accelerator,
+    family: Family,
+    sources: list[Source],
+    directory: RunDirectory,
+    done: int,
+) -> None:
+    """What is left to do of a run of which so many steps are done."""
+    main = accelerator.is_main_process
     for source in dict.fromkeys(sources):
         say(main, f"data {source.describe()}")
     if cut := _cut(family, sources):
-        say(main, cut)
+        say(main, notice("W05", cut))
     count = accelerator.num_processes
     say(
         main, f"{count} process{'es' * (count > 1)} on {accelerator.device}, precision {recipe.run.precision}"
@@ -57,12 +75,9 @@ def run(recipe: Recipe, fresh: bool = False) -> None:
         say(main, _assessed(accelerator, recipe, family, sources[0]))
     accelerator.log_with = trackers(directory.path, recipe.run.trackers, done) if main else []
     accelerator.init_trackers("stepdistill")
-    try:
-        trainer = _stages(recipe, accelerator, family, sources, directory, checkpoint)
-        if main:
-            _finish(trainer, accelerator)
-    finally:
-        accelerator.end_training()
+    trainer = _stages(recipe, accelerator, family, sources, directory, done)
+    if main:
+        _finish(trainer, accelerator)
 
 
 def _cut(family: Family, sources: list[Source], most: int = 10_000) -> str:
@@ -132,23 +147,26 @@ def _stages(
     family: Family,
     sources: list[Source],
     directory: RunDirectory,
-    checkpoint: Checkpoint | None,
+    done: int,
 ) -> Trainer:
     """Every stage that is not over yet, one after another; the last one's trainer."""
     student: Denoiser | None = None
     extras, offset = None, 0
+    checkpoint = directory.load(done) if done else None
+    reached = checkpoint.extra["stage"] if checkpoint is not None else 0
     for number, (stage, source) in enumerate(zip(recipe.stages(), sources, strict=True)):
-        over = checkpoint is not None and checkpoint.extra["stage"] > number
-        if not over:
+        if number >= reached:
             method = stage.new_method()
             batches = prepare(stage, method, family, source, accelerator)
             # Of the stage before.
             accelerator.free_memory()
             place = {"stage": number, "offset": offset, "student": student, "extras": extras}
             trainer = Trainer(stage, recipe, accelerator, method, family, batches, directory, **place)
-            if checkpoint is not None and checkpoint.extra["stage"] == number:
+            if checkpoint is not None:
                 trainer.restore(checkpoint)
                 say(accelerator.is_main_process, f"resuming {directory.path} at step {checkpoint.step}")
+                # It is as large as the run, and lies in its networks now.
+                checkpoint = None
             student, extras = trainer.fit(), trainer.modules
         offset += stage.run.steps
     return trainer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -11,6 +12,9 @@ from stepdistill.config import UnknownKey, build, closest
 from stepdistill.errors import UserError
 from stepdistill.lora import NO_LORA, LoraConfig
 from stepdistill.sampling import InitNoise, Rule, Sampling
+
+# torch ends in a crash where threads cannot be started.
+MOST_THREADS = 64
 
 
 def _require(condition: bool, name: str, value: Any, must: str) -> None:
@@ -174,7 +178,9 @@ class RunConfig:
         out: the run directory.
         precision: of the networks' passes (autocast); weights are float32.
         preview_every: 0 = no previews; preview_count: pictures in a row of them.
-        save_every: 0 = a checkpoint at the end only; keep: checkpoints kept, beside the best one.
+        save_minutes: a checkpoint after so many minutes by the clock, and at the end; 0 = not by time.
+        save_every: a checkpoint after so many iterations as well; 0 = not by number. keep: checkpoints kept, beside the best
+            one.
         metric_every: 0 = never measured during the run; metric: by name, see `measure.check_metric`;
             metric_samples: images drawn for it.
         metric_reference: one's own real images (Parquet or folder) instead of the protocol's scenes;
@@ -196,6 +202,7 @@ class RunConfig:
     log_every: int = 10
     preview_every: int = 0
     preview_count: int = 8
+    save_minutes: float = 15.0
     save_every: int = 0
     keep: int = 2
     metric_every: int = 0
@@ -216,6 +223,9 @@ class RunConfig:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "be at least 1")
         for name in ("seed", "preview_every", "save_every", "metric_every", "threads"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "be 0 or more")
+        _require(0 <= self.save_minutes < math.inf, "save_minutes", self.save_minutes, "be 0 or more")
+        most = max(MOST_THREADS, os.cpu_count() or 1)
+        _require(self.threads <= most, "threads", self.threads, f"be at most {most} on this machine")
         _require(self.metric_samples >= 2, "metric_samples", self.metric_samples, "be at least 2")
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,15 +20,17 @@ from tqdm import tqdm
 
 from stepdistill.denoiser import Denoiser
 from stepdistill.ema import EMA
-from stepdistill.errors import UserError
+from stepdistill.errors import Interrupted, UserError
 from stepdistill.families.base import Family
 from stepdistill.methods.assemble import assemble, take_over, trained_by
 from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase, term_name
+from stepdistill.provenance import sha256_of_weights
 from training import interrupts
 from training.batches import Batches
 from training.checkpoint import Checkpoint, RunDirectory
 from training.exporting import ExportedStudent, StudentCard
 from training.monitor import Monitor
+from training.notices import warn
 from training.optimizers import NetworkOptimizer
 from training.recipe import Recipe
 from training.state import TrainState
@@ -88,7 +89,8 @@ class Trainer:
         self.monitor = Monitor(
             recipe, accelerator, method, family, batches.source, directory, self.state, self.student
         )
-        self._saved_at = -1
+        self._saved_at, self._saved_when = -1, 0.0
+        self._fingerprint: str | None = None
 
     def _prepare(self, nets: Networks) -> None:
         """Which networks are trained, and their optimisers."""
@@ -116,10 +118,11 @@ class Trainer:
 
         Raises:
             UserError: a loss or a gradient is not finite; or, with a checkpoint written, too many examples are gone.
-            KeyboardInterrupt: after Ctrl-C or SIGTERM, when the step is finished and a checkpoint is written.
+            Interrupted: after a signal that asks for an end, when the step is finished and a checkpoint is written.
         """
         run = self.run
         with self._bar() as bar, interrupts.deferred() as asked:
+            self._saved_when = time.monotonic()
             if self.state.step == 0 and run.preview_every:
                 self.monitor.preview(self.modules)
             while self.state.step < run.steps:
@@ -130,12 +133,7 @@ class Trainer:
                 self._every(run.save_every, self.save, always=last)
                 self._every(run.metric_every, self._measure)
                 self._every(run.preview_every, lambda: self.monitor.preview(self.modules))
-                if self._any_process(asked() or bool(self.batches.trouble)):
-                    # What was learnt is kept; the same command goes on from here.
-                    self.save()
-                    if self.batches.trouble:
-                        raise UserError(self.batches.trouble)
-                    raise KeyboardInterrupt
+                self._obey(asked)
         return self.student.put()
 
     def _bar(self) -> tqdm:
@@ -151,6 +149,29 @@ class Trainer:
     def _every(self, period: int, action: Callable[[], Any], always: bool = False) -> None:
         if always or (period and self.state.step % period == 0):
             action()
+
+    def _obey(self, asked: interrupts.Asked) -> None:
+        """What signals, the clock and the data have asked for since the last step, in all processes alike."""
+        due = (
+            bool(self.run.save_minutes) and time.monotonic() - self._saved_when >= 60 * self.run.save_minutes
+        )
+        trouble = self.batches.trouble
+        wanted = [
+            asked.saving or due,
+            bool(trouble),
+            *(asked.ending == number for number in interrupts.ENDING),
+        ]
+        save, troubled, *ends = self._any_process(wanted)
+        if save or troubled or any(ends):
+            # What was learnt is kept; the same command goes on from here.
+            self.save()
+            asked.saved()
+        if trouble:
+            raise UserError(trouble)
+        if troubled or any(ends):
+            raise Interrupted(
+                next(n for n, end in zip((*interrupts.ENDING, 2), (*ends, True), strict=True) if end)
+            )
 
     def train_step(self) -> None:
         """One iteration: every phase whose turn it is, then the method's curriculum."""
@@ -223,18 +244,14 @@ class Trainer:
         return total.mean()
 
     def _diverged(self, what: str) -> str:
-        kept = self.directory.latest()
-        return (
-            f"{what} is not finite at step {self.state.global_step}; the last checkpoint is "
-            f"{'none' if kept is None else f'step {kept}'}."
-            " Lower optim.lr, set optim.max_grad_norm, or use run.precision=no."
-        )
+        return self.directory.diverged(what, self.state.global_step)
 
-    def _any_process(self, asked: bool) -> bool:
-        """Whether `asked` holds in one process at least: all must leave the loop after the same step."""
+    def _any_process(self, asked: list[bool]) -> list[bool]:
+        """Which are true in one process at least: all must do the same after the same step."""
         if self.accelerator.num_processes == 1:
             return asked
-        return bool(self.accelerator.reduce(torch.tensor(float(asked), device=self.device), "sum"))
+        votes = torch.tensor(asked, dtype=torch.float32, device=self.device)
+        return [count > 0 for count in self.accelerator.reduce(votes, "sum").tolist()]
 
     # -------------------------------------------------------------------------------------------- checkpoints
 
@@ -255,10 +272,18 @@ class Trainer:
                 "health": self.monitor.health.state_dict(),
                 "routing": self.batches.source.routing,
                 "data": self.batches.data,
+                "teacher": self._teacher(),
             }
             self.directory.save(self.state.global_step, tensors, optimizers, extra)
-        self._saved_at = self.state.step
+        self._saved_at, self._saved_when = self.state.step, time.monotonic()
         self.accelerator.wait_for_everyone()
+
+    def _teacher(self) -> str:
+        """Checksum of the teacher's weights, "" without one; computed once."""
+        if self._fingerprint is None:
+            teacher = self.family.teacher
+            self._fingerprint = "" if teacher is None else sha256_of_weights(teacher)
+        return self._fingerprint
 
     def _measure(self) -> None:
         self.save()
@@ -272,6 +297,11 @@ class Trainer:
         """
         extra, counters, state = checkpoint.extra, checkpoint.extra["counters"], self.state
         self._say_changed(extra.get("data"))
+        if extra.get("teacher", self._teacher()) != self._teacher():
+            raise UserError(
+                f"the teacher's weights are not those the checkpoint of step {checkpoint.step} was trained with; bring them"
+                " back, or start over with --fresh."
+            )
         if extra.get("offset", state.offset) != state.offset:
             raise UserError(
                 f"the checkpoint of step {checkpoint.step} is of a run whose stage {state.stage} began at step"
@@ -293,8 +323,8 @@ class Trainer:
     def _say_changed(self, before: Mapping[str, str] | None) -> None:
         now = self.batches.data
         if self.accelerator.is_main_process and before and before["fingerprint"] != now["fingerprint"]:
-            tqdm.write(
+            warn(
+                "W03",
                 f"the data are not those of the checkpoint, so their order is another from here on; they were"
                 f" {before['said']}, and are {now['said']}",
-                file=sys.stderr,
             )

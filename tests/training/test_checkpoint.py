@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-import training.checkpoint as checkpoint
 import training.files as files
+import training.saved as saved
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
 from stepdistill.methods.base import Method
@@ -185,7 +185,7 @@ def test_a_full_disk_leaves_the_older_checkpoints(tmp_path: Path, monkeypatch: p
 
 
 def test_a_killed_save_leaves_the_older_checkpoint(tmp_path: Path) -> None:
-    run, real = RunDirectory(tmp_path), checkpoint._write_json
+    run, real = RunDirectory(tmp_path), saved.write_json
     save(run, 1, 1.0)
 
     def killed(path: Path, tree: Any) -> None:
@@ -195,7 +195,7 @@ def test_a_killed_save_leaves_the_older_checkpoint(tmp_path: Path) -> None:
     child = os.fork()
     if child == 0:
         try:
-            checkpoint._write_json = killed
+            saved.write_json = killed
             save(run, 2, 0.0)
         finally:
             os._exit(1)

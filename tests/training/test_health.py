@@ -103,7 +103,7 @@ def test_a_composition_is_judged_part_by_part():
     logged = {"x0_mean": 0.0, "x0_std": 0.1, "teacher_x0_mean": 0.0, "teacher_x0_std": 1.0}
     derived, (said,) = health.check({f"student/scm/{key}": value for key, value in logged.items()})
     assert derived["student/scm/x0_std_ratio"] == pytest.approx(0.1)
-    assert said.startswith("warning: student/scm/x0_std_ratio = 0.1") and "collapse" in said
+    assert said.startswith("student/scm/x0_std_ratio = 0.1") and "collapse" in said
     assert any(line.startswith("! student/scm/x0_std_ratio 0.1") for line in health.lines())
 
 
