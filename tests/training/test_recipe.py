@@ -14,7 +14,8 @@ from stepdistill.config import apply_overrides, dump
 from stepdistill.errors import UserError
 from stepdistill.families import base as families
 from stepdistill.methods import base as methods
-from training.recipe import OptimConfig, differences, load_recipe, recipe_from
+from training.identity import changes
+from training.recipe import OptimConfig, load_recipe, recipe_from
 
 pytestmark = pytest.mark.usefixtures("own_code")
 
@@ -197,9 +198,14 @@ def test_stage_errors(override: str, message: str) -> None:
     assert message in str(error.value)
 
 
-def test_differences() -> None:
-    assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}) == [
-        ("a.c", 2, 3),
-        ("d", None, 4),
-    ]
-    assert differences(BASE, dict(BASE)) == []
+def test_changes() -> None:
+    """By dotted names: what may not change within a run, and what may; stages may be added, and none may go."""
+    old = {"student": {"ema": 0.5}, "optim": {"lr": 1, "score": {"lr": 2}}, "stages": [{"run": {"steps": 3}}]}
+    new = {"student": {"ema": 0.9}, "optim": {"lr": 1}, "data": {"name": "toy"}, "run": {"new": 1}}
+    assert changes(old, new | {"stages": [*old["stages"], {"method": {"name": "lcm"}}]}) == (
+        [("student.ema", 0.5, 0.9)],
+        [("optim.score.lr", 2, None), ("data.name", None, "toy"), ("stages.1", None, "a stage")],
+    )
+    fixed, _ = changes(old, new)
+    assert ("stages.0", "a stage", None) in fixed
+    assert changes(BASE, dict(BASE)) == ([], [])
