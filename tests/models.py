@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from stepdistill.families.base import Family
 from stepdistill.lora import NO_LORA, LoraConfig
 from stepdistill.methods.assemble import assemble
 from stepdistill.registry import resolve
+from training.data.base import Source
 
 COUNT = 2
 SEEDS = [5, 6]
@@ -49,16 +49,17 @@ TOLD: dict[str, list[Any]] = {"prompt": ["a red circle", "two stars"], "class": 
 METHODS: dict[str, dict[str, Any]] = {"add": {"gan": "non_saturating"}, "reward": {"margin": 10.0}}
 
 
-@dataclass
-class Pictures:
+class Pictures(Source):
     """A data source of noise for pictures (H, W) or videos (F, H, W), with captions and classes."""
 
-    size: tuple[int, ...]
-    captions: tuple[str, ...] = ("a red circle", "a small blue square")
-    labels: tuple[int, ...] = tuple(TOLD["class"])
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__(None)
+        self.shape = shape
+        self.captions = ("a red circle", "a small blue square")
+        self.labels = tuple(TOLD["class"])
 
     def images(self, indices: Any) -> np.ndarray:
-        return np.random.default_rng(0).integers(0, 256, (len(indices), *self.size, 3), np.uint8)
+        return np.random.default_rng(0).integers(0, 256, (len(indices), *self.shape, 3), np.uint8)
 
 
 def family_of(variant: str, dtype: torch.dtype = torch.float32, **settings: Any) -> Family:

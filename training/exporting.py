@@ -116,10 +116,11 @@ class Exported:
         """
         directory = RunDirectory(recipe.run.out, recipe.run.keep)
         directory.check(recipe)
+        # What is wrong with the recipe is said before weights are read.
+        stages = [(stage, stage.new_method()) for stage in recipe.stages()]
         checkpoint = directory.load(directory.chosen(which))
-        stage = recipe.stages()[checkpoint.extra["stage"]]
+        stage, method = stages[checkpoint.extra["stage"]]
         family: Family = stage.family.make()
-        method = stage.new_method()
         student = new_student(method, family, stage.student.init, stage.student.lora)
         made = StudentCard(stage, recipe, method, family, _routing(checkpoint, stage))
         checkpoint.load_into("student", student)

@@ -276,7 +276,10 @@ class Toy(Measures, Family):
         weights = weights / config.classes
         means = torch.stack((angle.cos(), angle.sin()), 1)
         means = means - weights @ means
-        means = means / (weights @ means.square()).mean().sqrt() + means.new_tensor(config.mean)
+        # One mode alone has no spread.
+        if config.modes > 1:
+            means = means / (weights @ means.square()).mean().sqrt()
+        means = means + means.new_tensor(config.mean)
         self.schedule, self.kind = SCHEDULES[config.schedule](), "x0"
         self.mixture = Mixture(self.schedule, means, config.std, weights, classes)
         self.teacher = ExactTeacher(self.mixture, config.fit_steps)

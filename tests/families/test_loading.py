@@ -25,6 +25,7 @@ from stepdistill.errors import UserError
 from stepdistill.families.reading import only_variant
 from stepdistill.families.sd import SD
 from stepdistill.families.sdxl import SDXL
+from training.data.base import Source
 from training.run import _cut
 
 
@@ -162,12 +163,10 @@ def test_sizes_are_the_recipes_or_refused():
 
 
 def test_a_run_says_once_how_many_prompts_are_cut():
-    class Captions:
-        captions = ("red " * 80, "a red circle")
-
-    source = Captions()
+    source = Source(None)
+    source.captions = ("red " * 80, "a red circle")
     assert _cut(family_of("sdxl"), [source, source]) == "1 of 2 prompts are cut at the tokenizer's limit."
-    Captions.captions = ("a red circle",)
+    source.captions = ("a red circle",)
     assert _cut(family_of("sdxl"), [source]) == ""
 
 

@@ -23,6 +23,7 @@ from stepdistill.methods.assemble import assemble
 from stepdistill.noise import SampleNoise
 from stepdistill.sampling import MANY_STEPS
 from training import run as running
+from training.data.base import Source
 
 PROMPTS, SEEDS, STEPS = TOLD["prompt"], [5, 6], 4
 
@@ -119,13 +120,13 @@ def test_methods_train_on_masks(family, name):
     worlds.stir(nets.student)
     images, masks = pictures()
 
-    class Source:
-        captions, labels = tuple(PROMPTS), None
-
+    class Pictures(Source):
         def images(self, indices):
             return images[list(indices)].movedim(1, -1).numpy()
 
-    made = World(method, family, nets, nets.student, Source())
+    source = Pictures(None)
+    source.captions = tuple(PROMPTS)
+    made = World(method, family, nets, nets.student, source)
     plain = family.encode
 
     def encode(prompts):

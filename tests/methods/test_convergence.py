@@ -88,11 +88,12 @@ def error(made: Learner) -> float:
         return float((made.nets.student(x_t, t).x0 - family.teacher(x_t, t).x0).square().mean())
 
 
-@pytest.mark.parametrize("name", ["pretrain", "tsm"])
-def test_a_network_of_random_weights_learns_the_exact_answers(name, families):
+@pytest.mark.parametrize(("name", "factor"), [("pretrain", 2), ("tsm", 5)])
+def test_a_network_of_random_weights_learns_the_exact_answers(name, factor, families):
+    """Further from data than from the teacher, whose answers have no noise."""
     made = learner(name, families["flow"], init="random", time_density="lognormal", time_mean=0.0)
     before = error(made)
-    assert error(made.run(120)) < before / 5
+    assert error(made.run(300)) < before / factor
 
 
 def test_a_reward_pulls_the_samples_up_to_its_margin(families):

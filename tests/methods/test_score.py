@@ -40,7 +40,7 @@ def test_shared_samples_are_those_of_the_students_update_with_their_conditions(n
         losses, shared = made.method.denoise(made.nets, fresh)
         # Into the fake score; nothing of the student's graph is kept.
         losses["total"].mean().backward()
-        assert torch.equal(shared, x0) and not shared.requires_grad
+        assert torch.equal(shared.x0, x0) and not shared.x0.requires_grad
         assert torch.equal(seen[0][2], batch.cond)
     assert len(drawn) == calls, "the critic called the student"
     # Without an update of the student it draws its own.

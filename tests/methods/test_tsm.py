@@ -13,6 +13,7 @@ from stepdistill.denoiser import Denoiser
 from stepdistill.families.toy import SCHEDULES
 from stepdistill.methods.base import Networks
 from stepdistill.schedule import Flow
+from stepdistill.timesteps import EDM_MEAN
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -36,7 +37,8 @@ def test_tsm_measures_the_error_in_the_students_own_kind(kind):
 
     nets = Networks({"student": Denoiser(Off(), kind, schedule), "teacher": teacher}, schedule)
     losses = method.loss(nets, batch_of())
-    rho = (-1.2 + 1.2 * batch_of().generator.randn(dtype=torch.float64)).exp()
+    # In units of the data's deviation, which is 1 here.
+    rho = (EDM_MEAN + 1.2 * batch_of().generator.randn(dtype=torch.float64)).exp()
     weight = rho**-2 + 1 if kind == "x0" else torch.ones_like(rho)
     torch.testing.assert_close(losses["total"], weight * off**2, rtol=1e-5, atol=1e-8)
 

@@ -89,7 +89,7 @@ def prompts() -> dict[str, str]:
         ("run.precision=fp16", "run.precision=fp16 needs a GPU, and this run is on the CPU"),
         (
             "run.metric_every=1",
-            "run.metric=fd:scenes-v1 cannot be measured on the family 'toy'; choose one of sw1, modes.",
+            "run.metric=fd:scenes-v1 cannot be measured on the family 'toy'; choose one of sw1, modes, shares, trace, shape.",
         ),
         ("run.out=toy.yaml", "run.out=toy.yaml is a file; name a directory."),
         ("run.out=toy.yaml/run", "run.out=toy.yaml/run cannot be written to (Not a directory)"),
@@ -126,7 +126,7 @@ def test_wrong_teachers(capsys, tiny_sd):
     Path("hollow").mkdir()
     assert "has no model_index.json" in stopped(capsys, sd(Path("./hollow"), data=prompts()))
     for name, spoil, message in (
-        ("cut", lambda file: file.write_bytes(file.read_bytes()[:1000]), "cannot be loaded"),
+        ("cut", lambda file: file.write_bytes(file.read_bytes()[:1000]), "corrupt or cut off"),
         (
             "pickled",
             lambda file: file.rename(file.with_suffix(".bin")),

@@ -85,6 +85,9 @@ def test_more_modes_are_better_and_less_distance(tmp_path):
     assert {name: better for name, (_, better) in family.metrics.items()} == {
         "sw1": "lower",
         "modes": "higher",
+        "shares": "lower",
+        "trace": "lower",
+        "shape": "lower",
     }
 
 
@@ -183,5 +186,7 @@ def test_a_wrong_metric_is_found_before_training(metric, reference, message, tmp
 def test_the_toy_has_its_own_metric(tmp_path):
     recipe = toy(tmp_path / "run", "run.metric_every=1")
     family, _ = running.build(toy(tmp_path / "run"))
-    with pytest.raises(UserError, match=r"on the family 'toy'; choose one of sw1, modes\."):
+    with pytest.raises(
+        UserError, match=r"on the family 'toy'; choose one of sw1, modes, shares, trace, shape\."
+    ):
         check_metric(recipe.run, family)
