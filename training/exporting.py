@@ -92,11 +92,15 @@ class ExportedStudent:
         """Draws with the network as it is now; use it inside `weights` or after `put`."""
         return Sampler(self.card.family, self.student, self.directory, self.card.at(step), self.device)
 
-    def write(self, step: int) -> None:
-        """Write the pipeline directory; after `put`."""
+    def write(self, step: int, made: Exported | None = None) -> None:
+        """Write the pipeline directory; after `put`. made: the same student from its checkpoint, where this process holds
+        a part of it alone.
+        """
         run = RunDirectory(self.directory.parent)
-        card = self.card.at(step)
-        export.write(self.card.family, self.student, self.directory, card, measured_by(run, card))
+        card, family, student = self.card.at(step), self.card.family, self.student
+        if made is not None:
+            family, student = made.family, made.student
+        export.write(family, student, self.directory, card, measured_by(run, card))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
 
+from stepdistill.errors import atomic_write
 from stepdistill.families.base import Family
 from stepdistill.methods.base import Method
 from training.checkpoint import RunDirectory
@@ -20,6 +21,7 @@ from training.meters import Meters
 from training.notices import warn
 from training.preview import Preview
 from training.recipe import Recipe
+from training.sharding import Sharding, settle
 from training.state import TrainState
 from training.trackers import log_picture
 
@@ -28,7 +30,7 @@ class Monitor:
     """Watches one stage.
 
     Args:
-        student: what is drawn and measured.
+        student: what is drawn and measured: by the main process alone, or by all where each holds a part of it.
         state: the stage's, which is only read.
 
     Attributes:
@@ -51,6 +53,7 @@ class Monitor:
         self.meters, self.health = Meters(), Health(method)
         self._preview = Preview(method, family, source, self.run.preview_count, self.run.seed)
         self._samples_logged = 0
+        self._draws = accelerator.is_main_process or Sharding.of(accelerator) is not None
 
     def log(self, bar: tqdm) -> None:
         """One line of the log: means since the last one, speed, rate, and what the health panel derives."""
@@ -74,19 +77,25 @@ class Monitor:
 
     def preview(self, networks: Mapping[str, nn.Module]) -> None:
         """Draw previews/STEP.png, with the health panel as it was at the last line of the log."""
+        if not self._draws:
+            return
+        settle(networks.values())
+        step = self.state.global_step
+        with self.student.weights():
+            picture = self._preview.draw(self.student.sampler(step), networks, self.health.lines())
         if self.accelerator.is_main_process:
-            step = self.state.global_step
             path = self.directory.previews / f"{step:07d}.png"
-            with self.student.weights():
-                self._preview.draw(self.student.sampler(step), networks, path, self.health.lines())
+            with atomic_write(path) as temporary:
+                picture.save(temporary, format="PNG")
             log_picture(self.accelerator.trackers, "preview", path, step)
 
     def measure(self) -> None:
         """The recipe's metric of the exported weights, whose checkpoint is there already; the best one is kept."""
         metric, step = self.run.metric, self.state.global_step
-        if self.accelerator.is_main_process:
+        if self._draws:
             with self.student.weights():
                 value = measure(self.run, self.family, self.student.sampler(step))
+        if self.accelerator.is_main_process:
             best = self.directory.record_best(step, value.value, value.better == "lower")
             self.accelerator.log({f"metric/{metric}": value.value}, step)
             tqdm.write(f"step {step}: {metric} = {value.value:.4g}{' (best)' if best else ''}")

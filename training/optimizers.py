@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from training.recipe import OptimConfig
+from training.sharding import full, placed, sharded
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -31,14 +32,18 @@ class NetworkOptimizer:
         self.settings, self.accelerator = settings, accelerator
         # A gradient scaler has to see whether a step is left out, which fused optimisers keep to themselves.
         optimizer = _optimizer(module, settings, fused=accelerator.scaler is None)
-        self.wrapped, self.optimizer = accelerator.prepare(module, optimizer)
+        if sharded(module):
+            self.wrapped, self.optimizer = module, accelerator.prepare(optimizer)
+        else:
+            self.wrapped, self.optimizer = accelerator.prepare(module, optimizer)
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def clip(self) -> float:
         """Clip the network's gradient to `max_grad_norm` and return its norm before."""
         # Of this network alone: accelerate's own clipping would unscale the others' fp16 gradients twice.
         self.accelerator.unscale_gradients(self.optimizer)
         limit = self.settings.max_grad_norm or math.inf
-        return float(nn.utils.clip_grad_norm_(self.wrapped.parameters(), limit))
+        return float(full(nn.utils.clip_grad_norm_(self.wrapped.parameters(), limit)))
 
     def step(self, step: int, total: int) -> bool:
         """Take the optimiser's step with the rate of loop iteration `step` of `total`; clears the gradient.
@@ -62,7 +67,14 @@ class NetworkOptimizer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """torch's, of the optimiser."""
-        self.optimizer.load_state_dict(state)
+        like = dict(enumerate(self.parameters))
+        cut = {
+            number: {
+                key: placed(value, like.get(number)) if value.ndim else value for key, value in part.items()
+            }
+            for number, part in state["state"].items()
+        }
+        self.optimizer.load_state_dict({**state, "state": cut})
 
 
 def _optimizer(module: nn.Module, settings: OptimConfig, fused: bool) -> torch.optim.Optimizer:

@@ -12,7 +12,6 @@ from torch import nn
 
 from stepdistill.denoiser import Denoiser, map_cond
 from stepdistill.drawing import Sampler, teacher_card
-from stepdistill.errors import atomic_write
 from stepdistill.families.base import Family
 from stepdistill.methods.base import Method
 from stepdistill.noise import SampleNoise
@@ -42,9 +41,9 @@ class Preview:
         self._teacher: np.ndarray | None = None
 
     def draw(
-        self, sampler: Sampler, networks: Mapping[str, nn.Module], path: Path, notes: Sequence[str] = ()
-    ) -> Path:
-        """Write one PNG: a row per student step count, then the teacher, then what each fake score makes of noised
+        self, sampler: Sampler, networks: Mapping[str, nn.Module], notes: Sequence[str] = ()
+    ) -> Image.Image:
+        """One picture: a row per student step count, then the teacher, then what each fake score makes of noised
         images, and `notes` below.
         """
         family, seeds = self.family, range(self.count)
@@ -58,9 +57,7 @@ class Preview:
             if name.split("/")[-1] == "fake_score":
                 believed = family.picture(self._believed(module, drawn[0]))
                 rows.append((f"{name}: x0 of the student's images at half the noise", believed))
-        with atomic_write(path) as temporary:
-            grid(rows, notes).save(temporary, format="PNG")
-        return path
+        return grid(rows, notes)
 
     def _teachers(self, device: torch.device) -> np.ndarray:
         if self._teacher is None:

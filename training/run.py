@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import AutocastKwargs, GradientAccumulationPlugin, broadcast_object_list
+from accelerate.utils import (
+    AutocastKwargs,
+    GradientAccumulationPlugin,
+    broadcast_object_list,
+    gather_object,
+)
+from torch import Tensor
 
 from stepdistill.config import dump
 from stepdistill.denoiser import Denoiser
@@ -19,11 +26,13 @@ from stepdistill.methods.assemble import trained_by
 from stepdistill.methods.base import Method
 from training.checkpoint import RunDirectory
 from training.data import Source
+from training.exporting import Exported
 from training.forecast import forecast
 from training.measure import check_metric, measure
 from training.notices import notice
 from training.precompute import prepare
 from training.recipe import Recipe
+from training.sharding import check_launch, unseen
 from training.teacher import assess
 from training.trackers import check_trackers, trackers
 from training.trainer import Trainer
@@ -76,8 +85,7 @@ def _train(
     accelerator.log_with = trackers(directory.path, recipe.run.trackers, done) if main else []
     accelerator.init_trackers("stepdistill")
     trainer = _stages(recipe, accelerator, family, sources, directory, done)
-    if main:
-        _finish(trainer, accelerator)
+    _finish(trainer, accelerator)
 
 
 def _cut(family: Family, sources: list[Source], most: int = 10_000) -> str:
@@ -111,6 +119,21 @@ def _by_main(accelerator: Accelerator, does: Callable[[], Any]) -> Any:
     return answer
 
 
+def _check_alike(accelerator: Accelerator, data: Mapping[str, str]) -> None:
+    """UserError, and everybody's end, where processes read other data: each takes its share of one order."""
+    told = gather_object([dict(data)])
+
+    def check() -> None:
+        for number, each in enumerate(told):
+            if each["fingerprint"] != told[0]["fingerprint"]:
+                raise UserError(
+                    f"data: process {number} reads {each['said']}, and process 0 reads {told[0]['said']}; give all machines the"
+                    " same files at the same place."
+                )
+
+    _by_main(accelerator, check)
+
+
 def accelerator_of(recipe: Recipe) -> Accelerator:
     """accelerate's, as every run here is set up. Raises UserError for what the trainer cannot serve."""
     precision = recipe.run.precision
@@ -121,22 +144,19 @@ def accelerator_of(recipe: Recipe) -> Accelerator:
     cpu = not torch.accelerator.is_available()
     # The trainer accumulates by itself; a number in the environment would divide gradients once more.
     once = GradientAccumulationPlugin(num_steps=1)
-    accelerator = Accelerator(
-        mixed_precision=precision, cpu=cpu, kwargs_handlers=[autocast], gradient_accumulation_plugin=once
-    )
+    check_launch()
+    with unseen():
+        accelerator = Accelerator(
+            mixed_precision=precision, cpu=cpu, kwargs_handlers=[autocast], gradient_accumulation_plugin=once
+        )
     # accelerate would train in float32 and not say so.
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError(
             "run.precision=fp16 needs a GPU, and this run is on the CPU; use run.precision=no or bf16."
         )
-    if accelerator.distributed_type in (
-        DistributedType.FSDP,
-        DistributedType.DEEPSPEED,
-        DistributedType.MEGATRON_LM,
-    ):
+    if accelerator.distributed_type is DistributedType.MEGATRON_LM:
         raise UserError(
-            f"the trainer cannot shard networks with {accelerator.distributed_type.value};"
-            " launch it with one of training/accelerate/*.yaml."
+            "the trainer cannot shard networks with Megatron-LM; launch it with one of training/accelerate/*.yaml."
         )
     return accelerator
 
@@ -158,6 +178,7 @@ def _stages(
         if number >= reached:
             method = stage.new_method()
             batches = prepare(stage, method, family, source, accelerator)
+            _check_alike(accelerator, batches.data)
             # Of the stage before.
             accelerator.free_memory()
             place = {"stage": number, "offset": offset, "student": student, "extras": extras}
@@ -168,12 +189,32 @@ def _stages(
                 # It is as large as the run, and lies in its networks now.
                 checkpoint = None
             student, extras = trainer.fit(), trainer.modules
+            if trainer.sharding and number + 1 < len(sources):
+                # Shards cannot be copied: the next stage starts from the files.
+                made, kept = Exported.of(recipe, "latest"), directory.load(trainer.state.global_step)
+                family, student = made.family, made.student
+                extras = {name: _Weights(state) for name, state in kept.tensors.items()}
         offset += stage.run.steps
     return trainer
 
 
+@dataclass(frozen=True)
+class _Weights:
+    """A network of a stage before, as its checkpoint has it."""
+
+    tensors: dict[str, Tensor]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.tensors
+
+
 def _finish(trainer: Trainer, accelerator: Accelerator) -> None:
-    """Measure the family's own metrics, at every number of steps, and write the student directory."""
+    """Measure the family's own metrics, at every number of steps, and write the student directory. The main process does
+    it, and with networks in shards all draw.
+    """
+    main = accelerator.is_main_process
+    if not main and not trainer.sharding:
+        return
     family, student, step = trainer.family, trainer.student, trainer.state.global_step
     sampler = student.sampler(step)
     for name in family.metrics:
@@ -181,9 +222,11 @@ def _finish(trainer: Trainer, accelerator: Accelerator) -> None:
             value = measure(trainer.run, family, sampler, name, steps).value
             label = name if steps == sampler.default_steps else f"{name}@{steps}"
             accelerator.log({f"metric/{label}": value}, step)
-            say(True, f"{name} = {value:.3f} at {steps} step{'s' * (steps > 1)}")
-    if family.exportable:
-        student.write(step)
+            say(main, f"{name} = {value:.3f} at {steps} step{'s' * (steps > 1)}")
+    if family.exportable and main:
+        # What the checkpoint holds is whole.
+        made = Exported.of(trainer.whole, "latest") if trainer.sharding else None
+        student.write(step, made)
         say(True, f"exported to {student.directory}")
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from stepdistill.errors import UserError, first_line
 from stepdistill.provenance import sha256_of_files
 from training.files import flush, save_tensors
+from training.sharding import placed
 
 # 1 marked tuples in JSON, 2 had no checksums.
 FORMAT = 3
@@ -46,7 +47,7 @@ class Checkpoint:
         """
         theirs, own = self.tensors.get(name, {}), module.state_dict()
         if {key: value.shape for key, value in theirs.items()} == {key: v.shape for key, v in own.items()}:
-            module.load_state_dict(theirs)
+            module.load_state_dict(placed(theirs, own))
             return
         held, wanted = (
             "adapters" if any(key.startswith("adapters.") for key in keys) else "a whole network"

@@ -33,6 +33,7 @@ from training.monitor import Monitor
 from training.notices import warn
 from training.optimizers import NetworkOptimizer
 from training.recipe import Recipe
+from training.sharding import Sharding, check_sharded, gathered, placed, settle
 from training.state import TrainState
 
 
@@ -70,11 +71,17 @@ class Trainer:
         self.recipe, self.whole, self.accelerator = recipe, whole, accelerator
         self.method, self.family, self.batches, self.directory = method, family, batches, directory
         self.run, self.device = recipe.run, accelerator.device
+        self.sharding = Sharding.of(accelerator)
         self.state = TrainState(self.run.seed, stage, offset)
+        self._fingerprint: str | None = None
         # Fresh weights, the same in every process.
         torch.manual_seed(self.run.seed + stage)
         wanted = recipe.student
         checkpointing = {"gradient_checkpointing": wanted.gradient_checkpointing}
+        if self.sharding and family.teacher is not None:
+            # All of every network lies in main memory until it is cut; its checksum is of the whole.
+            family.teacher.to("cpu")
+            self._teacher()
         self._prepare(
             assemble(method, family, wanted.init, lora=wanted.lora, before=student, **checkpointing)
         )
@@ -90,14 +97,11 @@ class Trainer:
             recipe, accelerator, method, family, batches.source, directory, self.state, self.student
         )
         self._saved_at, self._saved_when = -1, 0.0
-        self._fingerprint: str | None = None
 
     def _prepare(self, nets: Networks) -> None:
         """Which networks are trained, and their optimisers."""
         self.frozen = {name: module for name, module in nets.modules.items() if name == "teacher"}
-        self.modules = {
-            name: module.to(self.device) for name, module in nets.modules.items() if name != "teacher"
-        }
+        self.modules = {name: module for name, module in nets.modules.items() if name != "teacher"}
         self.trained = trained_by(self.method, self.run.steps)
         if strangers := set(self.trained) - set(self.modules):
             raise ValueError(
@@ -106,6 +110,11 @@ class Trainer:
         self.recipe.optim.check_networks(self.trained)
         for name, module in self.modules.items():
             module.requires_grad_(name in self.trained)
+        if self.sharding:
+            check_sharded(self.recipe, self.method, self.modules["student"])
+            self.sharding.cut(nets.modules, self.trained)
+        for module in nets.modules.values():
+            module.to(self.device)
         self.optimizers = {
             name: NetworkOptimizer(self.modules[name], self.recipe.optim.for_network(name), self.accelerator)
             for name in self.trained
@@ -179,6 +188,7 @@ class Trainer:
         for phase in self.method.phases(self.state.step):
             self._train(phase)
             ran.append(phase.name)
+        settle((self.frozen | self.modules).values())
         self.method.after_step(self._networks(()), self.state.step, tuple(ran))
         self.state.step += 1
 
@@ -186,6 +196,7 @@ class Trainer:
         """One optimiser step: every term of every pass back-propagated in turn, then clip and update."""
         started = time.perf_counter()
         nets, passes = self._networks(phase.trains), self.batches.passes
+        settle(nets.modules.values())
         # Frozen parameters get no gradient; the graph through their inputs stays.
         for name in self.trained:
             self.modules[name].requires_grad_(name in phase.trains)
@@ -260,10 +271,10 @@ class Trainer:
         if self._saved_at == self.state.step:
             return
         self.monitor.meters.share(self.accelerator)
-        if self.accelerator.is_main_process:
-            tensors = {name: module.state_dict() for name, module in self.modules.items()}
-            tensors["student_ema"] = self.ema.state_dict()
-            optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+        main = self.accelerator.is_main_process
+        tensors = gathered(self.modules | {"student_ema": self.ema}, keep=main)
+        optimizers = gathered(self.optimizers, keep=main)
+        if main:
             extra = {
                 "stage": self.state.stage,
                 "offset": self.state.offset,
@@ -310,7 +321,7 @@ class Trainer:
             )
         for name, module in self.modules.items():
             checkpoint.load_into(name, module)
-        self.ema.load_state_dict(checkpoint.tensors["student_ema"])
+        self.ema.load_state_dict(placed(checkpoint.tensors["student_ema"], self.ema.state_dict()))
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(checkpoint.optimizers[name])
         state.load_state_dict(counters, checkpoint.step)

@@ -1,0 +1,202 @@
+"""What two processes train beside what one trains, for many methods, in copies and in shards: benchmarks/processes.json.
+
+    OMP_NUM_THREADS=1 python tests/processes.py [NAME ...]
+
+Every row trains three iterations at a global batch of 4: in one process, in two that hold copies (DDP), in two that hold
+shards (FSDP2). Numbers are the largest difference of any weight or average; `movement` is the largest step of any in one
+iteration. The optimisers' eps is large, since Adam counts the rounding of a gradient near zero in full.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+from accelerate import Accelerator
+from forks import two_processes
+from runs import GAN, LCM, checkpoint, same, toy
+
+from training import run as running
+from training.checkpoint import Checkpoint, RunDirectory
+from training.recipe import Recipe
+from training.sharding import whole
+from training.trainer import Trainer
+
+TABLE = Path(__file__).parents[1] / "benchmarks" / "processes.json"
+STEPS = 3
+LORA = {"student": {"lora": {"rank": 2}}}
+CHECKPOINTED = {"student": {"gradient_checkpointing": True}}
+Sections = Mapping[str, Mapping[str, Any]]
+# Row -> (tiny teacher, method, further sections). Of the first ones, resuming is tried too.
+RESUMED: dict[str, tuple[str, Mapping[str, Any], Sections]] = {
+    "dmd2 with a GAN": ("sd15", GAN, {}),
+    "scm": ("sd3", {"name": "scm", "warmup": 2}, {}),
+    "ladd": ("sd3", {"name": "ladd", "warmup": 1, "gan": "non_saturating"}, {}),
+    "lcm": ("sd15", LCM, {}),
+    "dmd2, student and fake score LoRAs": (
+        "sd3", {"name": "dmd2", "student_every": 1, "fake_score_lora": {"rank": 2}}, LORA,
+    ),
+}  # fmt: skip
+OTHERS: dict[str, tuple[str, Mapping[str, Any], Sections]] = {
+    "dmd2 with a GAN, checkpointed": ("sd3", {**GAN, "student_every": 1}, CHECKPOINTED),
+    "dmd2, LoRAs, checkpointed": (
+        "flux-dev", {"name": "dmd2", "student_every": 1, "fake_score_lora": {"rank": 2}},
+        {"student": {**LORA["student"], **CHECKPOINTED["student"]}},
+    ),
+    "lightning": ("sd3", {"name": "lightning"}, {"student": {"steps": [2]}}),
+    **{name: ("sd15", {"name": name, "pair_count": 8, "pair_steps": 2}, {}) for name in ("dmd", "kd")},
+    **{name: ("sd15", {"name": name}, {}) for name in ("sid", "sida", "vsd", "cd", "ect", "tscd", "pretrain")},
+    **{
+        name: ("sd3", {"name": name}, {})
+        for name in ("sim", "diff_instruct", "f_distill", "decoupled_dmd", "cdm", "meanflow", "disback")
+    },
+}  # fmt: skip
+CASES = RESUMED | OTHERS
+
+
+def recipe(name: str, out: Path, *overrides: str) -> Recipe:
+    teacher, method, sections = CASES[name]
+    family = {"name": tiny.VARIANTS[teacher][0], "teacher": str(tiny.directory(teacher)), "resolution": [32]}
+    settled = {"run.precompute": "never", "run.check_teacher": "false", "run.save_every": 1, "run.keep": 9}
+    return toy(
+        out, *(f"{key}={value}" for key, value in settled.items()), f"run.steps={STEPS}", "run.log_every=1", *overrides,
+        family=family, student={"steps": [1, 2], "ema": 0.5, **sections.get("student", {})}, method=dict(method),
+        data={"name": "scenes", "size": 24, "resolution": 32}, optim={"lr": 1e-3, "batch_size": 4, "eps": 1e-3},
+    )  # fmt: skip
+
+
+def train(rank: int, recipes: Mapping[str, Recipe], told: Path, shards: bool) -> None:
+    """In a process: run all; what it ended with, in `told`."""
+    if shards:
+        os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+    sums, fit = {}, Trainer.fit
+    # It would end what processes talk by, and the next run has nothing.
+    Accelerator.end_training = lambda self: None
+    for name, each in recipes.items():
+
+        def watched(trainer: Trainer, name: str = name) -> Any:
+            assert trainer.accelerator.num_processes == 2 and bool(trainer.sharding) == shards
+            student = fit(trainer)
+            sums[name] = digest({key: whole(module.state_dict()) for key, module in trainer.modules.items()})
+            return student
+
+        Trainer.fit = watched
+        try:
+            running.run(each)
+        finally:
+            Trainer.fit = fit
+    told.with_suffix(f".{rank}").write_text(json.dumps(sums))
+
+
+def digest(state: Any) -> str:
+    import hashlib
+
+    if isinstance(state, Mapping):
+        return hashlib.sha256("".join(f"{k}={digest(v)};" for k, v in state.items()).encode()).hexdigest()
+    return hashlib.sha256(state.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
+
+
+def in_two(recipes: Mapping[str, Recipe], shards: bool) -> dict[str, bool]:
+    """Whether both processes ended with the same weights, by name."""
+    with tempfile.TemporaryDirectory() as folder:
+        two_processes(train, recipes, Path(folder) / "sums", shards)
+        first, second = (json.loads((Path(folder) / f"sums.{rank}").read_text()) for rank in (0, 1))
+    return {name: first[name] == second[name] for name in recipes}
+
+
+def difference(a: Checkpoint, b: Checkpoint) -> float:
+    assert a.tensors.keys() == b.tensors.keys()
+    return max(
+        float((value.double() - b.tensors[name][key].double()).abs().max())
+        for name, state in a.tensors.items()
+        for key, value in state.items()
+        if value.numel() and key != "updates"
+    )
+
+
+def from_step(out: Path, step: int, new: Path) -> Path:
+    """A copy of a run as it was after `step`."""
+    shutil.copytree(out, new)
+    shutil.rmtree(new / "student", ignore_errors=True)
+    for later in RunDirectory(new).steps():
+        if later > step:
+            shutil.rmtree(new / "checkpoints" / str(later))
+    return new
+
+
+def measure(names: list[str], folder: Path) -> dict[str, dict[str, Any]]:
+    """Rows by name."""
+    settings = ("optim.micro_batch_size=2",)
+    made = {name: folder / str(number) for number, name in enumerate(names)}
+    place = {kind: {name: Path(f"{made[name]}-{kind}") for name in names} for kind in ("one", "ddp", "fsdp")}
+    recipes = {kind: {name: recipe(name, out) for name, out in place[kind].items()} for kind in place}
+    for each in recipes["one"].values():
+        running.run(each)
+    alike = {kind: in_two(recipes[kind], kind == "fsdp") for kind in ("ddp", "fsdp")}
+    rows: dict[str, dict[str, Any]] = {}
+    for name in names:
+        one, before = checkpoint(place["one"][name]), checkpoint(place["one"][name], STEPS - 1)
+        moved = difference(one, before)
+        rows[name] = {"teacher": CASES[name][0], "movement": moved}
+        for kind in ("ddp", "fsdp"):
+            rows[name][kind] = difference(one, checkpoint(place[kind][name]))
+            rows[name][f"{kind} processes alike"] = alike[kind][name]
+    resumed = [name for name in names if name in RESUMED]
+    ends = {
+        f"{a} to {b}": {
+            name: recipe(name, from_step(place[a][name], STEPS - 1, Path(f"{made[name]}-{a}-to-{b}")), *settings)
+            for name in resumed
+        }
+        for a, b in (("fsdp", "fsdp"), ("ddp", "ddp"), ("fsdp", "one"), ("one", "fsdp"), ("ddp", "fsdp"))
+    }  # fmt: skip
+    for kind in ("ddp", "fsdp"):
+        in_two(
+            {f"{k}|{n}": r for k, rs in ends.items() if k.endswith(f"to {kind}") for n, r in rs.items()},
+            kind == "fsdp",
+        )
+    for each in ends["fsdp to one"].values():
+        running.run(each)
+    for kind, group in ends.items():
+        a, b = kind.split(" to ")
+        for name, each in group.items():
+            here, there = checkpoint(Path(each.run.out)), checkpoint(place[a][name])
+            rows[name][kind] = (
+                same([here.tensors, here.optimizers], [there.tensors, there.optimizers])
+                if a == b
+                else difference(here, there)
+            )
+    return rows
+
+
+def main() -> None:
+    from stepdistill.errors import atomic_write, quieten_libraries
+    from stepdistill.provenance import git_commit
+    from training import precompute
+
+    quieten_libraries()
+    names, started = sys.argv[1:] or list(CASES), time.time()
+    with tempfile.TemporaryDirectory() as temporary:
+        precompute.CACHE = Path(temporary) / "cache"
+        rows = measure(names, Path(temporary))
+    facts = {
+        "commit": git_commit(short=True),
+        "torch": torch.__version__,
+        "seconds": round(time.time() - started),
+    }
+    print(json.dumps(rows, indent=1))
+    if not sys.argv[1:]:
+        with atomic_write(TABLE) as path:
+            path.write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Networks in shards: two processes train what one trains, and a checkpoint goes on with any number of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import processes
+import pytest
+import torch
+import yaml
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from forks import two_processes
+from runs import checkpoint, same, sd, toy
+
+from stepdistill.errors import UserError
+from training import run as running
+from training import sharding
+from training.batches import Batches
+
+CONFIGURATIONS = sorted((Path(running.__file__).parent / "accelerate").glob("*.yaml"))
+# Of any weight or average, all of which are float32 of the size of 1; an iteration moves them by a hundred times as much.
+TOLERANCE = 2e-6
+
+
+def test_shards_train_what_one_process_trains_and_go_on_with_any_number(tmp_path, tiny_sd):
+    def make(name: str, *more: str) -> Any:
+        settings = (
+            "run.steps=3",
+            "run.save_every=1",
+            "run.keep=9",
+            "optim.eps=1e-3",
+            "run.check_teacher=false",
+        )
+        return sd(tmp_path / name, tiny_sd, *settings, *more)
+
+    one, two = make("one"), make("two", "optim.micro_batch_size=1", "run.preview_every=2")
+    running.run(one)
+    processes.from_step(tmp_path / "one", 2, tmp_path / "one-two")
+    assert processes.in_two({"two": two, "one-two": make("one-two")}, shards=True) == {
+        "two": True,
+        "one-two": True,
+    }
+    assert (tmp_path / "two" / "previews" / "0000002.png").is_file()
+    assert (tmp_path / "two" / "student" / "model_index.json").is_file()
+    processes.from_step(tmp_path / "two", 2, tmp_path / "two-two")
+    processes.in_two({"two-two": make("two-two", "optim.micro_batch_size=1")}, shards=True)
+    resumed, whole = checkpoint(tmp_path / "two-two"), checkpoint(tmp_path / "two")
+    assert same(resumed.tensors, whole.tensors) and same(resumed.optimizers, whole.optimizers)
+    processes.from_step(tmp_path / "two", 2, tmp_path / "two-one")
+    running.run(make("two-one"))
+    end = checkpoint(tmp_path / "one")
+    moved = processes.difference(end, checkpoint(tmp_path / "one", 2))
+    assert moved > 100 * TOLERANCE
+    for name in ("two", "one-two", "two-one"):
+        assert processes.difference(end, checkpoint(tmp_path / name)) < TOLERANCE, name
+
+
+@pytest.mark.slow
+def test_many_methods_in_copies_and_in_shards(tmp_path):
+    rows = processes.measure(list(processes.CASES), tmp_path)
+    kept = json.loads(processes.TABLE.read_text())["rows"]
+    assert rows.keys() == kept.keys()
+    for table in (rows, kept):
+        for name, row in table.items():
+            for kind, value in row.items():
+                if isinstance(value, bool):
+                    assert value, (name, kind)
+                elif kind == "movement":
+                    assert value > 100 * TOLERANCE, name
+                elif isinstance(value, float):
+                    assert value < TOLERANCE, (name, kind)
+
+
+def _launched(config: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """As `accelerate launch` reads a configuration: the environment it would make; the number of processes."""
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    given = launch_command_parser().parse_args(
+        ["--config_file", str(config), "-m", "training.train", "recipe.yaml"]
+    )
+    given, _, _ = _validate_launch_command(given)
+    if given.num_processes > 1:
+        for name, value in prepare_multi_gpu_env(given).items():
+            if name.startswith(("ACCELERATE_USE", "FSDP_", "PARALLELISM_CONFIG")):
+                monkeypatch.setenv(name, value)
+    return given.num_processes
+
+
+@pytest.mark.parametrize("config", CONFIGURATIONS, ids=lambda path: path.stem)
+def test_accelerate_reads_every_configuration_and_the_trainer_takes_it(config, monkeypatch):
+    name = config.stem
+    assert _launched(config, monkeypatch) == int(re.match(r"\d*", name)[0] or 1)
+    assert (os.environ.get("ACCELERATE_USE_FSDP") == "true") == name.endswith("fsdp")
+    sharding.check_launch()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_is_told_what_to_use_instead(stage, tmp_path, monkeypatch):
+    config = tmp_path / "zero.yaml"
+    whole = {"zero_stage": stage, "offload_optimizer_device": "none", "zero3_init_flag": False}
+    place = {"num_machines": 1, "machine_rank": 0, "num_processes": 8, "mixed_precision": "no"}
+    kind = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "DEEPSPEED"}
+    config.write_text(yaml.dump({**kind, **place, "deepspeed_config": whole}))
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    assert load_config_from_file(str(config)).deepspeed_config["zero_stage"] == stage
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UserError, match=r"DeepSpeed.*8gpu_fsdp\.yaml.*ZeRO-3"):
+        sharding.check_launch()
+
+
+@pytest.mark.parametrize(
+    ("named", "says"),
+    [
+        ({"FSDP_VERSION": "1"}, "fsdp_version=1.*8gpu_fsdp"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params.*false"),
+        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "student.gradient_checkpointing=true"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "2"}, "tp_size.*dp_shard_size"),
+    ],
+)  # fmt: skip
+def test_a_configuration_that_shards_otherwise_is_refused(named, says, monkeypatch):
+    for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", **named}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=says):
+        sharding.check_launch()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (("run.precision=fp16",), "run.precision=fp16.*bf16"),
+        (("method.name=ladd", "method.r1=exact", "method.r1_weight=0.1"), "method.r1=exact.*finite"),
+    ],
+)
+def test_what_of_a_recipe_cannot_be_sharded_is_refused(overrides, says, tmp_path):
+    recipe = toy(
+        tmp_path, *overrides, method={"name": "ladd"} if "ladd" in overrides[0] else {"name": "dmd2"}
+    )
+    with pytest.raises(UserError, match=says):
+        sharding.check_sharded(recipe, recipe.new_method(), torch.nn.Identity())
+
+
+def _reads_other_data(rank: int, recipe: Any) -> None:
+    original = Batches.__init__
+
+    def init(self: Batches, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self.data = {"fingerprint": f"{rank}", "said": f"{40 + rank} examples"}
+
+    Batches.__init__ = init
+    running.run(recipe)
+
+
+def test_processes_that_read_other_data_end_with_one_sentence(tmp_path):
+    spawned = torch.multiprocessing
+    says = "process 1 reads 41 examples, and process 0 reads 40|exit code 2"
+    with pytest.raises((spawned.ProcessRaisedException, spawned.ProcessExitedException), match=says):
+        two_processes(_reads_other_data, toy(tmp_path / "run"))
