@@ -90,6 +90,13 @@ def cli_errors() -> Iterator[None]:
         raise SystemExit(2) from None
 
 
+def full_disk(error: Exception, path: str | os.PathLike[str]) -> OSError | None:
+    """The OSError behind what a library that is not Python's says of a full disk; None where it says something else."""
+    if f"os error {errno.ENOSPC}" not in str(error):
+        return None
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path` (file or directory) and rename it onto `path` if the

@@ -14,12 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from stepdistill import __version__
 from stepdistill import card as cards
 from stepdistill.card import Card
 from stepdistill.denoiser import Denoiser, unwrap
 from stepdistill.drawing import DEFAULT_TEACHER_STEPS
-from stepdistill.errors import UserError, atomic_write
+from stepdistill.errors import UserError, atomic_write, full_disk
 from stepdistill.families.base import Family
 from stepdistill.lora import LoRA
 from stepdistill.methods.base import Method
@@ -62,11 +64,19 @@ def write(
     """Write the pipeline, stepdistill.json and the model card; `directory` appears whole or not at all.
 
     Adapters leave merged, and beside that as a file of their own where the stock pipeline reads one.
+
+    Raises:
+        UserError: a weight is not finite.
+        OSError: the disk is full.
     """
     student = unwrap(student)
+    _refuse_not_finite(student, card)
     whole = student.merged() if isinstance(student, (LoRA, Pruned)) else student
     with atomic_write(directory) as temporary:
-        family.export(whole, temporary, card)
+        try:
+            family.export(whole, temporary, card)
+        except SafetensorError as error:
+            raise (full_disk(error, directory) or error) from None
         _name_known_tokenizers(temporary)
         cards.write(card, temporary)
         if isinstance(student, LoRA):
@@ -86,8 +96,9 @@ def write_adapters(
     stepdistill.json and the model card; `directory` appears whole or not at all.
 
     Raises:
-        UserError: the family's stock pipeline reads no adapters, or draws no student of this kind.
+        UserError: the family's stock pipeline reads no adapters, or draws no student of this kind; a weight is not finite.
     """
+    _refuse_not_finite(student, card)
     if why := family.no_lora_file or beyond_stock(family, card):
         raise UserError(f"{why} Export it with --merge.")
     with atomic_write(directory) as temporary:
@@ -97,6 +108,15 @@ def write_adapters(
         cards.write(card, temporary)
         told = replace(card, metrics=card.metrics | (measured(temporary) if measured else {}))
         temporary.joinpath("README.md").write_text(adapters_readme(family, told), encoding="utf-8")
+
+
+def _refuse_not_finite(student: Denoiser, card: Card) -> None:
+    for name, parameter in student.named_parameters():
+        if parameter.is_floating_point() and not parameter.isfinite().all():
+            raise UserError(
+                f"the student of step {card.step} is not exported: its weight {name} is not finite; go on from a checkpoint"
+                " before, with a lower optim.lr or optim.max_grad_norm set."
+            )
 
 
 def base_of(card: Card) -> str:

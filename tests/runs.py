@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from worlds import SETTINGS, STEPS
 
 from stepdistill.config import apply_overrides
 from training.checkpoint import Checkpoint, RunDirectory
@@ -98,3 +99,44 @@ def pixel(out: Path, teacher: Path, images: Path, *overrides: str) -> Recipe:
     family = {"name": "pixel", "teacher": str(teacher)}
     data = {"name": "folder", "path": str(images), "resolution": 8}
     return toy(out, "run.steps=2", "optim.batch_size=4", *overrides, family=family, data=data)
+
+
+PAIRS = {"pair_count": 16, "pair_steps": 2}
+# What keeps two runs of five iterations short, and resuming worth a test.
+SMALL: dict[str, dict[str, Any]] = {
+    "dmd": PAIRS,
+    "dmd2": {"student_every": 2, "gan_weight": 0.1},
+    # The curriculum moves in every iteration.
+    "ect": {"double_every": 1, "stages": 4},
+    "kd": PAIRS,
+    "scm": {"warmup": 4},
+    "ladd": {"warmup": 3},
+    "lcm": {"ddim_steps": 4},
+    "compose": {
+        "parts": [
+            {"name": "scm", "warmup": 4},
+            {"name": "ladd", "warmup": 3, "misaligned": True},
+        ]
+    },
+    "disback": {"stage": "degrade", "path": 2, "interval": 1},
+}
+
+
+def of_method(name: str, out: Path, *overrides: str) -> Recipe:
+    """Any registered method on the toy, five iterations of it; code of the tests' own must be allowed."""
+    mapping = {
+        "family": {"name": "toy", "modes": 4, "classes": 2, "fit_steps": 2},
+        "student": {"steps": list(STEPS.get(name, (1, 2))), "ema": 0.5},
+        "method": {"name": name, **SETTINGS.get(name, {}), **SMALL.get(name, {})},
+        "data": {"name": "toy", "size": 40},
+        "optim": {"lr": 1e-2, "batch_size": 8, "schedule": "cosine"},
+        "run": {
+            "out": str(out),
+            "steps": 5,
+            "save_every": 3,
+            "keep": 9,
+            "log_every": 1,
+            "trackers": [],
+        },
+    }
+    return recipe_from(apply_overrides(mapping, overrides))

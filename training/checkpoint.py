@@ -8,7 +8,6 @@ is no longer what was written is set aside as checkpoints/damaged-<step>, and th
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -19,14 +18,15 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from stepdistill import card as cards
 from stepdistill.config import dump, read_yaml
 from stepdistill.errors import FULL_DISK, UserError, atomic_write
 from training import identity, saved
-from training.files import flush
+from training.disk import OnFullDisk
+from training.files import flush, remove
 from training.lock import Lock
 from training.notices import notice
 from training.recipe import Recipe
+from training.run_files import RunFiles
 from training.saved import Checkpoint, Damaged
 
 _OWN = (
@@ -43,7 +43,7 @@ _OWN = (
 _CLEARING = ".clearing"
 
 
-class RunDirectory:
+class RunDirectory(RunFiles):
     """The directory of one run. With several processes, the main one alone writes; all may read.
 
     Attributes:
@@ -51,19 +51,13 @@ class RunDirectory:
         notes: what `begin` found that a person should hear of, sentences.
     """
 
-    def __init__(self, out: str | Path, keep: int = 2) -> None:
-        self.path = Path(out).expanduser()
+    def __init__(self, out: str | Path, keep: int = 2, on_full_disk: OnFullDisk = "stop") -> None:
+        super().__init__(out, on_full_disk)
         self.keep = keep
         self.notes: list[str] = []
         self.lock = Lock(self.path / ".lock")
         # Steps whose checksums were right.
         self._sound: set[int] = set()
-        self.recipe = self.path / "recipe.yaml"
-        self.metrics = self.path / "metrics.jsonl"
-        self.previews = self.path / "previews"
-        self.checkpoints = self.path / "checkpoints"
-        self.student = self.path / "student"
-        self.results = self.path / "results"
 
     def begin(self, recipe: Recipe, fresh: bool = False) -> int:
         """Make the directory ready for `recipe`, lock it, and return how many steps of it are done: 0 for a new run.
@@ -97,7 +91,7 @@ class RunDirectory:
         step = self._newest()
         if step is not None or self.student.exists():
             self._permitted(recipe)
-        step = self._finished(recipe) if step is None else step
+        step = self._without(recipe) if step is None else step
         self.previews.mkdir(exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
         self._tidy()
@@ -154,7 +148,7 @@ class RunDirectory:
             )
         return None
 
-    def _finished(self, recipe: Recipe) -> int:
+    def _without(self, recipe: Recipe) -> int:
         """Steps of a run without checkpoints: all, where its student lies here, else none.
 
         Raises:
@@ -170,18 +164,11 @@ class RunDirectory:
             " another directory with run.out=..., or start over with --fresh."
         )
 
-    def exported(self) -> int | None:
-        """The step of the exported student, None without one that can be read."""
-        try:
-            return cards.read(self.student).step if self.student.is_dir() else None
-        except UserError:
-            return None
-
     def _tidy(self) -> None:
         """Remove what writes that were killed left under hidden names; nobody else is at work here."""
         for place in (self.checkpoints, self.previews):
-            _remove(*place.glob(".*"))
-        _remove(*(left for name in _OWN for left in self.path.glob(f".{name}.*")))
+            remove(*place.glob(".*"))
+        remove(*(left for name in _OWN for left in self.path.glob(f".{name}.*")))
 
     def check(self, recipe: Recipe) -> None:
         """UserError when the run in the directory is of another family, method, student or optimiser than `recipe`; what
@@ -202,7 +189,7 @@ class RunDirectory:
             # Not the directory of a run: nothing here is ours.
             return
         self._clearing.touch()
-        _remove(*(self.path / name for name in _OWN))
+        remove(*(self.path / name for name in _OWN))
 
     def save(
         self,
@@ -223,8 +210,7 @@ class RunDirectory:
         # The log's lines up to here are on the disk before what goes on from here is.
         if self.metrics.is_file():
             flush(self.metrics)
-        with atomic_write(target) as folder:
-            saved.write(folder, step, tensors, optimizers, extra)
+        self.put(target, lambda folder: saved.write(folder, step, tensors, optimizers, extra))
         self._sound.discard(step)
         self._prune()
         return target
@@ -296,7 +282,7 @@ class RunDirectory:
 
     def _set_aside(self, step: int) -> None:
         """Out of the way of what will be saved; of what is damaged, the last stays."""
-        _remove(*self.checkpoints.glob("damaged-*"))
+        remove(*self.checkpoints.glob("damaged-*"))
         os.replace(self.checkpoints / str(step), self._aside(step))
 
     def record_best(self, step: int, metric: float, lower_is_better: bool = True) -> bool:
@@ -306,19 +292,11 @@ class RunDirectory:
             return False
         if best is not None and (metric >= best[1] if lower_is_better else metric <= best[1]):
             return False
-        with atomic_write(self.checkpoints / "best.json") as temporary:
-            saved.write_json(temporary, {"step": step, "metric": metric})
+        content = {"step": step, "metric": metric}
+        self.put(self.checkpoints / "best.json", lambda temporary: saved.write_json(temporary, content))
         # The one that was best before may go now.
         self._prune()
         return True
-
-    def best(self) -> tuple[int, float] | None:
-        """(step, metric) of the best measurement so far."""
-        try:
-            best = json.loads((self.checkpoints / "best.json").read_text(encoding="utf-8"))
-            return best["step"], best["metric"]
-        except (FileNotFoundError, ValueError, KeyError):
-            return None
 
     def _prune(self) -> None:
         whole, best = self.steps(), self.best()
@@ -327,12 +305,3 @@ class RunDirectory:
         for step in self._numbered():
             if step < oldest and (best is None or step != best[0]):
                 shutil.rmtree(self.checkpoints / str(step))
-
-
-def _remove(*paths: Path) -> None:
-    """Files and directories, whether they are there or not; of a link, the link."""
-    for path in paths:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)

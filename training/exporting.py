@@ -22,6 +22,7 @@ from stepdistill.families.base import Family
 from stepdistill.methods.assemble import new_student
 from stepdistill.methods.base import Method
 from training.checkpoint import Checkpoint, RunDirectory
+from training.files import lines_of
 from training.recipe import Recipe
 
 
@@ -144,7 +145,7 @@ def measured_by(run: RunDirectory, card: Card) -> export.Measured:
     def numbers(directory: Path) -> dict[str, str]:
         watched = {
             name.removeprefix("metric/"): f"{value:.4g}"
-            for line in _lines(run.metrics)
+            for line in lines_of(run.metrics)
             if line.get("step") == card.step
             for name, value in line.items()
             if name.startswith("metric/") and isinstance(value, float)
@@ -153,15 +154,6 @@ def measured_by(run: RunDirectory, card: Card) -> export.Measured:
         return watched | _results(run.results / "results.json", places)
 
     return numbers
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Of a log; the last one of a run that was killed may be half a line."""
-    if path.is_file():
-        with open(path, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                with contextlib.suppress(ValueError):
-                    yield json.loads(line)
 
 
 def _results(path: Path, places: Sequence[Path]) -> dict[str, str]:

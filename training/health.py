@@ -68,11 +68,12 @@ class Health:
 
     def state_dict(self) -> dict[str, Any]:
         """What a run that goes on must remember."""
-        return {"first": self.first, "left": sorted(self.left)}
+        return {"first": self.first, "left": sorted(self.left), "panel": self.panel}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`."""
         self.first, self.left = dict(state.get("first", {})), set(state["left"])
+        self.panel = dict(state.get("panel", {}))
 
     def lines(self) -> list[str]:
         """The panel as text, a line a value; those outside their range are marked."""

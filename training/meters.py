@@ -26,18 +26,20 @@ class Meters:
         entry[0] += value
         entry[1] += 1
 
+    def miss(self, name: str) -> None:
+        """`name` would have had a value, and it counts for nothing: processes keep the same names."""
+        self.sums.setdefault(name, [0.0, 0])
+
     def share(self, accelerator: Accelerator) -> None:
         """Give every process the mean over processes of what each has observed. All of them call it."""
         if accelerator.num_processes == 1 or not self.sums:
             return
-        totals = [total for total, _ in self.sums.values()]
-        table = torch.tensor(totals, dtype=torch.float64, device=accelerator.device)
-        for entry, total in zip(self.sums.values(), accelerator.reduce(table, "mean").tolist(), strict=True):
-            entry[0] = total
+        table = torch.tensor(list(self.sums.values()), dtype=torch.float64, device=accelerator.device)
+        self.sums = dict(zip(self.sums, accelerator.reduce(table, "mean").tolist(), strict=True))
 
     def means(self) -> dict[str, float]:
         """The mean of each name."""
-        return {name: total / count for name, (total, count) in self.sums.items()}
+        return {name: total / count for name, (total, count) in self.sums.items() if count}
 
     def total(self, ending: str) -> float:
         """The sum of all values whose names end so."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from tqdm import tqdm
 
-from stepdistill.errors import atomic_write
 from stepdistill.families.base import Family
 from stepdistill.methods.base import Method
 from training.checkpoint import RunDirectory
@@ -84,10 +85,13 @@ class Monitor:
         with self.student.weights():
             picture = self._preview.draw(self.student.sampler(step), networks, self.health.lines())
         if self.accelerator.is_main_process:
-            path = self.directory.previews / f"{step:07d}.png"
-            with atomic_write(path) as temporary:
-                picture.save(temporary, format="PNG")
+            path = self._picture
+            self.directory.put(path, lambda temporary: picture.save(temporary, format="PNG"))
             log_picture(self.accelerator.trackers, "preview", path, step)
+
+    @property
+    def _picture(self) -> Path:
+        return self.directory.previews / f"{self.state.global_step:07d}.png"
 
     def measure(self) -> None:
         """The recipe's metric of the exported weights, whose checkpoint is there already; the best one is kept."""
@@ -100,6 +104,17 @@ class Monitor:
             self.accelerator.log({f"metric/{metric}": value.value}, step)
             tqdm.write(f"step {step}: {metric} = {value.value:.4g}{' (best)' if best else ''}")
         self.accelerator.wait_for_everyone()
+
+    def pending(self) -> tuple[bool, bool]:
+        """(metric, preview): which of them were due at this step and a kill has prevented; the same in all processes."""
+        step, run = self.state.step, self.run
+        metric = bool(run.metric_every) and step > 0 and step % run.metric_every == 0
+        preview = bool(run.preview_every) and step % run.preview_every == 0
+        if step:
+            metric = metric and f"metric/{run.metric}" not in self.directory.logged(self.state.global_step)
+            preview = preview and not self._picture.exists()
+        metric, preview = broadcast_object_list([metric, preview])
+        return metric, preview
 
     def state_dict(self) -> dict[str, Any]:
         """What the next line of the log needs of before, as plain values; the health panel has its own."""

@@ -13,6 +13,8 @@ CODES = {
     "W04": "an example can no longer be read",
     "W05": "prompts are cut",
     "W06": "a value has left its normal range",
+    "W07": "an update was left out, because something was not finite",
+    "W08": "the disk is full, and the run waits",
     "W09": "the log of a run without a checkpoint is begun again",
 }
 

@@ -61,6 +61,10 @@ class NetworkOptimizer:
         self.optimizer.zero_grad(set_to_none=True)
         return not self.optimizer.step_was_skipped
 
+    def leave_out(self) -> None:
+        """Clear the gradient without a step."""
+        self.optimizer.zero_grad(set_to_none=True)
+
     def state_dict(self) -> dict[str, Any]:
         """torch's, of the optimiser."""
         return self.optimizer.state_dict()

@@ -26,8 +26,10 @@ from stepdistill.methods.assemble import trained_by
 from stepdistill.methods.base import Method
 from training.checkpoint import RunDirectory
 from training.data import Source
+from training.disk import with_room
 from training.exporting import Exported
 from training.forecast import forecast
+from training.launch import check_processes, peers
 from training.measure import check_metric, measure
 from training.notices import notice
 from training.precompute import prepare
@@ -44,7 +46,7 @@ def run(recipe: Recipe, fresh: bool = False) -> None:
         torch.set_num_threads(recipe.run.threads)
     accelerator = accelerator_of(recipe)
     main = accelerator.is_main_process
-    directory = RunDirectory(recipe.run.out, recipe.run.keep)
+    directory = RunDirectory(recipe.run.out, recipe.run.keep, recipe.run.on_full_disk)
     family, sources = build(recipe)
     for stage in recipe.stages():
         stage.optim.split(accelerator.num_processes)
@@ -53,7 +55,8 @@ def run(recipe: Recipe, fresh: bool = False) -> None:
     try:
         for note in directory.notes:
             say(main, note)
-        if done >= recipe.total_steps and (directory.exported() == done or not family.exportable):
+        exported = not family.exportable or directory.exported() == done
+        if done >= recipe.total_steps and exported and directory.finished(done):
             say(main, f"{directory.path} is finished at step {done}; nothing to do (--fresh starts over).")
         else:
             _train(recipe, accelerator, family, sources, directory, done)
@@ -82,10 +85,12 @@ def _train(
     )
     if not done:
         say(main, _assessed(accelerator, recipe, family, sources[0]))
-    accelerator.log_with = trackers(directory.path, recipe.run.trackers, done) if main else []
+    made = trackers(directory.path, recipe.run.trackers, done, recipe.run.on_full_disk) if main else []
+    accelerator.log_with = made
     accelerator.init_trackers("stepdistill")
-    trainer = _stages(recipe, accelerator, family, sources, directory, done)
-    _finish(trainer, accelerator)
+    with peers(accelerator.num_processes):
+        trainer = _stages(recipe, accelerator, family, sources, directory, done)
+        _finish(trainer, accelerator)
 
 
 def _cut(family: Family, sources: list[Source], most: int = 10_000) -> str:
@@ -136,6 +141,7 @@ def _check_alike(accelerator: Accelerator, data: Mapping[str, str]) -> None:
 
 def accelerator_of(recipe: Recipe) -> Accelerator:
     """accelerate's, as every run here is set up. Raises UserError for what the trainer cannot serve."""
+    check_processes()
     precision = recipe.run.precision
     # Its cache would hand weights that were cast under no_grad (backward simulation) to the call that trains,
     # which then has no gradient.
@@ -216,18 +222,25 @@ def _finish(trainer: Trainer, accelerator: Accelerator) -> None:
     if not main and not trainer.sharding:
         return
     family, student, step = trainer.family, trainer.student, trainer.state.global_step
-    sampler = student.sampler(step)
+    sampler, logged = student.sampler(step), trainer.directory.logged(step)
     for name in family.metrics:
         for steps in sorted(sampler.steps or (sampler.default_steps,)):
-            value = measure(trainer.run, family, sampler, name, steps).value
             label = name if steps == sampler.default_steps else f"{name}@{steps}"
-            accelerator.log({f"metric/{label}": value}, step)
+            # A run that was killed after this has it already.
+            value = logged.get(f"metric/{label}")
+            if value is None:
+                value = measure(trainer.run, family, sampler, name, steps).value
+                accelerator.log({f"metric/{label}": value}, step)
             say(main, f"{name} = {value:.3f} at {steps} step{'s' * (steps > 1)}")
-    if family.exportable and main:
+    if not main:
+        return
+    if family.exportable:
         # What the checkpoint holds is whole.
         made = Exported.of(trainer.whole, "latest") if trainer.sharding else None
-        student.write(step, made)
+        full = trainer.run.on_full_disk
+        with_room(full, f"writing {student.directory}", lambda: student.write(step, made))
         say(True, f"exported to {student.directory}")
+    trainer.directory.finish(step)
 
 
 def build(recipe: Recipe) -> tuple[Family, list[Source]]:

@@ -192,6 +192,9 @@ class RunConfig:
         precompute: when the prompts' conditions are encoded once, into ./cache, and text encoders leave memory: "auto" =
             if that has been done already (training.precompute), or the run draws more prompts than there are.
         check_teacher: test at the start whether the teacher predicts what its scheduler says; false = trust it.
+        on_nonfinite: what follows a loss or a gradient that is NaN or infinite: "stop", or "skip" that update, at most
+            nonfinite_budget times in a run.
+        on_full_disk: "stop" with what was saved, or "wait" until there is room.
         resume: go on with a run that lies in `out`; false = refuse.
     """
 
@@ -215,13 +218,16 @@ class RunConfig:
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     precompute: Literal["auto", "always", "never"] = "auto"
     check_teacher: bool = True
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    nonfinite_budget: int = 10
+    on_full_disk: Literal["stop", "wait"] = "stop"
     resume: bool = True
 
     def __post_init__(self) -> None:
         _require(bool(self.out.strip()), "out", "nothing", "name a directory")
         for name in ("steps", "log_every", "preview_count", "keep"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "be at least 1")
-        for name in ("seed", "preview_every", "save_every", "metric_every", "threads"):
+        for name in ("seed", "preview_every", "save_every", "metric_every", "threads", "nonfinite_budget"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "be 0 or more")
         _require(0 <= self.save_minutes < math.inf, "save_minutes", self.save_minutes, "be 0 or more")
         most = max(MOST_THREADS, os.cpu_count() or 1)

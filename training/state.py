@@ -27,6 +27,7 @@ class TrainState:
         samples: examples drawn by all phases, from which data order follows.
         updates: optimiser steps taken, by network.
         drawn: of `samples`, how many were of each bucket of the data; [] at the start.
+        skipped: updates left out, because a loss or a gradient was not finite.
     """
 
     seed: int
@@ -36,6 +37,7 @@ class TrainState:
     samples: int = 0
     updates: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     drawn: list[int] = field(default_factory=list)
+    skipped: int = 0
 
     @property
     def global_step(self) -> int:
@@ -53,7 +55,8 @@ class TrainState:
 
     def state_dict(self) -> dict[str, Any]:
         """The counters, as plain values."""
-        return {"samples": self.samples, "updates": dict(self.updates), "drawn": list(self.drawn)}
+        plain = {"samples": self.samples, "drawn": list(self.drawn), "skipped": self.skipped}
+        return plain | {"updates": dict(self.updates)}
 
     def load_state_dict(self, state: Mapping[str, Any], global_step: int) -> None:
         """Go on after `global_step` with the counters that `state_dict` gave there."""
@@ -61,3 +64,4 @@ class TrainState:
         self.samples = state["samples"]
         self.updates.update(state["updates"])
         self.drawn = list(state.get("drawn", []))
+        self.skipped = state.get("skipped", 0)

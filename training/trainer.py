@@ -24,14 +24,14 @@ from stepdistill.errors import Interrupted, UserError
 from stepdistill.families.base import Family
 from stepdistill.methods.assemble import assemble, take_over, trained_by
 from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase, term_name
-from stepdistill.provenance import sha256_of_weights
 from training import interrupts
 from training.batches import Batches
 from training.checkpoint import Checkpoint, RunDirectory
 from training.exporting import ExportedStudent, StudentCard
 from training.monitor import Monitor
-from training.notices import warn
+from training.nonfinite import NonFinite
 from training.optimizers import NetworkOptimizer
+from training.origin import Origin
 from training.recipe import Recipe
 from training.sharding import Sharding, check_sharded, gathered, placed, settle
 from training.state import TrainState
@@ -73,7 +73,7 @@ class Trainer:
         self.run, self.device = recipe.run, accelerator.device
         self.sharding = Sharding.of(accelerator)
         self.state = TrainState(self.run.seed, stage, offset)
-        self._fingerprint: str | None = None
+        self.origin = Origin(family, batches.data, accelerator.is_main_process)
         # Fresh weights, the same in every process.
         torch.manual_seed(self.run.seed + stage)
         wanted = recipe.student
@@ -81,7 +81,7 @@ class Trainer:
         if self.sharding and family.teacher is not None:
             # All of every network lies in main memory until it is cut; its checksum is of the whole.
             family.teacher.to("cpu")
-            self._teacher()
+            self.origin.remember()
         self._prepare(
             assemble(method, family, wanted.init, lora=wanted.lora, before=student, **checkpointing)
         )
@@ -97,6 +97,7 @@ class Trainer:
             recipe, accelerator, method, family, batches.source, directory, self.state, self.student
         )
         self._saved_at, self._saved_when = -1, 0.0
+        self.nonfinite = NonFinite(self.run, directory, self.state, accelerator.is_main_process)
 
     def _prepare(self, nets: Networks) -> None:
         """Which networks are trained, and their optimisers."""
@@ -132,8 +133,7 @@ class Trainer:
         run = self.run
         with self._bar() as bar, interrupts.deferred() as asked:
             self._saved_when = time.monotonic()
-            if self.state.step == 0 and run.preview_every:
-                self.monitor.preview(self.modules)
+            self._catch_up()
             while self.state.step < run.steps:
                 self.train_step()
                 bar.update()
@@ -144,6 +144,14 @@ class Trainer:
                 self._every(run.preview_every, lambda: self.monitor.preview(self.modules))
                 self._obey(asked)
         return self.student.put()
+
+    def _catch_up(self) -> None:
+        """What is due before the first step, or was due after the last one and a kill has prevented."""
+        metric, preview = self.monitor.pending()
+        if metric:
+            self._measure()
+        if preview:
+            self.monitor.preview(self.modules)
 
     def _bar(self) -> tqdm:
         return tqdm(
@@ -209,23 +217,34 @@ class Trainer:
                     total = self._checked(losses, phase, term_name(loss), batch)
                     self.accelerator.backward(total * (weight / passes))
                 for name, value in losses.items():
-                    self.monitor.meters.add(f"{phase.name}/{name}", float(value.detach().float().mean()))
-        for name in phase.trains:
-            self._update(name, phase)
+                    self._observe(f"{phase.name}/{name}", float(value.detach().float().mean()))
+        self._update(phase)
         self.monitor.meters.add(f"{phase.name}/seconds", time.perf_counter() - started)
 
-    def _update(self, name: str, phase: Phase) -> None:
-        """Clip one network's gradient and take its optimiser's step."""
-        optimizer = self.optimizers[name]
-        norm = optimizer.clip()
-        # A gradient scaler leaves such a step out.
-        if not math.isfinite(norm) and self.accelerator.scaler is None:
-            raise UserError(self._diverged(f"the gradient of {name} in phase {phase.name!r}"))
-        self.monitor.meters.add(f"{phase.name}/grad_norm_{name}", norm)
-        if optimizer.step(self.state.step, self.run.steps):
-            self.state.updates[name] += 1
-            if name == "student":
-                self.ema.update(self.modules[name])
+    def _update(self, phase: Phase) -> None:
+        """Clip each network's gradient and take its optimiser's step; all of them, or none where one is not finite."""
+        norms = {name: self.optimizers[name].clip() for name in phase.trains}
+        for name, norm in norms.items():
+            self._observe(f"{phase.name}/grad_norm_{name}", norm)
+        # A gradient scaler leaves such a step out by itself.
+        broken = [name for name, norm in norms.items() if not math.isfinite(norm)]
+        if broken and self.accelerator.scaler is None:
+            self.nonfinite.gradient(f"the gradient of {', '.join(broken)} in phase {phase.name!r}")
+            for name in phase.trains:
+                self.optimizers[name].leave_out()
+            return
+        for name in phase.trains:
+            if self.optimizers[name].step(self.state.step, self.run.steps):
+                self.state.updates[name] += 1
+                if name == "student":
+                    self.ema.update(self.modules[name])
+
+    def _observe(self, name: str, value: float) -> None:
+        """For the log, whose means leave out what was of an update that is left out."""
+        if self.nonfinite.skips and not math.isfinite(value):
+            self.monitor.meters.miss(name)
+        else:
+            self.monitor.meters.add(name, value)
 
     def _networks(self, trains: tuple[str, ...]) -> Networks:
         """What is trained comes wrapped, so that processes synchronise; what is frozen comes unwrapped, so that
@@ -247,15 +266,12 @@ class Trainer:
         if not finite.all():
             numbers = torch.as_tensor(batch.index.cpu() if batch.examples is None else batch.examples)
             bad = (numbers[~finite.cpu()] if total.ndim else numbers).tolist()
-            raise UserError(
-                self._diverged(
-                    f"the loss of phase {phase.name!r} (term {term}, examples {bad[:8]} of the data)"
-                )
+            self.nonfinite.loss(
+                f"the loss of phase {phase.name!r} (term {term}, examples {bad[:8]} of the data)"
             )
+            # Every gradient is told, and with it every process.
+            return total.mean() * math.nan
         return total.mean()
-
-    def _diverged(self, what: str) -> str:
-        return self.directory.diverged(what, self.state.global_step)
 
     def _any_process(self, asked: list[bool]) -> list[bool]:
         """Which are true in one process at least: all must do the same after the same step."""
@@ -282,19 +298,10 @@ class Trainer:
                 "method": self.method.state_dict(),
                 "health": self.monitor.health.state_dict(),
                 "routing": self.batches.source.routing,
-                "data": self.batches.data,
-                "teacher": self._teacher(),
-            }
+            } | self.origin.state_dict()
             self.directory.save(self.state.global_step, tensors, optimizers, extra)
         self._saved_at, self._saved_when = self.state.step, time.monotonic()
         self.accelerator.wait_for_everyone()
-
-    def _teacher(self) -> str:
-        """Checksum of the teacher's weights, "" without one; computed once."""
-        if self._fingerprint is None:
-            teacher = self.family.teacher
-            self._fingerprint = "" if teacher is None else sha256_of_weights(teacher)
-        return self._fingerprint
 
     def _measure(self) -> None:
         self.save()
@@ -304,15 +311,10 @@ class Trainer:
         """Go on where `save` stopped. Every key of every network must match.
 
         Raises:
-            UserError: the checkpoint is of a run whose earlier stages had other lengths.
+            UserError: the checkpoint is of a run whose earlier stages had other lengths, or of another teacher.
         """
         extra, counters, state = checkpoint.extra, checkpoint.extra["counters"], self.state
-        self._say_changed(extra.get("data"))
-        if extra.get("teacher", self._teacher()) != self._teacher():
-            raise UserError(
-                f"the teacher's weights are not those the checkpoint of step {checkpoint.step} was trained with; bring them"
-                " back, or start over with --fresh."
-            )
+        self.origin.check(checkpoint)
         if extra.get("offset", state.offset) != state.offset:
             raise UserError(
                 f"the checkpoint of step {checkpoint.step} is of a run whose stage {state.stage} began at step"
@@ -330,12 +332,3 @@ class Trainer:
         self.method.load_state_dict(extra["method"])
         if "health" in extra:
             self.monitor.health.load_state_dict(extra["health"])
-
-    def _say_changed(self, before: Mapping[str, str] | None) -> None:
-        now = self.batches.data
-        if self.accelerator.is_main_process and before and before["fingerprint"] != now["fingerprint"]:
-            warn(
-                "W03",
-                f"the data are not those of the checkpoint, so their order is another from here on; they were"
-                f" {before['said']}, and are {now['said']}",
-            )

@@ -15,7 +15,7 @@ import torch
 from runs import assert_same_run, checkpoint, metrics, toy
 
 from stepdistill.errors import Interrupted, UserError, cli_errors
-from training import interrupts, trainer
+from training import interrupts, origin, trainer
 from training import run as running
 from training.checkpoint import RunDirectory
 from training.lock import Lock
@@ -214,13 +214,13 @@ def test_fresh_is_the_old_run_or_a_new_one(whole, tmp_path, monkeypatch):
     if child == 0:
         from training import checkpoint as module
 
-        real = module._remove
+        real = module.remove
 
         def killed(*paths: Path) -> None:
             real(*paths[:2])
             os._exit(9)
 
-        module._remove = killed
+        module.remove = killed
         RunDirectory(out).begin(toy(out, "method.student_every=3"), fresh=True)
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
@@ -281,7 +281,7 @@ def test_a_teacher_edited_in_place_is_refused(tmp_path, monkeypatch):
     running.run(toy(out, "run.steps=2"))
     written = json.loads((out / "checkpoints" / "2" / "extra.json").read_text())
     assert len(written["teacher"]) == 64
-    monkeypatch.setattr(trainer, "sha256_of_weights", lambda module: "0" * 64)
+    monkeypatch.setattr(origin, "sha256_of_weights", lambda module: "0" * 64)
     with pytest.raises(UserError, match="the teacher's weights are not those"):
         running.run(toy(out, "run.steps=4"))
 

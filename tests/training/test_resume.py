@@ -5,13 +5,11 @@ a later stage as well.
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from runs import metrics
-from worlds import SETTINGS, STEPS
+from runs import metrics, of_method
 
 from stepdistill.methods import METHODS
 from training.checkpoint import Checkpoint, RunDirectory
@@ -20,46 +18,6 @@ from training.run import run
 
 # The rewards and eyes of the tests are code of their own.
 pytestmark = pytest.mark.usefixtures("short_runs", "own_code")
-
-PAIRS = {"pair_count": 16, "pair_steps": 2}
-# What keeps two runs of five iterations short, and resuming worth a test.
-SMALL: dict[str, dict[str, Any]] = {
-    "dmd": PAIRS,
-    "dmd2": {"student_every": 2, "gan_weight": 0.1},
-    # The curriculum moves in every iteration.
-    "ect": {"double_every": 1, "stages": 4},
-    "kd": PAIRS,
-    "scm": {"warmup": 4},
-    "ladd": {"warmup": 3},
-    "lcm": {"ddim_steps": 4},
-    "compose": {
-        "parts": [
-            {"name": "scm", "warmup": 4},
-            {"name": "ladd", "warmup": 3, "misaligned": True},
-        ]
-    },
-    "disback": {"stage": "degrade", "path": 2, "interval": 1},
-}
-
-
-def recipe(name: str, out: Path) -> Recipe:
-    return recipe_from(
-        {
-            "family": {"name": "toy", "modes": 4, "classes": 2, "fit_steps": 2},
-            "student": {"steps": list(STEPS.get(name, (1, 2))), "ema": 0.5},
-            "method": {"name": name, **SETTINGS.get(name, {}), **SMALL.get(name, {})},
-            "data": {"name": "toy", "size": 40},
-            "optim": {"lr": 1e-2, "batch_size": 8, "schedule": "cosine"},
-            "run": {
-                "out": str(out),
-                "steps": 5,
-                "save_every": 3,
-                "keep": 9,
-                "log_every": 1,
-                "trackers": [],
-            },
-        }
-    )
 
 
 def flat(value: Any, name: str = "") -> dict[str, Any]:
@@ -100,7 +58,7 @@ def assert_goes_on_alike(recipe: Recipe, before: int, end: int) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_a_resumed_run_equals_an_uninterrupted_one(name, tmp_path):
     """From the middle of a turn, where networks take turns."""
-    assert_goes_on_alike(recipe(name, tmp_path / "run"), 3, 5)
+    assert_goes_on_alike(of_method(name, tmp_path / "run"), 3, 5)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +75,7 @@ def test_a_run_resumed_in_its_second_stage_equals_an_uninterrupted_one(name, fir
         {"method": method, "student": {"steps": [steps]}, "run": {"steps": 5}}
         for method, steps in ((first, 4), (second, 2))
     ]
-    mapping = recipe(name, tmp_path / "run").mapping()
+    mapping = of_method(name, tmp_path / "run").mapping()
     del mapping["run"]["steps"]
     assert_goes_on_alike(recipe_from(mapping | {"stages": stages}), 8, 10)
 
@@ -126,7 +84,7 @@ def test_a_run_resumed_in_its_second_stage_equals_an_uninterrupted_one(name, fir
 def test_the_student_of_a_partition_of_one_is_the_single_student(name, tmp_path):
     found = []
     for out, partition in ((tmp_path / "single", ""), (tmp_path / "one", "1/1")):
-        mapping = recipe(name, out).mapping()
+        mapping = of_method(name, out).mapping()
         mapping["data"]["partition"] = partition
         run(recipe_from(mapping))
         found.append(flat(RunDirectory(out, 9).load(5).tensors))
