@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+from stepdistill.errors import UserError
+from stepdistill.yaml_files import read_yaml
 
 # Bytes of a log that are read from its end, and points of a curve.
 TAIL = 4 << 20
@@ -79,10 +80,9 @@ def _rows(file: Path) -> list[dict[str, Any]]:
 
 def _recipe(path: Path) -> dict[str, Any]:
     try:
-        read = yaml.safe_load((path / "recipe.yaml").read_text())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        return read_yaml(path / "recipe.yaml")
+    except UserError:
         return {}
-    return read if isinstance(read, dict) else {}
 
 
 def _total_steps(recipe: dict[str, Any]) -> int | None:
@@ -129,7 +129,6 @@ def _plain(value: Any) -> Any:
 
 
 def _ranges(recipe: dict[str, Any]) -> dict[str, tuple[float, float, str]]:
-    from stepdistill.errors import UserError
     from stepdistill.methods import METHODS
     from stepdistill.methods.base import COMMON_HEALTH
     from stepdistill.registry import resolve

@@ -20,8 +20,6 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from evaluation.captions import CaptionFile
 from evaluation.decoding import Resize
 from evaluation.references import LATER, UNHASHED, FileReference, NamedReference, SceneReference
@@ -29,6 +27,7 @@ from stepdistill import scenes
 from stepdistill.drawing import QUANTISE
 from stepdistill.errors import UserError, nearest
 from stepdistill.scenes import HELD_OUT_SEED
+from stepdistill.yaml_files import read_yaml
 
 FOLDER = Path(__file__).resolve().parent / "protocols"
 CONDITIONS = ("scenes", "classes", "captions", "none")
@@ -199,13 +198,7 @@ def load_protocol(path: str | os.PathLike[str]) -> Protocol:
         UserError: the file is missing, no YAML, or has an unknown, missing or mistyped field.
     """
     path = Path(path)
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"the protocol {path} cannot be read ({error.strerror}).") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"the protocol {path} is not YAML ({' '.join(str(error).split())}).") from None
-    return _built(Protocol, content, str(path))
+    return _built(Protocol, read_yaml(path), str(path))
 
 
 def _built(kind: type, content: Any, where: str) -> Any:
@@ -225,6 +218,8 @@ def _built(kind: type, content: Any, where: str) -> Any:
         elif name in ("resize", "clip_resize", "captions"):
             value = _built(_PARTS[name.removeprefix("clip_")], value, f"{where}: {name}")
         elif name in ("metrics", "files"):
+            if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+                raise UserError(f"{where}: {name} must be a list of names, got {value!r}.")
             value = tuple(value)
         elif name != "reference" and type(value).__name__ != specs[name].type:
             raise UserError(f"{where}: {name} must be of type {specs[name].type}, got {value!r}.")

@@ -15,9 +15,11 @@ from typing import Any, Literal
 from stepdistill.config import build
 from stepdistill.errors import UserError, atomic_write
 from stepdistill.sampling import MANY_STEPS, Sampling
+from stepdistill.untrusted import read_json
 
 NAME = "stepdistill.json"
 FORMAT = 2
+MOST_STUDENTS = 1_000
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class Card:
         for steps, times in self.timesteps.items():
             if not steps.isdecimal() or len(times) != int(steps):
                 raise ValueError(f"timesteps must list n times for n steps, got {len(times)} for {steps!r}.")
+        if len(self.students) > MOST_STUDENTS:
+            raise ValueError(f"students must be at most {MOST_STUDENTS}, got {len(self.students)}.")
         for name in self.students:
             # A folder of this directory, and no way out of it or back to it.
             if not name.isdecimal():
@@ -75,10 +79,7 @@ def read(directory: Path) -> Card | None:
     path = directory / NAME
     if not path.is_file():
         return None
-    try:
-        content = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); export the student again.") from None
+    content = read_json(path)
     if not isinstance(content, Mapping):
         raise UserError(f"{path} is not a JSON object; export the student again.")
     number = content.get("format", 1)

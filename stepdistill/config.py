@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from stepdistill.errors import UserError, nearest
+from stepdistill.yaml_files import parse_yaml
 
 T = TypeVar("T")
 _SEQUENCES = {list: list, tuple: tuple, Sequence: tuple}
@@ -108,9 +109,13 @@ def _scalar(value: Any, kind: type, where: str) -> Any:
         raise _wrong(where, kind, value)
     try:
         number = value if isinstance(value, int) else float(value)
-    except ValueError:
+        # What is larger overflows in the libraries, each in its own words.
+        if kind is int and not abs(number) < 2**63:
+            raise _wrong(where, kind, value)
+        number = number if kind is int else float(number)
+    except (ValueError, OverflowError):
         raise _wrong(where, kind, value) from None
-    if math.isnan(number) or (kind is int and (math.isinf(number) or number != int(number))):
+    if math.isnan(number) or (kind is int and number != int(number)):
         raise _wrong(where, kind, value)
     return kind(number)
 
@@ -165,7 +170,11 @@ def _wrong(where: str, kind: Any, value: Any) -> UserError:
 
 
 def _shown(value: Any) -> str:
-    return "nothing" if value is None else repr(value)
+    """A value in a message, of which the beginning will do."""
+    if value is None:
+        return "nothing"
+    shown = repr(value)
+    return shown if len(shown) <= 200 else f"{shown[:200]}..."
 
 
 def _expected(kind: Any) -> str:
@@ -187,6 +196,8 @@ def _expected(kind: Any) -> str:
 def closest(name: str, choices: Iterable[str]) -> str:
     """The one of `choices` `name` likely means, or "": by spelling, initials (learning_rate, lr) or part."""
     choices = list(choices)
+    if len(name) > 200:
+        return ""
     found = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
     found += [choice for choice in choices if _initials(name) == choice or name == _initials(choice)]
     if not found and len(name) >= 3:
@@ -196,48 +207,6 @@ def closest(name: str, choices: Iterable[str]) -> str:
 
 def _initials(name: str) -> str:
     return "".join(word[:1] for word in name.split("_"))
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key written twice, where PyYAML would silently take the last one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen and key.value != "<<":
-                problem = f"the key {key.value!r} appears twice"
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-            if isinstance(key, yaml.ScalarNode):
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
-
-    Raises:
-        UserError: no such file, not UTF-8, not YAML (with the line), a key written twice, or not a mapping.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        beside = [other.name for other in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        raise UserError(f"there is no file {path}.{nearest(path.name, beside)}") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a directory; give a YAML file.") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}).") from None
-    try:
-        mapping = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{path}{line}: not valid YAML: {problem}.") from None
-    if not isinstance(mapping, dict):
-        raise UserError(f"{path}: expected sections of `key: value` lines, got {_shown(mapping)[:60]}.")
-    return mapping
 
 
 def apply_overrides(mapping: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -255,9 +224,9 @@ def apply_overrides(mapping: Mapping[str, Any], overrides: Iterable[str]) -> dic
                 f"{override!r} is not an override; write section.key=value, such as optim.lr=1e-5."
             )
         try:
-            value = yaml.load(text, Loader=_Loader)
-        except yaml.YAMLError:
-            raise UserError(f"{dotted}: cannot read {text!r} as a value; put text in quotes.") from None
+            value = parse_yaml(text)
+        except ValueError:
+            raise UserError(f"{dotted}: cannot read {text[:100]!r} as a value; put text in quotes.") from None
         _set(result, keys, value, dotted)
     return result
 

@@ -33,12 +33,28 @@ class Interrupted(KeyboardInterrupt):
         self.number = int(number)
 
 
+# Characters of a message, beyond which its middle is left out: what it quotes may be a whole file.
+LONGEST = 2000
+
+
 class UserError(Exception):
-    """Wrong input. The message is one sentence for the person who typed it."""
+    """Wrong input. The message is one sentence for the person who typed it.
+
+    It may quote what a file holds: no longer than fits a screen, and nothing that would move a terminal's cursor.
+    """
+
+    def __init__(self, message: object) -> None:
+        text = str(message)
+        if len(text) > LONGEST:
+            text = f"{text[: LONGEST // 2]} [...] {text[-LONGEST // 2 :]}"
+        shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        super().__init__("".join(shown))
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
     """The sentence " Did you mean 'x'?" for the closest of `choices`, or "" when nothing is close."""
+    if len(str(name)) > 200:
+        return ""
     match = difflib.get_close_matches(str(name), [str(choice) for choice in choices], n=1, cutoff=0.5)
     return f" Did you mean {match[0]!r}?" if match else ""
 

@@ -22,6 +22,8 @@ Rule = Literal["renoise", "ode", "tcd", "flowmap"]
 InitNoise = Literal["unit", "sigma"]
 Guidance = Literal["none", "input", "cfg"]
 RULES: tuple[str, ...] = get_args(Rule)
+# Of a grid: ten times what the longest table has.
+MOST_STEPS = 10_000
 
 Predict = Callable[..., Prediction]
 
@@ -76,6 +78,9 @@ class Sampling:
                 raise UserError(f"student.{name} must be one of {', '.join(known)}, got {value!r}.")
         if self.steps and min(self.steps) < 1:
             raise UserError(f"student.steps must list whole numbers of at least 1, got {list(self.steps)}.")
+        for name, value in (("steps", max(self.steps, default=0)), ("finest", self.finest)):
+            if value > MOST_STEPS:
+                raise UserError(f"student.{name} must be at most {MOST_STEPS:,}, got {value}.")
         if not self.first_rho >= 0:
             raise UserError(
                 f"student.first_rho must be 0 (the schedule's end) or more, got {self.first_rho:g}."

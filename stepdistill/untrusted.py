@@ -50,6 +50,9 @@ CODE = ("auto_map", "custom_pipelines", "quantization_config", "kernel_config")
 # Attention of torch's own; any other name is a package or a kernel that transformers would fetch.
 ATTENTION = (None, "eager", "sdpa")
 CONFIG_BYTES = 16 << 20
+# The most that a configuration may ask for by a key with such a word in it: a network is built from it before anything
+# is compared with its weights. Far above any published model's, and of lists the length.
+MOST = {"layer": 1_000, "depth": 1_000, "block": 1_000, "timesteps": 100_000}
 
 
 def open_regular(path: str | os.PathLike[str], most: int | None = None) -> BinaryIO:
@@ -205,6 +208,16 @@ def _check_config(file: Path) -> None:
                 f"{file}: {key}={str(value)[:100]} names code that comes with the model, which is never run;"
                 " save the model again without it."
             )
+        if (most := next((MOST[word] for word in MOST if word in key), 0)) and _largest(value, key) > most:
+            raise UserError(f"{file}: {key} asks for more than {most:,}, which no model has; fetch it again.")
+
+
+def _largest(value: Any, key: str) -> float:
+    """The largest number or length of a list in a configuration's value; of blocks, which have widths, the lengths."""
+    if isinstance(value, list):
+        return max(len(value), *(_largest(part, key) for part in value)) if value else 0
+    counts = isinstance(value, (int, float)) and ("block" not in key or key.startswith("num"))
+    return value if counts else 0
 
 
 def _entries(content: Any) -> Iterator[tuple[str, Any]]:

@@ -10,7 +10,7 @@ import tiny
 from models import SETTINGS
 from runs import labelled_images
 
-from stepdistill.config import read_yaml
+from stepdistill.yaml_files import read_yaml
 from training.checkpoint import RunDirectory
 from training.recipe import Recipe, recipe_from
 from training.run import run

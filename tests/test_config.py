@@ -9,10 +9,11 @@ from typing import Any, Literal
 import pytest
 import yaml
 
-from stepdistill.config import apply_overrides, build, coerce, dump, read_yaml
+from stepdistill.config import apply_overrides, build, coerce, dump
 from stepdistill.errors import UserError
 from stepdistill.methods import METHODS
 from stepdistill.registry import Table, resolve
+from stepdistill.yaml_files import read_yaml
 
 
 @dataclass(frozen=True)

@@ -191,7 +191,7 @@ def test_what_a_student_cannot_serve_is_refused_in_one_sentence(tiny_sd, tmp_pat
             ),
             "pickled weights",
         ),
-        (lambda d: (d / "stepdistill.json").write_text("{"), "not valid JSON"),
+        (lambda d: (d / "stepdistill.json").write_text("{"), "not JSON"),
     ],
 )
 def test_a_damaged_directory_is_one_sentence(tiny_sd, tmp_path, damage, says):

@@ -18,8 +18,9 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from stepdistill.config import dump, read_yaml
+from stepdistill.config import dump
 from stepdistill.errors import FULL_DISK, UserError, atomic_write
+from stepdistill.yaml_files import read_yaml
 from training import identity, saved
 from training.disk import OnFullDisk
 from training.files import flush, remove

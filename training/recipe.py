@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepdistill.config import UnknownKey, apply_overrides, build, plain, read_yaml
+from stepdistill.config import UnknownKey, apply_overrides, build, plain
 from stepdistill.errors import UserError
 from stepdistill.families import FAMILIES
 from stepdistill.methods import METHODS, PRUNERS
 from stepdistill.methods.base import Method
 from stepdistill.registry import Table, resolve
 from stepdistill.sampling import Sampling
+from stepdistill.yaml_files import read_yaml
 from training.data import DATA
 from training.sections import OptimConfig, RunConfig, StudentConfig, as_section, field_names
 

@@ -15,6 +15,8 @@ from stepdistill.sampling import InitNoise, Rule, Sampling
 
 # torch ends in a crash where threads cannot be started.
 MOST_THREADS = 64
+# What is more was meant otherwise: samples of a batch, iterations of a run.
+MOST_SAMPLES, MOST_STEPS = 1_000_000, 1_000_000_000
 
 
 def _require(condition: bool, name: str, value: Any, must: str) -> None:
@@ -97,7 +99,12 @@ class OptimConfig:
         _require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "be 0 or more")
         _require(0 < self.eps < math.inf, "eps", self.eps, "be above 0")
         _require(self.max_grad_norm >= 0, "max_grad_norm", self.max_grad_norm, "be 0 (no clipping) or more")
-        _require(self.batch_size >= 1, "batch_size", self.batch_size, "be at least 1")
+        _require(
+            1 <= self.batch_size <= MOST_SAMPLES,
+            "batch_size",
+            self.batch_size,
+            f"be from 1 to {MOST_SAMPLES:,}",
+        )
         micro, dividing = self.micro_batch_size, f"be 0 or divide batch_size={self.batch_size}"
         _require(
             micro >= 0 and (not micro or self.batch_size % micro == 0), "micro_batch_size", micro, dividing
@@ -227,6 +234,12 @@ class RunConfig:
         _require(bool(self.out.strip()), "out", "nothing", "name a directory")
         for name in ("steps", "log_every", "preview_count", "keep"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "be at least 1")
+        for name, most in (
+            ("steps", MOST_STEPS),
+            ("preview_count", MOST_SAMPLES),
+            ("metric_samples", 10 * MOST_SAMPLES),
+        ):
+            _require(getattr(self, name) <= most, name, getattr(self, name), f"be at most {most:,}")
         for name in ("seed", "preview_every", "save_every", "metric_every", "threads", "nonfinite_budget"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "be 0 or more")
         _require(0 <= self.save_minutes < math.inf, "save_minutes", self.save_minutes, "be 0 or more")

@@ -43,7 +43,12 @@ def schedule_of(scheduler: Any, image_tokens: int = 0, passes_sigmas: bool = Tru
                 f"prediction_type {kind!r} in the teacher's scheduler_config.json is none of {', '.join(_KINDS)};"
                 " set it to what the network predicts."
             )
-        return VP(scheduler.alphas_cumprod), _KINDS[kind]
+        try:
+            return VP(scheduler.alphas_cumprod), _KINDS[kind]
+        except ValueError as error:
+            raise UserError(
+                f"the teacher's scheduler_config.json gives betas of no noise process ({error}); fetch it again."
+            ) from None
     raise UserError(
         f"the teacher's scheduler {name} has no noise process this library knows; put one with"
         " alphas_cumprod (such as DDIMScheduler) or a FlowMatch one into its directory."

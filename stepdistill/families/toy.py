@@ -266,6 +266,17 @@ class Toy(Measures, Family):
         # Of a student with random weights.
         student_width: int = 128
 
+        def __post_init__(self) -> None:
+            for name, most in (("modes", 10_000), ("classes", self.modes), ("student_width", 65_536)):
+                if not 1 <= getattr(self, name) <= most:
+                    raise ValueError(f"{name} must be from 1 to {most:,}, got {getattr(self, name)}.")
+            if self.fit_steps < 0:
+                raise ValueError(f"fit_steps must be 0 or more, got {self.fit_steps}.")
+            if not 0 < self.std < math.inf:
+                raise ValueError(f"std must be above 0, got {self.std:g}.")
+            if not -1 < self.uneven < 1:
+                raise ValueError(f"uneven must be above -1 and below 1, got {self.uneven:g}.")
+
     def __init__(self, config: Toy.Config):
         self.config = config
         angle = 2 * math.pi * torch.arange(config.modes, dtype=torch.float64) / config.modes

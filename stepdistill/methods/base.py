@@ -8,6 +8,7 @@ a feature.
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -210,6 +211,7 @@ class Method:
 
     def __init__(self, config: Any, sampling: Sampling | None = None):
         self.config = config
+        _check_settings(config)
         self.sampling = sampling or Sampling.of((1,), self.sampled(config))
         if not self.sampling.steps:
             raise UserError("student.steps must list whole numbers of at least 1, got [].")
@@ -262,6 +264,21 @@ class Method:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         pass
+
+
+def _check_settings(config: Any) -> None:
+    """UserError for a weight below nothing or a share of no whole, by the names that all methods give such settings."""
+    for name, value in vars(config).items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        if name.endswith("weight") and not 0 <= value < math.inf:
+            raise UserError(f"method.{name} must be 0 or more, got {value:g}.")
+        if name.endswith(("dropout", "_share")) and not 0 <= value <= 1:
+            raise UserError(f"method.{name} must be a share from 0 to 1, got {value:g}.")
+        if name.endswith("_ema") and not 0 <= value < 1:
+            raise UserError(f"method.{name} must be at least 0 and below 1, got {value:g}.")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"method.{name} must be a finite number, got {value:g}.")
 
 
 @contextlib.contextmanager

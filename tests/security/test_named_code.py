@@ -220,7 +220,8 @@ def test_a_metric_of_ones_own_needs_permission(canary: Path, tmp_path: Path, cap
 )
 def test_a_yaml_tag_makes_nothing(canary: Path, tmp_path: Path, tag: str) -> None:
     from evaluation.protocol import load_protocol
-    from stepdistill.config import apply_overrides, read_yaml
+    from stepdistill.config import apply_overrides
+    from stepdistill.yaml_files import read_yaml
 
     path = tmp_path / "x.yaml"
     path.write_text(f"a: !!{tag} ['touch {canary}']\n")
