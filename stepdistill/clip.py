@@ -132,6 +132,8 @@ def pretrained(kind: str, path: Path, **options: Any) -> nn.Module:
         network, info = getattr(transformers, kind).from_pretrained(
             path, dtype=torch.float32, local_files_only=True, output_loading_info=True, **options
         )
+    except UserError:
+        raise
     except LOADING as error:
         raise UserError(
             f"the model in {path} cannot be loaded ({first_line(error)}); copy it again."
@@ -154,6 +156,8 @@ def tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except UserError:
+        raise
     except LOADING as error:
         raise UserError(
             f"the tokenizer in {path} cannot be loaded ({first_line(error)}); copy it again."

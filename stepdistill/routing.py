@@ -78,9 +78,20 @@ def _assign(points: np.ndarray, centroids: np.ndarray) -> np.ndarray:
 
 
 def router(routing: dict[str, Any]) -> Callable[[Sequence], list[int]]:
-    """Prompts or class indices -> which student draws each, from 0."""
+    """Prompts or class indices -> which student draws each, from 0. Raises UserError for routing that is none."""
+    try:
+        if routing["by"] == "prompt":
+            centroids = np.array(routing["centroids"], float)
+            known = centroids.ndim == 2 and centroids.shape[1] == WIDTH and np.isfinite(centroids).all()
+        else:
+            known = all(int(a) < int(b) for a, b in routing["blocks"])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        known = False
+    if not known:
+        raise UserError(
+            f"{cards.NAME}: its routing is neither of prompts nor of classes; merge the students again."
+        )
     if routing["by"] == "prompt":
-        centroids = np.array(routing["centroids"])
         return lambda prompts: nearest(prompts, centroids).tolist()
 
     def by_class(labels: Sequence[int]) -> list[int]:

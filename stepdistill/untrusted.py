@@ -19,24 +19,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from safetensors import SafetensorError
-
 from stepdistill.errors import UserError
 
 if TYPE_CHECKING:
     from PIL import Image
 
 # What the libraries raise for a directory they cannot load.
-LOADING = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    ImportError,
-    SafetensorError,
-)
+# tokenizers raises Exception itself, and huggingface_hub classes that only share that with the others.
+LOADING = Exception
 PICKLES = ("bin", "ckpt", "pt", "pth", "pkl")
 # What Pillow may take an image for, by its names: decoders of pixels alone. It would hand an EPS to Ghostscript,
 # which runs the program the file holds, whatever the file is called.
@@ -216,7 +206,8 @@ def _largest(value: Any, key: str) -> float:
     """The largest number or length of a list in a configuration's value; of blocks, which have widths, the lengths."""
     if isinstance(value, list):
         return max(len(value), *(_largest(part, key) for part in value)) if value else 0
-    counts = isinstance(value, (int, float)) and ("block" not in key or key.startswith("num"))
+    widths = "block" in key and "layer" not in key and not key.startswith("num")
+    counts = isinstance(value, (int, float)) and not widths
     return value if counts else 0
 
 

@@ -168,7 +168,7 @@ def test_dump_reads_back() -> None:
 
 def test_resolve() -> None:
     table = Table(
-        "builtins:object", {"config": "stepdistill.config:_Loader", "gone": "stepdistill.no_such:X"}
+        "builtins:object", {"config": "stepdistill.yaml_files:_Loader", "gone": "stepdistill.no_such:X"}
     )
     assert resolve("config", table, "thing").__name__ == "_Loader"
     assert resolve(f"{__name__}:Inner", table, "thing").__name__ == "Inner"

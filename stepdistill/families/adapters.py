@@ -152,6 +152,8 @@ def _merge(pipeline: Any, each: LoraFile, pairs: int, parts: Sequence[str] | Non
                 adapter_names=[NAME],
             )
         pipeline.unload_lora_weights()
+    except UserError:
+        raise
     except LOADING as error:
         raise UserError(
             f"{where} does not fit this teacher, a {type(pipeline).__name__}: it is of another base, or damaged"

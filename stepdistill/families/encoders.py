@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from stepdistill.errors import UserError
 from stepdistill.families.base import Family
 from stepdistill.families.reading import only_variant
 from stepdistill.provenance import sha256_of_files, sha256_of_weights
@@ -91,3 +92,21 @@ def described(module: nn.Module) -> list[str]:
     config = module.config if isinstance(module.config, Mapping) else module.config.to_dict()
     kept = {name: value for name, value in dict(config).items() if not name.startswith("_")}
     return [type(module).__name__, json.dumps(kept, sort_keys=True, default=str), sha256_of_weights(module)]
+
+
+def limit_tokens(tokenizers: Mapping[str, Any], modules: Mapping[str, nn.Module], where: Path) -> None:
+    """Let no tokenizer give more than its encoder has places for, which one without a limit of its own would.
+
+    Raises:
+        UserError: a tokenizer has more words than its encoder knows.
+    """
+    for name, tokenizer in tokenizers.items():
+        config = getattr(modules.get(name.replace("tokenizer", "text_encoder")), "config", None)
+        places = getattr(config, "max_position_embeddings", None)
+        if places and tokenizer.model_max_length > places:
+            tokenizer.model_max_length = places
+        words = getattr(config, "vocab_size", None)
+        if words and len(tokenizer) > words:
+            raise UserError(
+                f"{where}: the {name} has {len(tokenizer)} words, of which its encoder knows {words}; fetch it again."
+            )

@@ -17,10 +17,10 @@ from stepdistill.config import build
 from stepdistill.denoiser import Cond, Denoiser, map_cond, parameter_count
 from stepdistill.errors import UserError
 from stepdistill.families.adapters import LoraFile, merge
-from stepdistill.families.encoders import described
+from stepdistill.families.encoders import described, limit_tokens
 from stepdistill.families.faces import UNetFace
 from stepdistill.families.leaving import Leaving
-from stepdistill.families.reading import commit_of, read_pipeline
+from stepdistill.families.reading import commit_of, read_pipeline, understood
 from stepdistill.families.schedulers import schedule_of
 from stepdistill.schedule import Schedule
 
@@ -110,7 +110,8 @@ class Latent(Leaving):
             variant=config.variant, **self.unused,
         )  # fmt: skip
         merge(pipeline, config.lora)
-        self.set_pipeline(pipeline)
+        with understood(self.path):
+            self.set_pipeline(pipeline)
 
     @property
     def loras(self) -> tuple[dict[str, Any], ...]:
@@ -123,15 +124,17 @@ class Latent(Leaving):
             merge(self.pipeline, self.config.lora, gone)
 
     def set_pipeline(self, pipeline: Any) -> None:
-        """Describe a loaded pipeline: sizes, noise process, teacher."""
+        """Describe a loaded pipeline: sizes, noise process, teacher. Any error where its configuration is nonsense."""
         self.pipeline, self.scheduler, self.revision = pipeline, pipeline.scheduler, commit_of(pipeline)
         for module in self.modules().values():
             module.eval().requires_grad_(False)
-        self.limit_tokens()
+        limit_tokens(self.tokenizers, self.modules(), self.path)
         model = getattr(pipeline, self.face.inner)
         self.check_model(model)
         self.resolution = self.checked_resolution(model)
         self.shape = self.latent_shape(model, *self.resolution)
+        # By the VAE's numbers.
+        self.denormalised(torch.zeros(1, *self.shape))
         self.schedule, self.kind = self.process()
         network = self.face(model)
         network.lora_targets = self.lora_targets
@@ -266,14 +269,6 @@ class Latent(Leaving):
         # A processor has one for its words.
         parts = {name: getattr(part, "tokenizer", part) for name, part in parts.items()}
         return {name: part for name, part in parts.items() if callable(part)}
-
-    def limit_tokens(self) -> None:
-        """Let no tokenizer give more than its encoder has places for, which one without a limit of its own would."""
-        for name, tokenizer in self.tokenizers.items():
-            encoder = self.modules().get(name.replace("tokenizer", "text_encoder"))
-            places = getattr(getattr(encoder, "config", None), "max_position_embeddings", None)
-            if places and tokenizer.model_max_length > places:
-                tokenizer.model_max_length = places
 
     def uncond(self, count: int) -> Cond:
         if self._empty is None:

@@ -25,7 +25,7 @@ from stepdistill.errors import UserError, first_line
 from stepdistill.families.base import Family
 from stepdistill.families.faces import BEHIND_MIDDLE, Face, sinusoids, unet_blocks, zero_linear
 from stepdistill.families.labels import labels_of
-from stepdistill.families.reading import read_pipeline
+from stepdistill.families.reading import read_pipeline, understood
 from stepdistill.families.schedulers import few_step_scheduler, of_kind, schedule_of
 from stepdistill.families.unets import check_unet, drop_variance
 from stepdistill.schedule import EDM, expand
@@ -120,7 +120,9 @@ class Pixel(Family):
                 config.unet.get("in_channels", 3),
             )
         elif config.teacher:
-            self._set_pipeline(read_pipeline(Path(config.teacher), type(self)))
+            pipeline = read_pipeline(Path(config.teacher), type(self))
+            with understood(config.teacher):
+                self._set_pipeline(pipeline)
         else:
             raise UserError(
                 "family.teacher is missing; give a pipeline directory, or family.unet to train a fresh network."
@@ -136,6 +138,8 @@ class Pixel(Family):
             family.teacher.network.add_end()
             try:
                 family.teacher.network.end.load_state_dict(load_file(path / END))
+            except UserError:
+                raise
             except LOADING as error:
                 raise UserError(f"{path / END} cannot be loaded: {first_line(error)}") from None
             family.teacher.requires_grad_(False)

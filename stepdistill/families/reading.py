@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,8 @@ def fetch_index(path: Path, revision: str = "") -> dict[str, Any]:
 
     try:
         return DiffusionPipeline.load_config(str(path), revision=revision or None)
+    except UserError:
+        raise
     except LOADING as error:
         raise UserError(
             f"{path} is no directory here, and cannot be fetched from the hub: {first_line(error)}"
@@ -104,6 +107,8 @@ def read_pipeline(
         )  # fmt: skip
         check_weights(path, pipeline)
         return pipeline
+    except UserError:
+        raise
     except LOADING as error:
         way = ""
         if hub and "safetensors" in str(error) and not variant:
@@ -111,6 +116,19 @@ def read_pipeline(
         elif hub:
             way = "; offline, fetch it before with `hf download` or give a directory"
         raise UserError(f"the pipeline at {text} cannot be loaded: {first_line(error)}{way}") from None
+
+
+@contextlib.contextmanager
+def understood(path: Path | str) -> Iterator[None]:
+    """What a loaded pipeline's configuration says of itself may still be of another type, or nonsense: one sentence."""
+    try:
+        yield
+    except UserError:
+        raise
+    except LOADING as error:
+        raise UserError(
+            f"the pipeline at {path} cannot be used: {first_line(error)}; fetch it again."
+        ) from error
 
 
 def commit_of(pipeline: Any) -> str:

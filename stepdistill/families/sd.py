@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from stepdistill.denoiser import Cond, Denoiser
 from stepdistill.errors import UserError, first_line
+from stepdistill.families.encoders import limit_tokens
 from stepdistill.families.faces import UNetFace
 from stepdistill.families.latent import Latent, LatentConfig
 from stepdistill.families.reading import CLIP_TOKENIZERS, is_hub_id
@@ -72,7 +73,7 @@ class SD(Latent):
         self.teacher, self.pipeline, self._parts = None, None, _components(self.path)
         for module in self.modules().values():
             module.eval().requires_grad_(False)
-        self.limit_tokens()
+        limit_tokens(self.tokenizers, self.modules(), self.path)
         self.scheduler = _teacher_scheduler(self.config.prediction_type)
         self.schedule, self.kind = schedule_of(self.scheduler)
         size = self.config.unet.get("sample_size", 8)
@@ -194,6 +195,8 @@ def _components(path: Path) -> dict[str, Any]:
             "text_encoder": CLIPTextModel.from_pretrained(path, subfolder="text_encoder", **weights),
             "tokenizer": AutoTokenizer.from_pretrained(path, subfolder="tokenizer", trust_remote_code=False),
         }
+    except UserError:
+        raise
     except LOADING as error:
         raise UserError(
             f"family.teacher={text}: cannot load vae, text_encoder and tokenizer: {first_line(error)}"

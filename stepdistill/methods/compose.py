@@ -169,8 +169,10 @@ def _parts(config: Any) -> list[tuple[str, float, type[Method], Any]]:
     parts: list[tuple[str, float, type[Method], Any]] = []
     for number, section in enumerate(config.parts):
         values = dict(section)
-        name, weight = values.pop("name", ""), float(values.pop("weight", 1.0))
         where = f"method.parts.{number}"
+        name, weight = values.pop("name", ""), values.pop("weight", 1.0)
+        if (weight := configuration.coerce(weight, float, f"{where}.weight")) < 0:
+            raise UserError(f"{where}.weight must be 0 or more, got {weight:g}.")
         cls = resolve(name, METHODS, "method", where=f"{where}.name")
         # One's own class by its name alone.
         scope = name.split(":")[-1]
