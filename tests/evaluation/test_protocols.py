@@ -196,7 +196,7 @@ def test_files_of_ones_own_and_what_is_wrong_with_them(tmp_path) -> None:
         (good.replace("conditions: none", "conditions: captions"), "needs `captions`"),
         (good.replace("conditions: none", "conditions: some"), "conditions 'some'; it must be one of"),
         (good[:-1], "not valid YAML"),
-        ("[1]", "must be a mapping"),
+        ("[1]", "expected sections of"),
     ):
         with pytest.raises(UserError, match=message.replace("?", r"\?").replace(".", r"\.")):
             load_protocol(written(content))

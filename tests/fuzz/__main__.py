@@ -28,7 +28,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(HERE)]
-RESULT = HERE / "fuzz.json"
+RESULT = Path(os.environ.get("FUZZ_RESULT", HERE / "fuzz.json"))
 SEED = 18
 # Seconds of one case; bytes by which it may make its process grow, and which it may ask the system for.
 DEADLINE, MEMORY, ADDRESSES = 60, 1 << 30, 6 << 30

@@ -34,7 +34,7 @@ from evaluation.decoding import decode
 from evaluation.feature_net import FeatureNet
 from evaluation.files import open_images
 from evaluation.protocol import load_protocol
-from evaluation.stats import FeatureStats
+from evaluation.stats import FeatureStats, Source
 from stepdistill import assets
 from stepdistill import card as cards
 from stepdistill.clip import Clip
@@ -178,7 +178,13 @@ def all_images(folder: Path) -> None:
 
 def statistics(folder: Path) -> None:
     np.savez(folder / "fid.npz", mu=np.zeros(8), sigma=np.eye(8))
-    FeatureStats.of_moments(np.zeros(8), np.eye(8), 100).save(folder / "own.npz")
+    FeatureStats.of_moments(np.zeros(8), np.eye(8), 100, Source("inception-2015", "0" * 64)).save(
+        folder / "own.npz"
+    )
+
+
+def read_statistics(file: Path) -> None:
+    FeatureStats.load(file, Source("inception-2015", "0" * 64))
 
 
 def every(read: Callable[[Path], Any]) -> Callable[[Path], None]:
@@ -349,7 +355,7 @@ TARGETS = {
     "archive": Target(archive, all_images, share=1.5),
     "evaluated parquet": Target(table, all_images, share=1),
     "evaluated tar": Target(tar, all_images, share=1),
-    "statistics": Target(statistics, every(FeatureStats.load), share=2),
+    "statistics": Target(statistics, every(read_statistics), share=2),
     "arrays": Target(arrays, all_images, share=1.5),
     "checkpoint": Target(checkpoints, checkpoint, share=1.5),
     "store": Target(store, read_store, share=1),

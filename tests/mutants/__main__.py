@@ -26,7 +26,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-RESULT = HERE / "mutants.json"
+RESULT = Path(os.environ.get("MUTANTS_RESULT", HERE / "mutants.json"))
 # Of the changes, so many must be noticed.
 LEAST = 0.95
 # Seconds until a change counts as one that makes the tests hang.
@@ -242,7 +242,7 @@ def main() -> None:
     work([(change, False) for change in {c.file: c for c in open_}.values()], given.jobs, tried)
     work([(change, True) for change in open_ if change.file not in failing], given.jobs, tried)
     share = write(results, changes)
-    print(f"{share:.1%} of {len(changes)} changes are caught; see {RESULT.relative_to(ROOT)}")
+    print(f"{share:.1%} of {len(changes)} changes are caught; see {RESULT}")
     sys.exit(share < LEAST)
 
 
