@@ -1,6 +1,7 @@
 # make demo          set up, distil the embedded teacher, measure, draw a picture, serve (SERVE=0 stops before serving)
 # make test          set up and run the tests        make test-slow   the long ones as well
 # make check         format, lint and fast tests, as CI does
+# make fuzz          thousands of changed files through every loader     make mutants   400 changed lines, each of which a test must notice
 # make assets        train everything in assets/ again (about two hours of two cores)
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ LAUNCH := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --config_f
 # Set in many containers, it would have every process below compile torch and diffusers anew, in 13 seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo test test-slow check assets
+.PHONY: install demo test test-slow check fuzz mutants assets
 .DELETE_ON_ERROR:
 
 install: $(READY)
@@ -47,6 +48,13 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Both go on where they stopped, and keep their results: tests/fuzz/fuzz.json, tests/mutants/mutants.json.
+fuzz: $(READY)
+	$(RUN) tests/fuzz
+
+mutants: $(READY)
+	$(RUN) tests/mutants
 
 # Each step is skipped where its result exists; remove assets/NAME to make it again.
 assets: $(READY) assets/teacher/vae/training.json assets/clip/training.json assets/scenes-v1/training.json \
