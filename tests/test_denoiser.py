@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from stepdistill.denoiser import Denoiser, guided, map_cond, parameter_count, unwrap
-from stepdistill.families.toy import Mixture
+from stepdistill.families.toy import MLP, Mixture
 from stepdistill.prediction import Prediction
 from stepdistill.schedule import EDM, VP, Flow, TrigFlow, expand
 
@@ -192,3 +192,9 @@ def test_clones_share_nothing_and_are_trainable():
 
 def test_expand_puts_the_batch_first():
     assert expand(torch.ones(3), torch.zeros(3, 2, 5)).shape == (3, 1, 1)
+
+
+def test_a_copy_of_half_precision_is_trained_in_float32():
+    schedule = VP.from_betas()
+    half = Denoiser(MLP(schedule, width=8), "x0", schedule).to(torch.bfloat16)
+    assert {p.dtype for p in half.clone().parameters()} == {torch.float32}

@@ -9,6 +9,7 @@ import worlds
 from stepdistill.discriminator import (
     Adversarial,
     Discriminator,
+    Head,
     chosen_blocks,
     discriminator_losses,
     generator_loss,
@@ -283,3 +284,24 @@ def test_a_head_is_conditioned_by_projection():
     hidden = torch.nn.functional.silu(head.norm(head.enter(feature).transpose(1, 2)).transpose(1, 2))
     expected = torch.einsum("bpw,bw->bp", hidden, head.project(told)) / 4
     torch.testing.assert_close(conditional - plain, expected)
+
+
+def test_what_is_judged_gets_no_gradient_from_the_discriminators_step():
+    """Whatever made it, and whether or not a penalty looks at its slope."""
+    for settings in ({}, {"r1_weight": 1.0, "r1": "exact", "r2": True}):
+        x = torch.randn(4, 3, requires_grad=True)
+        heads = torch.nn.Linear(3, 2)
+        losses = discriminator_losses(
+            Adversarial(**settings), (heads, 2 * x), (heads, 3 * x), lambda: torch.randn(4, 3)
+        )
+        assert torch.autograd.grad(losses["total"].sum(), x, allow_unused=True) == (None,)
+
+
+def test_a_head_that_looks_around_keeps_its_size():
+    plain, wide = Head(3, width=16), Head(3, width=16, kernel=3)
+    wide.load_state_dict(plain.state_dict(), strict=False)
+    # Its convolution says nothing.
+    torch.nn.init.zeros_(wide.mix[0].weight), torch.nn.init.zeros_(wide.mix[0].bias)
+    features = torch.randn(2, 3, 4, 4)
+    bias = plain.leave.bias
+    torch.testing.assert_close(wide(features) - bias, (plain(features) - bias) * 0.5**0.5)

@@ -150,3 +150,12 @@ def test_vsd_holds_the_teachers_weights_once(tiny_sd):
     assert fake().network is family.teacher.network
     assert set(fake(lora_targets=["to_q", "to_v"]).adapters) < set(fake().adapters)
     assert parameter_count(fake()) < parameter_count(family.teacher) / 5
+
+
+def test_merged_and_as_a_file_it_has_its_scale():
+    adapted = stirred(LoRA(base(), rank=4, scale=8.0))
+    torch.testing.assert_close(ask(adapted.merged()), ask(adapted), rtol=1e-5, atol=1e-6)
+    held = adapted.layers("hidden")
+    down, up = adapted.adapters["hidden/0/1"]
+    assert torch.equal(held["0.1.lora_A.weight"], down.weight)
+    assert torch.equal(held["0.1.lora_B.weight"], 2 * up.weight)

@@ -229,3 +229,19 @@ def test_every_loss_gives_one_value_per_sample():
     ):
         assert value.shape == (4,)
     assert mse(a, b).tolist() == [1.0] * 4
+
+
+def test_a_weight_multiplies_the_gradient():
+    x0 = torch.randn(4, 2, requires_grad=True)
+    real, fake, weight = torch.randn(4, 2), torch.randn(4, 2), torch.tensor([0.5, 1.0, 2.0, 4.0])
+    plain, weighted = (
+        torch.autograd.grad(distribution_matching(x0, real, fake, False, each).sum(), x0)[0]
+        for each in (None, weight)
+    )
+    torch.testing.assert_close(weighted, weight[:, None] * plain)
+
+
+def test_a_norm_of_nothing_has_a_gradient():
+    same = torch.ones(2, 3, requires_grad=True)
+    (slope,) = torch.autograd.grad(vector_huber(same, torch.ones(2, 3), 0.0).sum(), same)
+    assert torch.equal(slope, torch.zeros(2, 3))

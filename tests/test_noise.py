@@ -140,3 +140,8 @@ def test_shapes():
     assert noise.randn().shape == noise.rand().shape == noise.randint(0, 2).shape == (3,)
     # An odd count.
     assert noise.randn(3).shape == (3, 3)
+
+
+def test_every_shared_number_is_a_new_one():
+    noise = SampleNoise(range(3), step=5)
+    assert len({noise.shared_randint(0, 2**30) for _ in range(8)}) == 8

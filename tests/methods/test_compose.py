@@ -206,3 +206,13 @@ def test_the_first_part_may_say_how_the_student_is_sampled():
         break
     else:
         raise AssertionError("the position was never drawn")
+
+
+def test_each_parts_own_target_follows_the_student():
+    made = world("compose", parts=[{"name": "cd", "target_ema": 0.5}, {"name": "ect"}], sampling="first")
+    before = [p.clone() for p in made.nets.modules["cd/target"].parameters()]
+    made.method.after_step(made.nets, 0, ("student",))
+    for now, old, student in zip(
+        made.nets.modules["cd/target"].parameters(), before, made.nets.student.parameters(), strict=True
+    ):
+        torch.testing.assert_close(now, (old + student) / 2)

@@ -107,3 +107,15 @@ def test_ratios_are_divided_by_the_running_mean_of_their_part_of_the_noise():
     assert Line("f_distill", SCHEDULES["flow"]()).method.state_dict() == {}
     with pytest.raises(UserError, match=r"method\.time_bins"):
         Line("f_distill", SCHEDULES["flow"](), time_bins=-1)
+
+
+def test_parts_of_the_noise_are_of_levels_and_not_of_a_schedules_times():
+    """Under a table, times lie far from flow's: 100 of 999 is little noise, 999 all of it."""
+    schedule = SCHEDULES["vp"]()
+    method = Line("f_distill", schedule, time_bins=2, gan_weight=1e-3).method
+    t, ratio = (
+        torch.tensor([20.0, 50.0, 990.0, 999.0], dtype=torch.float64),
+        torch.tensor([1.0, 3.0, 4.0, 8.0]),
+    )
+    said = method.mean(Prediction(ratio[:, None], "x0", ratio[:, None], t, schedule), ratio)
+    torch.testing.assert_close(said, torch.tensor([2.0, 2.0, 6.0, 6.0]))

@@ -235,3 +235,7 @@ def test_lcms_gradient_is_the_online_networks_alone():
     d = (online - target).detach()
     expected = gradient((d / (d**2 + c**2).sqrt() * online).mean(), nets.student)
     torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_student_is_drawn_at_the_middle_of_its_scales():
+    assert worlds.method("lcm", guidance_low=2.0, guidance_high=6.0).sampling.scale == 4.0

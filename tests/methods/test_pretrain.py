@@ -7,9 +7,11 @@ import torch
 from torch import nn
 from worlds import COUNT, world
 
-from stepdistill.denoiser import Denoiser
+from stepdistill import timesteps
+from stepdistill.denoiser import Denoiser, unwrap
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.methods.pretrain import Pretrain
+from stepdistill.prediction import Prediction
 from stepdistill.schedule import expand
 
 
@@ -65,3 +67,52 @@ class Constant(nn.Module):
 
     def forward(self, x_t, t, cond=None):
         return self.value
+
+
+def test_a_network_that_knows_the_truth_has_no_loss(monkeypatch):
+    """The noise that is asked for is the noise that was added."""
+    made = world("pretrain", cond_dropout=0.0)
+    batch, _t = made.batch(), None
+    schedule = made.nets.schedule
+
+    class Truth(Denoiser):
+        def forward(self, x_t, t, cond=None, **_):
+            alpha, sigma = (expand(f(t), x_t) for f in (schedule.alpha, schedule.sigma))
+            return Prediction((x_t - alpha * batch.x0) / sigma, "eps", x_t, t, schedule)
+
+    student = made.nets.student
+    made.nets.modules["student"] = Truth(student.network, "eps", schedule)
+    loss = made.method.loss(made.nets, batch)["total"]
+    assert float(loss.max()) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["pretrain", "tsm", "ect", "scm", "dmd2", "add", "ladd", "meanflow"])
+def test_log_normal_levels_are_in_units_of_the_datas_deviation(name, monkeypatch):
+    """Twice the deviation, twice the noise."""
+    settings = {"pretrain": {"time_density": "lognormal"}, "tsm": {"time_density": "lognormal"}}.get(name, {})
+    settings |= {"dmd2": {"time_density": "lognormal", "t_low": 0.0, "t_high": 1.0}}.get(name, {})
+    settings |= {
+        "add": {"eye": "fourier", "time_density": "lognormal"},
+        "ladd": {"student_times": "density"},
+    }.get(name, {})
+    levels = {}
+    for unit in (1.0, 2.0):
+        made, seen = world(name, schedule="edm", **settings), []
+        unwrap(made.nets.student).network.sigma_data = unit
+        original = timesteps.lognormal
+
+        def noted(schedule, noise, mean, std, unit=1.0, seen=seen, original=original):
+            seen.append(schedule.rho(times := original(schedule, noise, mean, std, unit)))
+            return times
+
+        monkeypatch.setattr(timesteps, "lognormal", noted)
+        phase = next(iter(made.method.phases(0)))
+        for _, loss in phase.terms:
+            loss(made.nets, made.batch(3))
+        levels[unit] = seen
+        monkeypatch.setattr(timesteps, "lognormal", original)
+    assert len(levels[1.0]) == len(levels[2.0]) > 0
+    for one, two in zip(levels[1.0], levels[2.0], strict=True):
+        # Away from the schedule's ends.
+        inside = (one > 0.01) & (one < 30)
+        torch.testing.assert_close(two[inside], 2 * one[inside])

@@ -117,3 +117,25 @@ def test_a_stage_can_go_on_with_a_student_of_sigma_noise(name, settings):
         ((x_t, t),) = heard
     sigma = float(made.nets.schedule.sigma(t)[0])
     assert sigma < 0.95 and float(x_t.std()) == pytest.approx(sigma, rel=0.25)
+
+
+def test_the_way_to_a_state_carries_no_gradient_and_is_the_students_own():
+    made = world("dmd2", steps=(3,))
+    for step in range(6):
+        x_t, _, _ = simulate(made.method.sampling, made.nets, made.batch(step))
+        assert not x_t.requires_grad and x_t.grad_fn is None
+
+
+def test_states_before_the_first_and_before_the_late_ones_are_left_out():
+    made = world("dmd2", steps=(4,))
+    grid = made.method.sampling.grid(made.nets.schedule, 4)
+    for settings, left in (
+        ({"first": 2}, 2),
+        ({"late": 0.5}, 2),
+        ({"first": 1, "late": 0.8}, 3),
+        ({"first": 3, "late": 0.3}, 3),
+    ):
+        met = {
+            simulate(made.method.sampling, made.nets, made.batch(step), **settings)[2] for step in range(30)
+        }
+        assert met == set(grid[left:])
