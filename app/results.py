@@ -9,7 +9,7 @@ from typing import Any
 from stepdistill.untrusted import read_json
 
 # Of an evaluation's metrics, those that the page shows.
-SHOWN = ("fd:", "fid", "clip", "attributes/all", "latency/ms")
+SHOWN = ("fd:", "fid", "clip", "attributes/all", "diversity", "latency/ms")
 
 
 def read(path: Path | None) -> dict[str, Any] | None:

@@ -111,14 +111,14 @@ def main() -> None:
             key = f"{key}/guided"
             overrides += [f"{part}.guidance_scale={args.guidance:g}" for part in ("family", "method")]
             overrides += ["family.classes=2"]
-        # The family that measures more is this file's own.
+        # The family that measures more is this file's own; a recipe's stages are built when they are asked for.
         with allowing_code():
             recipe = load_recipe(path, overrides)
-        identity = fingerprint(path, overrides, recipe)
-        if not args.force and table().get(key, {}).get("identity") == identity:
-            print(f"{key}: there already")
-            continue
-        row = about(recipe, args.guidance) | run(path, overrides, recipe) | {"identity": identity}
+            identity = fingerprint(path, overrides, recipe)
+            if not args.force and table().get(key, {}).get("identity") == identity:
+                print(f"{key}: there already")
+                continue
+            row = about(recipe, args.guidance) | run(path, overrides, recipe) | {"identity": identity}
         save(table() | {key: row})
         print(key, json.dumps(row), flush=True)
 

@@ -33,6 +33,7 @@ class Clip(nn.Module):
     def __init__(self, directory: str = ""):
         super().__init__()
         path = Path(directory) if directory else assets.path("clip")
+        self.directory = str(path)
         if path.is_dir():
             check_directory(path)
         mean, std = normalisation(path)

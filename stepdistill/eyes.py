@@ -1,4 +1,4 @@
-"""Frozen networks that `add` looks at images through. Adding one is one class and one line in EYES.
+"""Frozen networks that `add` and `rdm` look at images through. Adding one is one class and one line in EYES.
 
 One's own derives from `Eye` and is written my_package.my_file:MyEye; training runs it with --allow-code. The class
 is made once, with the recipe's arguments.
@@ -37,9 +37,11 @@ class Eye:
         widths: channels of each layer's features.
         prompt_width: of a prompt's embedding, 0 where the eye has none.
         reads_captions: prompts must be texts, no classes.
+        directory: where its weights lie, "" = nowhere.
     """
 
     reads_captions: ClassVar[bool] = False
+    directory: str = ""
     widths: tuple[int, ...]
     prompt_width: int = 0
 
@@ -59,6 +61,7 @@ class ClipEye(Eye):
 
     def __init__(self, directory: str = "", layers: Sequence[int] = ()):
         self.clip = Clip(directory)
+        self.directory = self.clip.directory
         self.layers = tuple(layers) or tuple(range(1, self.clip.layers + 1))
         self.widths, self.prompt_width = (self.clip.width,) * len(self.layers), self.clip.dim
 
@@ -87,6 +90,7 @@ class DinoEye(Eye):
                 f"method.arguments.directory: there is no directory {directory} of a DINOv2 model."
             )
         check_directory(path)
+        self.directory = directory
         self.mean, self.std = normalisation(path)
         self.model = pretrained("Dinov2Model", path, use_safetensors=True)
         config = self.model.config

@@ -98,6 +98,9 @@ def _single(
     family = cls.from_directory(path, card.settings if card is not None else None, dtype)
     if intervals:
         family.teacher = plug(family.teacher, files(intervals))
+    if card is not None and "end_by_depth" in card.sampling.inputs:
+        # Which its weights do not say.
+        family.teacher.network.extras["end_by_depth"]()
     family.to(device, dtype)
     denoiser = family.teacher.eval().requires_grad_(False)
     sampler = Sampler(family, denoiser, path, card, device, dtype)

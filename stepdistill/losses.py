@@ -99,7 +99,13 @@ def score_implicit(x0: Tensor, teacher_x0: Tensor, fake_x0: Tensor, huber_c: flo
 
 
 def score_identity(
-    x0: Tensor, teacher_x0: Tensor, fake_x0: Tensor, alpha: float, normalise: bool = True
+    x0: Tensor,
+    teacher_x0: Tensor,
+    fake_x0: Tensor,
+    alpha: float,
+    normalise: bool = True,
+    weight: Tensor | float = 1.0,
+    slope: Tensor | float = 0.0,
 ) -> Tensor:
     """SiD's loss (Zhou et al. 2024, arXiv 2404.04057, Sec. 4), means over the sample's elements:
 
@@ -108,9 +114,13 @@ def score_identity(
     and, when `normalise`, w = mean |x0 - teacher_x0|, a constant. The gradient must reach x0 through both
     networks' inputs, as in `score_implicit`, which is alpha = 1. At the optimal fake score its expectation
     is (1 - alpha) E <D, D>: negative for the paper's 1.2.
+
+    weight, slope: (B,) h and r h' of Uni-Instruct (`sida`): weight times the above, less slope <D, D> / 2 (before w).
     """
     gap = (teacher_x0 - fake_x0).flatten(1)
-    loss = (gap * ((teacher_x0 - x0).flatten(1) - alpha * gap)).mean(1)
+    loss = weight * (gap * ((teacher_x0 - x0).flatten(1) - alpha * gap)).mean(1)
+    if isinstance(slope, Tensor):
+        loss = loss - slope * gap.square().mean(1) / 2
     if normalise:
         loss = loss / (x0 - teacher_x0).detach().abs().flatten(1).mean(1).clamp(min=1e-5)
     return loss

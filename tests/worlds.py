@@ -39,10 +39,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lightning": {"mse_weight": 1.0},
     "add": {"eye": "fourier", "gan": "non_saturating"},
     "reward": {"reward": f"{__name__}:Towards", "margin": 10.0},
+    "rdm": {"encoders": [{"name": "fourier", "arguments": {"width": 8}}], "chunks": 2},
 }
 VARIANTS = [(name, SETTINGS.get(name, {})) for name in METHODS] + [
     ("dmd2", {"gan_weight": 1e-2}),
     ("progressive", {"predecessor": "teacher"}),
+    ("imf", {"direction": "teacher"}),
+    ("sida", {"divergence": "forward_kl"}),
+    ("rdm", SETTINGS["rdm"] | {"distance": "fd"}),
     ("reward", SETTINGS["reward"] | {"anchor_weight": 0.5}),
     ("disback", {"stage": "degrade"}),
     ("disback", {"path": 3, "interval": 1, "base": {"name": "dmd2", "student_every": 1}}),
@@ -55,7 +59,7 @@ EVERY = pytest.mark.parametrize(
 # A recipe's `student:` section; all else is the method's own.
 SAMPLED = {each.name for each in fields(Sampling)} - {"steps"}
 # Of methods whose student serves one number of steps; all others are made for one and two.
-STEPS = {"boot": (1,), "progressive": (2,), "lightning": (2,)}
+STEPS = {"boot": (1,), "progressive": (2,), "lightning": (2,), "phased_dmd": (2,), "rdm": (1,)}
 
 
 def method(name: str, steps: Sequence[int] | None = None, **settings: Any) -> Method:

@@ -55,8 +55,10 @@ class Health:
     def check(self, values: Mapping[str, float]) -> tuple[dict[str, float], list[str]]:
         """The derived values, and one warning for each range that has just been left."""
         derived, warnings = self.derived(values), []
-        self.panel = {name: value for name, value in {**values, **derived}.items() if self.range_of(name)}
-        for name, value in self.panel.items():
+        judged = {name: value for name, value in {**values, **derived}.items() if self.range_of(name)}
+        # What is looked at less often stays on the panel as it was.
+        self.panel |= judged
+        for name, value in judged.items():
             low, high, cause = self.range_of(name)
             if low <= value <= high:
                 self.left.discard(name)

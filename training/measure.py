@@ -11,6 +11,7 @@ from torch import Tensor
 from stepdistill.config import closest
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
+from stepdistill.methods.base import Method
 from training.sections import RunConfig
 
 if TYPE_CHECKING:
@@ -51,10 +52,14 @@ def measure(
     return next(value for value in found if _declared(value) == wanted.name)
 
 
-def check_metric(run: RunConfig, family: Family) -> None:
-    """UserError for a metric that could not be measured, so that no run ends at its first measurement."""
+def check_metric(run: RunConfig, family: Family, method: Method | None = None) -> None:
+    """UserError for a metric that could not be measured, so that no run ends at its first measurement, or whose network
+    the method trains on.
+    """
     if not run.metric_every:
         return
+    if method is not None:
+        check_judge(run, method)
     if not family.metrics:
         from evaluation.measure import Measurement
         from evaluation.protocol import checked_n
@@ -64,6 +69,23 @@ def check_metric(run: RunConfig, family: Family) -> None:
         Measurement(protocol, [wanted.name.partition("/")[0]], samples, **settings)
     elif run.metric not in family.metrics:
         raise _refusal(run.metric, family, list(family.metrics))
+
+
+def check_judge(run: RunConfig, method: Method) -> None:
+    """UserError where the metric looks through a network whose features the method matches: it would only grow better."""
+    if not run.metric_every or not method.trained_on:
+        return
+    from stepdistill import assets
+
+    kind, _, source = run.metric.partition(":")
+    embedded = kind == "clip" and source in ("", "scenes-v1")
+    seen = str(assets.path("clip")) if embedded else source
+    same = [one for one in method.trained_on if seen and Path(one).resolve() == Path(seen).resolve()]
+    if same:
+        raise UserError(
+            f"run.metric={run.metric} judges by {same[0]}, which method.encoders trains on; choose a metric of another"
+            " network."
+        )
 
 
 def metric_prompts(run: RunConfig, family: Family) -> list[str]:

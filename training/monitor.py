@@ -20,8 +20,10 @@ from training.health import Health
 from training.measure import measure
 from training.meters import Meters
 from training.notices import warn
-from training.preview import Preview
+from training.patience import Patience, record, recorded
+from training.preview import Preview, taught_guidance
 from training.recipe import Recipe
+from training.seeds import Seeds
 from training.sharding import Sharding, settle
 from training.state import TrainState
 from training.trackers import log_picture
@@ -53,6 +55,11 @@ class Monitor:
         self.family, self.directory, self.state, self.student = family, directory, state, student
         self.meters, self.health = Meters(), Health(method)
         self._preview = Preview(method, family, source, self.run.preview_count, self.run.seed)
+        self.patience = Patience(self.run.patience if self.run.stop == "patience" else 0)
+        self._seeds = Seeds(family, source, taught_guidance(method))
+        self._measured = directory.checkpoints / "measured.json"
+        # The last step at which they were.
+        self._drawn_at = -1
         self._samples_logged = 0
         self._draws = accelerator.is_main_process or Sharding.of(accelerator) is not None
 
@@ -71,8 +78,7 @@ class Monitor:
         values |= derived
         self.accelerator.log(values, step)
         if self.accelerator.is_main_process:
-            for warning in warnings:
-                warn("W06", f"step {step}: {warning}")
+            self._warn(warnings)
         shown = {name: f"{value:.3g}" for name, value in values.items() if name.endswith("/total")}
         bar.set_postfix(shown | {"images/s": f"{speed:.0f}"}, refresh=False)
 
@@ -83,6 +89,9 @@ class Monitor:
         settle(networks.values())
         step = self.state.global_step
         with self.student.weights():
+            ratios = self._ratios(step)
+            # Before the picture, which shows the panel.
+            self._log_ratios(ratios, step)
             picture = self._preview.draw(self.student.sampler(step), networks, self.health.lines())
         if self.accelerator.is_main_process:
             path = self._picture
@@ -99,10 +108,20 @@ class Monitor:
         if self._draws:
             with self.student.weights():
                 value = measure(self.run, self.family, self.student.sampler(step))
+                ratios = self._ratios(step)
         if self.accelerator.is_main_process:
-            best = self.directory.record_best(step, value.value, value.better == "lower")
+            self._log_ratios(ratios, step)
+            lower = value.better == "lower"
+            record(self._measured, step, value.value, value.se, lower)
+            self.patience.see(value.value, value.se, lower)
+            best = self.directory.record_best(step, value.value, lower)
             self.accelerator.log({f"metric/{metric}": value.value}, step)
             tqdm.write(f"step {step}: {metric} = {value.value:.4g}{' (best)' if best else ''}")
+            if self.patience.over:
+                tqdm.write(
+                    f"step {step}: {metric} has not improved by more than its standard error in {self.patience.waited}"
+                    " measurements; the run stops here (run.stop=patience)"
+                )
         self.accelerator.wait_for_everyone()
 
     def pending(self) -> tuple[bool, bool]:
@@ -116,6 +135,22 @@ class Monitor:
         metric, preview = broadcast_object_list([metric, preview])
         return metric, preview
 
+    def _ratios(self, step: int) -> dict[str, float]:
+        """What seeds of a few prompts say of saturation and collapse; the run's start has neither. Once a step."""
+        if not step or self._drawn_at == step:
+            return {}
+        self._drawn_at = step
+        return self._seeds.ratios(self.student.sampler(step))
+
+    def _log_ratios(self, ratios: dict[str, float], step: int) -> None:
+        if ratios and self.accelerator.is_main_process:
+            self.accelerator.log(ratios, step)
+            self._warn(self.health.check(ratios)[1])
+
+    def _warn(self, warnings: list[str]) -> None:
+        for warning in warnings:
+            warn("W06", f"step {self.state.global_step}: {warning}")
+
     def state_dict(self) -> dict[str, Any]:
         """What the next line of the log needs of before, as plain values; the health panel has its own."""
         return {"sums": self.meters.sums, "samples_logged": self._samples_logged}
@@ -124,3 +159,11 @@ class Monitor:
         """Go on from `state_dict`."""
         self.meters.sums = state.get("sums", {})
         self._samples_logged = state.get("samples_logged", self.state.samples)
+        self._remember()
+
+    def _remember(self) -> None:
+        """What was measured before the checkpoint that the run goes on from, and at it: that follows its writing."""
+        step, offset = self.state.global_step, self.state.offset
+        for at, value, se, lower in recorded(self._measured):
+            if offset < at <= step:
+                self.patience.see(value, se, lower)

@@ -61,8 +61,7 @@ class Preview:
 
     def _teachers(self, device: torch.device) -> np.ndarray:
         if self._teacher is None:
-            card = teacher_card(self.family, getattr(self.method.config, "guidance_scale", 1.0))
-            teacher = Sampler(self.family, self.family.teacher, Path("teacher"), card, device)
+            teacher = teacher_sampler(self.family, taught_guidance(self.method), device)
             x0 = teacher.at(TEACHER_STEPS, chunk=self.chunk).x0(self.prompts, range(self.count))
             self._teacher = self.family.picture(x0)
         return self._teacher
@@ -76,6 +75,17 @@ class Preview:
         x_t = schedule.add_noise(x0, noise.randn(*family.shape).to(device), t)
         cond = map_cond(lambda c: c.to(device), family.encode(self.prompts))
         return fake_score(x_t, t, cond).x0
+
+
+def taught_guidance(method: Method) -> float:
+    """The scale its teacher is guided by."""
+    return getattr(method.config, "guidance_scale", 1.0)
+
+
+def teacher_sampler(family: Family, guidance: float, device: torch.device) -> Sampler:
+    """The family's teacher, drawn with that guidance."""
+    card = teacher_card(family, guidance)
+    return Sampler(family, family.teacher, Path("teacher"), card, device)
 
 
 def preview_prompts(family: Family, source: Source, count: int) -> list[str] | list[int]:

@@ -286,7 +286,7 @@ def check(recipe: Recipe, family: Family, source: Source) -> None:
             f" {family.init_noises[0]} noise; set it to that."
         )
     recipe.optim.check_networks(trained_by(method, recipe.run.steps))
-    check_metric(recipe.run, family)
+    check_metric(recipe.run, family, method)
     check_trackers(recipe.run.trackers)
 
 

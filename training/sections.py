@@ -192,6 +192,8 @@ class RunConfig:
             metric_samples: images drawn for it.
         metric_reference: one's own real images (Parquet or folder) instead of the protocol's scenes;
             metric_captions: with prompts, the captions (a file) that samples are drawn for.
+        stop: "steps" = after `steps`; "patience" = before, after `patience` measurements in a row that were no better than
+            the best by more than their standard errors (`training.patience`); the best one's checkpoint is kept.
         export: which weights the student directory gets, the average or the last.
         threads: torch CPU threads; 0 = leave as they are.
         trackers: beside metrics.jsonl. TensorBoard is left out where it is not installed; W&B writes offline
@@ -220,6 +222,8 @@ class RunConfig:
     metric_samples: int = 500
     metric_reference: str = ""
     metric_captions: str = ""
+    stop: Literal["steps", "patience"] = "steps"
+    patience: int = 3
     export: Literal["ema", "raw"] = "ema"
     threads: int = 0
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
@@ -232,7 +236,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _require(bool(self.out.strip()), "out", "nothing", "name a directory")
-        for name in ("steps", "log_every", "preview_count", "keep"):
+        for name in ("steps", "log_every", "preview_count", "keep", "patience"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "be at least 1")
         for name, most in (
             ("steps", MOST_STEPS),
@@ -245,6 +249,8 @@ class RunConfig:
         _require(0 <= self.save_minutes < math.inf, "save_minutes", self.save_minutes, "be 0 or more")
         most = max(MOST_THREADS, os.cpu_count() or 1)
         _require(self.threads <= most, "threads", self.threads, f"be at most {most} on this machine")
+        measured = self.stop == "steps" or self.metric_every > 0
+        _require(measured, "stop", self.stop, "be steps where metric_every is 0, for nothing is measured")
         _require(self.metric_samples >= 2, "metric_samples", self.metric_samples, "be at least 2")
 
 

@@ -130,11 +130,11 @@ class Trainer:
             UserError: a loss or a gradient is not finite; or, with a checkpoint written, too many examples are gone.
             Interrupted: after a signal that asks for an end, when the step is finished and a checkpoint is written.
         """
-        run = self.run
+        run, began = self.run, self.state.step
         with self._bar() as bar, interrupts.deferred() as asked:
             self._saved_when = time.monotonic()
             self._catch_up()
-            while self.state.step < run.steps:
+            while self.state.step < run.steps and not self._out_of_patience():
                 self.train_step()
                 bar.update()
                 last = self.state.step == run.steps
@@ -143,6 +143,8 @@ class Trainer:
                 self._every(run.metric_every, self._measure)
                 self._every(run.preview_every, lambda: self.monitor.preview(self.modules))
                 self._obey(asked)
+            if began < self.state.step < run.steps and self.state.step % run.log_every:
+                self.monitor.log(bar)
         return self.student.put()
 
     def _catch_up(self) -> None:
@@ -152,6 +154,12 @@ class Trainer:
             self._measure()
         if preview:
             self.monitor.preview(self.modules)
+
+    def _out_of_patience(self) -> bool:
+        """Whether the metric has stopped getting better (`run.stop`), on all processes."""
+        if self.run.stop != "patience":
+            return False
+        return self._any_process(self.monitor.patience.over)
 
     def _bar(self) -> tqdm:
         return tqdm(

@@ -25,7 +25,7 @@ class Diversity(Metric):
     values = (
         Value("diversity", better="higher", main=True),
         Value("diversity/share", better="higher"),
-        Value("diversity/of_teacher", better="higher"),
+        Value("diversity/of_teacher", better="higher", main=True),
     )
 
     def check(self, inputs: Inputs, n: int) -> None:

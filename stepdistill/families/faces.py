@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.denoiser import Cond
+from stepdistill.families.depth import second_half_at
 
 # What of a diffusers UNet comes after its middle block.
 BEHIND_MIDDLE = ("unet.up_blocks", "unet.conv_norm_out", "unet.conv_out")
@@ -96,9 +98,13 @@ class UNetFace(Face):
         " which ControlNets do not know.",
     )
 
+    # Whether an end is told to the second half in the place of t (`second_half_at`), not embedded.
+    end_by_depth = False
+
     @property
     def extras(self) -> dict[str, Callable[[], None]]:
-        return {"guidance": self.add_cond_proj, "end": self.add_cond_proj}
+        told = dict.fromkeys(("guidance", "end"), self.add_cond_proj)
+        return told | {"end_by_depth": self.add_end_by_depth}
 
     @property
     def blocks(self) -> dict[str, int]:
@@ -116,17 +122,22 @@ class UNetFace(Face):
         self, x_t: Tensor, t: Tensor, cond: Cond, guidance: Tensor | None = None, end: Tensor | None = None
     ) -> Tensor:
         """guidance: (B,) the scale g; the embedding is of w = g - 1, as the exported pipeline makes it. end:
-        (B,) the time a two-time student jumps to. A UNet is told one of the two, through time_cond_proj.
+        (B,) the time a two-time student jumps to. Through time_cond_proj, which two of them share in halves.
         """
-        dtype = self.unet.dtype
-        scalar = guidance - 1 if guidance is not None else end / 1000 if end is not None else None
+        dtype, time = self.unet.dtype, t.to(x_t.device, torch.float32)
+        scalars = [] if guidance is None else [guidance - 1]
+        if end is not None and not self.end_by_depth:
+            scalars.append(end / 1000)
         embedded = None
-        if scalar is not None:
-            embedded = sinusoids(scalar, self.unet.config.time_cond_proj_dim).to(x_t.device, dtype)
-        told = self.arguments(cond, dtype)
-        time = t.to(x_t.device, torch.float32)
-        sample = self.sample(x_t, cond).to(dtype)
-        return self.unet(sample, time, timestep_cond=embedded, **told).sample
+        if scalars:
+            width = self.unet.config.time_cond_proj_dim // len(scalars)
+            embedded = torch.cat([sinusoids(each, width) for each in scalars], 1).to(x_t.device, dtype)
+        told, sample = self.arguments(cond, dtype), self.sample(x_t, cond).to(dtype)
+        with contextlib.ExitStack() as halves:
+            if end is not None and self.end_by_depth:
+                later = end.to(x_t.device, torch.float32)
+                halves.enter_context(second_half_at(self.unet, time, later, condition=embedded))
+            return self.unet(sample, time, timestep_cond=embedded, **told).sample
 
     @property
     def told(self) -> tuple[str, ...]:
@@ -151,6 +162,9 @@ class UNetFace(Face):
         """
         if self.unet.config.time_cond_proj_dim is None:
             self.unet = with_time_cond(self.unet).train(self.unet.training)
+
+    def add_end_by_depth(self) -> None:
+        self.end_by_depth = True
 
 
 class TransformerFace(Face):

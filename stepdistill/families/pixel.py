@@ -23,6 +23,7 @@ from stepdistill.config import build
 from stepdistill.denoiser import Cond, Denoiser
 from stepdistill.errors import UserError, first_line
 from stepdistill.families.base import Family
+from stepdistill.families.depth import second_half_at
 from stepdistill.families.faces import BEHIND_MIDDLE, Face, sinusoids, unet_blocks, zero_linear
 from stepdistill.families.labels import labels_of
 from stepdistill.families.reading import read_pipeline, understood
@@ -43,6 +44,8 @@ class PixelUNet(Face):
     """
 
     inner, middle, behind_middle = "unet", "unet.mid_block", BEHIND_MIDDLE
+    # Whether an end is told to the second half in the place of t (`second_half_at`), not embedded.
+    end_by_depth = False
 
     def __init__(self, unet: nn.Module, sigma_data: float | None = None, sigma_min: float = 0.002):
         super().__init__(unet)
@@ -51,7 +54,10 @@ class PixelUNet(Face):
 
     @property
     def extras(self) -> dict[str, Callable[[], None]]:
-        return {"end": self.add_end}
+        return {"end": self.add_end, "end_by_depth": self.add_end_by_depth}
+
+    def add_end_by_depth(self) -> None:
+        self.end_by_depth = True
 
     def add_end(self) -> None:
         """Let the network be told where its jump ends, in addition to its time embedding; nothing changes
@@ -73,21 +79,27 @@ class PixelUNet(Face):
         c_skip = expand(data**2 / ((sigma - self.sigma_min) ** 2 + data**2), x_t)
         c_out, c_in = expand((sigma - self.sigma_min) * data / norm, x_t), expand(1 / norm, x_t)
         noise = 250 * sigma.clamp(min=1e-20).log()
-        # Smooth at 0, where jumps end.
-        end = None if end is None else 1000 * end / (1 + end)
+        if end is not None and self.end_by_depth:
+            end = 250 * end.double().clamp(min=self.sigma_min).log()
+        elif end is not None:
+            # Smooth at 0, where jumps end.
+            end = 1000 * end / (1 + end)
         return c_skip * x_t + c_out * self._raw(c_in * x_t, noise, cond, end).to(x_t.dtype)
 
     def _raw(self, x: Tensor, label: Tensor, cond: Cond, end: Tensor | None) -> Tensor:
         """The UNet's output; label and end in the units of its time embedding."""
         with contextlib.ExitStack() as hooked:
-            if end is not None:
+            label = label.to(x.device, torch.float32)
+            if end is not None and self.end_by_depth:
+                hooked.enter_context(second_half_at(self.unet, label, end.to(label)))
+            elif end is not None:
                 embedded = self.end(sinusoids(end.to(x.device) / 1000, 256).to(x.dtype))
                 hook = self.unet.time_embedding.register_forward_hook(
                     lambda _m, _x, out: out + embedded.to(out)
                 )
                 hooked.callback(hook.remove)
             dtype = self.unet.dtype
-            return self.unet(x.to(dtype), label.to(x.device, torch.float32), class_labels=cond).sample
+            return self.unet(x.to(dtype), label, class_labels=cond).sample
 
 
 class Pixel(Family):

@@ -129,10 +129,11 @@ class MLP(nn.Module):
         self.label = nn.Embedding(classes + 1, width) if classes else None
         self.guidance: nn.Linear | None = None
         self.end: nn.Linear | None = None
+        self.end_by_depth = False
 
     @property
     def extras(self) -> dict[str, Callable[[], None]]:
-        return {"guidance": self.add_guidance, "end": self.add_end}
+        return {"guidance": self.add_guidance, "end": self.add_end, "end_by_depth": self.add_end_by_depth}
 
     @property
     def blocks(self) -> dict[str, int]:
@@ -145,6 +146,10 @@ class MLP(nn.Module):
     def add_end(self) -> None:
         if self.end is None:
             self.end = zero_linear(33, self.width)
+
+    def add_end_by_depth(self) -> None:
+        """From the second layer on, the end of a jump in the place of its beginning; a jump of no length is as it was."""
+        self.end_by_depth = True
 
     def _noise_features(self, t: Tensor, like: Tensor) -> Tensor:
         """log rho / 4 and its sinusoids, (B, 33)."""
@@ -181,7 +186,10 @@ class MLP(nn.Module):
             h = h + self.guidance(guidance[:, None].to(h) / 10)
         if self.end is not None and end is not None:
             h = h + self.end(self._end_features(end, x_t))
-        for layer in self.hidden:
+        for i, layer in enumerate(self.hidden):
+            if i == 1 and self.end_by_depth and end is not None:
+                moved = self._noise_features(end, x_t) - self._noise_features(t, x_t)
+                h = h + moved @ self.enter.weight[:, -moved.shape[1] :].T
             h = h + layer(h)
         # x0 = (alpha x_t + sigma F) / (alpha^2 + sigma^2)^(1/2) on the unit-norm state: exact at sigma = 0.
         return (alpha * state + sigma * self.leave(h)) / norm

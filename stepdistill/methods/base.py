@@ -41,6 +41,17 @@ COMMON_HEALTH: dict[str, tuple[float, float, str]] = {
         0.5,
         "brightness drift: lower optim.student.lr; where there is a fake score, raise method.student_every",
     ),
+    # Of `training.seeds`, beside the teacher's samples of the same prompts and seeds.
+    "samples/std_ratio": (
+        0.8,
+        1.25,
+        "saturation above, washed out below: lower method.guidance_scale, method.augmentation or optim.student.lr",
+    ),
+    "samples/seed_spread": (
+        0.6,
+        1.6,
+        "collapse below: lower optim.student.lr or set method.diversity_weight; prompts not learnt above: raise run.steps",
+    ),
     "student/grad_norm_growth": (
         0.0,
         30.0,
@@ -233,6 +244,11 @@ class Method:
     def needs_captions(self) -> bool:
         """Whether a loss reads prompts as texts, which classes are not."""
         return False
+
+    @property
+    def trained_on(self) -> tuple[str, ...]:
+        """Directories of the frozen networks a loss matches features of, which then cannot judge."""
+        return ()
 
     @property
     def needs_images(self) -> bool:

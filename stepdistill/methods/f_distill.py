@@ -39,6 +39,9 @@ from stepdistill.prediction import Prediction
 from stepdistill.sampling import Sampling
 from stepdistill.schedule import Flow
 
+Divergence = Literal[
+    "reverse_kl", "softened_kl", "jensen_shannon", "hellinger", "forward_kl", "jeffreys", "neyman"
+]
 WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
     "reverse_kl": lambda r: r**0,
     "softened_kl": lambda r: 1 / (r + 1),
@@ -53,9 +56,7 @@ WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
 class FDistill(DMD2):
     @dataclass
     class Config(DMD2.Config):
-        divergence: Literal[
-            "reverse_kl", "softened_kl", "jensen_shannon", "hellinger", "forward_kl", "jeffreys", "neyman"
-        ] = "jensen_shannon"
+        divergence: Divergence = "jensen_shannon"
         # r is clipped to this range before anything else.
         ratio_low: float = 0.1
         ratio_high: float = 20.0

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,24 @@ from stepdistill.losses import moments
 from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase, guided_teacher
 from stepdistill.schedule import Flow, expand
 from stepdistill.timesteps import as_edm
+
+
+class Point(NamedTuple):
+    """Data diffused with eps (B, ...) to flow's time t, from which the student jumps to r (B,); its condition, which samples
+    lost theirs (B,), and what else the student is told.
+    """
+
+    x_t: Tensor
+    t: Tensor
+    r: Tensor
+    eps: Tensor
+    cond: Cond
+    dropped: Tensor
+    told: dict[str, Tensor]
+
+
+# By `end_by`, what a student's network is made ready for.
+ENDS = {"embedding": "end", "depth": "end_by_depth"}
 
 
 class MeanFlow(Method):
@@ -62,10 +80,12 @@ class MeanFlow(Method):
         derivative: Literal["forward", "difference", "upwind"] = "forward"
         # Of the differences, of flow time; 0 = as much as moves the network's time by a tenth of a step, at most 1e-3.
         difference_step: float = 0.0
+        # How the student is told r: by an embedding of its own, or, in a UNet, as the time that its second half sees.
+        end_by: Literal["embedding", "depth"] = "embedding"
 
     @classmethod
     def sampled(cls, config: Any) -> dict[str, Any]:
-        return {"rule": "flowmap", "inputs": ("end",)}
+        return {"rule": "flowmap", "inputs": (ENDS[config.end_by],)}
 
     def phases(self, step: int) -> Iterator[Phase]:
         yield Phase("student", ("student",), ((1.0, self.loss),))
@@ -80,49 +100,64 @@ class MeanFlow(Method):
         return t, torch.where(noise.rand() < config.equal_share, t, r)
 
     def loss(self, nets: Networks, batch: Batch) -> Losses:
-        config, flow, student = self.config, Flow(), unwrap(nets.student)
-        t, r = self.times(nets, batch)
-        eps = batch.randn()
-        x_t = flow.add_noise(batch.x0, eps, t)
-        cond, dropped = batch.dropped(config.cond_dropout if config.direction == "data" else 0.0)
+        at = self.point(nets, batch)
         with torch.no_grad():
-            v = self.velocity(nets, batch, x_t, t, eps, dropped)
-            with same_draws(x_t):
-                target, derivative = self.target(student, cond, x_t, t, r, v)
-        prediction = nets.student(x_t, t, cond, in_schedule=flow, end=r)
-        squared = (prediction.flow - target).square().flatten(1).sum(1)
-        total = squared / (squared.detach() + config.weight_c) ** config.weight_power
+            v = self.velocity(nets, batch, at)
+            along = self.along(nets, at, v)
+            with same_draws(at.x_t):
+                derivative = self.derivative(unwrap(nets.student), at, along)
+        prediction = nets.student(at.x_t, at.t, at.cond, in_schedule=Flow(), end=at.r, **at.told)
+        squared = (prediction.flow - v + expand(at.t - at.r, v) * derivative).square().flatten(1).sum(1)
         error = (squared.detach() / batch.x0[0].numel()).sqrt()
         seen = {"error": error, "derivative": derivative.flatten(1).norm(dim=1)}
-        return {"total": total} | seen | moments(prediction.x0) | moments(batch.x0, "teacher_")
+        losses = {"total": self.weighed(nets, squared, at)} | seen
+        return losses | moments(prediction.x0) | moments(batch.x0, "teacher_")
 
-    def target(
-        self, student: Denoiser, cond: Cond, x_t: Tensor, t: Tensor, r: Tensor, v: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """v - (t - r) du/dt (Eq. 10), and du/dt."""
+    def point(self, nets: Networks, batch: Batch) -> Point:
+        """Data diffused to a drawn t, and where to jump from there."""
+        t, r = self.times(nets, batch)
+        eps = batch.randn()
+        cond, dropped = batch.dropped(self.config.cond_dropout if self.config.direction == "data" else 0.0)
+        return Point(Flow().add_noise(batch.x0, eps, t), t, r, eps, cond, dropped, self.told(batch))
+
+    def told(self, batch: Batch) -> dict[str, Tensor]:
+        """What the student is told besides the end of its jump."""
+        return {}
+
+    def weighed(self, nets: Networks, squared: Tensor, at: Point) -> Tensor:
+        """The loss of squared errors (B,), each summed over a sample's elements."""
+        return squared / (squared.detach() + self.config.weight_c) ** self.config.weight_power
+
+    def along(self, nets: Networks, at: Point, v: Tensor) -> Tensor:
+        """The direction in x that u is differentiated along."""
+        return v
+
+    def derivative(self, student: Denoiser, at: Point, along: Tensor) -> Tensor:
+        """du/dt, without a graph."""
 
         flow = Flow()
 
         def u(x: Tensor, time: Tensor) -> Tensor:
-            return student(x, time, cond, in_schedule=flow, end=r).flow
+            return student(x, time, at.cond, in_schedule=flow, end=at.r, **at.told).flow
 
-        config, along = self.config, (v, torch.ones_like(t))
-        step = config.difference_step or fine_step(student.native, flow, t, along[1])
-        _, derivative = directional(config.derivative, u, (x_t, t), along, step)
-        return v - expand(t - r, v) * derivative, derivative
+        config, tangents = self.config, (along, torch.ones_like(at.t))
+        step = config.difference_step or fine_step(student.native, flow, at.t, tangents[1])
+        return directional(config.derivative, u, (at.x_t, at.t), tangents, step)[1]
 
-    def velocity(
-        self, nets: Networks, batch: Batch, x_t: Tensor, t: Tensor, eps: Tensor, dropped: Tensor
-    ) -> Tensor:
+    def velocity(self, nets: Networks, batch: Batch, at: Point) -> Tensor:
         """dx_t/dt, guided (Sec. 4.2 in the training form, where samples that lost their condition keep v itself)."""
         config = self.config
         if config.direction == "teacher":
-            return guided_teacher(nets, batch, config.guidance_scale, Flow())(x_t, t).flow.to(x_t.dtype)
-        v = eps - batch.x0
+            asked = guided_teacher(nets, batch, config.guidance_scale, Flow())
+            return asked(at.x_t, at.t).flow.to(at.x_t.dtype)
+        v = at.eps - batch.x0
         if config.guidance_scale == 1 and config.kappa == 0:
             return v
-        conds = batch.cond, batch.uncond
-        own = [unwrap(nets.student)(x_t, t, cond, in_schedule=Flow(), end=t).flow for cond in conds]
+        told, untold = (self.own_velocity(nets, at, cond) for cond in (batch.cond, batch.uncond))
         omega, kappa = config.guidance_scale, config.kappa
-        guided = omega * v + kappa * own[0] + (1 - omega - kappa) * own[1]
-        return torch.where(expand(dropped, v) > 0, v, guided)
+        guided = omega * v + kappa * told + (1 - omega - kappa) * untold
+        return torch.where(expand(at.dropped, v) > 0, v, guided)
+
+    def own_velocity(self, nets: Networks, at: Point, cond: Cond) -> Tensor:
+        """The student's average over no time."""
+        return unwrap(nets.student)(at.x_t, at.t, cond, in_schedule=Flow(), end=at.t, **at.told).flow

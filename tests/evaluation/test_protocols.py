@@ -34,6 +34,7 @@ HASHES = {
     "imagenet64-50k": "fd0df34bdd3f2d5f",
     "mjhq-30k": "62f55451bc17c4fe",
     "scenes-2k": "e91ba17ff0c64669",
+    "scenes-seeds": "37d8787754c082a6",
 }
 
 

@@ -15,6 +15,7 @@ LOGNORMAL = {"time_density": "lognormal", "time_mean": -0.5}
 MATCHING = {"student_every": 1, "guidance_scale": 1.0, "normalise": False, **LOGNORMAL}
 GAME = {"gan": "relativistic", "r1": "exact", "r1_weight": 0.02, "r2": True}
 FEATURES = GAME | {"r1_weight": 1.0}
+MAP = {"equal_share": 0.25, "time_mean": 0.0, "time_std": 1.4, "end_mean": -3.0}
 # Of each method: iterations, by what the distance must fall at least, and settings. Students take one step but where
 # "steps" says otherwise.
 CASES: dict[str, tuple[int, float, dict[str, Any]]] = {
@@ -36,6 +37,12 @@ CASES: dict[str, tuple[int, float, dict[str, Any]]] = {
     "tscd": (250, 1.5, {"segments": 1, "guidance_scale": 1.0, "ddim_steps": 20, "link_weight": "uniform"}),
     "scm": (250, 1.5, {"warmup": 50, "normalise": False, "prior": False, "learned_weight": False}),
     "meanflow": (250, 1.5, {"equal_share": 0.25, "end_mean": -3.0, "weight_power": 0.5}),
+    "imf": (250, 1.5, {"guidance_high": 1.0, "tell_guidance": False, **MAP, "weight_power": 0.0}),
+    "dmf": (250, 1.5, {"guidance_low": 1.0, "guidance_high": 1.0, **MAP}),
+    "anyflow": (150, 2.0, MATCHING | {"flow_map_weight": 0.1}),
+    "phased_dmd": (200, 1.5, MATCHING | {"steps": 2}),
+    "twinflow": (300, 1.5, {"guidance_high": 1.0, "tell_guidance": False, **MAP, "weight_power": 0.0}),
+    "rdm": (150, 2.0, {"encoders": [{"name": "fourier"}], "chunks": 2}),
     "boot": (250, 1.5, {"delta": 0.08}),
     "progressive": (150, 1.2, {"predecessor": "teacher", "steps": 2}),
     "lightning": (150, 1.2, {"predecessor": "teacher", "mse_weight": 1.0, "steps": 2, **GAME}),

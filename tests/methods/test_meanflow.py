@@ -10,6 +10,7 @@ from worlds import COUNT, world
 
 from stepdistill.denoiser import Denoiser
 from stepdistill.families.toy import gaussian_flow_map
+from stepdistill.methods.meanflow import Point
 from stepdistill.sampling import Sampling
 from stepdistill.schedule import Flow, times_like
 
@@ -85,7 +86,8 @@ def test_meanflows_guided_target_mixes_its_own_velocities():
     x_t = Flow().add_noise(batch.x0, eps, t)
     with torch.no_grad():
         dropped = torch.arange(COUNT) < 3
-        v = method.velocity(nets, batch, x_t, t, eps, dropped)
+        at = Point(x_t, t, t, eps, batch.cond, dropped, {})
+        v = method.velocity(nets, batch, at)
         c, u = (nets.student(x_t, t, told, end=t).flow for told in (batch.cond, batch.uncond))
     mixed = 2.0 * (eps - batch.x0) + 0.5 * c - 1.5 * u
     torch.testing.assert_close(v[3:], mixed[3:], rtol=1e-9, atol=1e-9)
@@ -98,7 +100,8 @@ def test_meanflows_guided_target_mixes_its_own_velocities():
     t, _ = method.times(nets, twin)
     eps = twin.randn()
     x_t = Flow().add_noise(twin.x0, eps, t)
-    v = method.velocity(nets, batch, x_t, t, eps, torch.zeros(COUNT, dtype=torch.bool)).detach()
+    at = Point(x_t, t, t, eps, batch.cond, torch.zeros(COUNT, dtype=torch.bool), {})
+    v = method.velocity(nets, batch, at).detach()
     u = nets.student(x_t, t, batch.cond, end=t).flow
     torch.testing.assert_close(ours, gradient((u - v).square().mean(), net), rtol=1e-6, atol=1e-9)
 

@@ -1,0 +1,65 @@
+"""DMF: a trained teacher turned into a flow map (decoupled MeanFlow, Lee et al. 2025, arXiv 2510.24474).
+
+A denoiser's first half reads x_t, its second makes the answer of a noise level. Told the end r of a jump there, in the
+place of t, a trained network is a two-time student with no new weight, and for r = t the teacher itself
+(stepdistill/families/depth.py). Training is iMF's (stepdistill/methods/imf.py), half of it at r = t, with the loss
+
+    log( |V - v|^2 / D / e^s + c ) + s,    s(t) learned: the logarithm of the mean error at that noise level
+
+so that all noise levels count alike and a sample that errs by much more than its like counts by its logarithm. t and r are
+logit-normal each by itself, t the later of the two; where r = t another one.
+
+Normal ranges: "level", s, falls; "error" and "derivative" as in MeanFlow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from stepdistill import timesteps
+from stepdistill.denoiser import Denoiser
+from stepdistill.methods.base import Batch, Networks, Phase
+from stepdistill.methods.imf import IMF
+from stepdistill.methods.meanflow import Point
+from stepdistill.methods.scm import NoiseWeight
+from stepdistill.schedule import Flow
+from stepdistill.timesteps import as_edm
+
+
+class DMF(IMF):
+    @dataclass
+    class Config(IMF.Config):
+        direction: Literal["teacher", "data"] = "teacher"
+        # The authors' 0.6 of the conditional in v + 0.6 (u_c - u_no) is an omega of 2.5, up to t = 0.7.
+        guidance_low: float = 2.5
+        guidance_high: float = 2.5
+        tell_guidance: bool = False
+        interval_high: float = 0.7
+        end_by: Literal["embedding", "depth"] = "depth"
+        time_mean: float = 0.4
+        end_mean: float = -1.2
+        # Of t where r = t.
+        equal_mean: float = 0.0
+        equal_std: float = 1.0
+
+    def networks(self, teacher: Denoiser, student: Denoiser) -> dict[str, nn.Module]:
+        return {"weighting": NoiseWeight()}
+
+    def phases(self, step: int) -> Iterator[Phase]:
+        yield Phase("student", ("student", "weighting"), ((1.0, self.loss),))
+
+    def times(self, nets: Networks, batch: Batch) -> tuple[Tensor, Tensor]:
+        t, r = super().times(nets, batch)
+        config, frame = self.config, as_edm(nets.schedule, most=self.sampling.first_rho or 1e4)
+        shape = config.equal_mean, config.equal_std, nets.sigma_data
+        equal = Flow().t_of_rho(timesteps.lognormal(frame, batch.generator, *shape))
+        return torch.where(t == r, equal, t), torch.where(t == r, equal, r)
+
+    def weighed(self, nets: Networks, squared: Tensor, at: Point) -> Tensor:
+        s = nets.weighting(Flow().rho(at.t)).to(squared)
+        return (squared / at.x_t[0].numel() * (-s).exp() + self.config.weight_c).log() + s

@@ -1,0 +1,89 @@
+"""Phased DMD (arXiv 2510.27684): what its fake scores learn, where phases end, who is matched where."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import worlds
+from worlds import world
+
+from stepdistill.denoiser import Denoiser
+from stepdistill.errors import UserError
+from stepdistill.families.toy import SCHEDULES, Mixture
+from stepdistill.noise import SampleNoise
+from stepdistill.schedule import Flow, expand, times_like
+
+
+def mixture(schedule) -> Mixture:
+    return Mixture(schedule, torch.tensor([[-1.0], [0.8]]), 0.3, torch.tensor([0.3, 0.7]))
+
+
+@pytest.mark.parametrize("name", ["vp", "flow", "edm"])
+def test_the_fake_score_learns_the_exact_velocity_from_a_state_and_not_from_x0(name):
+    """The mean of the pair, near a place of x_t, is the posterior mean of the law of x_t."""
+    schedule = SCHEDULES[name]()
+    law, method = mixture(schedule), worlds.method("phased_dmd")
+    noise = SampleNoise(range(400_000), seed=1)
+    x0 = law.draw(noise).double()
+    s = schedule.t_of_rho(torch.full((len(x0),), 0.6)).double()
+    s = s.round() if schedule.discrete else s
+    x_s = schedule.add_noise(x0, noise.randn(1, dtype=torch.float64), s)
+    added = schedule.t_of_rho(torch.full((len(x0),), 0.9))
+    at = method.onward(schedule, x_s, noise.randn(1, dtype=torch.float64), s, added)
+    # They are a pair of x_t, and between s and pure noise in flow's time.
+    torch.testing.assert_close(schedule.add_noise(at.x0, at.eps, at.t), at.x_t, rtol=1e-6, atol=1e-6)
+    low, share, found = (float(Flow().t_of_rho(schedule.rho(time))[0]) for time in (s, added, at.t))
+    assert found == pytest.approx(low + (1 - low) * share, rel=1e-2)
+    exact = Denoiser(law, "x0", schedule)(at.x_t, at.t).x0
+    for place in (-0.5, 0.4):
+        near = ((at.x_t / expand(schedule.alpha(at.t), at.x_t) - place).abs() < 0.05)[:, 0]
+        error = (at.x0 - exact)[near, 0]
+        assert abs(float(error.mean())) < 5 * float(error.std()) / int(near.sum()) ** 0.5 < 0.1
+
+
+def test_without_noise_at_its_end_a_phase_is_plain_denoising():
+    schedule = SCHEDULES["flow"]()
+    x0, eps = torch.randn(2, 8, 2, dtype=torch.float64)
+    t = torch.linspace(0.1, 0.9, 8, dtype=torch.float64)
+    at = worlds.method("phased_dmd").onward(schedule, x0, eps, None, t)
+    torch.testing.assert_close(at.x_t, schedule.add_noise(x0, eps, t))
+    torch.testing.assert_close(at.x0, x0)
+    torch.testing.assert_close(at.eps, eps)
+    torch.testing.assert_close(at.weight, torch.ones_like(t))
+
+
+def test_phases_take_turns_and_end_where_the_next_begins():
+    made = world("phased_dmd", steps=(4,), schedule="flow", phases=2, student_every=2)
+    trains = [[phase.trains[0] for phase in made.method.phases(step)] for step in range(4)]
+    assert trains == [
+        ["student", "fake_score"],
+        ["fake_score"],
+        ["student", "fake_score_1"],
+        ["fake_score_1"],
+    ]
+    grid = made.method.sampling.grid(made.nets.schedule, 4)
+    assert made.method.end(made.nets.schedule, 0) == grid[2]
+    asked = {0: set(), 1: set()}
+    for step in range(24):
+        for phase, times in asked.items():
+            said, x_s = made.method.answer(made.nets, made.batch(step), phase)
+            times.add(float(said.t[0]))
+            expected = said.at(times_like(grid[2], x_s)) if phase == 0 else said.x0
+            torch.testing.assert_close(x_s, expected)
+    assert asked == {0: set(grid[:2]), 1: set(grid[2:])}
+
+
+def test_a_student_whose_law_the_fake_score_knows_as_the_teachers_is_left_alone():
+    made = world("phased_dmd", schedule="flow", classes=1)
+    made.nets.modules["fake_score"] = made.nets.modules["fake_score_1"] = made.nets.teacher
+    made.method.config.guidance_scale = 1.0
+    for phase in (0, 1):
+        loss = made.method.student_loss(made.nets, made.batch(), phase)["total"].mean()
+        slopes = torch.autograd.grad(loss, list(made.nets.student.parameters()))
+        assert max(float(slope.abs().max()) for slope in slopes) < 1e-7
+
+
+@pytest.mark.parametrize("wrong", [{"steps": (1, 2)}, {"steps": (2,), "phases": 3}, {"shared_samples": True}])
+def test_what_it_cannot_do_is_refused(wrong):
+    with pytest.raises(UserError, match=r"method\.(phases|shared_samples)"):
+        worlds.method("phased_dmd", **wrong)

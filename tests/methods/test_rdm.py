@@ -1,0 +1,123 @@
+"""RDM (arXiv 2604.28190, 2607.02375): the two distances, the cached gradient, who may judge."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+import worlds
+from worlds import COUNT, world
+
+from stepdistill import assets
+from stepdistill.errors import UserError
+from stepdistill.representation import Moments, frechet, mmd
+from training.measure import check_judge
+from training.sections import RunConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def drawn(count: int = 24, width: int = 3, seed: int = 0) -> torch.Tensor:
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def of_moments(x: torch.Tensor, real: torch.Tensor, memory: float = 0.0) -> torch.Tensor:
+    return frechet(*Moments([x.shape[1]]).blended(0, x, real, memory))
+
+
+@pytest.mark.parametrize("distance", [of_moments, mmd])
+def test_the_gradient_is_that_of_differences(distance):
+    x, real = drawn(6).requires_grad_(), 0.5 + drawn(8, seed=1)
+    assert torch.autograd.gradcheck(lambda x: distance(x, real), (x,), eps=1e-6, atol=1e-6)
+
+
+def test_the_frechet_distance_is_0_on_itself_and_the_closed_form_of_gaussians():
+    x = drawn(400)
+    assert float(of_moments(x, x)) == pytest.approx(0, abs=1e-9)
+    mean, real_mean = torch.tensor([[1.0, 0.0], [-1.0, 2.0]], dtype=torch.float64)
+    stds, real_stds = torch.tensor([[1.0, 0.5], [2.0, 0.1]], dtype=torch.float64)
+    found = frechet(mean, torch.diag(stds**2), real_mean, torch.diag(real_stds**2))
+    expected = (mean - real_mean).square().sum() + (stds - real_stds).square().sum()
+    assert float(found) == pytest.approx(float(expected))
+
+
+def test_directions_without_spread_have_a_finite_gradient():
+    """More features than samples: clamped roots of zeros would make it NaN."""
+    x = drawn(4, 9).requires_grad_()
+    of_moments(x, drawn(4, 9, seed=1)).backward()
+    assert bool(torch.isfinite(x.grad).all()) and float(x.grad.abs().sum()) > 0
+
+
+def test_mmd_is_unbiased_and_grows_with_a_shift():
+    same = torch.stack([mmd(drawn(32, seed=2 * i), drawn(32, seed=2 * i + 1)) for i in range(60)])
+    assert abs(float(same.mean())) < 4 * float(same.std()) / 60**0.5
+    apart = [float(mmd(drawn(64) + shift, drawn(64, seed=1))) for shift in (0.0, 0.5, 1.0)]
+    assert apart == sorted(apart) and apart[-1] > 0.05
+
+
+def test_running_moments_are_means_at_first_and_then_forget():
+    held, batches = Moments([3]), [drawn(seed=i) for i in range(4)]
+    for batch in batches[:3]:
+        held.update([(batch, batch)], memory=0.9)
+    m, s, *_ = held.blended(0, batches[3], batches[3], 0.9)
+    everything = torch.cat(batches)
+    torch.testing.assert_close(m, everything.mean(0))
+    torch.testing.assert_close(s, torch.cov(everything.T, correction=0))
+    held.updates.fill_(1000)
+    later = held.blended(0, batches[3], batches[3], 0.9)[0]
+    torch.testing.assert_close(later, 0.9 * torch.cat(batches[:3]).mean(0) + 0.1 * batches[3].mean(0))
+
+
+@pytest.mark.parametrize("distance", ["mmd", "fd"])
+def test_cached_chunks_have_the_gradient_of_one_statistic_over_all(distance):
+    """Which the mean of the chunks' own statistics has not."""
+    made = world("rdm", distance=distance, chunks=3, encoders=worlds.SETTINGS["rdm"]["encoders"])
+    student, method = list(made.nets.student.parameters()), made.method
+    ours = torch.autograd.grad(method.loss(made.nets, made.batch())["total"].mean(), student)
+    batch = made.batch()
+    real = method.features(batch.x0, batch)[0]
+    first = method.sampling.grid(made.nets.schedule, 1)[0]
+    chunks = []
+    for _ in range(3):
+        x = method.sampling.first_input(made.nets.schedule, batch.randn(), first)
+        x0 = made.nets.student(x, torch.full((COUNT,), first, dtype=torch.float64), batch.cond).x0
+        chunks.append(method.features(x0, batch)[0])
+
+    def statistic(features: torch.Tensor) -> torch.Tensor:
+        return mmd(features, real) if distance == "mmd" else of_moments(features, real)
+
+    whole = torch.autograd.grad(statistic(torch.cat(chunks)), student, retain_graph=True)
+    parts = torch.autograd.grad(sum(map(statistic, chunks)) / 3, student)
+    for a, b in zip(ours, whole, strict=True):
+        torch.testing.assert_close(a, b.to(a), rtol=1e-3, atol=1e-5)
+    assert max(float((a - b).abs().max()) for a, b in zip(ours, parts, strict=True)) > 1e-4
+
+
+def judged(metric: str) -> RunConfig:
+    return RunConfig(steps=1, out="", metric=metric, metric_every=10)
+
+
+def test_a_network_that_is_trained_on_is_refused_as_the_judge():
+    method = worlds.method("rdm", encoders=[{"name": "clip"}])
+    for metric in ("clip", "clip:scenes-v1", f"fd:{assets.path('clip')}"):
+        with pytest.raises(UserError, match=r"run\.metric=.*method\.encoders"):
+            check_judge(judged(metric), method)
+    for metric in ("fd", "fd:scenes-v1", "attributes"):
+        check_judge(judged(metric), method)
+    check_judge(judged("clip"), worlds.method("dmd2"))
+
+
+def test_evaluation_computes_its_distances_itself():
+    for path in (ROOT / "evaluation").rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        named = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+        named += [name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names]
+        assert not [name for name in named if "representation" in name or name.endswith(".rdm")], path
+
+
+@pytest.mark.parametrize("wrong", [{"steps": (1, 2)}, {"chunks": 0}, {"encoders": []}])
+def test_what_it_cannot_do_is_refused(wrong):
+    with pytest.raises(UserError, match=r"student\.steps|method\.(chunks|encoders)"):
+        worlds.method("rdm", **wrong)
