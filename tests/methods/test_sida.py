@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as nnf
+import worlds
+from quadrature import Line
 from worlds import gradients, world
 
+from stepdistill.errors import UserError
+from stepdistill.families.toy import SCHEDULES
 from stepdistill.features import block_features
 from stepdistill.losses import score_identity
+from stepdistill.methods.f_distill import WEIGHTS
 
 
 def sida(**settings):
@@ -95,3 +101,36 @@ def test_the_critics_turn_trains_encoder_and_head_and_leaves_the_rest():
         made.backward(phase)
         for name, module in made.nets.modules.items():
             assert all(gradients(module)) == (name in phase.trains and name != "teacher") or name == "teacher"
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jensen_shannon", "hellinger", "neyman"])
+def test_uni_instructs_gradient_is_that_of_the_divergence_at_a_noise_level(divergence):
+    """For alpha 1/2 and the exact ratio: d / d theta of E h(r) |s_student - s_data|^2, everything differentiated."""
+    line = Line("sid", SCHEDULES["flow"](), nodes=121)
+    wide = {"ratio_low": 1e-12, "ratio_high": 1e12}
+    method = worlds.method("sida", divergence=divergence, gan_weight=1.0, **wide)
+    shift, scale = line.student.shift, line.student.scale
+    x0 = (shift + scale * line.z)[:, None]
+    t = line.t.expand(len(x0))
+    x_t = line.schedule.add_noise(x0, line.eps[:, None], t)
+    real, fake = (line.nets.modules[name](x_t, t).x0 for name in ("teacher", "fake_score"))
+    log_ratio = line.data.log_prob(x_t, t) - line.nets.fake_score.network.log_prob(x_t, t)
+    h, slope = method.weights(log_ratio)
+    unit = WEIGHTS[divergence](log_ratio.detach().exp()).mean()
+    loss = score_identity(x0, real, fake, 0.5, False, unit * h, unit * slope)
+    ours = torch.stack(torch.autograd.grad((line.weights * loss).sum(), (shift, scale)))
+
+    def integrand(log_q, log_p):
+        (apart,) = torch.gradient(log_p - log_q, spacing=28 / 20000)
+        return log_q.exp() * WEIGHTS[divergence]((log_p - log_q).exp()) * apart.square()
+
+    expected = line.density_gradient(integrand) * (line.sigma**2 / line.alpha) ** 2 / 2
+    torch.testing.assert_close(ours, expected, rtol=2e-3, atol=1e-5)
+
+
+def test_the_reverse_kl_is_sida_itself_and_others_need_the_discriminator():
+    plain, same = sida(gan_weight=0.3), sida(gan_weight=0.3, divergence="reverse_kl")
+    a, b = (made.method.student_loss(made.nets, made.batch())["total"] for made in (plain, same))
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+    with pytest.raises(UserError, match=r"method\.divergence=forward_kl"):
+        sida(gan_weight=0.0, divergence="forward_kl")
