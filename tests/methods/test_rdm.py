@@ -96,7 +96,7 @@ def test_cached_chunks_have_the_gradient_of_one_statistic_over_all(distance):
 
 
 def judged(metric: str) -> RunConfig:
-    return RunConfig(steps=1, out="", metric=metric, metric_every=10)
+    return RunConfig(steps=1, out="run", metric=metric, metric_every=10)
 
 
 def test_a_network_that_is_trained_on_is_refused_as_the_judge():

@@ -103,7 +103,7 @@ def test_the_critics_turn_trains_encoder_and_head_and_leaves_the_rest():
             assert all(gradients(module)) == (name in phase.trains and name != "teacher") or name == "teacher"
 
 
-@pytest.mark.parametrize("divergence", ["forward_kl", "jensen_shannon", "hellinger", "neyman"])
+@pytest.mark.parametrize("divergence", ["forward_kl", "jensen_shannon", "hellinger", "softened_kl"])
 def test_uni_instructs_gradient_is_that_of_the_divergence_at_a_noise_level(divergence):
     """For alpha 1/2 and the exact ratio: d / d theta of E h(r) |s_student - s_data|^2, everything differentiated."""
     line = Line("sid", SCHEDULES["flow"](), nodes=121)
