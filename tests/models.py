@@ -46,7 +46,11 @@ SQUARE = {"dit"}
 # Conditions of two images.
 TOLD: dict[str, list[Any]] = {"prompt": ["a red circle", "two stars"], "class": [1, 0]}
 # Methods on images look through the embedded CLIP, which knows the words of the scenes.
-METHODS: dict[str, dict[str, Any]] = {"add": {"gan": "non_saturating"}, "reward": {"margin": 10.0}}
+METHODS: dict[str, dict[str, Any]] = {
+    "add": {"gan": "non_saturating"},
+    "reward": {"margin": 10.0},
+    "rdm": {"chunks": 2},
+}
 
 
 class Pictures(Source):

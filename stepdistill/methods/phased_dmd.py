@@ -24,7 +24,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,10 @@ class Onward(NamedTuple):
 
 class PhasedDMD(ScoreDistillation):
     rules = ("ode",)
+    # Of phases that take turns no loss has a beginning to grow from.
+    health: ClassVar[dict[str, tuple[float, float, str]]] = {
+        name: normal for name, normal in ScoreDistillation.health.items() if name != "critic/denoising_growth"
+    }
 
     @dataclass
     class Config(ScoreDistillation.Config):
