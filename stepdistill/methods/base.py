@@ -216,6 +216,8 @@ class Method:
     # Networks whose weights a stage takes over from networks of the same names of the stage before, key by key
     # (the student always is). Any other network is made anew.
     carried: tuple[str, ...] = ()
+    # Directories of the frozen networks a loss matches features of, which then cannot judge.
+    trained_on: tuple[str, ...] = ()
     # Normal ranges of logged values, "phase/name": (low, high, likely cause when it is left). The trainer
     # shows them in previews and warns; what is common to all methods is in COMMON_HEALTH.
     health: ClassVar[dict[str, tuple[float, float, str]]] = {}
@@ -244,11 +246,6 @@ class Method:
     def needs_captions(self) -> bool:
         """Whether a loss reads prompts as texts, which classes are not."""
         return False
-
-    @property
-    def trained_on(self) -> tuple[str, ...]:
-        """Directories of the frozen networks a loss matches features of, which then cannot judge."""
-        return ()
 
     @property
     def needs_images(self) -> bool:
