@@ -2,6 +2,7 @@
 # make test          set up and run the tests        make test-slow   the long ones as well
 # make check         format, lint and fast tests, as CI does
 # make fuzz          thousands of changed files through every loader     make mutants   400 changed lines, each of which a test must notice
+# make soak          kill runs of every method at random, and compare what they end with (half an hour of a core)
 # make assets        train everything in assets/ again (about two hours of two cores)
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ LAUNCH := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --config_f
 # Set in many containers, it would have every process below compile torch and diffusers anew, in 13 seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo test test-slow check fuzz mutants assets
+.PHONY: install demo test test-slow check fuzz mutants soak assets
 .DELETE_ON_ERROR:
 
 install: $(READY)
@@ -55,6 +56,10 @@ fuzz: $(READY)
 
 mutants: $(READY)
 	$(RUN) tests/mutants
+
+# Goes on where it was; remove benchmarks/soak.json to begin again.
+soak: $(READY)
+	$(RUN) tests/soak.py
 
 # Each step is skipped where its result exists; remove assets/NAME to make it again.
 assets: $(READY) assets/teacher/vae/training.json assets/clip/training.json assets/scenes-v1/training.json \

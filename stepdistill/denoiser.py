@@ -196,5 +196,14 @@ def unwrap(module: nn.Module) -> nn.Module:
     return getattr(module, "_orig_mod", module)
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile has wrapped it, whatever else has."""
+    while not hasattr(module, "_orig_mod"):
+        if not isinstance(getattr(module, "module", None), nn.Module):
+            return False
+        module = module.module
+    return True
+
+
 def parameter_count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from stepdistill.denoiser import Cond, Denoiser, unwrap
+from stepdistill.denoiser import Cond, Denoiser, is_compiled, unwrap
+from stepdistill.errors import UserError
 
 
 class _Enough(Exception):
@@ -24,7 +25,13 @@ def tap(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
 
     Raises:
         ValueError: a name is not a sub-module; the nearest ones are listed.
+        UserError: the network is compiled, and what is compiled runs no hooks.
     """
+    if is_compiled(module):
+        raise UserError(
+            "dynamo_backend: a network whose blocks a discriminator reads cannot be compiled; launch without it"
+            " (ACCELERATE_DYNAMO_BACKEND=no), or set method.gan_weight to 0 where the method has it."
+        )
     collected: dict[str, Tensor] = {}
     found = submodules(module)
     for name in names:

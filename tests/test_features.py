@@ -9,6 +9,7 @@ from torch import nn
 from stepdistill.denoiser import Denoiser
 from stepdistill.discriminator import Discriminator, Head
 from stepdistill.ema import EMA
+from stepdistill.errors import UserError
 from stepdistill.families.sd import SD
 from stepdistill.families.toy import MLP
 from stepdistill.features import block_features, tap, tap_with_gradient
@@ -211,3 +212,10 @@ def test_a_pass_can_record_its_first_half_alone():
     assert torch.equal(slope, expected)
     # The mode and the network are as before.
     assert torch.is_grad_enabled() and body(x).requires_grad
+
+
+def test_a_compiled_network_has_no_taps():
+    """Its hooks would never be called."""
+    network = torch.compile(nn.Sequential(nn.Linear(2, 2)), backend="eager")
+    with pytest.raises(UserError, match="cannot be compiled"), tap(network, ["0"]):
+        pass

@@ -56,6 +56,20 @@ class Lock:
             said = True
             time.sleep(PATIENCE)
 
+    def held(self) -> str:
+        """The process that has it, "" where none does; nothing is written."""
+        try:
+            with open(self.path, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            return self._owner() if error.errno in _HELD else ""
+        return ""
+
+    def _owner(self) -> str:
+        with contextlib.suppress(OSError):
+            return self.path.read_text(encoding="utf-8", errors="replace").strip() or "unknown"
+        return "unknown"
+
     def release(self) -> None:
         """Anybody may take it now."""
         if self._file is not None:
@@ -64,11 +78,7 @@ class Lock:
 
     def refused(self) -> UserError:
         """For the person whose command found it taken."""
-        try:
-            owner = self.path.read_text(encoding="utf-8", errors="replace").strip() or "unknown"
-        except OSError:
-            owner = "unknown"
         return UserError(
-            f"another run is at work in {self.path.parent} (process {owner}); wait until it ends, stop it, or choose"
+            f"another run is at work in {self.path.parent} (process {self._owner()}); wait until it ends, stop it, or choose"
             " another directory with run.out=..."
         )

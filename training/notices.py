@@ -16,6 +16,7 @@ CODES = {
     "W07": "an update was left out, because something was not finite",
     "W08": "the disk is full, and the run waits",
     "W09": "the log of a run without a checkpoint is begun again",
+    "W10": "another process computes the same",
 }
 
 

@@ -25,6 +25,8 @@ from tqdm import tqdm
 
 from stepdistill.errors import UserError, atomic_write
 from training.files import save_tensors
+from training.lock import Lock
+from training.notices import warn
 
 # Of the layout below; part of every key.
 FORMAT = 1
@@ -122,7 +124,16 @@ class Shards:
         if complete and not mend:
             self.check(share)
             return self
-        share.together(lambda: self._begin(make, batch) if share.first else None)
+        lock = Lock(self.directory / ".lock")
+        try:
+            share.together(lambda: self._begin(make, batch, lock) if share.first else None)
+            self._compute(make, batch, share, progress)
+        finally:
+            lock.release()
+        return self
+
+    def _compute(self, make: Callable[[range], Rows], batch: int, share: Share, progress: bool) -> None:
+        """This process's part of what is missing or damaged; all of them are done when it returns."""
         own = range(share.index, self._shards, share.of)
         bar = tqdm(own, desc=f"computing {self.what}", unit="shard", disable=not progress, delay=1)
 
@@ -135,7 +146,6 @@ class Shards:
         if share.first:
             self._say(complete=max(self.count, self._said().get("complete", 0)))
         share.gather(None)
-        return self
 
     def check(self, share: Share = ALONE) -> None:
         """Look at every shard, and read those that have changed since their checksum was right. Raises UserError for the
@@ -220,8 +230,12 @@ class Shards:
         with atomic_write(self._index) as temporary:
             temporary.write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
 
-    def _begin(self, make: Callable[[range], Rows], batch: int) -> None:
-        """Say how many rows a shard has, which the first of them tell, and clear up after a computation that was killed."""
+    def _begin(self, make: Callable[[range], Rows], batch: int, lock: Lock) -> None:
+        """Have the directory alone; say how many rows a shard has, which the first of them tell, and clear up after a
+        computation that was killed.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        lock.wait(lambda: warn("W10", f"another process computes {self.directory}; waiting for it."))
         for left_over in self.directory.glob(".*"):
             shutil.rmtree(left_over, ignore_errors=True)
         if self._said():

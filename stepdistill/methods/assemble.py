@@ -13,6 +13,9 @@ from stepdistill.lora import NO_LORA, LoRA, LoraConfig, checkpointed
 from stepdistill.methods.base import Method, Networks
 from stepdistill.pruning import Pruned
 
+# Iterations whose turns `trained_by` looks at.
+LOOKED_AT, WINDOWS = 32_768, 32
+
 
 def assemble(
     method: Method,
@@ -117,8 +120,18 @@ def take_over(
 
 
 def trained_by(method: Method, steps: int) -> list[str]:
-    """Names of the networks that a run of so many steps trains, sorted."""
-    return sorted({name for step in range(steps) for phase in method.phases(step) for name in phase.trains})
+    """Names of the networks that a run of so many steps trains, sorted.
+
+    Of a long run, the first `LOOKED_AT` iterations are looked at, and `WINDOWS` windows over the rest up to its end: no method
+    takes more than a window until all have had their turn.
+    """
+    window = LOOKED_AT // WINDOWS
+    looked_at = [range(min(steps, LOOKED_AT))]
+    if steps > LOOKED_AT:
+        starts = (LOOKED_AT + (steps - LOOKED_AT) * i // WINDOWS for i in range(1, WINDOWS + 1))
+        looked_at += [range(max(end - window, LOOKED_AT), end) for end in starts]
+    named = (phase.trains for part in looked_at for step in part for phase in method.phases(step))
+    return sorted({name for trains in named for name in trains})
 
 
 def _start_from(before: Denoiser, student: Denoiser) -> None:

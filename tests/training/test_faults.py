@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,17 @@ from torch import Tensor
 from stepdistill import export
 from stepdistill.errors import Interrupted, UserError, cli_errors
 from stepdistill.families.latent import Latent
+from stepdistill.methods.assemble import trained_by
+from stepdistill.methods.base import Method, Phase
 from stepdistill.methods.dmd2 import DMD2
-from training import disk, files, launch
+from training import disk, files, launch, lock
 from training import run as running
 from training.checkpoint import RunDirectory
 from training.exporting import Exported
+from training.lock import Lock
 from training.monitor import Monitor
 from training.sections import RunConfig
+from training.shards import Shards
 from training.trackers import JsonlTracker
 
 pytestmark = pytest.mark.usefixtures("short_runs")
@@ -211,3 +216,45 @@ def test_processes_and_threads_for_another_machine_are_refused(monkeypatch):
         raise RuntimeError("[pair.cc:547] Connection closed by peer [127.0.0.1]:1234")
     with pytest.raises(RuntimeError), launch.peers(1):
         raise RuntimeError("Connection closed by peer")
+
+
+def test_what_two_runs_need_is_computed_by_one_of_them(tmp_path, monkeypatch, capsys):
+    """The second neither removes what the first is writing nor computes beside it; a crash frees its place."""
+    shards = Shards(tmp_path, "things", {"a": 1}, 4, rows=2)
+    shards.directory.mkdir()
+    (shards.directory / ".000000.safetensors.xyz").mkdir()
+    ready, child = os.pipe(), os.fork()
+    if child == 0:
+        held = Lock(shards.directory / ".lock")
+        os.write(ready[1], b"1" if held.take() else b"0")
+        signal.alarm(60)
+        signal.pause()
+        os._exit(0)
+    assert os.read(ready[0], 1) == b"1"
+
+    def gone(_: float) -> None:
+        assert (shards.directory / ".000000.safetensors.xyz").exists()
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+    monkeypatch.setattr(lock.time, "sleep", gone)
+    shards.fill(lambda numbers: {"x": torch.tensor(list(numbers))}, progress=False)
+    assert "warning W10" in capsys.readouterr().err
+    assert shards.rows([3])["x"].tolist() == [3] and not list(shards.directory.glob(".0*"))
+
+
+def test_who_is_trained_in_ten_million_steps_is_known_at_once():
+    class Late(Method):
+        looked = 0
+
+        def phases(self, step: int) -> Any:
+            Late.looked += 1
+            yield Phase("student", ("student",), ())
+            if step % 1000 == 999:
+                yield Phase("critic", ("rare",), ())
+            if step > 9_990_000 and step % 500 == 0:
+                yield Phase("late", ("late",), ())
+
+    assert trained_by(Late(None), 10**7) == ["late", "rare", "student"]
+    assert Late.looked <= 10**5
+    assert trained_by(Late(None), 10) == ["student"]
