@@ -3,7 +3,7 @@
     python tests/soak.py [--out benchmarks/soak.json] [--kills 9] [--only CASE ...]
 
 Every trial begins a run in a directory of its own, kills it (SIGKILL, sometimes SIGTERM) at a random write, network step or
-measurement, flips a bit of its newest checkpoint now and then, starts it again, and so on three times. What it ends with is
+measurement, flips a bit of its newest checkpoint now and then, starts it again, and so on six times. What it ends with is
 compared with a run nobody disturbed: every byte of weights, optimisers, counters, previews and the exported student, and
 every line of the log. Runs are forked from one warm process. OUT is written after each case; those in it are not run again.
 """
@@ -48,7 +48,7 @@ from training import run as running  # noqa: E402
 from training.recipe import Recipe  # noqa: E402
 from training.trainer import Trainer  # noqa: E402
 
-KILLS = 3
+KILLS = 6
 # What a write belongs to, by a part of its path.
 KINDS = {
     "/eval": "evaluation",
@@ -62,7 +62,15 @@ KINDS = {
 }
 WATCHED = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 EXITS = {0, 143, -signal.SIGKILL, -signal.SIGTERM}
-OFTEN = ("run.steps=6", "run.save_every=2", "run.keep=2", "run.preview_every=3", "run.log_every=1")
+OFTEN = (
+    "run.steps=6",
+    "run.save_every=2",
+    "run.keep=2",
+    "run.log_every=1",
+    "run.preview_every=3",
+    "run.preview_count=2",
+    "run.check_teacher=false",
+)
 MEASURED = ("run.metric=sw1", "run.metric_every=2")
 
 # Written by the run under test, read by this process: the last step it began.
