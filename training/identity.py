@@ -67,13 +67,16 @@ def shown(value: Any) -> str:
 
 
 def _leaves(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Every value by its dotted name; stages by their numbers."""
+    """Every value by its dotted name; the recipe's stages by their numbers."""
+    stages = {str(i): stage for i, stage in enumerate(recipe.get("stages") or [])}
+    return _named({**recipe, "stages": stages})
+
+
+def _named(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for name, value in recipe.items():
-        if name == "stages":
-            value = {str(i): stage for i, stage in enumerate(value or [])}
+    for key, value in tree.items():
         if isinstance(value, Mapping):
-            found |= {f"{name}.{key}": leaf for key, leaf in _leaves(value).items()}
+            found |= _named(value, f"{prefix}{key}.")
         else:
-            found[name] = value
+            found[f"{prefix}{key}"] = value
     return found

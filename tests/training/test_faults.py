@@ -14,6 +14,7 @@ from forks import two_processes
 from runs import assert_same_run, checkpoint, metrics, sd, toy
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from stepdistill import export
 from stepdistill.errors import Interrupted, UserError, cli_errors
@@ -30,6 +31,7 @@ from training.monitor import Monitor
 from training.sections import RunConfig
 from training.shards import Shards
 from training.trackers import JsonlTracker
+from training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("short_runs")
 
@@ -82,6 +84,30 @@ def test_an_update_is_left_out_by_all_processes_or_by_none(tmp_path):
     two_processes(_skipping, recipe, tmp_path)
     assert (tmp_path / "0").exists() and (tmp_path / "1").exists()
     assert checkpoint(tmp_path / "two").extra["counters"]["updates"]["fake_score"] == 5
+
+
+def _dying(rank: int, recipe: Any, folder: Path) -> None:
+    original = Trainer.train_step
+
+    def train_step(self: Trainer) -> None:
+        if rank == 1 and self.state.step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(self)
+
+    Trainer.train_step = train_step
+    try:
+        running.run(recipe)
+    except UserError as error:
+        (folder / "said").write_text(str(error))
+        raise
+
+
+def test_the_death_of_one_process_is_a_sentence_of_the_other(tmp_path):
+    recipe = toy(tmp_path / "two", "run.save_every=2")
+    with pytest.raises((ProcessExitedException, ProcessRaisedException)):
+        two_processes(_dying, recipe, tmp_path)
+    assert (tmp_path / "said").read_text().startswith("another process of this run has ended")
+    assert RunDirectory(tmp_path / "two").latest() == 2 and not Lock(tmp_path / "two" / ".lock").held()
 
 
 def test_a_full_disk_stops_a_run_with_what_was_saved_or_is_waited_for(tmp_path, monkeypatch, capsys):

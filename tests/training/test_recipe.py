@@ -200,6 +200,9 @@ def test_stage_errors(override: str, message: str) -> None:
 
 def test_changes() -> None:
     """By dotted names: what may not change within a run, and what may; stages may be added, and none may go."""
+    # A method may have a setting of that name.
+    ect = {"name": "ect", "stages": 4}
+    assert changes({"method": ect}, {"method": ect | {"stages": 5}}) == ([("method.stages", 4, 5)], [])
     old = {"student": {"ema": 0.5}, "optim": {"lr": 1, "score": {"lr": 2}}, "stages": [{"run": {"steps": 3}}]}
     new = {"student": {"ema": 0.9}, "optim": {"lr": 1}, "data": {"name": "toy"}, "run": {"new": 1}}
     assert changes(old, new | {"stages": [*old["stages"], {"method": {"name": "lcm"}}]}) == (
