@@ -11,9 +11,11 @@ command line is `python -m evaluation --help`.
 
 from __future__ import annotations
 
-import os
+import importlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
+
+from evaluation.settings import Place
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,18 +26,13 @@ if TYPE_CHECKING:
     from evaluation.stats import FeatureStats
 
 __all__ = ["FeatureStats", "evaluate", "frechet_distance", "run"]
+_LATER = {"FeatureStats": "evaluation.stats", "frechet_distance": "evaluation.frechet"}
 
 
 def __getattr__(name: str) -> Any:
     """What needs NumPy and torch is imported when it is first asked for, so that `--help` is quick."""
-    if name == "FeatureStats":
-        from evaluation.stats import FeatureStats
-
-        return FeatureStats
-    if name == "frechet_distance":
-        from evaluation.frechet import frechet_distance
-
-        return frechet_distance
+    if name in _LATER:
+        return getattr(importlib.import_module(_LATER[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -46,9 +43,9 @@ def evaluate(
     n: int | None = None,
     metrics: Sequence[str] = ("fd", "clip", "attributes"),
     extractor: str | Extractor | None = None,
-    reference: str | os.PathLike[str] | FeatureStats | None = None,
-    captions: str | os.PathLike[str] | None = None,
-    clip: str | os.PathLike[str] | None = None,
+    reference: Place | FeatureStats | None = None,
+    captions: Place | None = None,
+    clip: Place | None = None,
     classes: int = 0,
     batch: int = 64,
 ) -> dict[str, Any]:
@@ -96,16 +93,13 @@ def evaluate(
 
 
 def run(
-    pipelines: Sequence[str | os.PathLike[str]],
-    out: str | os.PathLike[str],
-    *,
-    bar: Callable[..., Any] | None = None,
-    **settings: Any,
+    pipelines: Sequence[Place], out: Place, *, bar: Callable[..., Any] | None = None, **settings: Any
 ) -> dict[str, Any]:
     """Measure pipeline directories beside their teacher and write a report into `out`.
 
-    `settings` are those of `evaluation.plan.Settings`. Returns what is written to results.json.
+    `settings` are those of `evaluation.settings.Settings`. Returns what is written to results.json.
     """
-    from evaluation import plan, runs
+    from evaluation.runs import run
+    from evaluation.settings import Settings
 
-    return runs.run(plan.Settings(pipelines, out, **settings), bar)
+    return run(Settings(pipelines=pipelines, out=out, **settings), bar)

@@ -50,11 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         added = commands.add_parser(
-            name,
-            help=command.TEXT,
-            description=command.TEXT,
-            epilog=command.EXAMPLES,
-            formatter_class=shown,
+            name, help=command.TEXT, description=command.TEXT, epilog=command.EXAMPLES, formatter_class=shown
         )
         command.add(added)
         added.set_defaults(do=command.do)

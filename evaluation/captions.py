@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -16,6 +15,7 @@ import numpy as np
 from evaluation.names import in_known_order
 from evaluation.pickles import refuse_pickle
 from evaluation.references import LATER, UNHASHED, find
+from evaluation.settings import Place
 from stepdistill.errors import UserError
 
 _SUFFIXES = (".txt", ".jsonl", ".json", ".csv")
@@ -42,7 +42,8 @@ class CaptionFile:
     list of such objects or of strings, an object of objects (MJHQ-30K's meta_data.json), or COCO annotations, of
     which each image's caption with the lowest id is taken, by image id.
 
-    content: sha256 of all captions. ends: sha256 of the first and last 20, where a public file is known by these.
+    content: sha256 of all captions. ends, characters: sha256 of the first and last 20, and the length of the .txt file,
+    where a public file is known by these.
     seed: draw the `n` from a longer file, without replacement; -1: the file has `n`. files: what to download.
     """
 
@@ -51,13 +52,14 @@ class CaptionFile:
     # For a person's own: what they are called identifies nothing.
     content: str = field(default="", metadata=LATER)
     ends: str = field(default="", metadata=LATER)
+    characters: int = field(default=0, metadata=UNHASHED)
     seed: int = field(default=-1, metadata=LATER)
     about: str = field(default="", metadata=UNHASHED)
     files: tuple[str, ...] = field(default=(), metadata=UNHASHED)
     path: str = field(default="", metadata=UNHASHED)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], n: int | None = None, seed: int = -1) -> CaptionFile:
+    def open(cls, path: Place, n: int | None = None, seed: int = -1) -> CaptionFile:
         """A person's own captions, `n` of them drawn with `seed` if one is given. Raises UserError when the file is
         none, has an empty one, or too few.
         """
@@ -66,22 +68,22 @@ class CaptionFile:
         _check_count(known, count)
         return replace(known, content=known.sha256())
 
-    def found(self, path: str | os.PathLike[str] | None = None) -> CaptionFile:
-        """The same with its `path`, searched for unless given, and read once.
-
-        Raises:
-            UserError: it is in no place that was looked at, is none, has not `n` captions or an empty one, or is
-                another file than the protocol fixes.
+    def found(self, path: Place | None = None) -> CaptionFile:
+        """The same with its `path`, searched for unless given, and read once. Raises UserError if it is in no place
+        that was looked at, is none, has not `n` captions or an empty one, or is another file than the protocol fixes.
         """
         place = find(path, self.name, _SUFFIXES, "the captions", self.about, "--captions")
         known = replace(self, path=str(place))
         captions = read_captions(place)
         _check_count(known, len(captions))
-        if self.ends and self.ends != (got := _sha256(captions[:_ENDS] + captions[-_ENDS:])):
-            raise UserError(
-                f"{place} holds other captions than {self.name}: the sha256 of the first and last {_ENDS} begins with "
-                f"{got[:8]}, not {self.ends[:8]}; {self.about}"
-            )
+        got, other = _sha256(captions[:_ENDS] + captions[-_ENDS:]), ""
+        if self.ends and self.ends != got:
+            other = f"the sha256 of the first and last {_ENDS} begins with {got[:8]}, not {self.ends[:8]}"
+        elif self.characters and place.suffix == ".txt":
+            length = len(place.read_text(encoding="utf-8").rstrip("\n")) + 1
+            other = f"it has {length} characters, not {self.characters}" if length != self.characters else ""
+        if other:
+            raise UserError(f"{place} holds other captions than {self.name}: {other}; {self.about}")
         return known
 
     def read(self) -> tuple[str, ...]:
@@ -127,11 +129,8 @@ def captions_in(path: Path) -> list[Caption]:
 def paired(path: Path, names: Sequence[str], count: int, what: str) -> list[str]:
     """A caption for each of `count` images: by name where the file of captions names images, else by order.
 
-    names: of the images; [] where their order is fixed without one.
-
-    Raises:
-        UserError: an image has no caption, there are more or fewer captions than images, or the names of the images
-            don't say which caption is whose.
+    names: of the images; [] where their order is fixed without one. Raises UserError if an image has no caption, there
+    are more or fewer captions than images, or the names of the images don't say which caption is whose.
     """
     captions = captions_in(path)
     for form in (str, lambda name: PurePosixPath(name).name, lambda name: PurePosixPath(name).stem):

@@ -9,22 +9,20 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from evaluation import report
 from evaluation.folds import FoldDistances
 from evaluation.published import published_beside, published_line
+from evaluation.settings import Place
 from stepdistill.errors import UserError
 
 
-def load(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The results of a run, from its directory or its results.json.
-
-    Raises:
-        UserError: there is no such file, or it is none of ours.
+def load(path: Place) -> dict[str, Any]:
+    """The results of a run, from its directory or its results.json. Raises UserError if there is no such file, or it
+    is none of ours.
     """
     path = Path(path)
     file = path / "results.json" if path.is_dir() else path
@@ -72,27 +70,25 @@ def differences(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     found = []
     first, *others = runs
-    for run in others:
-        for row in run["rows"]:
-            for base in first["rows"]:
-                if (row["role"], row["steps"], row["n"]) != (base["role"], base["steps"], base["n"]):
-                    continue
-                for name in sorted(set(row.get("folds") or {}) & set(base.get("folds") or {})):
-                    ours, theirs = row["folds"][name], base["folds"][name]
-                    if ours and len(ours) == len(theirs):
-                        value = row["metrics"][name] - base["metrics"][name]
-                        left_out = tuple(x - y for x, y in zip(ours, theirs, strict=True))
-                        found.append(
-                            {
-                                "metric": name,
-                                "what": f"{run['label']}: {row['name']}",
-                                "than": f"{first['label']}: {base['name']}",
-                                "role": row["role"],
-                                "steps": row["steps"],
-                                "difference": value,
-                                "se": FoldDistances(value, row["n"], left_out, ()).error,
-                            }
-                        )
+    pairs = [(run, row, base) for run in others for row in run["rows"] for base in first["rows"]]
+    for run, row, base in pairs:
+        names = sorted(set(row.get("folds") or {}) & set(base.get("folds") or {}))
+        for name in names if all(row[key] == base[key] for key in ("role", "steps", "n")) else ():
+            ours, theirs = row["folds"][name], base["folds"][name]
+            if ours and len(ours) == len(theirs):
+                value = row["metrics"][name] - base["metrics"][name]
+                left_out = tuple(x - y for x, y in zip(ours, theirs, strict=True))
+                found.append(
+                    {
+                        "metric": name,
+                        "what": f"{run['label']}: {row['name']}",
+                        "than": f"{first['label']}: {base['name']}",
+                        "role": row["role"],
+                        "steps": row["steps"],
+                        "difference": value,
+                        "se": FoldDistances(value, row["n"], left_out, ()).error,
+                    }
+                )
     return found
 
 
@@ -107,7 +103,8 @@ def text(runs: Sequence[dict[str, Any]], with_published: bool = False) -> str:
         if found := differences(group):
             parts.append("\n".join(map(_said, found)))
         if with_published:
-            parts += [_published_table(published_beside(run)) for run in group[:1]]
+            lines = [f"  {published_line(entry)}" for entry in published_beside(group[0])]
+            parts.append("\n".join(["published under this protocol:", *lines]))
     if len(together) > 1:
         parts.append(
             "warning: these tables are of different protocols, numbers of samples, extractors, references or captions; "
@@ -124,7 +121,3 @@ def _said(found: dict[str, Any]) -> str:
         f"{found['than']} is {found['difference']:+.4g} ± {found['se']:.2g} "
         f"({size:.1f} standard errors{'' if size >= 2 else ': no evidence of a difference'})"
     )
-
-
-def _published_table(entries: Iterable[dict[str, Any]]) -> str:
-    return "\n".join(["published under this protocol:", *(f"  {published_line(entry)}" for entry in entries)])

@@ -118,10 +118,8 @@ class Decoded:
 
 
 def decode(content: bytes, name: str, resize: Resize = AS_STORED) -> Decoded:
-    """One encoded image; `name` is what messages call it.
-
-    Raises:
-        UserError: it is damaged, far too large, has transparent pixels, or more than 8 bits a channel.
+    """One encoded image; `name` is what messages call it. Raises UserError if it is damaged, far too large, has
+    transparent pixels, or more than 8 bits a channel.
     """
     image, traits = _opened(content, name)
     if resize.crop == "window" and min(image.size) < resize.size:

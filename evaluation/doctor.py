@@ -6,7 +6,9 @@ import math
 import os
 import platform
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from evaluation.metrics.clip_score import VARIANTS
 from evaluation.protocol import PROTOCOLS, Protocol, get_protocol
 from evaluation.reference import cache_directory
 from evaluation.references import NamedReference, holds
+from evaluation.settings import Place
 from evaluation.weights import find
 from stepdistill.errors import UserError
 
@@ -38,24 +41,23 @@ class Finding:
 def examine(
     protocol: str | Protocol | None = None,
     *,
-    reference: str | os.PathLike[str] | None = None,
-    captions: str | os.PathLike[str] | None = None,
+    reference: Place | None = None,
+    captions: Place | None = None,
     extractor: str | None = None,
-    out: str | os.PathLike[str] = ".",
+    out: Place = ".",
     settings: int = 1,
 ) -> list[Finding]:
     """Versions, devices and caches; then the protocol's weights, files and disk space, or those of all.
 
-    `settings` is the number of models times step counts that samples are kept of.
-
-    Raises:
-        UserError: there is no such protocol.
+    `settings` is the number of models times step counts that samples are kept of. Raises UserError if there is no such
+    protocol.
     """
     chosen = [get_protocol(protocol)] if protocol is not None else list(PROTOCOLS.values())
     found = [_versions(), _device(), _cache()]
     nets = dict.fromkeys(extractor or one.extractor for one in chosen if one.reference is not None)
-    found += [_extractor(name) for name in nets]
-    found += [_clip(name) for name in dict.fromkeys(one.clip for one in chosen if one.clip)]
+    found += [_tried(f"extractor {name}", partial(_extractor, name)) for name in nets]
+    weights = [name for one in chosen for name in (VARIANTS.get(one.clip), *one.networks) if name]
+    found += [_tried(f"weights {name}", lambda name=name: str(find(name))) for name in dict.fromkeys(weights)]
     for one in chosen:
         found += _files(one, reference, captions)
         found.append(_disk(one, Path(out), settings))
@@ -91,45 +93,35 @@ def _cache() -> Finding:
     return Finding("statistics cache", good, text)
 
 
-def _extractor(name: str) -> Finding:
+def _tried(what: str, found: Callable[[], str]) -> Finding:
     try:
-        net = load_extractor(name)
+        return Finding(what, True, found())
     except UserError as error:
-        return Finding(f"extractor {name}", False, " ".join(str(error).split()))
-    return Finding(f"extractor {name}", True, f"{net.dim} features, sha256 {net.sha256[:16]}")
+        return Finding(what, False, str(error))
 
 
-def _clip(name: str) -> Finding:
-    try:
-        place = find(VARIANTS[name])
-    except UserError as error:
-        return Finding(f"CLIP model {name}", False, " ".join(str(error).split()))
-    return Finding(f"CLIP model {name}", True, str(place))
+def _extractor(name: str) -> str:
+    net = load_extractor(name)
+    return f"{net.dim} features, sha256 {net.sha256[:16]}"
 
 
-def _files(
-    protocol: Protocol, reference: str | os.PathLike[str] | None, captions: str | os.PathLike[str] | None
-) -> list[Finding]:
+def _files(protocol: Protocol, reference: Place | None, captions: Place | None) -> list[Finding]:
     """Reference and captions, as far as they are files that a person has to bring."""
     found = []
-    parts = []
     if isinstance(protocol.reference, NamedReference):
-        parts.append(("reference", protocol.reference, reference))
+        found.append(_tried(f"{protocol.name}: reference", lambda: _reference(protocol.reference, reference)))
     if protocol.captions is not None:
-        parts.append(("captions", protocol.captions, captions))
-    for what, part, path in parts:
-        name = f"{protocol.name}: {what}"
-        try:
-            known = part.found(path)
-            text = known.path
-            if what == "reference" and "images" in holds(known.path):
-                # A damaged image among a million would else end a run at its end.
-                open_images(known.path, known.resize).check_headers()
-                text += f": the headers of all {known.n} images are sound"
-            found.append(Finding(name, True, text))
-        except UserError as error:
-            found.append(Finding(name, False, str(error)))
+        found.append(_tried(f"{protocol.name}: captions", lambda: protocol.captions.found(captions).path))
     return found
+
+
+def _reference(part: NamedReference, path: Place | None) -> str:
+    known = part.found(path)
+    if "images" not in holds(known.path):
+        return known.path
+    # A damaged image among a million would else end a run at its end.
+    open_images(known.path, known.resize).check_headers()
+    return f"{known.path}: the headers of all {known.n} images are sound"
 
 
 def _disk(protocol: Protocol, out: Path, settings: int) -> Finding:

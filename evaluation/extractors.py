@@ -6,9 +6,8 @@ statistics file.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evaluation.clip import Clip
 from evaluation.images import as_images, rechunked
 from evaluation.moments import Source
-from evaluation.processes import ready_device
+from evaluation.processes import BFLOAT16, in_bfloat16, ready_device
+from evaluation.settings import Place
 from evaluation.stats import FeatureStats
+from evaluation.weights import content_sha256, find, load_file, model_files
 from stepdistill import assets
-from stepdistill.clip import normalisation, pretrained
+from stepdistill.clip import pretrained
 from stepdistill.errors import UserError, nearest
 from stepdistill.provenance import sha256_of_files
 
@@ -33,7 +35,8 @@ class Extractor:
     `network` takes uint8 (chunk, 3, H, W) and gives (chunk, dim). It always runs at the batch size `chunk`,
     padded, because the last bits of a row depend on the size of the batch it was in. `side` is that of the
     square the network sees, None where it takes any. `head` gives logits (N, classes) of rows (N, dim), NumPy
-    to NumPy, where the network is a classifier of one set of classes.
+    to NumPy, where the network is a classifier of one set of classes. `doubts`: what a reader of its numbers has to
+    know.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Extractor:
     resize: str = "none"
     side: int | None = None
     head: Callable[[np.ndarray], np.ndarray] | None = None
+    doubts: list[str] = field(default_factory=list, compare=False)
 
     @property
     def source(self) -> Source:
@@ -75,28 +79,35 @@ class Extractor:
 
 
 def load_extractor(
-    name: str | os.PathLike[str] = "scenes-v1",
-    device: str = "cpu",
-    weights: str | os.PathLike[str] | None = None,
+    name: Place = "scenes-v1", device: str = "cpu", weights: Place | None = None, dtype: str = "float32"
 ) -> Extractor:
     """An extractor of EXTRACTORS, or one from a directory with `config.json` and `model.safetensors`.
 
     Args:
         weights: file or directory of a public network's weights; None searches the usual places.
+        dtype: "bfloat16" is what CLIP and DINO networks run in then, which their names say: "dinov2-vitl14-bf16". That
+            name does the same. What it changed in the features of the first chunk comes into `doubts`.
 
     Raises:
         MissingWeights: a public network's weights are nowhere; the message says where to put them.
         UserError: there is no such extractor, or its files are missing or damaged.
     """
     name, device = str(name), ready_device(device)
-    if name not in EXTRACTORS:
+    bare = name.removesuffix(BFLOAT16)
+    make = EXTRACTORS.get(bare)
+    half = make in (_clip, _dino) and (bare != name or dtype == "bfloat16")
+    if make is None or (bare != name and not half):
         if not Path(name).is_dir():
             raise UserError(
                 f"there is no extractor {name!r}; use {', '.join(EXTRACTORS)} or a directory with config.json "
                 f"and model.safetensors.{nearest(name, EXTRACTORS)}"
             )
         return _feature_net(Path(name), device)
-    return EXTRACTORS[name](name, device, weights)
+    net = make(bare, device, weights)
+    if not half:
+        return net
+    name = bare + BFLOAT16
+    return replace(net, name=name, network=in_bfloat16(net.network, device, name, net.doubts))
 
 
 def _feature_net(path: Path, device: str) -> Extractor:
@@ -116,16 +127,15 @@ def _feature_net(path: Path, device: str) -> Extractor:
     )
 
 
-def _embedded(name: str, device: str, weights: str | os.PathLike[str] | None) -> Extractor:
+def _embedded(name: str, device: str, weights: Place | None) -> Extractor:
     return _feature_net(Path(weights) if weights is not None else assets.path(name), device)
 
 
-def _inception(name: str, device: str, weights: str | os.PathLike[str] | None) -> Extractor:
+def _inception(name: str, device: str, weights: Place | None) -> Extractor:
     """The 2015 Inception network after TensorFlow 1's resize (EDM, ADM, torch-fidelity), clean-fid's or pytorch-fid's;
     or its spatial features, after TensorFlow's.
     """
     from evaluation import inception
-    from evaluation.weights import content_sha256, find, load_file
 
     path = find("inception-2015", weights)
     network = inception.Inception.from_state(load_file(path), path)
@@ -146,33 +156,21 @@ def _inception(name: str, device: str, weights: str | os.PathLike[str] | None) -
     )
 
 
-def _clip(name: str, device: str, weights: str | os.PathLike[str] | None) -> Extractor:
+def _clip(name: str, device: str, weights: Place | None) -> Extractor:
     """Projected image embeddings of a CLIP model, not normalised."""
-    from evaluation.weights import find
-
-    path = assets.path("clip") if name == "clip-scenes-v1" else find(name, weights)
-    network = pretrained("CLIPModel", path).to(device)
-    mean, std = normalisation(path)
-    side = network.config.vision_config.image_size
-
-    def embed(images: Tensor) -> Tensor:
-        pixels = clip_pixels(images, side, mean, std).to(device)
-        return embedding(network.get_image_features(pixel_values=pixels))
-
+    clip = Clip(assets.path("clip") if name == "clip-scenes-v1" else find(name, weights), device)
     return Extractor(
         name,
-        network.config.projection_dim,
-        sha256_of_files([path / "config.json", *_weight_files(path)]),
-        embed,
-        resize=f"Pillow bicubic, short side to {side}, centre crop",
-        side=side,
+        clip.model.config.projection_dim,
+        clip.sha256,
+        clip.of_images,
+        resize=f"Pillow bicubic, short side to {clip.side}, centre crop",
+        side=clip.side,
     )
 
 
-def _dino(name: str, device: str, weights: str | os.PathLike[str] | None) -> Extractor:
+def _dino(name: str, device: str, weights: Place | None) -> Extractor:
     """DINOv2's class token behind the last layer norm, on images resized as EDM2 does it (its "torch" mode)."""
-    from evaluation.weights import find
-
     path = find(name, weights)
     network = pretrained("Dinov2Model", path).to(device)
     side = 224
@@ -190,14 +188,14 @@ def _dino(name: str, device: str, weights: str | os.PathLike[str] | None) -> Ext
     return Extractor(
         name,
         network.config.hidden_size,
-        sha256_of_files([path / "config.json", *_weight_files(path)]),
+        sha256_of_files([path / "config.json", *model_files(path)]),
         embed,
         resize=f"torch bicubic, antialiased, to {side}",
         side=side,
     )
 
 
-EXTRACTORS: dict[str, Callable[[str, str, str | os.PathLike[str] | None], Extractor]] = {
+EXTRACTORS: dict[str, Callable[[str, str, Place | None], Extractor]] = {
     "scenes-v1": _embedded,
     "clip-scenes-v1": _clip,
     "inception-2015": _inception,
@@ -209,33 +207,6 @@ EXTRACTORS: dict[str, Callable[[str, str, str | os.PathLike[str] | None], Extrac
     "clip-vit-l14-336": _clip,
     "dinov2-vitl14": _dino,
 }
-
-
-def clip_pixels(images: Tensor, side: int, mean: Tensor, std: Tensor) -> Tensor:
-    """uint8 (N, 3, H, W) as CLIP was trained to see them: (N, 3, side, side), normalised.
-
-    Pillow's bicubic in uint8 brings the short side to `side`, a centre crop follows. mean, std: (3, 1, 1), of pixels
-    in 0 .. 1. transformers' processor resizes in its Pillow form, whose pixels are the published ones; its form on
-    torchvision differs in two thirds of them, and both crop an odd margin a pixel off OpenAI's.
-    """
-    from transformers import CLIPImageProcessorPil
-
-    processor = CLIPImageProcessorPil(
-        size={"shortest_edge": side},
-        do_center_crop=False,
-        image_mean=mean.flatten().tolist(),
-        image_std=std.flatten().tolist(),
-    )
-    pixels = processor(
-        list(images.cpu()), input_data_format="channels_first", return_tensors="pt"
-    ).pixel_values
-    top, left = (round((size - side) / 2) for size in pixels.shape[-2:])
-    return pixels[..., top : top + side, left : left + side]
-
-
-def embedding(output) -> Tensor:
-    """Transformers 4 returns the projected embedding, 5 an object that has it as `pooler_output`."""
-    return output if isinstance(output, Tensor) else output.pooler_output
 
 
 def _hub_positions(network: torch.nn.Module, side: int) -> None:
@@ -255,12 +226,6 @@ def _hub_positions(network: torch.nn.Module, side: int) -> None:
     network.embeddings.position_embeddings = torch.nn.Parameter(
         torch.cat([table[:, :1], grid], 1), requires_grad=False
     )
-
-
-def _weight_files(path: Path) -> list[Path]:
-    from evaluation.weights import model_files
-
-    return model_files(path)
 
 
 def padded(network: Callable[[Tensor], Tensor], images: Tensor, size: int) -> Tensor:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from evaluation.pickles import SUFFIXES as PICKLES
+from evaluation.settings import Place
 from stepdistill.errors import UserError, atomic_write
 
 FORMAT = "stepdistill-feature-net-1"
@@ -68,12 +69,7 @@ class FeatureNet(nn.Module):
         self.labels = {question: list(answers) for question, answers in labels.items()}
         # The first stride brings every resolution to 32, so that one body serves all.
         self.body = nn.Sequential(
-            Down(3, 32, resolution // 32),
-            Block(32),
-            Down(32, 64, 2),
-            Block(64),
-            Down(64, dim, 2),
-            Block(dim),
+            Down(3, 32, resolution // 32), Block(32), Down(32, 64, 2), Block(64), Down(64, dim, 2), Block(dim)
         )
         self.head = nn.Linear(dim, sum(map(len, self.labels.values())))
 
@@ -89,10 +85,8 @@ class FeatureNet(nn.Module):
         }
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features (N, dim), float32, of uint8 images (N, 3, H, W) of any size.
-
-        Raises:
-            ValueError: the images have another type or shape.
+        """Features (N, dim), float32, of uint8 images (N, 3, H, W) of any size. Raises ValueError if the images have
+        another type or shape.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images must be uint8 (N, 3, H, W), got {images.dtype} {tuple(images.shape)}.")
@@ -127,7 +121,7 @@ class FeatureNet(nn.Module):
         weight, bias = (part.detach().cpu().double().numpy() for part in (self.head.weight, self.head.bias))
         return np.asarray(features, np.float64) @ weight.T + bias
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: Place) -> None:
         """Write the directory `path`: config.json and model.safetensors in half precision."""
         from safetensors.torch import save_file
 
@@ -141,7 +135,7 @@ class FeatureNet(nn.Module):
             save_file(state, temporary / "model.safetensors", metadata={"format": "pt"})
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> FeatureNet:
+    def load(cls, path: Place) -> FeatureNet:
         """The network that `save` wrote, float32, in evaluation mode and without gradients.
 
         Raises:
@@ -152,23 +146,14 @@ class FeatureNet(nn.Module):
         from safetensors.torch import load_file
 
         path = Path(path)
-        if not path.is_dir():
-            raise UserError(
-                f"there is no feature net at {path}; name a directory with config.json and model.safetensors."
-            )
         weights = path / "model.safetensors"
         if not weights.is_file():
-            pickled = sorted(
-                file.name
-                for file in path.iterdir()
-                if file.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-            )
-            if pickled:
-                raise UserError(
-                    f"{path / pickled[0]} is a pickle, which can run any code when it is opened; "
-                    "convert it to model.safetensors."
-                )
-            raise UserError(f"{weights} is missing; the feature net is incomplete, make or copy it again.")
+            pickled = next((file.name for file in sorted(path.glob("*")) if file.suffix in PICKLES), None)
+            raise UserError(
+                f"there is no feature net at {path}: model.safetensors is missing; "
+                + (f"convert {pickled} to it: a pickle can run any code when it is opened." if pickled else
+                   "name a directory that has it and config.json.")
+            )  # fmt: skip
         try:
             config = json.loads((path / "config.json").read_text())
             if config.pop("format") != FORMAT:
@@ -178,14 +163,13 @@ class FeatureNet(nn.Module):
         except (
             OSError,
             ValueError,
-            KeyError,
+            LookupError,
             TypeError,
             AttributeError,
             RuntimeError,
             SafetensorError,
         ) as error:
             raise UserError(
-                f"{path} is no feature net this version can read ({type(error).__name__}); "
-                "make or copy it again."
+                f"{path} is no feature net this version can read ({type(error).__name__}); make or copy it again."
             ) from error
         return net.eval().requires_grad_(False)

@@ -26,6 +26,7 @@ from evaluation.facts import Facts, counted
 from evaluation.images import Images, to_tensor
 from evaluation.names import left_out, natural
 from evaluation.pickles import refuse_pickle
+from evaluation.settings import Place
 from stepdistill.errors import UserError
 from stepdistill.provenance import sha256_of_files
 
@@ -39,11 +40,9 @@ Encoded = tuple[Callable[[], bytes], str]
 
 
 class FileImages(Images):
-    """Encoded images, decoded ahead. A subclass says where their bytes are: `_encoded`.
-
-    Raises:
-        UserError: there is no image (on creation); one is damaged, has another size than the first or cannot be
-            turned into RGB (on iteration).
+    """Encoded images, decoded ahead. A subclass says where their bytes are: `_encoded`. Raises UserError if there is
+    no image (on creation); one is damaged, has another size than the first or cannot be turned into RGB (on
+    iteration).
     """
 
     # Files that were left out, by reason.
@@ -210,15 +209,13 @@ class ParquetImages(FileImages):
 
 
 def open_images(
-    path: str | os.PathLike[str], resize: Resize = AS_STORED, io_batch: int = IO_BATCH
+    path: Place, resize: Resize = AS_STORED, io_batch: int = IO_BATCH
 ) -> FileImages | ArrayImages | Images:
     """The set at `path`: a folder of images, of Parquet or of tar files; one of these, a zip, or an array.
 
     A pattern, "data/train-*.parquet", names some files of a folder. `resize` is applied to every image as it is
-    decoded; `io_batch` are decoded by one job, which changes nothing but memory.
-
-    Raises:
-        UserError: there is nothing at `path`, or nothing of the kind.
+    decoded; `io_batch` are decoded by one job, which changes nothing but memory. Raises UserError if there is nothing
+    at `path`, or nothing of the kind.
     """
     path = Path(path)
     if path.is_dir():

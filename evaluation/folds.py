@@ -99,7 +99,7 @@ class FoldDistances:
     @property
     def error(self) -> float:
         """Standard error of `value` by the delete-one-fold jackknife (Efron and Stein 1981)."""
-        return _jackknife(self.left_out)
+        return jackknife(self.left_out)
 
     @property
     def infinity(self) -> tuple[float, float]:
@@ -127,27 +127,19 @@ def fold_distances(a: FoldedStats, b: FeatureStats) -> FoldDistances:
     return FoldDistances(value, a.n, tuple(others), tuple(stats.n for stats in left_out))
 
 
-def frechet_with_error(a: FoldedStats, b: FeatureStats) -> tuple[float, float]:
-    """(distance, standard error) for samples `a` against a reference `b`; see `FoldDistances`."""
-    found = fold_distances(a, b)
-    return found.value, found.error
-
-
 def frechet_ratio_with_error(a: FoldedStats, c: FoldedStats, b: FeatureStats) -> tuple[float, float]:
     """(ratio, standard error) of distance(a, b) / distance(c, b): a student over its teacher.
 
-    Both must be drawn for the same prompts and seeds, row by row. The same fold is left out on both sides, so
-    what the two have in common cancels out of the error.
-
-    Raises:
-        UserError: the two have different numbers of samples, or the distance of `c` is zero.
+    Both must be drawn for the same prompts and seeds, row by row. The same fold is left out on both sides, so what the
+    two have in common cancels out of the error. Raises UserError if the two have different numbers of samples, or the
+    distance of `c` is zero.
     """
     _check_paired(a, c)
     above, below = fold_distances(a, b), fold_distances(c, b)
     if below.value == 0 or not all(below.left_out):
         raise UserError("the ratio of two distances is undefined: the distance in the denominator is zero.")
     ratios = [x / y for x, y in zip(above.left_out, below.left_out, strict=True)]
-    return above.value / below.value, _jackknife(ratios)
+    return above.value / below.value, jackknife(ratios)
 
 
 def frechet_paired_with_error(a: FoldedStats, c: FoldedStats) -> tuple[float, float]:
@@ -158,10 +150,11 @@ def frechet_paired_with_error(a: FoldedStats, c: FoldedStats) -> tuple[float, fl
     _check_paired(a, c)
     value = frechet_distance(a.total, c.total)
     pairs = zip(a.left_out(), c.left_out(), strict=True)
-    return value, _jackknife([frechet_distance(x, y) for x, y in pairs])
+    return value, jackknife([frechet_distance(x, y) for x, y in pairs])
 
 
-def _jackknife(left_out: Sequence[float]) -> float:
+def jackknife(left_out: Sequence[float]) -> float:
+    """Standard error from the values with each of the folds left out; NaN without any."""
     if not left_out:
         return float("nan")
     values = np.asarray(left_out)

@@ -36,10 +36,8 @@ def frechet_distance(a: FeatureStats, b: FeatureStats) -> float:
 
 
 def frechet_from_features(a: np.ndarray, b: np.ndarray) -> float:
-    """The same of two sets of rows (N, dim) and (M, dim); at N <= dim no dim x dim matrix is made of `a`.
-
-    Raises:
-        UserError: as for `frechet_distance`, or a feature that is not finite.
+    """The same of two sets of rows (N, dim) and (M, dim); at N <= dim no dim x dim matrix is made of `a`. Raises
+    UserError as for `frechet_distance`, or a feature that is not finite.
     """
     a, b = np.asarray(a), np.asarray(b)
     return frechet_distance(*(FeatureStats(x.shape[-1]).add(x) for x in (a, b)))

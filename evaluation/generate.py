@@ -102,13 +102,10 @@ def generate(
 ) -> Shards:
     """Draw one image per prompt and seed into `folder`/<key>/, skipping what is there already.
 
-    A shard that was cut short, or holds fewer images than are wanted now, is completed. `force` draws all
-    again. `processes` share the work, all waiting for the last; `progress` hears of this one's images. The
-    sampler is asked for `io_batch` samples at a time, by default as many as its networks take at once.
-
-    Raises:
-        UserError: the sampler returned something else than one uint8 image per prompt, or the processes don't
-            see one file system.
+    A shard that was cut short, or holds fewer images than are wanted now, is completed. `force` draws all again.
+    `processes` share the work, all waiting for the last; `progress` hears of this one's images. The sampler is asked
+    for `io_batch` samples at a time, by default as many as its networks take at once. Raises UserError if the sampler
+    returned something else than one uint8 image per prompt, or the processes don't see one file system.
     """
     processes = processes or Processes()
     folder, at_once = folder / configuration.key, io_batch or configuration.chunk

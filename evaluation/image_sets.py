@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from evaluation.captions import CaptionFile, paired
 from evaluation.decoding import AS_STORED, Resize
 from evaluation.extractors import load_extractor
-from evaluation.facts import doubts_between, doubts_of
+from evaluation.facts import doubts_of
 from evaluation.files import IO_BATCH, open_images
 from evaluation.images import Images
 from evaluation.measure import Measured, Measurement
@@ -19,7 +18,8 @@ from evaluation.metrics import get_metrics
 from evaluation.moments import Source
 from evaluation.protocol import Protocol, get_protocol
 from evaluation.references import FileReference, NamedReference, SceneReference, holds
-from evaluation.results import finite, provenance
+from evaluation.results import finite, models, provenance
+from evaluation.settings import Place
 from evaluation.stats import FeatureStats
 from stepdistill.errors import UserError
 from stepdistill.provenance import sha256_of_files
@@ -48,10 +48,7 @@ class Reference:
 
 
 def open_reference(
-    path: str | os.PathLike[str],
-    expect: Source | None = None,
-    resize: Resize = AS_STORED,
-    io_batch: int = IO_BATCH,
+    path: Place, expect: Source | None = None, resize: Resize = AS_STORED, io_batch: int = IO_BATCH
 ) -> Reference:
     """The set or the statistics at `path`. Raises UserError as `FeatureStats.load` and `open_images` do."""
     has = holds(path)
@@ -65,16 +62,17 @@ def open_reference(
 
 
 def measure_set(
-    images: str | os.PathLike[str],
-    reference: str | os.PathLike[str] | None = None,
+    images: Place,
+    reference: Place | None = None,
     *,
     metrics: Sequence[str] = ("fd",),
-    extractor: str | os.PathLike[str] | None = None,
+    extractor: Place | None = None,
     protocol: str | Protocol | None = None,
-    captions: str | os.PathLike[str] | None = None,
-    clip: str | os.PathLike[str] | None = None,
+    captions: Place | None = None,
+    clip: Place | None = None,
     io_batch: int = IO_BATCH,
     device: str = "cpu",
+    dtype: str = "float32",
 ) -> dict[str, Any]:
     """Measure a set of images against another one or its statistics (.npz).
 
@@ -86,6 +84,7 @@ def measure_set(
         captions: a file with a caption for every image, by name where it names them, else in their natural order.
         clip: directory of the CLIP model, where that is not the embedded one.
         io_batch: images decoded by one job; changes nothing but memory.
+        dtype: "bfloat16" for CLIP and DINO networks; their names then say so.
 
     Returns values by name, with what they were measured on, and `warnings`. The protocol's name says what is not as
     it fixes it. Raises UserError for a set that cannot be read, and where a metric needs what is not there.
@@ -95,17 +94,16 @@ def measure_set(
     needs = set().union(*(metric.needs for metric in get_metrics(metrics).values()))
     usual = "inception-2015" if "fid" in metrics else "scenes-v1"
     name = extractor or (chosen.extractor if chosen else usual)
-    net = load_extractor(name, device) if "extractor" in needs else None
+    net = load_extractor(name, device, dtype=dtype) if "extractor" in needs else None
     resize = reference_resize(chosen)
     against = open_reference(reference, net and net.source, resize, io_batch) if reference and net else None
     said = paired(Path(captions), own.names, len(own), str(images)) if captions else None
-    prefix = chosen.clip_prefix if chosen else ""
     # Of a protocol only what is done to images counts here: these were drawn already, whatever for.
     bare = chosen and replace(chosen, conditions="none", captions=None, images_per_prompt=1, reference=None)
     ready = Measurement(
         bare, metrics, len(own), extractor=net, reference=against and (against.stats or against.images),
-        reference_images=against and against.images, captions=said and [prefix + text for text in said],
-        clip=clip or "", device=device,
+        reference_images=against and against.images, captions=said,
+        clip=clip or "", device=device, dtype=dtype,
     )  # fmt: skip
     done = ready.of(own)
     actual = chosen and _actual(chosen, own, against, net and net.name, captions, said)
@@ -118,30 +116,15 @@ def measure_set(
         "images_sha256": own.sha256(),
         "captions": captions and str(captions),
         "captions_sha256": captions and CaptionFile.open(captions).content,
-        **_against(against),
-        **_measured_by(ready),
-        **provenance(device),
-        "warnings": warnings,
-    }
-
-
-def _against(reference: Reference | None) -> dict[str, Any]:
-    """The reference, as a result holds it."""
-    return {
-        "reference": reference and str(reference.path),
-        "reference_n": reference and reference.n,
-        "reference_sha256": reference and reference.sha256,
-    }
-
-
-def _measured_by(ready: Measurement) -> dict[str, Any]:
-    """The networks, as a result holds them."""
-    net, model = ready.extractor, ready.metrics.get("clip")
-    return {
+        "reference": against and str(against.path),
+        "reference_n": against and against.n,
+        "reference_sha256": against and against.sha256,
         "extractor": net and net.name,
         "sha256": net and net.sha256,
         "resize": net and net.resize,
-        "clip": model and {"name": model.name, "sha256": model.sha256},
+        "models": models(ready),
+        **provenance(device),
+        "warnings": warnings,
     }
 
 
@@ -155,7 +138,7 @@ def _actual(
     own: Images,
     against: Reference | None,
     extractor: str | None,
-    path: str | os.PathLike[str] | None,
+    path: Place | None,
     captions: Sequence[str] | None,
 ) -> Protocol:
     """The protocol these images were measured under, which differs from the chosen one in all that is not as it says."""
@@ -172,8 +155,8 @@ def _actual(
     if captions is None:
         return actual
     if chosen.captions is None:
-        other = chosen.scored_captions(len(captions)) != list(captions)
-        return replace(actual, clip_prefix="other captions") if other and chosen.has_text else actual
+        other = chosen.has_text and chosen.prompts(len(captions)) != list(captions)
+        return replace(actual, clip_prefix="other captions") if other else actual
     try:
         chosen.captions.found(path)
     except UserError:
@@ -186,21 +169,15 @@ def _doubts(
 ) -> list[str]:
     """What a reader of a distance has to know about the two sets it is of."""
     found, n, own = [], len(images), done.inputs.images.facts
-    seen = ready.reference if ready.reference is not None else against and against.images
-    theirs, dim = getattr(seen, "facts", None), ready.extractor.dim if ready.extractor else 0
     if against is not None and images.path.resolve() == against.path.resolve():
         found.append("the images were compared with themselves.")
-    if against is not None and 0 < min(n, against.n or n) <= dim:
-        found.append(
-            f"no more images than the {dim} features: the covariance has no full rank and the distance is biased "
-            "far upwards."
-        )
-    elif against is not None and protocol is None and n < FEW:
+    known = against.n if against else 0, getattr(against and against.images, "facts", None)
+    rest = ready.doubts(own, n, *known)
+    if (
+        against is not None
+        and protocol is None
+        and n < FEW
+        and not any("full rank" in doubt for doubt in rest)
+    ):
         found.append(f"{n} images are few: compare only with distances of as many, which share the bias.")
-    if protocol is not None and n != protocol.n:
-        found.append(f"{n} images where {protocol.name} has {protocol.n}: compare only with as many.")
-    found += doubts_of(own, "images")
-    if against is not None:
-        found += against.stats.doubts if against.stats is not None else []
-        found += doubts_of(theirs, "images of the reference") + doubts_between(own, theirs)
-    return found
+    return found + doubts_of(own, "images") + rest

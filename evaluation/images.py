@@ -127,11 +127,7 @@ class _First(Images):
 
 
 def as_images(images: Tensor) -> Tensor:
-    """`images` itself if it is a batch uint8 (N, 3, H, W).
-
-    Raises:
-        UserError: it is anything else.
-    """
+    """`images` itself if it is a batch uint8 (N, 3, H, W). Raises UserError if it is anything else."""
     if (
         not isinstance(images, Tensor)
         or images.dtype != torch.uint8
@@ -160,11 +156,7 @@ def rechunked(batches: Iterable[Tensor], size: int) -> Iterator[Tensor]:
 
 
 def joined(batches: Sequence[Tensor]) -> Tensor:
-    """All rows of the batches.
-
-    Raises:
-        UserError: images of two sizes, which a sampler that varies its size returns.
-    """
+    """All rows of the batches. Raises UserError for images of two sizes, which a sampler that varies its size returns."""
     first = batches[0]
     other = next((batch for batch in batches if batch.shape[1:] != first.shape[1:]), None)
     if other is not None:

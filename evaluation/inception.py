@@ -1,22 +1,22 @@
 """The Inception network of 2015 (Szegedy et al. 2015, arXiv 1512.00567) that FID is defined by.
 
-It is the graph of TensorFlow's inception-2015-12-05 archive, which differs from torchvision's `inception_v3` in
-what pools at the borders of the mixed blocks (averages don't count padding, and the last block takes a
-maximum), in its 1,008 classes, and in the input's scale. Names of parameters are those of the public PyTorch
-conversion `weights-inception-2015-12-05-6726825d.pth`, which therefore loads as it is.
+It is the graph of TensorFlow's inception-2015-12-05 archive: torchvision's `inception_v3` but for what pools at the
+borders of the mixed blocks (averages don't count padding, and the last block takes a maximum), its 1,008 classes and
+the input's scale. Names of parameters are those of the public PyTorch conversion
+`weights-inception-2015-12-05-6726825d.pth`, which therefore loads as it is.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
+from torchvision.models import inception as blocks
 
 from stepdistill.errors import UserError
 
@@ -26,170 +26,43 @@ SPATIAL = 7 * 17 * 17
 CLASSES = 1008
 
 
-class Conv(nn.Module):
-    """Convolution without bias, batch norm, ReLU."""
-
-    def __init__(
-        self, before: int, after: int, kernel: int | tuple[int, int], stride: int = 1, same: bool = True
-    ):
-        super().__init__()
-        sides = (kernel, kernel) if isinstance(kernel, int) else kernel
-        padding = tuple(side // 2 for side in sides) if same else 0
-        self.conv = nn.Conv2d(before, after, sides, stride=stride, padding=padding, bias=False)
-        self.bn = nn.BatchNorm2d(after, eps=0.001)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn(self.conv(x)), inplace=True)
+def _average(x: Tensor) -> Tensor:
+    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
-class Mixed(nn.Module):
-    """Branches side by side, their channels concatenated in this order.
-
-    `branches`: for each the names of its convolutions with their arguments, in sequence. A tuple of names at
-    the end of a branch stands for convolutions beside each other. `pool`, "average", "maximum" or "reduce",
-    comes before the branch called branch_pool; "reduce", a maximum with stride 2, has no convolution behind.
-    """
-
-    def __init__(self, branches: list[list[tuple]], pool: str):
-        super().__init__()
-        self.pool = pool
-        self.branches: list[list[str | tuple[str, ...]]] = []
-        for branch in branches:
-            names: list[str | tuple[str, ...]] = []
-            for step in branch:
-                beside = step if isinstance(step[0], tuple) else (step,)
-                for name, *arguments in beside:
-                    self.add_module(name, Conv(*arguments))
-                names.append(tuple(one[0] for one in beside) if isinstance(step[0], tuple) else step[0])
-            self.branches.append(names)
-
-    def forward(self, x: Tensor) -> Tensor:
-        found = []
-        for names in self.branches:
-            y = self._pooled(x) if names[0] == "branch_pool" else x
-            for name in names:
-                if isinstance(name, tuple):
-                    y = torch.cat([getattr(self, one)(y) for one in name], 1)
-                else:
-                    y = getattr(self, name)(y)
-            found.append(y)
-        if self.pool == "reduce":
-            found.append(self._pooled(x))
-        return torch.cat(found, 1)
-
-    def _pooled(self, x: Tensor) -> Tensor:
-        if self.pool == "average":
-            return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-        if self.pool == "maximum":
-            return F.max_pool2d(x, 3, stride=1, padding=1)
-        return F.max_pool2d(x, 3, stride=2)
+class _A(blocks.InceptionA):
+    def _forward(self, x: Tensor) -> list[Tensor]:
+        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
+        wide = self.branch5x5_2(self.branch5x5_1(x))
+        return [self.branch1x1(x), wide, double, self.branch_pool(_average(x))]
 
 
-def _block_35(before: int, pooled: int) -> Mixed:
-    return Mixed(
-        [
-            [("branch1x1", before, 64, 1)],
-            [("branch5x5_1", before, 48, 1), ("branch5x5_2", 48, 64, 5)],
-            [("branch3x3dbl_1", before, 64, 1), ("branch3x3dbl_2", 64, 96, 3), ("branch3x3dbl_3", 96, 96, 3)],
-            [("branch_pool", before, pooled, 1)],
-        ],
-        "average",
-    )
+class _C(blocks.InceptionC):
+    def _forward(self, x: Tensor) -> list[Tensor]:
+        single = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
+        double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
+        double = self.branch7x7dbl_5(self.branch7x7dbl_4(double))
+        return [self.branch1x1(x), single, double, self.branch_pool(_average(x))]
 
 
-def _to_17(before: int) -> Mixed:
-    return Mixed(
-        [
-            [("branch3x3", before, 384, 3, 2, False)],
-            [
-                ("branch3x3dbl_1", before, 64, 1),
-                ("branch3x3dbl_2", 64, 96, 3),
-                ("branch3x3dbl_3", 96, 96, 3, 2, False),
-            ],
-        ],
-        "reduce",
-    )
+class _E(blocks.InceptionE):
+    pool = staticmethod(_average)
+
+    def _forward(self, x: Tensor) -> list[Tensor]:
+        single = self.branch3x3_1(x)
+        double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
+        sides = (self.branch3x3_2a(single), self.branch3x3_2b(single))
+        others = (self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double))
+        return [self.branch1x1(x), *sides, *others, self.branch_pool(self.pool(x))]
 
 
-def _block_17(width: int, before: int = 768) -> Mixed:
-    row, column = (1, 7), (7, 1)
-    return Mixed(
-        [
-            [("branch1x1", before, 192, 1)],
-            [
-                ("branch7x7_1", before, width, 1),
-                ("branch7x7_2", width, width, row),
-                ("branch7x7_3", width, 192, column),
-            ],
-            [
-                ("branch7x7dbl_1", before, width, 1),
-                ("branch7x7dbl_2", width, width, column),
-                ("branch7x7dbl_3", width, width, row),
-                ("branch7x7dbl_4", width, width, column),
-                ("branch7x7dbl_5", width, 192, row),
-            ],
-            [("branch_pool", before, 192, 1)],
-        ],
-        "average",
-    )
-
-
-def _to_8(before: int = 768) -> Mixed:
-    return Mixed(
-        [
-            [("branch3x3_1", before, 192, 1), ("branch3x3_2", 192, 320, 3, 2, False)],
-            [
-                ("branch7x7x3_1", before, 192, 1),
-                ("branch7x7x3_2", 192, 192, (1, 7)),
-                ("branch7x7x3_3", 192, 192, (7, 1)),
-                ("branch7x7x3_4", 192, 192, 3, 2, False),
-            ],
-        ],
-        "reduce",
-    )
-
-
-def _block_8(before: int, pool: str) -> Mixed:
-    row, column = (1, 3), (3, 1)
-    return Mixed(
-        [
-            [("branch1x1", before, 320, 1)],
-            [
-                ("branch3x3_1", before, 384, 1),
-                (("branch3x3_2a", 384, 384, row), ("branch3x3_2b", 384, 384, column)),
-            ],
-            [
-                ("branch3x3dbl_1", before, 448, 1),
-                ("branch3x3dbl_2", 448, 384, 3),
-                (("branch3x3dbl_3a", 384, 384, row), ("branch3x3dbl_3b", 384, 384, column)),
-            ],
-            [("branch_pool", before, 192, 1)],
-        ],
-        pool,
-    )
-
-
-class Inception(nn.Module):
+class Inception(blocks.Inception3):
     """Images (N, 3, 299, 299), float in 0 .. 255, to the 2,048 features before the classifier."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.Conv2d_1a_3x3 = Conv(3, 32, 3, 2, False)
-        self.Conv2d_2a_3x3 = Conv(32, 32, 3, same=False)
-        self.Conv2d_2b_3x3 = Conv(32, 64, 3)
-        self.Conv2d_3b_1x1 = Conv(64, 80, 1)
-        self.Conv2d_4a_3x3 = Conv(80, 192, 3, same=False)
-        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = (
-            _block_35(192, 32),
-            _block_35(256, 64),
-            _block_35(288, 64),
-        )
-        self.Mixed_6a = _to_17(288)
-        self.Mixed_6b, self.Mixed_6c = _block_17(128), _block_17(160)
-        self.Mixed_6d, self.Mixed_6e = _block_17(160), _block_17(192)
-        self.Mixed_7a = _to_8()
-        self.Mixed_7b, self.Mixed_7c = _block_8(1280, "average"), _block_8(2048, "maximum")
-        self.fc = nn.Linear(FEATURES, CLASSES)
+        kinds = [blocks.BasicConv2d, _A, blocks.InceptionB, _C, blocks.InceptionD, _E, blocks.InceptionAux]
+        super().__init__(CLASSES, aux_logits=False, inception_blocks=kinds, init_weights=False)
+        self.Mixed_7c.pool = lambda x: F.max_pool2d(x, 3, stride=1, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
         """Features (N, 2048)."""
@@ -261,15 +134,9 @@ def clean_bicubic(images: Tensor, side: int = SIDE) -> Tensor:
     """
     if images.shape[-2:] == (side, side):
         return images.float()
-    planes = images.flatten(0, 1).cpu().numpy().astype(np.float32)
-    resized = np.stack(
-        [
-            np.asarray(Image.fromarray(plane).resize((side, side), Image.Resampling.BICUBIC))
-            for plane in planes
-        ]
-    )
-    resized = torch.from_numpy(np.clip(resized, 0, 255)).to(images.device)
-    return resized.unflatten(0, images.shape[:2])
+    planes = map(Image.fromarray, images.flatten(0, 1).cpu().numpy().astype(np.float32))
+    resized = np.stack([np.asarray(plane.resize((side, side), Image.Resampling.BICUBIC)) for plane in planes])
+    return torch.from_numpy(np.clip(resized, 0, 255)).to(images.device).unflatten(0, images.shape[:2])
 
 
 def torch_bilinear(images: Tensor, side: int = SIDE) -> Tensor:
@@ -289,10 +156,6 @@ RESIZES = {
 }
 
 
-def logits_of(weight: np.ndarray):
+def logits_of(weight: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     """Features (N, 2048) to logits (N, 1008) without the bias, as the original Inception score has them."""
-    return functools.partial(_project, weight=np.asarray(weight, np.float64))
-
-
-def _project(rows: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    return rows @ weight.T
+    return lambda rows: rows @ np.asarray(weight, np.float64).T

@@ -8,15 +8,15 @@ wherever it is asked for.
 from __future__ import annotations
 
 import functools
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evaluation.decoding import Resize
+from evaluation.decoding import AS_STORED, Resize
 from evaluation.extractors import Extractor, load_extractor
+from evaluation.facts import Facts, doubts_between, doubts_of
 from evaluation.generate import SamplerFn, drawn, kept
 from evaluation.images import Images
 from evaluation.metrics import get_metrics
@@ -26,6 +26,7 @@ from evaluation.processes import Processes
 from evaluation.protocol import Protocol, checked_n, get_protocol
 from evaluation.reference import reference_stats
 from evaluation.references import FileReference, NamedReference, holds
+from evaluation.settings import Place
 from evaluation.stats import FeatureStats
 from evaluation.values import Value, flat
 from stepdistill.errors import UserError
@@ -73,6 +74,7 @@ class Measurement:
             belong to statistics, for what cannot be computed from these.
         captions: one for each sample, instead of the protocol's.
         clip: directory of the CLIP model; "" is the protocol's.
+        device, dtype: where networks run, and in what CLIP and DINO do: see `load_extractor`.
         available: fields of `Inputs` that will be there beside what these arguments say: "teacher", "timed".
 
     Raises:
@@ -85,19 +87,23 @@ class Measurement:
         metrics: Sequence[str],
         n: int,
         *,
-        extractor: str | os.PathLike[str] | Extractor | None = None,
+        extractor: Place | Extractor | None = None,
         reference: FeatureStats | Images | None = None,
         reference_images: Images | None = None,
         captions: Sequence[str] | None = None,
-        clip: str | os.PathLike[str] = "",
+        clip: Place = "",
         available: frozenset[str] = frozenset(),
         device: str = "cpu",
+        dtype: str = "float32",
         processes: Processes | None = None,
     ) -> None:
         self.protocol, self.processes, self.n = protocol, processes or Processes(), n
         self.metrics = get_metrics(metrics)
-        if "clip" in self.metrics:
-            self.metrics["clip"] = ClipScore(clip or None, (protocol and protocol.clip) or None, device)
+        for name, metric in self.metrics.items():
+            if name == "clip":
+                self.metrics[name] = ClipScore(clip, (protocol and protocol.clip) or None, device, dtype)
+            elif isinstance(metric, ClipScore):
+                self.metrics[name] = type(metric)(device, dtype)
         self.captions = captions
         own = reference if reference is not None else protocol.reference if protocol else None
         # Rows of the reference's features, once they are known: they serve every set.
@@ -108,7 +114,7 @@ class Measurement:
         self._given = reference
         if "extractor" in self.needs:
             if not isinstance(extractor, Extractor):
-                extractor = load_extractor(extractor or protocol.extractor, device)
+                extractor = load_extractor(extractor or protocol.extractor, device, dtype=dtype)
             self.extractor = self.processes.share(extractor)
             if protocol is not None:
                 self.protocol = replace(protocol, extractor=self.extractor.name)
@@ -158,13 +164,38 @@ class Measurement:
             if "timed" not in metric.needs and ("teacher" not in metric.needs or inputs.teacher is not None):
                 values += metric.compute(inputs)
         self.reference_rows = vars(inputs).get("reference_features", self.reference_rows)
-        return Measured(values, n, inputs, inputs.doubts, self.protocol)
+        doubts = [*inputs.doubts, *(self.extractor.doubts if self.extractor else ())]
+        return Measured(values, n, inputs, doubts, self.protocol)
+
+    def doubts(self, facts: Facts | None, n: int, others: int = 0, seen: Facts | None = None) -> list[str]:
+        """What a reader of a distance of `n` images has to know of them, by their facts, and of the reference.
+
+        others: how many the reference has, 0 where it is known from its statistics, or not at all. seen: its facts, where
+        it has no statistics.
+        """
+        found, protocol, reference = [], self.protocol, self.reference
+        if protocol is not None and n != protocol.n:
+            found.append(
+                f"{n} images where {protocol.name} has {protocol.n}: a distance of fewer is biased upwards and compares "
+                "only with others of as many."
+            )
+        others = others or (reference.n if reference is not None else 0)
+        compared = self.extractor is not None and (reference is not None or self.images is not None)
+        if compared and min(n, others or n) <= self.extractor.dim:
+            found.append(
+                f"no more images than the {self.extractor.dim} features: the covariance has no full rank and the "
+                "distance is biased far upwards."
+            )
+        if reference is not None:
+            found, seen = [*found, *reference.doubts], reference.facts
+        return [*found, *doubts_of(seen, "images of the reference"), *doubts_between(facts, seen)]
 
     def inputs(self, images: Images, n: int) -> Inputs:
         """What metrics are computed from, of the first `n` images."""
         inputs = self._inputs(n)
         images, protocol, inputs.reference = images.first(n), self.protocol, self.reference
         inputs.images = images.resized(protocol.resize).watched() if protocol else images.watched()
+        inputs.drawn = images.resized(AS_STORED) if protocol and protocol.resize else None
         if protocol and protocol.patch and "patch-fd" in self.metrics:
             window = Resize("window", protocol.patch)
             inputs.patch_images = images.resized(window)
@@ -176,7 +207,8 @@ class Measurement:
     def _inputs(self, n: int) -> Inputs:
         inputs = Inputs(extractor=self.extractor, reference_images=self.images)
         if self.protocol is not None:
-            inputs.captions = self.protocol.scored_captions(n)
+            inputs.captions = self.protocol.prompts(n) if self.protocol.has_text else None
+            inputs.clip_prefix = self.protocol.clip_prefix
             inputs.groups = self.protocol.groups(n) if self.protocol.conditions != "none" else None
         if self.captions is not None:
             inputs.captions = list(self.captions[:n])
@@ -205,10 +237,10 @@ def measure(
     metrics: Sequence[str],
     *,
     n: int | None = None,
-    extractor: str | os.PathLike[str] | Extractor | None = None,
+    extractor: Place | Extractor | None = None,
     reference: FeatureStats | Images | None = None,
     captions: Sequence[str] | None = None,
-    clip: str | os.PathLike[str] = "",
+    clip: Place = "",
     teacher: Measured | None = None,
     processes: Processes | None = None,
     batch: int = 64,
@@ -220,14 +252,14 @@ def measure(
 
     Args:
         draws: draws(prompts, seeds) -> uint8 (N, 3, H, W), asked for up to `batch` at a time; or a set of images.
-            A `Drawer` or `Sampler` rounds its grey levels as the protocol says.
+            A `Drawer` or `Sampler` rounds its grey levels as the protocol says, and networks run on its device.
 
     The others are as in `Measurement`. Raises UserError as it does, and for images that are not as promised.
     """
     protocol = get_protocol(protocol)
     n = checked_n(n, protocol)
     ready = Measurement(
-        protocol, metrics, n, extractor=extractor, reference=reference, captions=captions, clip=clip,
+        protocol, metrics, n, extractor=extractor, reference=reference, captions=captions, clip=clip, device=_device(draws),
         available=frozenset({"teacher"} if teacher is not None else ()), processes=processes,
     )  # fmt: skip
     if isinstance(draws, Images):
@@ -248,6 +280,11 @@ def quantised(draws: Callable, quantise: str) -> SamplerFn:
     if isinstance(draws, Drawer):
         return replace(draws, quantise=quantise)
     return draws.at(quantise=quantise) if hasattr(draws, "at") else draws
+
+
+def _device(draws: object) -> str:
+    """Of a `Drawer` or a `Sampler`."""
+    return str(getattr(getattr(draws, "sampler", draws), "device", "cpu"))
 
 
 def _images_of(reference: object) -> Images | None:

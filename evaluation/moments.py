@@ -64,10 +64,8 @@ class Moments:
 
 
 def as_rows(features: np.ndarray | torch.Tensor, dim: int, first: int) -> np.ndarray:
-    """Features as float64 rows (N, dim), of whatever precision they are; `first` is the index of row 0.
-
-    Raises:
-        UserError: another shape, or a value which is not finite.
+    """Features as float64 rows (N, dim), of whatever precision they are; `first` is the index of row 0. Raises
+    UserError for another shape, or a value which is not finite.
     """
     if isinstance(features, torch.Tensor):
         # NumPy knows no bfloat16.

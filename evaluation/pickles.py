@@ -6,7 +6,7 @@ from pathlib import Path
 
 from stepdistill.errors import UserError
 
-SUFFIXES = (".pkl", ".pickle", ".pt", ".pth", ".bin")
+SUFFIXES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt")
 _HOW = {
     "captions": "import json, pickle; json.dump(list(map(str, pickle.load(open('{path}', 'rb')))), open('{to}.json', 'w'))",
     # EDM2 keeps a dictionary for each metric; others keep one.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from evaluation.settings import Place
 from stepdistill.errors import UserError, atomic_write
 
 if TYPE_CHECKING:
@@ -42,10 +42,8 @@ def columns_of(
     student_steps: Sequence[int] | None = None,
     before: bool = False,
 ) -> list[Column]:
-    """Teacher | student, most steps first | with `before`, the teacher at the student's least steps.
-
-    Raises:
-        UserError: step counts the student was not trained for.
+    """Teacher | student, most steps first | with `before`, the teacher at the student's least steps. Raises UserError
+    for step counts the student was not trained for.
     """
     known = student.steps or (student.default_steps,)
     counts = sorted(set(student_steps or [step for step in (1, 4) if step in known] or known), reverse=True)
@@ -132,7 +130,7 @@ def compose(
     return sheet
 
 
-def save(sheet: Image.Image, path: str | os.PathLike[str]) -> None:
+def save(sheet: Image.Image, path: Place) -> None:
     """Write a PNG file."""
     with atomic_write(Path(path)) as temporary:
         sheet.save(temporary, format="PNG", optimize=True)

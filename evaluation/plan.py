@@ -2,75 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from evaluation.measure import DISTANCES
-from evaluation.metrics.latency import BATCH, IMAGES
 from evaluation.processes import ready_device
 from evaluation.protocol import Protocol, checked_n, chosen_protocol, get_protocol
 from evaluation.references import NamedReference
+from evaluation.settings import Place, Settings
 from evaluation.weights import find_pipeline
 from stepdistill.errors import UserError
 
 if TYPE_CHECKING:
     from stepdistill.drawing import Drawer, Sampler
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What `python -m evaluation run` is asked for.
-
-    Attributes:
-        pipelines: directories, or repositories in the Hugging Face cache; usually students.
-        out: directory of results.json, the report and the samples.
-        teacher: directory of what they are compared with. Its guidance is swept and the least distance taken;
-            it is also measured at the students' own step counts, which is what distillation starts from.
-        steps: step counts; None is what each pipeline was trained for.
-        guidance: of `pipelines`; None is each one's default.
-        teacher_steps: None is the teacher's default. teacher_guidance: scales to try.
-        n, teacher_n: numbers of samples; None is the protocol's. A ratio uses the first min(n, teacher_n) of both.
-        metrics: names in METRICS; None is what the protocol says.
-        reference: where the protocol's named reference is; or a folder or Parquet file of real images instead of
-            a protocol, for pipelines with prompts together with `captions`.
-        captions: where the protocol's captions are, if it has a file of them; or one's own. captions_seed: of one's
-            own, draw `n` at random with this seed; -1 takes them in order.
-        seeds: repeats of the students' samples, 0 first: repeat s has the noise seeds of the protocol plus s times its n,
-            as EDM's three runs have.
-        extractor: a name or a directory; None is the protocol's. Another one makes another protocol hash.
-        clip: directory of the protocol's CLIP model, where that is not the embedded one.
-        batch: batch size of the sampled networks; samples of two sizes differ in their last bits.
-        io_batch: samples asked for at a time; changes nothing but memory.
-        latency_images, throughput_batch: images timed one by one, and drawn at a time for the throughput; a batch
-            of 0 leaves that out.
-        force: draw again what is kept under `out`/samples.
-    """
-
-    pipelines: Sequence[str | os.PathLike[str]]
-    out: str | os.PathLike[str]
-    teacher: str | os.PathLike[str] | None = None
-    steps: Sequence[int] | None = None
-    guidance: float | None = None
-    teacher_steps: int | None = None
-    teacher_guidance: Sequence[float] = (1.0, 1.5, 2.0, 3.0, 5.0)
-    n: int | None = None
-    teacher_n: int | None = None
-    metrics: Sequence[str] | None = None
-    protocol: str | Protocol = "scenes-2k"
-    reference: str | os.PathLike[str] | None = None
-    captions: str | os.PathLike[str] | None = None
-    captions_seed: int = -1
-    seeds: Sequence[int] = (0,)
-    extractor: str | os.PathLike[str] | None = None
-    clip: str | os.PathLike[str] | None = None
-    batch: int = 64
-    io_batch: int | None = None
-    device: str = "cpu"
-    latency_images: int = IMAGES
-    throughput_batch: int = BATCH
-    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,7 +60,7 @@ def planned(settings: Settings, device: str) -> Plan:
     return Plan(protocol, names, students, parts, n, teacher_n)
 
 
-def load_pipeline(path: str | os.PathLike[str], device: str) -> Sampler:
+def load_pipeline(path: Place, device: str) -> Sampler:
     """A directory or a repository in the Hugging Face cache. Raises UserError where there is neither."""
     from stepdistill import load
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from evaluation.extractors import Extractor
 
 T = TypeVar("T")
+# Ends the name of a network that runs in bfloat16.
+BFLOAT16 = "-bf16"
 # The slowest process may be hours behind.
 _PATIENCE = timedelta(days=2)
 
@@ -35,10 +37,8 @@ class Processes:
 
     @classmethod
     def join(cls) -> Processes:
-        """The processes a launcher started (it sets WORLD_SIZE), or this one alone.
-
-        Raises:
-            UserError: the launcher's settings are incomplete.
+        """The processes a launcher started (it sets WORLD_SIZE), or this one alone. Raises UserError if the launcher's
+        settings are incomplete.
         """
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             return cls()
@@ -110,10 +110,8 @@ class Processes:
 
 
 def ready_device(name: str) -> str:
-    """`name`, a device that is here, on which float32 is float32: TF32, which only some GPUs have, is off.
-
-    Raises:
-        UserError: there is no such device.
+    """`name`, a device that is here, on which float32 is float32: TF32, which only some GPUs have, is off. Raises
+    UserError if there is no such device.
     """
     try:
         torch.empty(1, device=name).cpu()
@@ -124,3 +122,29 @@ def ready_device(name: str) -> str:
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = False
     return name
+
+
+def in_bfloat16(
+    network: Callable[..., Tensor], device: str, name: str, doubts: list[str]
+) -> Callable[..., Tensor]:
+    """`network` with its products in bfloat16 (autocast; weights stay float32), giving float32.
+
+    doubts: gets what that changed in the first batch, which runs in float32 too.
+    """
+
+    compared = False
+
+    def run(*inputs: Tensor) -> Tensor:
+        nonlocal compared
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            rows = network(*inputs).float()
+        if not compared:
+            compared = True
+            exact = network(*inputs).float()
+            share = float((rows - exact).norm() / exact.norm())
+            doubts.append(
+                f"{name} ran in bfloat16, which changed what it gave for its first batch by {share:.2%}."
+            )
+        return rows
+
+    return run

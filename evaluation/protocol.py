@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 from evaluation.captions import CaptionFile
 from evaluation.decoding import Resize
 from evaluation.references import LATER, UNHASHED, FileReference, NamedReference, SceneReference
+from evaluation.settings import Place
 from stepdistill import scenes
 from stepdistill.drawing import QUANTISE
 from stepdistill.errors import UserError, nearest
@@ -56,6 +56,7 @@ class Protocol:
     `resize`: what is done to a sample before it is measured, as uint8; what the extractor does after that is
     part of its name. `patch`: side of the centre crop, at full resolution, a patch distance is taken of.
     `reference`: None where samples are judged by other means. `metrics`: measured unless others are asked for.
+    `networks`: weights that judging the samples needs beside the extractor and the CLIP model.
     `resolution`: side of the samples, 0 for the pipeline's own. `clip`: the CLIP model, "" for the embedded one;
     `clip_prefix` is put before every caption; `clip_resize` is what is done to a sample, instead of `resize`, before
     the CLIP model sees it.
@@ -82,6 +83,7 @@ class Protocol:
     clip_prefix: str = field(default="", metadata=LATER)
     clip_resize: Resize = field(default=Resize(), metadata=LATER)
     patch: int = field(default=0, metadata=LATER)
+    networks: tuple[str, ...] = field(default=(), metadata=UNHASHED)
     about: str = field(default="", metadata=UNHASHED)
     source: str = field(default="", metadata=UNHASHED)
 
@@ -146,10 +148,6 @@ class Protocol:
         modulus = self.images_per_prompt if self.seeds_by == "prompt" else n
         return [self.first_seed + i % modulus for i in range(n)]
 
-    def scored_captions(self, n: int) -> list[str] | None:
-        """What the first n samples are compared with: their captions after `clip_prefix`; None without text."""
-        return [self.clip_prefix + caption for caption in self.prompts(n)] if self.has_text else None
-
     def groups(self, n: int) -> list[Hashable]:
         """Equal entries for those of the first n samples that are drawn for the same prompt or class."""
         if self.images_per_prompt > 1:
@@ -161,13 +159,9 @@ class Protocol:
         """Whether samples are drawn for captions, which they can be compared with."""
         return self.conditions in ("scenes", "captions")
 
-    def located(
-        self, reference: str | os.PathLike[str] | None = None, captions: str | os.PathLike[str] | None = None
-    ) -> Protocol:
-        """The same with its reference and captions found on this machine.
-
-        Raises:
-            UserError: one is nowhere, or is another one than the protocol fixes.
+    def located(self, reference: Place | None = None, captions: Place | None = None) -> Protocol:
+        """The same with its reference and captions found on this machine. Raises UserError if one is nowhere, or is
+        another one than the protocol fixes.
         """
         if isinstance(self.reference, NamedReference):
             return replace(self, reference=self.reference.found(reference)).with_captions(captions)
@@ -177,7 +171,7 @@ class Protocol:
             )
         return self.with_captions(captions)
 
-    def with_captions(self, path: str | os.PathLike[str] | None = None) -> Protocol:
+    def with_captions(self, path: Place | None = None) -> Protocol:
         """The same with its captions found on this machine. Raises UserError as `located` does."""
         if self.captions is not None:
             return replace(self, captions=self.captions.found(path))
@@ -191,11 +185,9 @@ _PARTS = {
 }  # fmt: skip
 
 
-def load_protocol(path: str | os.PathLike[str]) -> Protocol:
-    """The protocol in a YAML file.
-
-    Raises:
-        UserError: the file is missing, no YAML, or has an unknown, missing or mistyped field.
+def load_protocol(path: Place) -> Protocol:
+    """The protocol in a YAML file. Raises UserError if the file is missing, no YAML, or has an unknown, missing or
+    mistyped field.
     """
     path = Path(path)
     return _built(Protocol, read_yaml(path), str(path))
@@ -217,7 +209,7 @@ def _built(kind: type, content: Any, where: str) -> Any:
             value = _built(_PARTS[part], value, f"{where}: reference")
         elif name in ("resize", "clip_resize", "captions"):
             value = _built(_PARTS[name.removeprefix("clip_")], value, f"{where}: {name}")
-        elif name in ("metrics", "files"):
+        elif name in ("metrics", "files", "networks"):
             if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
                 raise UserError(f"{where}: {name} must be a list of names, got {value!r}.")
             value = tuple(value)
@@ -247,9 +239,9 @@ def get_protocol(name: str | Protocol) -> Protocol:
 
 
 def real_images(
-    path: str | os.PathLike[str],
+    path: Place,
     *,
-    captions: str | os.PathLike[str] | None = None,
+    captions: Place | None = None,
     captions_seed: int = -1,
     n: int | None = None,
     classes: int = 0,
@@ -257,12 +249,10 @@ def real_images(
 ) -> Protocol:
     """The protocol for samples against the images at `path`.
 
-    Samples are drawn for `captions`, one of each, if given; else for `classes` classes in turn (0: for nothing),
-    as many as the reference has. Fewer are marked in the result's name as usual. With a `captions_seed` of 0 or
-    more, `n` of the captions are drawn at random.
-
-    Raises:
-        UserError: there are no images at `path`, or no captions in that file.
+    Samples are drawn for `captions`, one of each, if given; else for `classes` classes in turn (0: for nothing), as
+    many as the reference has. Fewer are marked in the result's name as usual. With a `captions_seed` of 0 or more, `n`
+    of the captions are drawn at random. Raises UserError if there are no images at `path`, or no captions in that
+    file.
     """
     reference = FileReference.open(path)
     lines = CaptionFile.open(captions, n, captions_seed) if captions else None
@@ -283,16 +273,11 @@ def real_images(
 
 
 def chosen_protocol(
-    protocol: str | Protocol,
-    reference: str | os.PathLike[str] | None = None,
-    captions: str | os.PathLike[str] | None = None,
-    **own: Any,
+    protocol: str | Protocol, reference: Place | None = None, captions: Place | None = None, **own: Any
 ) -> Protocol:
     """The named protocol with its files found; or, for a `reference` where it names none, `real_images`, to which
-    `own` goes.
-
-    Raises:
-        UserError: there is no such protocol, or a file is nowhere or another one than the protocol fixes.
+    `own` goes. Raises UserError if there is no such protocol, or a file is nowhere or another one than the protocol
+    fixes.
     """
     protocol = get_protocol(protocol)
     if reference is None or isinstance(protocol.reference, NamedReference):

@@ -22,10 +22,8 @@ def published() -> dict[str, list[dict[str, Any]]]:
 
 
 def published_beside(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Published numbers that the results may stand beside; empty where there are none.
-
-    Raises:
-        UserError: the results are of another protocol than any published number, or of fewer samples.
+    """Published numbers that the results may stand beside; empty where there are none. Raises UserError if the results
+    are of another protocol than any published number, or of fewer samples.
     """
     known = published()
     found = known.get(results["protocol_hash"])

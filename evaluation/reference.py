@@ -29,13 +29,10 @@ def reference_stats(
 ) -> FeatureStats:
     """Statistics of the reference images of `protocol`.
 
-    They are cached under the protocol's hash, the content of the reference and the extractor's weights, so
-    nothing stale can be found. A cache which cannot be written to is done without. A named reference may be a
-    statistics file itself.
-
-    Raises:
-        UserError: the protocol has none, a reference image is damaged or of another size than the others, or
-            the statistics are another extractor's or of another number of images.
+    They are cached under the protocol's hash, the content of the reference and the extractor's weights, so nothing
+    stale can be found. A cache which cannot be written to is done without. A named reference may be a statistics file
+    itself. Raises UserError if the protocol has none, a reference image is damaged or of another size than the others,
+    or the statistics are another extractor's or of another number of images.
     """
     processes = processes or Processes()
     reference = protocol.reference

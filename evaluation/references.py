@@ -17,6 +17,7 @@ from torch import Tensor
 from evaluation.decoding import AS_STORED, Resize
 from evaluation.files import open_images
 from evaluation.images import Images, ResizedImages
+from evaluation.settings import Place
 from stepdistill import assets, scenes
 from stepdistill.errors import UserError
 from stepdistill.provenance import sha256_of_files
@@ -72,7 +73,7 @@ class FileReference:
     kind: str = "files"
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> FileReference:
+    def open(cls, path: Place) -> FileReference:
         """Look at the files (not at every image). Raises UserError when there is none."""
         images = open_images(path)
         return cls(str(path), len(images), images.sha256())
@@ -120,11 +121,9 @@ class NamedReference:
             return open_images(self.path).sha256()
         return sha256_of_files([Path(self.path)], Path(self.path).parent)
 
-    def found(self, path: str | os.PathLike[str] | None = None) -> NamedReference:
-        """The same with its `path`, searched for unless given.
-
-        Raises:
-            UserError: it is in no place that was looked at, or has not `n` images.
+    def found(self, path: Place | None = None) -> NamedReference:
+        """The same with its `path`, searched for unless given. Raises UserError if it is in no place that was looked
+        at, or has not `n` images.
         """
         place = find(path, self.name, _SUFFIXES, "the reference", self.about, "--reference")
         known = replace(self, path=str(place))
@@ -135,7 +134,7 @@ class NamedReference:
         return known
 
 
-def holds(path: str | os.PathLike[str]) -> set[str]:
+def holds(path: Place) -> set[str]:
     """What is at `path`: "statistics", "images", or both, as in ADM's reference batches."""
     try:
         with zipfile.ZipFile(path) as file:
@@ -156,18 +155,9 @@ def reference_folders() -> list[Path]:
     return [*([Path(given)] if given else []), assets.ROOT.parent / "references"]
 
 
-def find(
-    path: str | os.PathLike[str] | None,
-    name: str,
-    suffixes: Iterable[str],
-    what: str,
-    about: str,
-    option: str,
-) -> Path:
-    """`path`, or the first `name` + suffix in the folders that are looked at.
-
-    Raises:
-        UserError: nothing is there; it says where was looked and what belongs there.
+def find(path: Place | None, name: str, suffixes: Iterable[str], what: str, about: str, option: str) -> Path:
+    """`path`, or the first `name` + suffix in the folders that are looked at. Raises UserError if nothing is there; it
+    says where was looked and what belongs there.
     """
     places = (
         [Path(path)] if path else [folder / f"{name}{s}" for folder in reference_folders() for s in suffixes]

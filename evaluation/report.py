@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evaluation import page, pareto
 from evaluation.published import published_beside, published_line
-from evaluation.values import Value, readings
+from evaluation.values import readings
 from stepdistill.errors import UserError, atomic_write
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ FILES = ("results.html", "results.md", "results.json", "pareto.png")
 _ARROWS = {"lower": " ↓", "higher": " ↑", "none": ""}
 # Values side by side in one table.
 _WIDTH = 9
-Cell = Callable[[dict[str, Any]], str]
 
 
 def check_writable(out: Path) -> None:
@@ -71,43 +70,30 @@ def cells(results: dict[str, Any]) -> list[list[list[str]]]:
     more = [("guidance", lambda row: f"{row['guidance']:g}"), ("NFE", lambda row: str(row["nfe"]))]
     if len({row["n"] for row in rows}) > 1:
         more.append(("n", lambda row: str(row["n"])))
-    tables = [
-        ([*about, *(more if not start else [])], main[start : start + _WIDTH]) for start in _starts(main)
-    ]
+    # There is a first table also where nothing was measured.
+    starts = range(0, max(len(main), 1), _WIDTH)
+    tables = [([*about, *([] if start else more)], main[start : start + _WIDTH]) for start in starts]
     tables += [(about, further[start : start + _WIDTH]) for start in range(0, len(further), _WIDTH)]
-    return [_table(columns, names, read, rows) for columns, names in tables]
-
-
-def _starts(main: Sequence[str]) -> range:
-    """Where the tables of the main values begin; there is one also where none was measured."""
-    return range(0, max(len(main), 1), _WIDTH)
-
-
-def _table(
-    about: Sequence[tuple[str, Cell]],
-    names: Sequence[str],
-    read: dict[str, Value],
-    rows: Sequence[dict[str, Any]],
-) -> list[list[str]]:
-    headings = [heading for heading, _ in about] + [f"{name}{_ARROWS[read[name].better]}" for name in names]
-    lines = [
-        [cell(row) for _, cell in about] + [_number(row["metrics"], name) for name in names] for row in rows
+    return [
+        [
+            [heading for heading, _ in columns] + [f"{name}{_ARROWS[read[name].better]}" for name in names],
+            *(
+                [cell(row) for _, cell in columns] + [_number(row["metrics"], name) for name in names]
+                for row in rows
+            ),
+        ]
+        for columns, names in tables
     ]
-    return [headings, *lines]
 
 
 def table(results: dict[str, Any]) -> str:
     """The tables for a terminal."""
-    return "\n\n".join(map(_aligned, cells(results)))
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    ]
-    return "\n".join([text[0], "  ".join("-" * width for width in widths), *text[1:]])
+    text = []
+    for lines in cells(results):
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        rows = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+        text.append("\n".join([rows[0], "  ".join("-" * width for width in widths), *rows[1:]]))
+    return "\n\n".join(text)
 
 
 def markdown(results: dict[str, Any], published: Sequence[dict[str, Any]] = ()) -> str:

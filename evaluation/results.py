@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from evaluation.metrics.clip_score import ClipScore
 from evaluation.values import written
 from evaluation.weights import pipeline_name
 from stepdistill.provenance import git_commit
@@ -58,6 +59,7 @@ def results_of(
         "seeds": [min(seeds), max(seeds)],
         "prompts": [str(prompt) for prompt in protocol.prompts(min(n, SHOWN))],
         "extractor": net and {"name": net.name, "sha256": net.sha256, "resize": net.resize},
+        "models": models(measurement),
         "rows": [_row(row, names[row.path]) for row in rows],
         "values": written([value for row in rows for value in row.values]),
         "batch": batch,
@@ -67,6 +69,12 @@ def results_of(
         "seconds": round(seconds, 1),
         "warnings": [*warnings, *_sample_warnings(rows, names)],
     }
+
+
+def models(measurement: Measurement) -> dict[str, dict[str, str]]:
+    """By metric: the CLIP models that scored captions, by name and sha256."""
+    scores = {name: metric for name, metric in measurement.metrics.items() if isinstance(metric, ClipScore)}
+    return {name: {"name": score.name, "sha256": score.sha256} for name, score in scores.items()}
 
 
 def provenance(device: str) -> dict[str, Any]:

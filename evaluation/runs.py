@@ -19,19 +19,17 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from evaluation import report
-from evaluation.facts import Facts, doubts_between, doubts_of
-from evaluation.files import open_images
+from evaluation.facts import Facts
 from evaluation.folds import frechet_ratio_with_error
 from evaluation.generate import Configuration, Shards, generate, pipeline_sha256
 from evaluation.images import Images
 from evaluation.measure import DISTANCES, Measured, Measurement
 from evaluation.metrics.fd import FrechetDistance
 from evaluation.metrics.latency import latencies
-from evaluation.plan import Plan, Settings, planned
+from evaluation.plan import Plan, planned
 from evaluation.processes import Processes
-from evaluation.references import FileReference, NamedReference, SceneReference
 from evaluation.results import SHOWN, results_of
-from evaluation.stats import FeatureStats
+from evaluation.settings import Settings
 from evaluation.values import Value, flat, measured
 from evaluation.weights import pipeline_name
 from stepdistill.errors import UserError
@@ -79,10 +77,7 @@ def run(settings: Settings, bar: Callable[..., Any] | None = None) -> dict[str, 
 
     bar: makes a progress bar from `total` and `desc` (tqdm); None shows nothing.
 
-    Returns what is written to results.json.
-
-    Raises:
-        UserError: wrong input, found before anything is drawn.
+    Returns what is written to results.json. Raises UserError for wrong input, found before anything is drawn.
     """
     began, out, processes = time.time(), Path(settings.out), Processes.join()
     device = processes.device(settings.device)
@@ -90,7 +85,7 @@ def run(settings: Settings, bar: Callable[..., Any] | None = None) -> dict[str, 
     report.check_writable(out)
     ready = Measurement(
         plan.protocol, plan.metrics, plan.n, extractor=settings.extractor, clip=settings.clip or "", device=device,
-        processes=processes, available=frozenset({"teacher", "timed"}),
+        dtype=settings.dtype, processes=processes, available=frozenset({"teacher", "timed"}),
     )  # fmt: skip
     # What is wrong with the reference ends the run before anything is drawn.
     _ = ready.reference
@@ -272,27 +267,21 @@ class Session:
 
     def doubts(self) -> list[str]:
         """What a reader of the numbers has to know."""
-        protocol, net, found = self.ready.protocol, self.ready.extractor, []
-        n, teacher_n = self.plan.n, self.plan.teacher_n
-        if n != protocol.n:
-            found.append(
-                f"measured on {n} samples where {protocol.name} has {protocol.n}: a distance of fewer samples is "
-                "biased upwards and compares only with others of the same number."
-            )
+        found, n, teacher_n = [], self.plan.n, self.plan.teacher_n
         if teacher_n != n:
             found.append(
                 f"the teacher was measured on {teacher_n} samples, the others on {n}; ratios use the first "
                 f"{min(n, teacher_n)} of both."
             )
-        if net is not None and min(n, teacher_n) <= net.dim:
-            found.append(f"no more samples than the {net.dim} features: the covariance has no full rank.")
         sizes = {sampler.resolution for sampler in self.plan.samplers}
         if len(sizes) > 1:
             found.append(f"the pipelines draw images of different sizes: {sorted(sizes)}.")
-        if self.ready.reference is not None:
-            found += reference_doubts(protocol.reference, self.ready.reference, self.rows)
         for row in self.rows:
-            found += [doubt for doubt in row.measured.doubts if doubt not in found]
+            found += [
+                doubt
+                for doubt in (*self.ready.doubts(row.facts, row.n), *row.measured.doubts)
+                if doubt not in found
+            ]
         return found
 
 
@@ -313,20 +302,6 @@ def over_seeds(repeats: Sequence[Sequence[Value]]) -> list[Value]:
             if value.better == "lower":
                 name = f"{value.name}/min_of_{len(numbers)}"
                 found.append(replace(value, name=name, value=min(numbers), se=None))
-    return found
-
-
-def reference_doubts(
-    reference: FileReference | NamedReference | SceneReference, stats: FeatureStats, rows: Sequence[Row]
-) -> list[str]:
-    """What sets a reference apart from the samples of these rows."""
-    facts = stats.facts
-    if facts is None and isinstance(reference, FileReference):
-        # Kept before this was noticed in the whole set: by its first image.
-        facts = open_images(reference.path).peek()
-    found = [*stats.doubts, *doubts_of(facts, "images of the reference")]
-    for row in rows:
-        found += [doubt for doubt in doubts_between(row.facts, facts) if doubt not in found]
     return found
 
 

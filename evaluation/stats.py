@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from array import array
 from collections import Counter
 from dataclasses import asdict
@@ -21,6 +20,7 @@ from evaluation.facts import Facts
 from evaluation.foreign import foreign
 from evaluation.moments import Moments, Source, as_rows
 from evaluation.pickles import refuse_pickle
+from evaluation.settings import Place
 from stepdistill.errors import UserError, atomic_write
 
 CHUNK_ROWS = 250
@@ -72,10 +72,8 @@ class FeatureStats:
         return self
 
     def merge(self, other: FeatureStats) -> FeatureStats:
-        """Take all the rows of `other`. It must come from the same extractor.
-
-        Raises:
-            UserError: the two have different dimensions or sources.
+        """Take all the rows of `other`. It must come from the same extractor. Raises UserError if the two have
+        different dimensions or sources.
         """
         check_comparable(self, other)
         if not (self._count_known and other._count_known):
@@ -99,11 +97,7 @@ class FeatureStats:
 
     @property
     def cov(self) -> np.ndarray:
-        """(dim, dim), float64, with N - 1 in the denominator.
-
-        Raises:
-            UserError: there are fewer than two rows.
-        """
+        """(dim, dim), float64, with N - 1 in the denominator. Raises UserError if there are fewer than two rows."""
         moments = self.moments()
         if moments.n < 2:
             raise UserError(f"a covariance needs at least 2 images, got {moments.n}; use more images.")
@@ -114,7 +108,7 @@ class FeatureStats:
         moments = self.moments()
         return hashlib.sha256(moments.mean.tobytes() + moments.m2.tobytes()).hexdigest()
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
+    def save(self, path: Place) -> Path:
         """Write an .npz file with the moments (or the few rows) and what made them. Returns its path.
 
         Other tools read `mu` and `sigma` of it (pytorch-fid, clean-fid, EDM); the rest is what keeps every bit.
@@ -145,16 +139,13 @@ class FeatureStats:
         return path
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], expect: Source | None = None) -> FeatureStats:
+    def load(cls, path: Place, expect: Source | None = None) -> FeatureStats:
         """Read what `save` wrote, or an .npz file with `mu` and `sigma` as EDM, ADM, pytorch-fid and clean-fid
         publish. Nothing is unpickled.
 
         Such a foreign file does not say what made it: see `evaluation.foreign`. Its `doubts` say what is not known,
-        and its `n` is 0 unless the file has a count.
-
-        Raises:
-            UserError: no such file, a pickle, not a statistics file, damaged, or made by another extractor
-                than `expect`.
+        and its `n` is 0 unless the file has a count. Raises UserError for no such file, a pickle, not a statistics
+        file, damaged, or made by another extractor than `expect`.
         """
         path = Path(path)
         if not path.is_file():
@@ -191,10 +182,8 @@ class FeatureStats:
     def of_moments(
         cls, mean: np.ndarray, cov: np.ndarray, n: int | None = None, source: Source | None = None
     ) -> FeatureStats:
-        """Statistics with this mean (dim,) and covariance (dim, dim) of `n` rows; None: not known.
-
-        Raises:
-            UserError: the shapes don't fit, a value is not finite, or `n` is below 2.
+        """Statistics with this mean (dim,) and covariance (dim, dim) of `n` rows; None: not known. Raises UserError if
+        the shapes don't fit, a value is not finite, or `n` is below 2.
         """
         mean, cov = np.asarray(mean, np.float64), np.asarray(cov, np.float64)
         if mean.ndim != 1 or cov.shape != (mean.size, mean.size):

@@ -16,12 +16,13 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
+from evaluation.settings import Place
 from stepdistill import assets
 from stepdistill.errors import UserError, atomic_write, cli_errors, nearest
 from stepdistill.provenance import sha256_of_files
@@ -57,34 +58,34 @@ class Weights:
         return f"curl -L --create-dirs -o {torch_hub() / self.files[0]} {self.url}"
 
 
-def _clip(name: str, repository: str, size: int, licence: str = "MIT") -> Weights:
-    return Weights(name, size, licence, repository=repository)
-
-
-WEIGHTS = {
-    one.name: one
-    for one in (
-        Weights(
-            "inception-2015",
-            96,
-            "Apache-2.0",
-            (
-                "weights-inception-2015-12-05-6726825d.pth",
-                "pt_inception-2015-12-05-6726825d.pth",
-                "inception-2015.safetensors",
-            ),
-            "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
-            "weights-inception-2015-12-05-6726825d.pth",
-            "6726825d",
-            programs=("inception-2015-12-05.pt", "inception-2015-12-05.pkl"),
-        ),
-        _clip("clip-vit-b32", "openai/clip-vit-base-patch32", 605),
-        _clip("clip-vit-b16", "openai/clip-vit-base-patch16", 599),
-        _clip("clip-vit-l14", "openai/clip-vit-large-patch14", 1710),
-        _clip("clip-vit-l14-336", "openai/clip-vit-large-patch14-336", 1710),
-        _clip("clip-vit-g14-laion2b", "laion/CLIP-ViT-g-14-laion2B-s12B-b42K", 5470),
-        _clip("dinov2-vitl14", "facebook/dinov2-large", 1220, "Apache-2.0"),
-    )
+_INCEPTION = Weights(
+    "inception-2015",
+    96,
+    "Apache-2.0",
+    (
+        "weights-inception-2015-12-05-6726825d.pth",
+        "pt_inception-2015-12-05-6726825d.pth",
+        "inception-2015.safetensors",
+    ),
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+    "6726825d",
+    programs=("inception-2015-12-05.pt", "inception-2015-12-05.pkl"),
+)
+# Directories of transformers: name, repository, MB, licence.
+_REPOSITORIES = (
+    ("clip-vit-b32", "openai/clip-vit-base-patch32", 605, "MIT"),
+    ("clip-vit-b16", "openai/clip-vit-base-patch16", 599, "MIT"),
+    ("clip-vit-l14", "openai/clip-vit-large-patch14", 1710, "MIT"),
+    ("clip-vit-l14-336", "openai/clip-vit-large-patch14-336", 1710, "MIT"),
+    ("clip-vit-g14-laion2b", "laion/CLIP-ViT-g-14-laion2B-s12B-b42K", 5470, "MIT"),
+    ("dinov2-vitl14", "facebook/dinov2-large", 1220, "Apache-2.0"),
+    ("pickscore-v1", "yuvalkirstain/PickScore_v1", 3940, "MIT"),
+    ("hpsv2-hf", "adams-story/HPSv2-hf", 3940, "Apache-2.0"),
+    ("mask2former-swin-s", "facebook/mask2former-swin-small-coco-instance", 276, "MIT"),
+)
+WEIGHTS = {_INCEPTION.name: _INCEPTION} | {
+    name: Weights(name, size, licence, repository=repository)
+    for name, repository, size, licence in _REPOSITORIES
 }
 
 
@@ -92,7 +93,7 @@ class MissingWeights(UserError):
     """Weights that are nowhere; the message is what to do."""
 
 
-def find(name: str, path: str | os.PathLike[str] | None = None) -> Path:
+def find(name: str, path: Place | None = None) -> Path:
     """The file or directory of the weights `name`.
 
     Args:
@@ -116,19 +117,15 @@ def find(name: str, path: str | os.PathLike[str] | None = None) -> Path:
                 _check(wanted, candidate)
                 return candidate
     # Every place is asked for the same names, so the two lists say it all.
-    names = list(dict.fromkeys(one.name for one in tried if one not in folders))
-    other = next((p / f for p in folders for f in wanted.programs if (p / f).is_file()), None)
-    other = next((p for p in folders if p.name in wanted.programs and p.is_file()), other)
+    names = ", ".join(dict.fromkeys(one.name for one in tried if one not in folders))
+    programs = [file for p in folders for file in (p, *map(p.joinpath, wanted.programs)) if file.is_file()]
+    program = next((file for file in programs if file.name in wanted.programs), None)
+    told = f"{program} holds this network as a program (clean-fid's and NVIDIA's form), which is not run; "
+    pin = f", sha256 {wanted.sha256}..." if wanted.sha256 else ""
     raise MissingWeights(
-        (
-            f"{other} holds this network as a program (clean-fid's and NVIDIA's form), which is not run; "
-            if other
-            else ""
-        )
-        + f"the weights {name} ({wanted.size} MB, {wanted.licence}"
-        + (f", sha256 {wanted.sha256}..." if wanted.sha256 else "")
-        + f") are not here: there is no {_listed(names, 'or')} in {_listed(map(str, folders), 'or')}; get them on "
-        f"any machine with `{wanted.how}`, and put them into one of these folders or name theirs in ${ENVIRONMENT}."
+        f"{told if program else ''}the weights {name} ({wanted.size} MB, {wanted.licence}{pin}) are not here: there is "
+        f"none of {names} in {', '.join(map(str, folders))}; get them on any machine with `{wanted.how}`, and put them "
+        f"into one of these folders or name theirs in ${ENVIRONMENT}."
     )
 
 
@@ -157,11 +154,8 @@ def hugging_face() -> Path:
 def load_file(path: Path) -> dict[str, Tensor]:
     """The tensors in a file: safetensors, or a torch checkpoint of tensors alone.
 
-    A checkpoint is a pickle. It is opened by `torch.load(weights_only=True)`, which makes tensors and
-    containers and refuses everything else.
-
-    Raises:
-        UserError: the file is damaged, or holds more than tensors.
+    A checkpoint is a pickle. It is opened by `torch.load(weights_only=True)`, which makes tensors and containers and
+    refuses everything else. Raises UserError if the file is damaged, or holds more than tensors.
     """
     import safetensors.torch
     import torch
@@ -197,7 +191,7 @@ def file_sha256(path: Path) -> str:
     return sha256_of_files([path])
 
 
-def convert(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> Path:
+def convert(source: Place, target: Place) -> Path:
     """Write the tensors of a checkpoint as safetensors, with the checkpoint's sha256. Raises UserError."""
     from safetensors.torch import save_file
 
@@ -212,16 +206,9 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> P
     return target
 
 
-def _listed(names: Iterable[str], last: str) -> str:
-    *before, end = names
-    return f"{', '.join(before)} {last} {end}" if before else end
-
-
-def find_pipeline(name: str | os.PathLike[str]) -> str | os.PathLike[str]:
-    """`name` itself, or where the Hugging Face cache has the repository owner/name.
-
-    Raises:
-        UserError: it looks like a repository, and is neither a directory nor in the cache.
+def find_pipeline(name: Place) -> Place:
+    """`name` itself, or where the Hugging Face cache has the repository owner/name. Raises UserError if it looks like
+    a repository, and is neither a directory nor in the cache.
     """
     if Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)):
         return name

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,11 @@ def print_values(found: dict[str, Any]) -> None:
         if isinstance(value, float) and not name.endswith("/se"):
             error = found.get(f"{name}/se")
             print(f"{name} {value:.6g}" + (f" ± {error:.2g}" if error is not None else ""))
+
+
+def print_warnings(warnings: Iterable[str]) -> None:
+    for warning in warnings:
+        print(f"warning: {warning}")
 
 
 def write_json(content: dict[str, Any], target: Path) -> None:
@@ -82,10 +87,15 @@ def add_set_options(parser: argparse.ArgumentParser) -> None:
         "--protocol", help="crop, resize and extract as this protocol does (default: as they are)"
     )
     parser.add_argument(
-        "--io-batch",
-        type=int,
-        default=16,
-        metavar="16",
-        help="images decoded at a time; changes no number",
+        "--io-batch", type=int, default=16, metavar="16", help="images decoded at a time; changes no number"
     )
-    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
+    add_device(parser)
+
+
+def add_device(parser: argparse._ActionsContainer) -> None:
+    """Where networks run, and in what precision."""
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    parser.add_argument(
+        "--dtype", default="float32", choices=["float32", "bfloat16"],
+        help="of CLIP and DINO networks (default: float32); with bfloat16 their names end with -bf16",
+    )  # fmt: skip

@@ -9,6 +9,7 @@ from evaluation.commands.common import (
     at_least_one,
     names,
     print_values,
+    print_warnings,
     writable,
     write_json,
 )
@@ -58,13 +59,12 @@ def do(args: argparse.Namespace) -> None:
     quieten_libraries()
     found = measure_set(
         args.images, args.ref, metrics=args.metrics, extractor=args.extractor, protocol=args.protocol,
-        captions=args.captions, clip=args.clip, io_batch=args.io_batch, device=args.device,
+        captions=args.captions, clip=args.clip, io_batch=args.io_batch, device=args.device, dtype=args.dtype,
     )  # fmt: skip
     print(f"n = {found['n']}" + (f", reference n = {found['reference_n'] or 'not said'}" if args.ref else ""))
     if found["protocol"]:
         print(f"{found['protocol']} (hash {found['protocol_hash']})")
     print_values(found)
-    for warning in found["warnings"]:
-        print(f"warning: {warning}")
+    print_warnings(found["warnings"])
     if target:
         write_json(found, target)

@@ -17,34 +17,27 @@ example:
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--teacher", required=True, metavar="DIR", help="pipeline directory of the teacher")
-    parser.add_argument("--student", required=True, metavar="DIR", help="pipeline directory of the student")
+    for name, text in (("teacher", "teacher"), ("student", "student")):
+        parser.add_argument(
+            f"--{name}", required=True, metavar="DIR", help=f"pipeline directory of the {text}"
+        )
     parser.add_argument("--out", required=True, metavar="PNG", help="the picture to write")
-    parser.add_argument(
-        "--prompt", action="append", metavar="TEXT", help="a prompt (or class number); may be repeated"
-    )
-    parser.add_argument(
-        "--rows", type=int, default=6, help="number of the protocol's prompts when no --prompt is given (6)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="noise seed of the first row, counting up (default: 0)"
-    )
-    parser.add_argument(
-        "--teacher-steps", type=int, metavar="50", help="steps of the teacher (default: its own)"
-    )
-    parser.add_argument(
-        "--teacher-guidance", type=float, metavar="G", help="guidance of the teacher (default: its own)"
-    )
-    parser.add_argument(
-        "--student-steps", type=numbers(int), metavar="4,1", help="columns of the student (default: 4,1)"
-    )
-    parser.add_argument(
-        "--before", action="store_true", help="add the teacher at the student's least steps as a last column"
-    )
-    parser.add_argument(
-        "--smooth", action="store_true", help="enlarge bicubically instead of showing the pixels"
-    )
-    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
+    options: dict[str, tuple[dict[str, Any], str]] = {
+        "prompt": ({"action": "append", "metavar": "TEXT"}, "a prompt (or class number); may be repeated"),
+        "rows": (
+            {"type": int, "default": 6},
+            "number of the protocol's prompts when no --prompt is given (6)",
+        ),
+        "seed": ({"type": int, "default": 0}, "noise seed of the first row, counting up (default: 0)"),
+        "teacher-steps": ({"type": int, "metavar": "50"}, "steps of the teacher (default: its own)"),
+        "teacher-guidance": ({"type": float, "metavar": "G"}, "guidance of the teacher (default: its own)"),
+        "student-steps": ({"type": numbers(int), "metavar": "4,1"}, "columns of the student (default: 4,1)"),
+        "before": ({"action": "store_true"}, "add the teacher at the student's least steps as a last column"),
+        "smooth": ({"action": "store_true"}, "enlarge bicubically instead of showing the pixels"),
+        "device": ({"default": "cpu"}, "cpu (default), cuda, ..."),
+    }
+    for name, (how, text) in options.items():
+        parser.add_argument(f"--{name}", help=text, **how)
 
 
 def do(args: argparse.Namespace) -> None:
@@ -67,7 +60,7 @@ def do(args: argparse.Namespace) -> None:
     else:
         names = teacher.class_names or ("",)
         prompts = [
-            class_number(text, len(names))
+            _class_number(text, len(names))
             for text in args.prompt or map(str, range(min(args.rows, len(names))))
         ]
         captions = [names[number] for number in prompts]
@@ -81,7 +74,7 @@ def do(args: argparse.Namespace) -> None:
     print(f"written: {target}")
 
 
-def class_number(text: str, classes: int) -> int:
+def _class_number(text: str, classes: int) -> int:
     if not text.isdigit() or int(text) >= max(classes, 1):
         raise UserError(
             f"--prompt {text!r} is no class of this model; give a number from 0 to {max(classes, 1) - 1}."

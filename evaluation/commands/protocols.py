@@ -53,7 +53,7 @@ def needs(protocol: Protocol) -> list[str]:
 
     found = []
     weights = protocol.extractor.removesuffix("-clean").removesuffix("-pytorch").removesuffix("-spatial")
-    for name in (weights, VARIANTS.get(protocol.clip, "")):
+    for name in (weights, VARIANTS.get(protocol.clip, ""), *protocol.networks):
         if name in WEIGHTS:
             one = WEIGHTS[name]
             sha256 = f", sha256 {one.sha256}..." if one.sha256 else ""
@@ -64,9 +64,12 @@ def needs(protocol: Protocol) -> list[str]:
             found.append(f"weights {name} ({one.size} MB, {one.licence}{sha256}); {there}")
     for part, option in ((protocol.reference, "--reference"), (protocol.captions, "--captions")):
         if getattr(part, "about", ""):
-            places = " or ".join(str(folder / part.name) for folder in reference_folders())
-            pin = getattr(part, "ends", "")
+            suffix = "" if part is protocol.reference else ".txt, .jsonl, .json or .csv"
+            places = " or ".join(f"{folder / part.name}{suffix}" for folder in reference_folders())
             how = "; ".join(part.files) or part.about
-            found.append(f"{part.name}: {how}; {part.about} Put it at {places}, or name it with {option}."
-                         + (f" It is known by the sha256 of its first and last 20 lines, {pin}." if pin else ""))  # fmt: skip
+            found.append(f"{part.name}: {how}; {part.about} Put it at {places}, or name it with {option}.")
+            if pin := getattr(part, "ends", ""):
+                found[-1] += (
+                    f" It is known by its {part.characters} characters and the sha256 of its ends, {pin}."
+                )
     return found

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
-from evaluation.commands.common import at_least_one, names, numbers, progress_bar
+from evaluation.commands.common import add_device, at_least_one, names, numbers, print_warnings, progress_bar
+from evaluation.settings import Settings
 from stepdistill.errors import UserError, quieten_libraries
 from stepdistill.registry import add_allow_code
 
@@ -34,96 +37,62 @@ examples:
   accelerate launch --config_file training/accelerate/8gpu.yaml -m evaluation run --pipeline STUDENT \\
       --protocol coco14-30k --reference val2014 --captions captions.txt --device cuda --out OUT"""
 
+# Of each setting but those of `add_device`: how it is parsed, how its value is shown, what it is.
+OPTIONS: dict[str, dict[str, tuple[Callable[[str], Any], str, str]]] = {
+    "what is measured": {
+        "steps": (numbers(int), "1,2,4", "step counts (default: those it was trained for)"),
+        "guidance": (float, "G", "guidance of --pipeline (default: its own; 1 is off)"),
+        "teacher": (str, "DIR", "directory of the teacher to compare with. Its guidance is swept and the least distance "
+                    "taken; it is also measured at the students' step counts, which distillation starts from"),
+        "teacher_steps": (int, "50", "steps of the teacher (default: its own, usually 50)"),
+        "teacher_guidance": (numbers(float), "1,1.5,2,3,5", "guidance scales to try; the one with the least distance "
+                             "counts (default: 1,1.5,2,3,5). With 4 or more and over 500 samples the choice is made on "
+                             "the first 500"),
+    },
+    "how it is measured": {
+        "protocol": (str, "NAME", "see `python -m evaluation protocols` (default: scenes-2k)"),
+        "n": (int, "2000", "number of samples (default: the protocol's)"),
+        "teacher_n": (int, "N", "number of samples of the teacher (default: --n); a ratio uses what both have"),
+        "metrics": (names, "fd,clip,...", "some of the metrics in docs/evaluation.md (default: those the protocol names)"),
+        "reference": (str, "PATH", "where the protocol's reference is: a folder, .parquet file or statistics (.npz); or "
+                      "real images instead of a protocol (with --captions for pipelines with prompts)"),
+        "captions": (str, "FILE", "where the protocol's captions are; or your own, with --reference"),
+        "captions_seed": (int, "S", "draw --n of your own captions at random with this seed (default: take them in order)"),
+        "seeds": (numbers(int), "0,1,2", "measure the students on several draws of the noise, s with the protocol's seeds "
+                  "plus s times its n: mean, spread, and the minimum that EDM reports"),
+        "clip": (str, "DIR", "directory of the protocol's CLIP model, if not the embedded one"),
+        "extractor": (str, "NAME", "scenes-v1 or the directory of a feature net (default: the protocol's)"),
+        "batch": (int, "64", "batch size of the sampled networks (default: 64); compare only samples of one size bit by bit"),
+        "io_batch": (int, "N", "samples asked for at a time; changes nothing but memory"),
+        "latency_images": (int, "10", "images timed per model (default: 10)"),
+        "throughput_batch": (int, "16", "images drawn at a time to time the throughput (default: 16; 0 leaves it out)"),
+    },
+    "where it goes": {"out": (str, "DIR", "directory of results.json, results.md and samples/")},
+}  # fmt: skip
+
 
 def add(parser: argparse.ArgumentParser) -> None:
-    _add_what(parser.add_argument_group("what is measured"))
-    _add_how(parser.add_argument_group("how it is measured"))
-    where = parser.add_argument_group("where it goes")
-    where.add_argument(
-        "--out", required=True, metavar="DIR", help="directory of results.json, results.md and samples/"
-    )
-    where.add_argument(
-        "--force", action="store_true", help="draw samples again instead of using those kept under --out"
-    )
-
-
-def _add_what(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
+    defaults = {setting.name: setting.default for setting in fields(Settings)}
+    groups = {title: parser.add_argument_group(title) for title in OPTIONS}
+    what, how, where = groups.values()
+    what.add_argument(
         "--pipeline", dest="pipelines", nargs="+", required=True, metavar="DIR",
         help="pipeline directories, usually students; or owner/name, if the Hugging Face cache has it",
     )  # fmt: skip
-    group.add_argument(
-        "--steps", type=numbers(int), metavar="1,2,4", help="step counts (default: those it was trained for)"
-    )
-    group.add_argument(
-        "--guidance", type=float, metavar="G", help="guidance of --pipeline (default: its own; 1 is off)"
-    )
-    group.add_argument("--teacher", metavar="DIR", help="pipeline directory of the teacher to compare with")
-    group.add_argument(
-        "--teacher-steps", type=int, metavar="50", help="steps of the teacher (default: its own, usually 50)"
-    )
-    group.add_argument(
-        "--teacher-guidance", type=numbers(float), default=[1.0, 1.5, 2.0, 3.0, 5.0], metavar="1,1.5,2,3,5",
-        help="guidance scales to try; the one with the least distance counts (default: 1,1.5,2,3,5). With 4 "
-        "or more and over 500 samples the choice is made on the first 500",
-    )  # fmt: skip
-
-
-def _add_how(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--protocol", default="scenes-2k", help="see `python -m evaluation protocols` (default: scenes-2k)"
-    )
-    group.add_argument("--n", type=int, metavar="2000", help="number of samples (default: the protocol's)")
-    group.add_argument(
-        "--teacher-n", type=int, metavar="N", help="number of samples of the teacher (default: --n)"
-    )
-    group.add_argument(
-        "--metrics", type=names, metavar="fd,clip,...",
-        help="some of the metrics in docs/evaluation.md (default: those the protocol names)",
-    )  # fmt: skip
-    group.add_argument(
-        "--reference", metavar="PATH",
-        help="where the protocol's reference is: a folder, .parquet file or statistics (.npz); or real images "
-        "instead of a protocol (with --captions for pipelines with prompts)",
-    )  # fmt: skip
-    add_allow_code(group)
-    group.add_argument(
-        "--captions", metavar="FILE", help="where the protocol's captions are; or your own, with --reference"
-    )
-    group.add_argument(
-        "--captions-seed", type=int, default=-1, metavar="S",
-        help="draw --n of your own captions at random with this seed (default: take them in order)",
-    )  # fmt: skip
-    group.add_argument(
-        "--seeds", type=numbers(int), default=[0], metavar="0,1,2",
-        help="measure the students on several draws of the noise: mean, spread, and the minimum that EDM reports",
-    )  # fmt: skip
-    group.add_argument(
-        "--clip", metavar="DIR", help="directory of the protocol's CLIP model, if not the embedded one"
-    )
-    group.add_argument(
-        "--extractor", help="scenes-v1 or the directory of a feature net (default: the protocol's)"
-    )
-    group.add_argument(
-        "--batch", type=int, default=64, metavar="64",
-        help="batch size of the sampled networks (default: 64); compare only samples of one size bit by bit",
-    )  # fmt: skip
-    group.add_argument(
-        "--io-batch", type=int, metavar="N", help="samples asked for at a time; changes nothing but memory"
-    )
-    group.add_argument(
-        "--latency-images", type=int, default=10, metavar="10", help="images timed per model (default: 10)"
-    )
-    group.add_argument(
-        "--throughput-batch", type=int, default=16, metavar="16",
-        help="images drawn at a time to time the throughput (default: 16; 0 leaves it out)",
-    )  # fmt: skip
-    group.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    for title, options in OPTIONS.items():
+        for name, (kind, shown, text) in options.items():
+            groups[title].add_argument(
+                f"--{name.replace('_', '-')}", type=kind, metavar=shown, default=defaults[name], help=text,
+                required=name == "out",
+            )  # fmt: skip
+    add_allow_code(how)
+    add_device(how)
+    force = "draw samples again instead of using those kept under --out"
+    where.add_argument("--force", action="store_true", help=force)
 
 
 def do(args: argparse.Namespace) -> None:
     from evaluation import report
-    from evaluation.plan import Settings
     from evaluation.processes import Processes
     from evaluation.runs import run
 
@@ -131,14 +100,12 @@ def do(args: argparse.Namespace) -> None:
         raise UserError(f"--throughput-batch must be at least 0, got {args.throughput_batch}.")
     at_least_one(args, "batch", "io_batch", "latency_images")
     quieten_libraries()
-    # Every option of a run is called as its setting is.
-    settings = {field.name: getattr(args, field.name) for field in fields(Settings)}
-    results = run(Settings(**settings), progress_bar())
+    settings = Settings(**{setting.name: getattr(args, setting.name) for setting in fields(Settings)})
+    results = run(settings, progress_bar())
     if not Processes.join().first:
         return
     print(f"\n{results['protocol']} (hash {results['protocol_hash']}, n = {results['n']})\n")
     print(report.table(results))
-    for warning in results["warnings"]:
-        print(f"warning: {warning}")
+    print_warnings(results["warnings"])
     written = [name for name in report.FILES if (Path(args.out) / name).is_file()]
     print(f"\nwritten: {Path(args.out) / written[0]}, {', '.join(written[1:])}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from evaluation.commands.common import add_set_options, at_least_one, writable
+from evaluation.commands.common import add_set_options, at_least_one, print_warnings, writable
 from stepdistill.errors import UserError, quieten_libraries
 
 TEXT = "Compute the feature statistics of a set of images once, for later comparisons."
@@ -32,7 +32,9 @@ def do(args: argparse.Namespace) -> None:
     quieten_libraries()
     chosen = get_protocol(args.protocol) if args.protocol else None
     images = open_images(args.images, reference_resize(chosen), args.io_batch)
-    extractor = load_extractor(args.extractor or (chosen.extractor if chosen else "scenes-v1"), args.device)
+    extractor = load_extractor(
+        args.extractor or (chosen.extractor if chosen else "scenes-v1"), args.device, dtype=args.dtype
+    )
     stats = extractor.statistics(images.watched())
     if stats.n < 2:
         raise UserError(
@@ -41,5 +43,4 @@ def do(args: argparse.Namespace) -> None:
     stats.prepared = str(reference_resize(chosen)) if chosen else ""
     stats.save(target)
     print(f"written: {target} (n = {stats.n}, {stats.dim} features of {stats.source.extractor})")
-    for doubt in doubts_of(stats.facts, "images"):
-        print(f"warning: {doubt}")
+    print_warnings([*doubts_of(stats.facts, "images"), *extractor.doubts])

@@ -27,9 +27,7 @@ class Attributes(Metric):
 
     def compute(self, inputs: Inputs) -> list[Value]:
         """The shares, and the binomial standard error of `all`; batch by batch, so that no set is held in memory.
-
-        Raises:
-            UserError: images and captions differ in number, or a caption describes no scene.
+        Raises UserError if images and captions differ in number, or a caption describes no scene.
         """
         captions = list(inputs.captions)
         count = len(inputs.images)

@@ -33,8 +33,9 @@ class Inputs:
     reference_images: the reference itself, for what cannot be computed from its statistics. teacher: the
     teacher's samples of the same prompts and seeds, row by row. groups: what was drawn for the same prompt has
     the same entry; None: the same caption. patch_images, patch_reference: patches of the two sets at full
-    resolution; None: `images` and `reference_images`. clip_images: as a CLIP score wants them; None: `images`. keep:
-    keep the features of `images` in the first pass, because a metric that is computed later needs the rows; without
+    resolution; None: `images` and `reference_images`. clip_images: as a CLIP score wants them, and drawn: as they were
+    before a protocol resized them; None: `images`. clip_prefix: what a CLIP score puts before every caption. keep: keep
+    the features of `images` in the first pass, because a metric that is computed later needs the rows; without
     it they are extracted once more. doubts: what metrics have to say of their values.
     """
 
@@ -49,6 +50,8 @@ class Inputs:
     patch_images: Images | None = None
     patch_reference: Images | FeatureStats | None = None
     clip_images: Images | None = None
+    drawn: Images | None = None
+    clip_prefix: str = ""
     keep: bool = False
     doubts: list[str] = field(default_factory=list)
 
@@ -75,10 +78,8 @@ class Inputs:
 
     @functools.cached_property
     def teacher_features(self) -> np.ndarray:
-        """Features of `teacher`, float32 (N, dim); row i belongs to row i of `features`.
-
-        Raises:
-            UserError: there are not as many as there are samples.
+        """Features of `teacher`, float32 (N, dim); row i belongs to row i of `features`. Raises UserError if there are
+        not as many as there are samples.
         """
         rows = stored(self.extractor, self.teacher, "the teacher's samples")
         if len(rows) != len(self.features):
@@ -106,10 +107,8 @@ class Metric:
         """
 
     def compute(self, inputs: Inputs) -> list[Value]:
-        """The values that can be had from `inputs`.
-
-        Raises:
-            UserError: the inputs are not what this metric can be computed from.
+        """The values that can be had from `inputs`. Raises UserError if the inputs are not what this metric can be
+        computed from.
         """
         raise NotImplementedError
 
@@ -125,10 +124,8 @@ def folded(
 
 
 def stored(extractor: Extractor, images: Images, what: str) -> np.ndarray:
-    """Features of `images`, float32 (N, dim): in memory, or mapped from a temporary file when they are many.
-
-    Raises:
-        UserError: there are fewer than two images, or features are NaN or infinite; `what` names the set.
+    """Features of `images`, float32 (N, dim): in memory, or mapped from a temporary file when they are many. Raises
+    UserError if there are fewer than two images, or features are NaN or infinite; `what` names the set.
     """
     shape = (len(images), extractor.dim)
     if shape[0] < 2:

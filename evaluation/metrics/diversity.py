@@ -59,10 +59,8 @@ class Diversity(Metric):
 
 
 def members(inputs: Inputs, count: int) -> list[np.ndarray]:
-    """Indices of the images of each prompt with at least two, of `count` images.
-
-    Raises:
-        UserError: there is no such prompt, or groups and images differ in number.
+    """Indices of the images of each prompt with at least two, of `count` images. Raises UserError if there is no such
+    prompt, or groups and images differ in number.
     """
     shown = inputs.groups if inputs.groups is not None else inputs.captions
     if shown is None or len(shown) != count:

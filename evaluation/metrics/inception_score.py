@@ -47,11 +47,9 @@ class InceptionScore(Metric):
 def split_scores(logits: Iterable[np.ndarray], splits: np.ndarray | None = None) -> np.ndarray:
     """The score of each split (10,), from batches of logits (n, classes) in order of index.
 
-    `splits` gives the split of each row; None: those of `evaluation.folds`. With H the entropy, the mean
-    of KL is H(mean p) - mean H(p), so the sums of p and of p log p are all that is kept.
-
-    Raises:
-        UserError: a split has no row.
+    `splits` gives the split of each row; None: those of `evaluation.folds`. With H the entropy, the mean of KL is
+    H(mean p) - mean H(p), so the sums of p and of p log p are all that is kept. Raises UserError if a split has no
+    row.
     """
     sums: np.ndarray | None = None
     negentropy, counts, at = np.zeros(FOLDS), np.zeros(FOLDS, int), 0

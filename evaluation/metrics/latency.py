@@ -15,15 +15,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from evaluation.metrics.base import Inputs, Metric
+from evaluation.settings import Settings
 from evaluation.values import Value, measured
 from stepdistill.errors import UserError
 
 if TYPE_CHECKING:
     from stepdistill.drawing import Drawer
 
-IMAGES = 10
-# Images drawn at a time for the throughput.
-BATCH = 16
+IMAGES, BATCH = Settings.latency_images, Settings.throughput_batch
 _BATCHES = 3
 STAGES = ("text", "denoise", "decode")
 
@@ -64,20 +63,16 @@ def latencies(
 ) -> list[list[Value]]:
     """The values of `Latency` for every drawer, of the same prompts and seeds, in turns.
 
-    One unmeasured image or batch of each comes first. `teacher` is the index of the one that the speed-ups of the
-    others are over, if there are so many. A `batch` of 0 leaves the throughput out.
+    teacher: index of the one that the speed-ups of the others are over, if there are so many. The others: see `timings`.
     """
     found = timings(drawers, prompts, images, batch)
-    over = found[teacher] if teacher is not None and teacher < len(found) else None
+    if teacher is not None and teacher < len(found):
+        over = found[teacher]
+        for own in found[:teacher] + found[teacher + 1 :]:
+            times = {"speedup": "ms", "speedup_denoise": "denoise_ms", "speedup_cpu": "cpu_ms"}
+            own |= {name: over[time] / own[time] for name, time in times.items()}
     return [
-        measured(
-            Latency.values,
-            {
-                f"latency/{name}": number
-                for name, number in (own | (speedups(own, over) if over and own is not over else {})).items()
-            },
-        )
-        for own in found
+        measured(Latency.values, {f"latency/{name}": number for name, number in own.items()}) for own in found
     ]
 
 
@@ -98,7 +93,12 @@ def timings(
         if drawer.sampler.device.type == "cpu":
             # As the app serves it.
             drawer.sampler.trace()
-    found = [_summary(one, lap) for one, lap in zip(drawers, _laps(drawers, prompts, images, 1), strict=True)]
+    found: list[dict[str, float]] = []
+    for drawer, lap in zip(drawers, _laps(drawers, prompts, images, 1), strict=True):
+        whole, middle = sorted(lap["whole"]), {name: statistics.median(lap[name]) for name in lap}
+        own = {"ms": middle["whole"], "ms_p90": whole[-(-9 * len(whole) // 10) - 1]}
+        own |= {f"{stage}_ms": middle[stage] for stage in (*STAGES, "cpu")}
+        found.append(own | {"nfe": float(drawer.nfe), "ms_per_call": middle["denoise"] / drawer.nfe})
     if batch > 0:
         for own, lap in zip(found, _laps(drawers, prompts, _BATCHES, batch), strict=True):
             own["throughput"] = 1000 * batch / statistics.median(lap["whole"])
@@ -126,25 +126,3 @@ def _laps(
                 for name, spent in seconds.items():
                     lap.setdefault(name, []).append(1000 * spent)
     return laps
-
-
-def speedups(own: dict[str, float], teacher: dict[str, float]) -> dict[str, float]:
-    """How many times faster than the teacher: end to end, and in the denoiser alone."""
-    return {
-        "speedup": teacher["ms"] / own["ms"],
-        "speedup_denoise": teacher["denoise_ms"] / own["denoise_ms"],
-        "speedup_cpu": teacher["cpu_ms"] / own["cpu_ms"],
-    }
-
-
-def _summary(drawer: Drawer, lap: dict[str, list[float]]) -> dict[str, float]:
-    whole = sorted(lap["whole"])
-    denoise = statistics.median(lap["denoise"])
-    return {
-        "ms": statistics.median(whole),
-        "ms_p90": whole[min(len(whole) - 1, -(-9 * len(whole) // 10) - 1)],
-        **{f"{stage}_ms": statistics.median(lap[stage]) for stage in STAGES},
-        "cpu_ms": statistics.median(lap["cpu"]),
-        "nfe": float(drawer.nfe),
-        "ms_per_call": denoise / drawer.nfe,
-    }

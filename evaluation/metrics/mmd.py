@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evaluation.folds import FOLDS, fold_of
+from evaluation.folds import FOLDS, fold_of, jackknife
 from evaluation.metrics.base import blocks
 
 # (n, dim), (m, dim) float64 to (n, m).
@@ -80,5 +80,4 @@ class Sums:
         used = np.flatnonzero(self.sizes)
         if len(used) < 2 or self.sizes.sum() - self.sizes.max() < 2:
             return float("nan")
-        values = np.array([self.squared(biased, k) for k in used])
-        return float(np.sqrt((len(used) - 1) / len(used) * ((values - values.mean()) ** 2).sum()))
+        return jackknife([self.squared(biased, k) for k in used])

@@ -40,10 +40,8 @@ class PatchDistance(Metric):
 
 
 def of_patches(extractor: Extractor) -> Extractor:
-    """The extractor on the centre of an image; its statistics are marked as such.
-
-    Raises:
-        UserError: the extractor does not say how large its network's input is.
+    """The extractor on the centre of an image; its statistics are marked as such. Raises UserError if the extractor
+    does not say how large its network's input is.
     """
     side = extractor.side
     if not side:

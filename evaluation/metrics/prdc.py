@@ -50,11 +50,8 @@ class PRDC(Metric):
 
 
 def prdc(samples: np.ndarray, real: np.ndarray) -> dict[str, float]:
-    """All four, with "precision/se" and "density/se", of rows (N, dim) and (M, dim); memory for N + M rows of a
-    block.
-
-    Raises:
-        UserError: a set has no more images than neighbours are counted.
+    """All four, with "precision/se" and "density/se", of rows (N, dim) and (M, dim); memory for N + M rows of a block.
+    Raises UserError if a set has no more images than neighbours are counted.
     """
     _check_counts(len(samples), len(real))
     # Centred, so that little cancels in |x|^2 + |y|^2 - 2 x.y.

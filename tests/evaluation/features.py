@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from evaluation.folds import (
-    FoldedStats,
-)
+from evaluation.folds import FoldedStats, fold_distances
 from evaluation.stats import FeatureStats, Source
 
 
@@ -22,6 +20,11 @@ def folded(rows: np.ndarray, batch: int | None = None) -> FoldedStats:
     for start in range(0, len(rows), batch or len(rows)):
         stats.add(rows[start : start + (batch or len(rows))])
     return stats
+
+
+def frechet_with_error(a: FoldedStats, b: FeatureStats) -> tuple[float, float]:
+    found = fold_distances(a, b)
+    return found.value, found.error
 
 
 def exactly(mean: np.ndarray, cov: np.ndarray, n: int = 1000) -> FeatureStats:

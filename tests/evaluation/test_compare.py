@@ -204,7 +204,9 @@ def test_geneval_scores_and_their_errors(tmp_path, capsys) -> None:
     assert found["geneval/se"] == pytest.approx(found["geneval/counting/se"] / 2)
     assert "5 prompts, 16 images" in capsys.readouterr().out
     (tmp_path / "r.jsonl").write_text("{}\n")
-    assert "is no results.jsonl of GenEval" in refused(capsys, "geneval", "summarise", tmp_path / "r.jsonl")
+    assert "is no file of GenEval: every line needs tag, prompt, correct" in refused(
+        capsys, "geneval", "summarise", tmp_path / "r.jsonl"
+    )
     assert "cannot be read" in refused(capsys, "geneval", "summarise", tmp_path / "none.jsonl")
 
 

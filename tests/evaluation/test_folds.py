@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from features import correlated, folded, stats_of
+from features import correlated, folded, frechet_with_error, stats_of
 
 from evaluation.folds import (
     FoldDistances,
@@ -12,7 +12,6 @@ from evaluation.folds import (
     fold_of,
     frechet_paired_with_error,
     frechet_ratio_with_error,
-    frechet_with_error,
 )
 from evaluation.frechet import frechet_distance
 from evaluation.stats import FeatureStats

@@ -19,7 +19,8 @@ from fakes import random_state
 from torch import Tensor
 
 from evaluation import weights
-from evaluation.extractors import EXTRACTORS, _hub_positions, clip_pixels, load_extractor
+from evaluation.clip import clip_pixels
+from evaluation.extractors import EXTRACTORS, _hub_positions, load_extractor
 from evaluation.inception import SPATIAL, Inception, clean_bicubic, logits_of, tf1_bilinear, torch_bilinear
 from stepdistill.errors import UserError
 
@@ -258,6 +259,27 @@ def test_clip_extractor_gives_projected_embeddings(clip_folder) -> None:
     with pytest.raises(UserError, match=r"preprocessor_config\.json cannot be read"):
         load_extractor("clip-vit-b32", weights=clip_folder)
     settings.write_text(content)
+
+
+def test_bfloat16_has_a_name_of_its_own_and_says_what_it_changed(clip_folder) -> None:
+    images = torch.randint(0, 256, (70, 3, 40, 56), dtype=torch.uint8)
+    exact = load_extractor("clip-vit-b32", weights=clip_folder)(images)
+    for half in (
+        load_extractor("clip-vit-b32-bf16", weights=clip_folder),
+        load_extractor("clip-vit-b32", weights=clip_folder, dtype="bfloat16"),
+    ):
+        assert half.source.extractor == "clip-vit-b32-bf16"
+        rows = half(images)
+        assert rows.dtype == torch.float32 and 0 < relative(rows, exact) < 0.02
+        (doubt,) = half.doubts
+        share = float((rows[:50] - exact[:50]).norm() / exact[:50].norm())
+        assert doubt.endswith(
+            f"-bf16 ran in bfloat16, which changed what it gave for its first batch by {share:.2%}."
+        )
+    # Networks with published numbers in float32 alone.
+    assert load_extractor("scenes-v1", dtype="bfloat16").name == "scenes-v1"
+    with pytest.raises(UserError, match="no extractor 'scenes-v1-bf16'"):
+        load_extractor("scenes-v1-bf16")
 
 
 def test_a_model_with_weights_missing_is_refused(clip_folder, tmp_path) -> None:

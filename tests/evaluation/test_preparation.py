@@ -156,12 +156,17 @@ def test_other_captions_are_no_protocols_captions(tmp_path, monkeypatch) -> None
 
     lines = [scenes.scene_at(index, 7).caption for index in range(50)]
     pin = hashlib.sha256("\n".join(lines[:20] + lines[-20:]).encode()).hexdigest()
-    coco = replace(PROTOCOLS["coco14-30k"], n=50, captions=CaptionFile("c", 50, ends=pin), clip="", clip_prefix="",
-                   resize=Resize())  # fmt: skip
+    length = len("\n".join(lines)) + 1
+    # Another scene in the middle alone.
+    middle = [*lines[:25], max(lines, key=len) if lines[25] != max(lines, key=len) else lines[0], *lines[26:]]
+    published = CaptionFile("c", 50, ends=pin, characters=length)
+    coco = replace(
+        PROTOCOLS["coco14-30k"], n=50, captions=published, clip="", clip_prefix="", resize=Resize()
+    )
     monkeypatch.setitem(protocols.PROTOCOLS, "coco14-30k", coco)
     save_images(tmp_path / "images", pictures(0, 50))
     found = {}
-    for name, written in (("right", lines), ("other", list(reversed(lines)))):
+    for name, written in (("right", lines), ("other", lines[::-1]), ("middle", middle)):
         (tmp_path / f"{name}.txt").write_text("\n".join(written))
         found[name] = measure_set(
             tmp_path / "images",
@@ -170,7 +175,7 @@ def test_other_captions_are_no_protocols_captions(tmp_path, monkeypatch) -> None
             protocol="coco14-30k",
         )
     assert found["right"]["protocol"] == "coco14-30k"
-    assert found["other"]["protocol"] == "coco14-30k[other captions]"
+    assert found["other"]["protocol"] == found["middle"]["protocol"] == "coco14-30k[other captions]"
     assert found["right"]["captions_sha256"] != found["other"]["captions_sha256"]
 
 

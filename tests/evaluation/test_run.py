@@ -195,8 +195,6 @@ def test_a_run_looks_for_all_it_needs_first(tmp_path, painters, net, capsys, mon
         and len(results["captions_sha256"]) == 64
     )
     assert results["protocol_definition"]["clip_prefix"] == "A photo depicts "
-    located = public.located(tmp_path / "five", tmp_path / "lines.txt")
-    assert located.scored_captions(1) == ["A photo depicts " + scenes.scene_at(0, 1).caption]
 
 
 @pytest.mark.usefixtures("no_plots")

@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from features import correlated, exactly, folded, nuclear_truth, stats_of
+from features import correlated, exactly, folded, frechet_with_error, nuclear_truth, stats_of
 
 from evaluation.folds import (
     frechet_ratio_with_error,
-    frechet_with_error,
 )
 from evaluation.frechet import frechet_distance, frechet_from_features
 from evaluation.stats import FeatureStats, Source

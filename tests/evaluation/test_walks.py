@@ -120,8 +120,14 @@ def test_classes_against_edms_zip(places, monkeypatch, capsys) -> None:
 def test_captions_against_a_folder_of_jpeg(places, painters, monkeypatch, capsys, clip_directory) -> None:
     lines = [scenes.scene_at(index, 7).caption for index in range(N)]
     pin = hashlib.sha256("\n".join(lines[:20] + lines[-20:]).encode()).hexdigest()
-    small = Resize("torchvision", 48)
-    entered(monkeypatch, "coco14-30k", {"n": 30, "resize": small}, {"ends": pin}, resize=small)
+    small, characters = Resize("torchvision", 48), len("\n".join(lines)) + 1
+    entered(
+        monkeypatch,
+        "coco14-30k",
+        {"n": 30, "resize": small},
+        {"ends": pin, "characters": characters},
+        resize=small,
+    )
     there = places / "STEPDISTILL_REFERENCES"
     (there / "coco14-30k-captions.txt").write_text("\n".join(lines) + "\n")
     (there / "coco14-val").mkdir()

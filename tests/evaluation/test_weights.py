@@ -80,9 +80,9 @@ def test_a_miss_says_what_where_and_how(nowhere) -> None:
     text = str(caught.value)
     for part in (
         "inception-2015 (96 MB, Apache-2.0, sha256 6726825d...)",
-        "there is no weights-inception-2015-12-05-6726825d.pth, pt_inception-2015-12-05-6726825d.pth or "
+        "there is none of weights-inception-2015-12-05-6726825d.pth, pt_inception-2015-12-05-6726825d.pth, "
         f"inception-2015.safetensors in {nowhere / 'own'}, {nowhere / 'cache' / 'weights'}, ",
-        f"{nowhere / 'torch' / 'hub' / 'checkpoints'} or {nowhere / 'hub'};",
+        f"{nowhere / 'torch' / 'hub' / 'checkpoints'}, {nowhere / 'hub'};",
         "curl -L",
         "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/",
         "$STEPDISTILL_WEIGHTS",
@@ -93,7 +93,7 @@ def test_a_miss_says_what_where_and_how(nowhere) -> None:
     with pytest.raises(MissingWeights) as caught:
         find("dinov2-vitl14")
     assert "hf download facebook/dinov2-large" in str(caught.value)
-    assert "dinov2-large or models--facebook--dinov2-large in " in str(caught.value)
+    assert "dinov2-large, models--facebook--dinov2-large in " in str(caught.value)
     with pytest.raises(UserError, match=r"no weights 'dinov2'.*Did you mean 'dinov2-vitl14'"):
         find("dinov2")
 
