@@ -9,7 +9,7 @@ from typing import Any
 
 from evaluation.captions import CaptionFile, paired
 from evaluation.decoding import AS_STORED, Resize
-from evaluation.extractors import load_extractor
+from evaluation.extractors import Extractor, load_extractor
 from evaluation.facts import doubts_of
 from evaluation.files import IO_BATCH, open_images
 from evaluation.images import Images
@@ -116,15 +116,22 @@ def measure_set(
         "images_sha256": own.sha256(),
         "captions": captions and str(captions),
         "captions_sha256": captions and CaptionFile.open(captions).content,
-        "reference": against and str(against.path),
-        "reference_n": against and against.n,
-        "reference_sha256": against and against.sha256,
-        "extractor": net and net.name,
-        "sha256": net and net.sha256,
-        "resize": net and net.resize,
+        **_against(against, net),
         "models": models(ready),
         **provenance(device),
         "warnings": warnings,
+    }
+
+
+def _against(reference: Reference | None, net: Extractor | None) -> dict[str, Any]:
+    """The reference and the feature network, as a result holds them."""
+    return {
+        "reference": reference and str(reference.path),
+        "reference_n": reference and reference.n,
+        "reference_sha256": reference and reference.sha256,
+        "extractor": net and net.name,
+        "sha256": net and net.sha256,
+        "resize": net and net.resize,
     }
 
 
