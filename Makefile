@@ -63,7 +63,7 @@ soak: $(READY)
 
 # Each step is skipped where its result exists; remove assets/NAME to make it again.
 assets: $(READY) assets/teacher/vae/training.json assets/clip/training.json assets/scenes-v1/training.json \
-        assets/teacher/unet/config.json assets/student/stepdistill.json
+        assets/teacher/unet/config.json assets/student/stepdistill.json assets/ar/transformer/training.json
 
 assets/teacher/vae/training.json:
 	$(RUN) -m training.embedded.vae --out runs/vae --steps 12000 --stop 7500
@@ -83,3 +83,9 @@ assets/teacher/unet/config.json: | assets/teacher/vae/training.json assets/clip/
 assets/student/stepdistill.json: | assets/teacher/unet/config.json
 	$(LAUNCH)/2cpu.yaml -m training.train training/recipes/scenes_dmd2.yaml
 	$(RUN) -m training.embedded.ship runs/scenes_dmd2/student assets/student
+
+assets/ar/vqvae/training.json: | assets/teacher/vae/training.json
+	$(RUN) -m training.embedded.vq --vae assets/teacher/vae --out assets/ar/vqvae --steps 1500 --stop 1220
+
+assets/ar/transformer/training.json: | assets/ar/vqvae/training.json assets/clip/training.json
+	$(RUN) -m training.embedded.ar --vqvae assets/ar/vqvae --text assets/teacher --out assets/ar

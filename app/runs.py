@@ -129,13 +129,13 @@ def _plain(value: Any) -> Any:
 
 
 def _ranges(recipe: dict[str, Any]) -> dict[str, tuple[float, float, str]]:
-    from stepdistill.methods import METHODS
+    from stepdistill.methods import EVERY_METHOD
     from stepdistill.methods.base import COMMON_HEALTH
     from stepdistill.registry import resolve
 
     try:
         name = (recipe.get("method") or {}).get("name")
-        method = resolve(name, METHODS, "method", registered_only=True)
+        method = resolve(name, EVERY_METHOD, "method", registered_only=True)
     except UserError:
         return COMMON_HEALTH
     return COMMON_HEALTH | getattr(method, "health", {})

@@ -149,6 +149,8 @@ def _teacher_drawers(
     scales = [1.0] if teacher.guidance_free else list(dict.fromkeys(map(float, settings.teacher_guidance)))
     full = settings.teacher_steps or teacher.default_steps
     counts = [full, *sorted({drawer.steps for drawer in students} - {full})]
+    # An autoregressive one has a step for each of its codes, and no others.
+    counts = [count for count in counts if not teacher.steps or count in teacher.steps]
     return [
         [teacher.at(count, scale, chunk=settings.batch, quantise=quantise) for scale in scales]
         for count in counts

@@ -12,7 +12,7 @@ from stepdistill.errors import UserError
 from stepdistill.process import RHO_LIMIT, Schedule, as_time, at_least, expand, times_like
 from stepdistill.shift import shifted, stretched
 
-__all__ = ["EDM", "VP", "Flow", "Schedule", "TrigFlow", "expand", "times_like"]
+__all__ = ["EDM", "VP", "Flow", "Prefix", "Schedule", "TrigFlow", "expand", "times_like"]
 
 
 class EDM(Schedule):
@@ -118,6 +118,31 @@ class Flow(Schedule):
     def shift_at(self, steps: int) -> float:
         """Of a grid of so many steps."""
         return self.shift(steps) if callable(self.shift) else self.shift
+
+
+class Prefix(Flow):
+    """States of a sequence that are data in their first places and noise in the rest; t is the share that is noise.
+
+    length: places, the first axis of a sample. alpha and sigma are those shares. Samplers keep the noise of the places
+    that are left, or may draw it anew: it is independent of what is known.
+    """
+
+    def __init__(self, length: int):
+        super().__init__()
+        self.length = length
+
+    def agrees(self, other: Schedule) -> bool:
+        return isinstance(other, Prefix) and other.length == self.length
+
+    def kept(self, t: Tensor) -> Tensor:
+        """How many places hold data at t (B,), int64."""
+        return ((1 - as_time(t)) * self.length).round().long()
+
+    def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """x0 in the first places, eps behind. x0, eps: (B, length, ...)."""
+        places = torch.arange(self.length, device=x0.device)
+        data = places < self.kept(t).to(x0.device)[:, None]
+        return torch.where(data.reshape(*data.shape, *[1] * (x0.ndim - 2)), x0, eps)
 
 
 class TrigFlow(Schedule):

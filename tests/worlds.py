@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import ar
 from torch import nn
 
 from stepdistill.config import build
 from stepdistill.denoiser import Cond, Denoiser, map_cond
+from stepdistill.families.autoregressive import Autoregressive
 from stepdistill.families.base import Family
 from stepdistill.families.toy import Toy
-from stepdistill.methods import METHODS
+from stepdistill.methods import CODE_METHODS, EVERY_METHOD, METHODS
 from stepdistill.methods.assemble import assemble
 from stepdistill.methods.base import Batch, Method, Networks, Pairs, Phase
 from stepdistill.noise import SampleNoise
@@ -41,7 +43,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "reward": {"reward": f"{__name__}:Towards", "margin": 10.0},
     "rdm": {"encoders": [{"name": "fourier", "arguments": {"width": 8}}], "chunks": 2},
 }
-VARIANTS = [(name, SETTINGS.get(name, {})) for name in METHODS] + [
+VARIANTS = [(name, SETTINGS.get(name, {})) for name in (*METHODS, *CODE_METHODS)] + [
     ("dmd2", {"gan_weight": 1e-2}),
     ("progressive", {"predecessor": "teacher"}),
     ("imf", {"direction": "teacher"}),
@@ -68,7 +70,7 @@ def method(name: str, steps: Sequence[int] | None = None, **settings: Any) -> Me
     sampled = {key: settings.pop(key) for key in SAMPLED & settings.keys()}
     # Eyes and rewards are the tests' own.
     with allowing_code():
-        cls = resolve(name, METHODS, "method")
+        cls = resolve(name, EVERY_METHOD, "method")
         config = build(cls.Config, settings, "method")
         return cls(config, Sampling.of(steps, cls.sampled(config), sampled))
 
@@ -90,7 +92,7 @@ class World:
     ) -> Batch:
         family, index = self.family, torch.arange(count)
         images = self.method.needs_images if images is None else images
-        labels = family.prompts(self.source, range(count))
+        labels = [""] * count if family.of_codes else family.prompts(self.source, range(count))
         x0 = family.examples(self.source, range(count)) if images else None
         noise = SampleNoise(index, step=step, phase=phase)
         cond = family.encode(labels)
@@ -133,8 +135,11 @@ def world(
     """A method, or the one of that name with these steps and settings, on the toy."""
     if isinstance(made, str):
         made = method(made, steps, **settings)
-    family = Toy(Toy.Config(modes=4, classes=classes, fit_steps=0, schedule=schedule))
-    family.teacher.width = 32
+    if made.for_codes:
+        family: Family = Autoregressive.from_directory(ar.directory())
+    else:
+        family = Toy(Toy.Config(modes=4, classes=classes, fit_steps=0, schedule=schedule))
+        family.teacher.width = 32
     torch.manual_seed(0)
     # As at any time but a run's first: the student is no copy of the teacher when others are made from either one,
     before = stir(family.student("teacher", ()))
@@ -143,7 +148,7 @@ def world(
     for name, module in nets.modules.items():
         if name == "student" or name.startswith("path_"):
             stir(module)
-    if made.needs_teacher:
+    if made.needs_teacher and not made.for_codes:
         # The exact teacher has no weights: one that its answer hangs on shows whether anything reaches it.
         mixture = family.teacher.network
         mixture.weight, plain = nn.Parameter(torch.ones(1), requires_grad=False), mixture.forward

@@ -20,9 +20,9 @@ from typing import Any
 from stepdistill.config import UnknownKey, apply_overrides, build, plain
 from stepdistill.errors import UserError
 from stepdistill.families import FAMILIES
-from stepdistill.methods import METHODS, PRUNERS
+from stepdistill.methods import EVERY_METHOD
 from stepdistill.methods.base import Method
-from stepdistill.registry import Table, resolve
+from stepdistill.registry import resolve
 from stepdistill.sampling import Sampling
 from stepdistill.yaml_files import read_yaml
 from training.data import DATA
@@ -173,7 +173,7 @@ def _from_mapping(
     partials: tuple[dict[str, Any], ...] = (),
     inherited: Mapping[str, Any] | None = None,
 ) -> Recipe:
-    tables = {"family": FAMILIES, "method": Table(METHODS.base, METHODS | PRUNERS), "data": DATA}
+    tables = {"family": FAMILIES, "method": EVERY_METHOD, "data": DATA}
     try:
         chosen = {}
         for name, table in tables.items():

@@ -22,7 +22,7 @@ from stepdistill.config import dump
 from stepdistill.denoiser import Denoiser
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
-from stepdistill.methods.assemble import trained_by
+from stepdistill.methods.assemble import refuse_codes, trained_by
 from stepdistill.methods.base import Method
 from training.checkpoint import RunDirectory
 from training.data import Source
@@ -263,6 +263,7 @@ def build(recipe: Recipe) -> tuple[Family, list[Source]]:
 def check(recipe: Recipe, family: Family, source: Source) -> None:
     """One sentence for a method, family, data source and metric that do not fit each other."""
     method = recipe.new_method()
+    refuse_codes(method, family)
     needs, data = f"the method {recipe.method.name!r} needs", f"data.name={recipe.data.name}"
     if method.needs_images and not (source.has_images or family.own_data):
         raise UserError(

@@ -25,5 +25,6 @@ FAMILIES = Table(
         "lumina2": "stepdistill.families.lumina2:Lumina2",
         "wan": "stepdistill.families.wan:Wan",
         "pixel": "stepdistill.families.pixel:Pixel",
+        "ar": "stepdistill.families.autoregressive:Autoregressive",
     },
 )

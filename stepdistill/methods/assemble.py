@@ -45,6 +45,7 @@ def assemble(
             f" {'classes' if family.conditions == 'class' else 'nothing'}; use a family that is told captions, or a"
             " reward or eye of your own (my_module:MyClass, with --allow-code)."
         )
+    refuse_codes(method, family)
     _refuse_untold(method, family)
     _refuse_guidance(method, family)
     student = new_student(method, family, init, lora)
@@ -156,6 +157,26 @@ def _start_from(before: Denoiser, student: Denoiser) -> None:
         before = before.merged()
     known = {name: value for name, value in before.state_dict().items() if name in own}
     student.load_state_dict(own | known)
+
+
+def refuse_codes(method: Method, family: Family) -> None:
+    """UserError where one of the two is of codes and the other is not, or codes have a teacher that is a student."""
+    if method.for_codes == family.of_codes:
+        if family.of_codes and not hasattr(family.teacher, "logits_behind"):
+            raise UserError(
+                "family.teacher is a student itself, which says all codes at once; give the autoregressive model it was made"
+                " from, and this one as student.init if it is to be trained on."
+            )
+        return
+    if family.of_codes:
+        raise UserError(
+            f"method.name: the family {family.name!r} has codes and noise place by place, which have no noise level between;"
+            " set method.name to dd1."
+        )
+    raise UserError(
+        f"method.name: {type(method).__name__} distils an autoregressive model of codes, and family.name={family.name} is"
+        " none; use family.name=ar or another method."
+    )
 
 
 def _refuse_untold(method: Method, family: Family) -> None:

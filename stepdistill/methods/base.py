@@ -207,6 +207,8 @@ class Method:
     needs_teacher: ClassVar[bool] = True
     # Whether a loss looks at images, decoded by `Networks.decode`.
     needs_decoder: ClassVar[bool] = False
+    # It is for models of codes, whose students say logits of codes and whose states are codes and noise.
+    for_codes: ClassVar[bool] = False
     # What it leaves takes any number of steps by DDIM, and no later stage inherits its sampling.
     many_steps: ClassVar[bool] = False
     # What it leaves is a teacher for other methods, though it had one itself.

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from runs import metrics, of_method
+from tiny import ar
 
+import stepdistill
 from stepdistill.methods import METHODS
 from training.checkpoint import Checkpoint, RunDirectory
 from training.recipe import Recipe, recipe_from
@@ -59,6 +61,18 @@ def assert_goes_on_alike(recipe: Recipe, before: int, end: int) -> None:
 def test_a_resumed_run_equals_an_uninterrupted_one(name, tmp_path):
     """From the middle of a turn, where networks take turns."""
     assert_goes_on_alike(of_method(name, tmp_path / "run"), 3, 5)
+
+
+def test_a_resumed_run_of_codes_equals_an_uninterrupted_one(tmp_path):
+    """Its pairs come from the teacher's map, and its student leaves as a directory of its own kind."""
+    mapping = of_method("kd", tmp_path / "run").mapping() | {
+        "family": {"name": "ar", "teacher": str(ar.directory())},
+        "method": {"name": "dd1", "pair_count": 16, "guidance_scale": 2.0},
+        "data": {"name": "scenes", "size": 40},
+    }
+    assert_goes_on_alike(recipe_from(mapping), 3, 5)
+    sampler = stepdistill.load(tmp_path / "run" / "student")
+    assert sampler.steps == (1, 2) and sampler(["a star"], seeds=[0]).shape == (1, 3, 8, 8)
 
 
 @pytest.mark.parametrize(

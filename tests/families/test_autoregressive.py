@@ -1,0 +1,191 @@
+"""The autoregressive family: its teacher as a map from noise, its student's inputs, its directories, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from tiny import ar
+from worlds import method, world
+
+import stepdistill
+from stepdistill import export
+from stepdistill.code_flow import flow_to_codes
+from stepdistill.denoiser import guided
+from stepdistill.errors import UserError
+from stepdistill.families.autoregressive import Autoregressive
+from stepdistill.families.code_denoisers import CodeStudent
+from stepdistill.families.toy import Toy
+from stepdistill.methods.assemble import assemble
+from stepdistill.noise import SampleNoise
+from stepdistill.schedule import Prefix, times_like
+
+CAPTIONS = ["a small red circle on a blue background", "a large cyan star on a white background", ""] * 4
+COUNT = len(CAPTIONS)
+
+
+@pytest.fixture(scope="module")
+def family():
+    return Autoregressive.from_directory(ar.directory())
+
+
+@pytest.fixture
+def noise(family):
+    return SampleNoise(range(COUNT), phase="ar").randn(*family.shape)
+
+
+def naive(family, noise, scale=1.0):
+    """Codes (B, L) by a whole pass for each place, nothing kept."""
+    network, codes = family.teacher.network, torch.zeros(COUNT, ar.LENGTH, dtype=torch.long)
+    cond, uncond = family.encode(CAPTIONS), family.uncond(COUNT)
+    for place in range(ar.LENGTH):
+        logits = network.logits(codes, cond)[:, place]
+        if scale != 1:
+            empty = network.logits(codes, uncond)[:, place]
+            logits = empty + scale * (logits - empty)
+        codes[:, place] = flow_to_codes(noise[:, place], logits.log_softmax(-1), network.book)
+    return codes
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+@torch.no_grad()
+def test_the_teacher_is_one_map_from_noise_however_many_steps_it_is_asked_in(family, noise, scale):
+    cond, uncond, schedule = family.encode(CAPTIONS), family.uncond(COUNT), family.schedule
+    book, expected = family.teacher.network.book, naive(family, noise, scale)
+    assert len(expected.unique()) > ar.CODES // 2
+
+    def ask(x_t, t, c):
+        return guided(family.teacher, x_t, t, c, uncond, scale)
+
+    for steps in (1, 2, ar.LENGTH):
+        grid = family.many_steps.grid(schedule, steps)
+        x0 = family.many_steps.sample(ask, noise, grid, lambda i: noise, cond)
+        assert torch.equal(x0, book[expected]), steps
+
+
+@torch.no_grad()
+def test_what_the_teacher_kept_is_not_used_for_others(family, noise):
+    """Other weights, another caption or another beginning: as if it had kept nothing."""
+    teacher, cond = family.teacher, family.encode(CAPTIONS)
+    codes = naive(family, noise)
+    teacher.logits_behind(codes[:, :2], cond)
+    for before, told in ((codes[:, :3], cond.flip(0)), (codes[:, :3].flip(0), cond)):
+        right = teacher.network.logits(torch.nn.functional.pad(before, (0, 1)), told)[:, 3]
+        assert torch.allclose(teacher.logits_behind(before, told), right, atol=1e-5)
+        teacher.logits_behind(codes[:, :2], cond)
+    teacher.network.head.bias += 1
+    try:
+        moved = teacher.network.logits(codes, cond)[:, 2]
+        assert torch.allclose(teacher.logits_behind(codes[:, :2], cond), moved, atol=1e-5)
+    finally:
+        teacher.network.head.bias -= 1
+
+
+@torch.no_grad()
+def test_a_student_begins_as_its_teacher_and_hears_no_later_noise(family, noise):
+    cond, student = family.encode(CAPTIONS), family.student("teacher", ())
+    assert isinstance(student, CodeStudent)
+    book, codes = family.teacher.network.book, naive(family, noise)
+    # Behind three codes its logits are the teacher's, moved towards the noise of that place.
+    t = times_like(1 / ar.LENGTH, noise)
+    said = student(family.schedule.add_noise(book[codes], noise, t), t, cond)
+    right = family.teacher.network.logits(codes, cond)[:, 3] + noise[:, 3] @ book.T
+    assert torch.allclose(said.logits[:, 3], right, atol=1e-5)
+    # The first places are what they were, and what is drawn is codes.
+    assert torch.equal(said.x0[:, :3], book[codes[:, :3]])
+    assert torch.allclose(said.x0, book[student.network.nearest(said.x0)], atol=1e-6)
+    torch.manual_seed(0)
+    for parameter in student.parameters():
+        parameter += 0.1 * torch.randn(parameter.shape)
+    one = times_like(1.0, noise)
+    plain = student(noise, one, cond).logits
+    for place in range(ar.LENGTH):
+        other = noise.clone()
+        other[:, place] += 1
+        moved = (student(other, one, cond).logits - plain).abs().amax((0, 2)) > 1e-6
+        assert moved.tolist() == [i >= place for i in range(ar.LENGTH)]
+
+
+def test_time_is_the_share_of_places_that_are_noise():
+    schedule = Prefix(8)
+    x0, eps = torch.ones(3, 8, 2), torch.zeros(3, 8, 2)
+    t = torch.tensor([1.0, 0.75, 0.0], dtype=torch.float64)
+    assert schedule.kept(t).tolist() == [0, 2, 8]
+    assert schedule.add_noise(x0, eps, t).sum((1, 2)).tolist() == [0, 4, 16]
+    assert schedule.few_step_grid(2) == (1.0, 0.5) and schedule.teacher_grid(4) == (1.0, 0.75, 0.5, 0.25)
+    assert schedule.agrees(Prefix(8)) and not schedule.agrees(Prefix(4))
+
+
+def test_a_student_leaves_as_a_directory_that_is_loaded_again(family, tmp_path, noise):
+    made, student = method("dd1"), family.student("teacher", ())
+    recipe = {"run": {"out": "runs/x"}, "method": {"name": "dd1"}, "family": {"teacher": "t"}}
+    export.write(family, student, tmp_path / "student", export.card_of(family, made, recipe))
+    sampler = stepdistill.load(tmp_path / "student")
+    assert sampler.kind == "student" and sampler.steps == (1, 2) and sampler.resolution == (8, 8)
+    assert sampler.card.timesteps == {"1": (1.0,), "2": (1.0, 0.5)}
+    with torch.no_grad():
+        again = sampler.denoiser(noise, times_like(1.0, noise), family.encode(CAPTIONS)).x0
+        assert torch.equal(again, student(noise, times_like(1.0, noise), family.encode(CAPTIONS)).x0)
+    assert sampler(CAPTIONS[:2], seeds=[0, 1], steps=2).shape == (2, 3, 8, 8)
+    assert "needs stepdistill" in (tmp_path / "student" / "README.md").read_text()
+    teacher = stepdistill.load(ar.directory())
+    assert teacher.kind == "teacher" and teacher.steps == (ar.LENGTH,) and teacher.at().nfe == 2 * ar.LENGTH
+    assert teacher(CAPTIONS[:2], seeds=[0, 1]).shape == (2, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"width": 8}, "must give whole numbers for codes"),
+        ({"codes": 1.5}, "must give whole numbers for codes"),
+        ({"codes": 7}, "cannot be loaded"),
+    ],
+)
+def test_a_directory_that_is_none_is_one_sentence(tmp_path, content, said):
+    path = shutil.copytree(ar.directory(), tmp_path / "broken")
+    config = json.loads((path / "transformer" / "config.json").read_text())
+    config = content if "width" in content else config | content
+    (path / "transformer" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=said):
+        stepdistill.load(path)
+
+
+def test_methods_of_codes_and_others_do_not_mix(family):
+    with pytest.raises(UserError, match=r"set method\.name to dd1"):
+        assemble(method("dmd2"), family)
+    with pytest.raises(UserError, match=r"use family\.name=ar"):
+        assemble(method("dd1"), Toy(Toy.Config(fit_steps=0)))
+
+
+def test_dd1_learns_the_map(family):
+    """Of a tiny teacher's pairs: the share of codes that are the map's, on noise that was not learnt from."""
+    made = world("dd1")
+    student, schedule = made.nets.student.requires_grad_(True), family.schedule
+    optimizer, book = torch.optim.Adam(student.parameters(), 3e-3), family.teacher.network.book
+    cond = family.encode(CAPTIONS)
+
+    def pairs(step):
+        index = torch.arange(96)
+        z = SampleNoise(index, step=step, phase="pairs").randn(*family.shape)
+        told = cond.repeat(8, 1, 1)
+        with torch.no_grad():
+            return z, family.teacher(z, times_like(1.0, z), told).x0, told
+
+    def agreement():
+        z, x0, told = pairs(10**6)
+        with torch.no_grad():
+            return float(
+                (student(z, times_like(1.0, z), told).x0 - x0).abs().amax(-1).lt(1e-4).float().mean()
+            )
+
+    before = agreement()
+    for step in range(150):
+        batch = made.batch(step, count=96)
+        batch.pairs.z, batch.pairs.x0, batch.pairs.cond = pairs(step)
+        optimizer.zero_grad()
+        made.method.loss(made.nets, batch)["total"].mean().backward()
+        optimizer.step()
+    assert before < 0.5 and agreement() > before + 0.25, (before, agreement())
+    assert schedule.length == ar.LENGTH and book.shape == (ar.CODES, ar.DIMS)
