@@ -111,7 +111,10 @@ class Killer:
             if isinstance(given[0], (str, bytes, os.PathLike))
             else ""
         )
-        if path.startswith(self.place):
+        if event in ("os.remove", "os.rmdir") and "/" not in str(given[0]):
+            # As shutil.rmtree names what it removes.
+            self.event("pruning", path)
+        elif path.startswith(self.place):
             self.event(kind(event, path[len(self.place) :]), path)
 
     def install(self) -> None:
@@ -359,7 +362,7 @@ def soak(name: str, does: Callable[[], None], work: Path, kills: int, seed: int)
         number += 1
     return {
         "trials": number, "kills": killed.total(), "at": dict(killed), "signals": dict(signals),
-        "flipped_bits": flips, "flipped_bits_found": flips, "steps_lost_at_most": lost, "different": 0,
+        "flipped_bits": flips, "flipped_bits_found": flips, "steps_lost_at_most": lost,
     }  # fmt: skip
 
 
@@ -389,10 +392,13 @@ def main() -> None:
     torch.set_num_threads(1)
     cheap()
     result = json.loads(given.out.read_text()) if given.out.exists() else {"cases": {}}
+    result.setdefault("failed", {})
     with tempfile.TemporaryDirectory(prefix="soak") as folder:
         work = Path(folder)
-        for name, does in cases(tiny_teacher(work / "pipelines")).items():
-            if name in result["cases"] or (given.only and name not in given.only):
+        known = cases(tiny_teacher(work / "pipelines"))
+        for name in given.only or known:
+            does = known[name]
+            if name in result["cases"]:
                 continue
             place = work / name.replace(" ", "_").replace(",", "")
             try:
@@ -401,7 +407,10 @@ def main() -> None:
                 kept = Path(tempfile.mkdtemp(prefix="soak-failed")) / "work"
                 shutil.copytree(place, kept)
                 print(f"{name}: FAILED {error}; what it left is in {kept}", flush=True)
+                result["failed"][name] = str(error)[:200]
+                write(given.out, result, given.seed)
                 continue
+            result["failed"].pop(name, None)
             write(given.out, result, given.seed)
             print(name, result["cases"][name], flush=True)
             shutil.rmtree(place)
@@ -416,14 +425,15 @@ def write(out: Path, result: dict[str, Any], seed: int) -> None:
         signals.update(case["signals"])
     sums = {
         key: sum(case[key] for case in found)
-        for key in ("trials", "kills", "flipped_bits", "flipped_bits_found", "different")
+        for key in ("trials", "kills", "flipped_bits", "flipped_bits_found")
     }
-    lost = max(case["steps_lost_at_most"] for case in found)
+    lost = max((case["steps_lost_at_most"] for case in found), default=0)
     totals = sums | {
         "at": dict(at.most_common()),
         "signals": dict(signals),
         "steps_lost_at_most": lost,
         "save_every": 2,
+        "different": len(result["failed"]),
     }
     facts = {
         "command": "make soak",
@@ -431,7 +441,8 @@ def write(out: Path, result: dict[str, Any], seed: int) -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
         "torch": torch.__version__,
     }
-    text = json.dumps(facts | {"totals": totals, "cases": result["cases"]}, indent=1)
+    kept = {"totals": totals, "cases": result["cases"], "failed": result["failed"]}
+    text = json.dumps(facts | kept, indent=1)
     with contextlib.suppress(FileNotFoundError):
         os.remove(f"{out}.new")
     Path(f"{out}.new").write_text(text + "\n")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+
+import soak_table
 
 from stepdistill.methods import METHODS
 from stepdistill.methods.base import COMMON_HEALTH
@@ -34,3 +37,11 @@ def test_the_page_names_every_value_that_is_watched():
     for name in METHODS:
         values |= set(resolve(name, METHODS, "method").health)
     assert {value for value in values if f"`{value}`" not in PAGE} == set()
+
+
+def test_the_table_of_faults_is_that_of_the_soak():
+    result = json.loads(soak_table.RESULT.read_text())
+    page = soak_table.PAGE.read_text()
+    assert soak_table.placed(page, result) == page, "python tests/soak_table.py puts them there"
+    assert result["totals"]["different"] == 0
+    assert result["totals"]["flipped_bits_found"] == result["totals"]["flipped_bits"]
