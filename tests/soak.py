@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import multiprocessing
 import os
@@ -396,6 +397,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="soak") as folder:
         work = Path(folder)
         known = cases(tiny_teacher(work / "pipelines"))
+        # A run asks for a collection, which would go through all that was imported, and copy it in each fork.
+        gc.collect()
+        gc.freeze()
         for name in given.only or known:
             does = known[name]
             if name in result["cases"]:
