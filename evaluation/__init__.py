@@ -37,18 +37,11 @@ def __getattr__(name: str) -> Any:
 
 
 def evaluate(
-    sampler: Callable[[Sequence[str] | Sequence[int], Sequence[int]], Tensor],
-    protocol: str | Protocol = "scenes-2k",
-    *,
-    n: int | None = None,
-    metrics: Sequence[str] = ("fd", "clip", "attributes"),
-    extractor: str | Extractor | None = None,
-    reference: Place | FeatureStats | None = None,
-    captions: Place | None = None,
-    clip: Place | None = None,
-    classes: int = 0,
-    batch: int = 64,
-) -> dict[str, Any]:
+    sampler: Callable[[Sequence[str] | Sequence[int], Sequence[int]], Tensor], protocol: str | Protocol = "scenes-2k",
+    *, n: int | None = None, metrics: Sequence[str] = ("fd", "clip", "attributes"),
+    extractor: str | Extractor | None = None, reference: Place | FeatureStats | None = None,
+    captions: Place | None = None, clip: Place | None = None, classes: int = 0, batch: int = 64,
+) -> dict[str, Any]:  # fmt: skip
     """Draw the samples of a protocol and measure them. Prints nothing, and writes nothing that stays.
 
     Equal pixels give equal numbers whatever `batch` is. Samples beyond a quarter of a gigabyte wait in a
@@ -86,10 +79,10 @@ def evaluate(
         chosen = get_protocol(protocol).with_captions(captions)
     else:
         chosen = chosen_protocol(protocol, reference, captions, classes=classes)
-    found = measure(
+    done = measure(
         sampler, chosen, metrics, n=n, extractor=extractor, reference=given, clip=clip or "", batch=batch
     )
-    return found.numbers | {"n": found.n, "protocol": found.protocol.label(found.n), "warnings": found.doubts}
+    return done.numbers | {"n": done.n, "protocol": done.protocol.label(done.n), "warnings": done.doubts}
 
 
 def run(

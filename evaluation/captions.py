@@ -68,7 +68,7 @@ class CaptionFile:
         _check_count(known, count)
         return replace(known, content=known.sha256())
 
-    def found(self, path: Place | None = None) -> CaptionFile:
+    def located(self, path: Place | None = None) -> CaptionFile:
         """The same with its `path`, searched for unless given, and read once. Raises UserError if it is in no place
         that was looked at, is none, has not `n` captions or an empty one, or is another file than the protocol fixes.
         """

@@ -50,10 +50,10 @@ def identity(results: dict[str, Any]) -> tuple[Any, ...]:
 
 def groups(runs: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """Runs that may be compared, together, in the order given."""
-    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    together: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for run in runs:
-        found.setdefault(identity(run), []).append(run)
-    return list(found.values())
+        together.setdefault(identity(run), []).append(run)
+    return list(together.values())
 
 
 def merged(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def differences(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     Standard errors are by the delete-one-fold jackknife of the difference: the same fold is left out on both
     sides, which cancels what the samples have in common.
     """
-    found = []
+    entries = []
     first, *others = runs
     pairs = [(run, row, base) for run in others for row in run["rows"] for base in first["rows"]]
     for run, row, base in pairs:
@@ -78,7 +78,7 @@ def differences(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             if ours and len(ours) == len(theirs):
                 value = row["metrics"][name] - base["metrics"][name]
                 left_out = tuple(x - y for x, y in zip(ours, theirs, strict=True))
-                found.append(
+                entries.append(
                     {
                         "metric": name,
                         "what": f"{run['label']}: {row['name']}",
@@ -89,7 +89,7 @@ def differences(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                         "se": FoldDistances(value, row["n"], left_out, ()).error,
                     }
                 )
-    return found
+    return entries
 
 
 def text(runs: Sequence[dict[str, Any]], with_published: bool = False) -> str:
@@ -100,8 +100,8 @@ def text(runs: Sequence[dict[str, Any]], with_published: bool = False) -> str:
         names = ", ".join(run["label"] for run in group)
         parts.append(f"{group[0]['protocol']} (hash {group[0]['protocol_hash']}): {names}")
         parts.append(report.table(merged(group)))
-        if found := differences(group):
-            parts.append("\n".join(map(_said, found)))
+        if entries := differences(group):
+            parts.append("\n".join(map(_said, entries)))
         if with_published:
             lines = [f"  {published_line(entry)}" for entry in published_beside(group[0])]
             parts.append("\n".join(["published under this protocol:", *lines]))
@@ -113,11 +113,11 @@ def text(runs: Sequence[dict[str, Any]], with_published: bool = False) -> str:
     return "\n\n".join(parts)
 
 
-def _said(found: dict[str, Any]) -> str:
-    apart = abs(found["difference"])
-    size = 0.0 if not apart else apart / found["se"] if found["se"] else math.inf
+def _said(entry: dict[str, Any]) -> str:
+    apart = abs(entry["difference"])
+    size = 0.0 if not apart else apart / entry["se"] if entry["se"] else math.inf
     return (
-        f"{found['metric']}, {found['steps']} step{'s' if found['steps'] > 1 else ''}: {found['what']} minus "
-        f"{found['than']} is {found['difference']:+.4g} ± {found['se']:.2g} "
+        f"{entry['metric']}, {entry['steps']} step{'s' if entry['steps'] > 1 else ''}: {entry['what']} minus "
+        f"{entry['than']} is {entry['difference']:+.4g} ± {entry['se']:.2g} "
         f"({size:.1f} standard errors{'' if size >= 2 else ': no evidence of a difference'})"
     )

@@ -47,7 +47,7 @@ _SHORT, _LONG, _STRIDE = 800, 1333, 32
 
 
 @dataclass(frozen=True)
-class Found:
+class Detected:
     """An object: how certain it is, its box (left, top, right, bottom) in pixels, and its mask (H, W), bool."""
 
     score: float
@@ -72,7 +72,7 @@ class Detector:
         self.clip = Clip(places[1], device)
 
     @torch.no_grad()
-    def objects(self, image: Image.Image) -> dict[str, list[Found]]:
+    def objects(self, image: Image.Image) -> dict[str, list[Detected]]:
         """By class, the most certain first, all above CERTAIN; at most 100 in all."""
         pixels = to_tensor([np.asarray(image)]).to(self.device).float()
         height, width = pixels.shape[-2:]
@@ -91,17 +91,17 @@ class Detector:
         masks = F.interpolate(masks, (height, width), mode="bilinear", align_corners=False)[0]
         classes = out.class_queries_logits[0].softmax(-1)[:, :-1]
         scores, places = classes.flatten().topk(min(100, classes.numel()))
-        found: dict[str, list[Found]] = {}
+        by_class: dict[str, list[Detected]] = {}
         for score, place in zip(scores.tolist(), places.tolist(), strict=True):
             query, label = divmod(place, len(CLASSES))
             shown = masks[query] > 0
             score *= float((masks[query].sigmoid() * shown).sum() / (shown.sum() + 1e-6))
             if score > CERTAIN:
-                found.setdefault(CLASSES[label], []).append(_found(score, shown))
-        return {name: sorted(own, key=lambda one: -one.score) for name, own in found.items()}
+                by_class.setdefault(CLASSES[label], []).append(_detected(score, shown))
+        return {name: sorted(own, key=lambda one: -one.score) for name, own in by_class.items()}
 
     @torch.no_grad()
-    def colours(self, image: Image.Image, objects: Sequence[Found], name: str) -> list[str]:
+    def colours(self, image: Image.Image, objects: Sequence[Detected], name: str) -> list[str]:
         """Of each object of the class `name`, cut out on grey; by zero-shot classification."""
         grey, parts = Image.new("RGB", image.size, "#999"), []
         for one in objects:
@@ -118,33 +118,33 @@ class Detector:
     def judge(self, image: Image.Image, wanted: Mapping[str, Any]) -> tuple[bool, str]:
         """Whether an image is as a line of evaluation_metadata.jsonl wants it, and else why not."""
         least = COUNTED if wanted["tag"] == "counting" else CERTAIN
-        found = {
+        certain = {
             name: [one for one in own if one.score > least][:MOST]
             for name, own in self.objects(image).items()
         }
-        return judged(found, wanted, lambda objects, name: self.colours(image, objects, name))
+        return judged(certain, wanted, lambda objects, name: self.colours(image, objects, name))
 
 
-def _found(score: float, shown: Tensor) -> Found:
+def _detected(score: float, shown: Tensor) -> Detected:
     rows, columns = (torch.nonzero(shown.any(axis)).flatten().tolist() for axis in (1, 0))
-    return Found(score, (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1), shown.cpu().numpy())
+    return Detected(score, (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1), shown.cpu().numpy())
 
 
 def judged(
-    found: Mapping[str, Sequence[Found]],
+    objects: Mapping[str, Sequence[Detected]],
     wanted: Mapping[str, Any],
-    colours: Callable[[Sequence[Found], str], list[str]],
+    colours: Callable[[Sequence[Detected], str], list[str]],
 ) -> tuple[bool, str]:
     """GenEval's rules on the objects of each class, the most certain first: all that is included, nothing excluded.
 
     wanted: `include` with class, count and perhaps color or position ("left of" the objects of an earlier entry), and
     `exclude` with class and count. Only the most certain objects, as many as are wanted, are looked at.
     """
-    groups: list[Sequence[Found]] = []
+    groups: list[Sequence[Detected]] = []
     reasons = []
     for want in wanted.get("include", ()):
         name, count = want["class"], want["count"]
-        own, reason = found.get(name, ())[:count], ""
+        own, reason = objects.get(name, ())[:count], ""
         if len(own) < count:
             reason = f"{len(own)} of {count} {name}"
         elif "color" in want and (right := colours(own, name).count(want["color"])) < count:
@@ -157,7 +157,7 @@ def judged(
         groups.append(() if reason else own)
         reasons += [reason] if reason else []
     for want in wanted.get("exclude", ()):
-        if (have := len(found.get(want["class"], ()))) >= want["count"]:
+        if (have := len(objects.get(want["class"], ()))) >= want["count"]:
             reasons.append(f"{have} {want['class']} where fewer than {want['count']} are wanted")
     return not reasons, "; ".join(reasons)
 

@@ -39,40 +39,37 @@ class Finding:
 
 
 def examine(
-    protocol: str | Protocol | None = None,
-    *,
-    reference: Place | None = None,
-    captions: Place | None = None,
-    extractor: str | None = None,
-    out: Place = ".",
-    settings: int = 1,
-) -> list[Finding]:
+    protocol: str | Protocol | None = None, *, reference: Place | None = None, captions: Place | None = None,
+    extractor: str | None = None, out: Place = ".", settings: int = 1,
+) -> list[Finding]:  # fmt: skip
     """Versions, devices and caches; then the protocol's weights, files and disk space, or those of all.
 
     `settings` is the number of models times step counts that samples are kept of. Raises UserError if there is no such
     protocol.
     """
     chosen = [get_protocol(protocol)] if protocol is not None else list(PROTOCOLS.values())
-    found = [_versions(), _device(), _cache()]
+    findings = [_versions(), _device(), _cache()]
     nets = dict.fromkeys(extractor or one.extractor for one in chosen if one.reference is not None)
-    found += [_tried(f"extractor {name}", partial(_extractor, name)) for name in nets]
+    findings += [_tried(f"extractor {name}", partial(_extractor, name)) for name in nets]
     weights = [name for one in chosen for name in (VARIANTS.get(one.clip), *one.networks) if name]
-    found += [_tried(f"weights {name}", lambda name=name: str(find(name))) for name in dict.fromkeys(weights)]
+    findings += [
+        _tried(f"weights {name}", lambda name=name: str(find(name))) for name in dict.fromkeys(weights)
+    ]
     for one in chosen:
-        found += _files(one, reference, captions)
-        found.append(_disk(one, Path(out), settings))
-    return found
+        findings += _files(one, reference, captions)
+        findings.append(_disk(one, Path(out), settings))
+    return findings
 
 
 def _versions() -> Finding:
-    found = [f"python {platform.python_version()}"]
+    versions = [f"python {platform.python_version()}"]
     missing = []
     for name in PACKAGES:
         try:
-            found.append(f"{name} {version(name)}")
+            versions.append(f"{name} {version(name)}")
         except PackageNotFoundError:
             missing.append(name)
-    text = ", ".join(found) + (f"; missing: {', '.join(missing)}" if missing else "")
+    text = ", ".join(versions) + (f"; missing: {', '.join(missing)}" if missing else "")
     return Finding("versions", not missing, text)
 
 
@@ -93,9 +90,9 @@ def _cache() -> Finding:
     return Finding("statistics cache", good, text)
 
 
-def _tried(what: str, found: Callable[[], str]) -> Finding:
+def _tried(what: str, look: Callable[[], str]) -> Finding:
     try:
-        return Finding(what, True, found())
+        return Finding(what, True, look())
     except UserError as error:
         return Finding(what, False, str(error))
 
@@ -107,16 +104,20 @@ def _extractor(name: str) -> str:
 
 def _files(protocol: Protocol, reference: Place | None, captions: Place | None) -> list[Finding]:
     """Reference and captions, as far as they are files that a person has to bring."""
-    found = []
+    findings = []
     if isinstance(protocol.reference, NamedReference):
-        found.append(_tried(f"{protocol.name}: reference", lambda: _reference(protocol.reference, reference)))
+        findings.append(
+            _tried(f"{protocol.name}: reference", lambda: _reference(protocol.reference, reference))
+        )
     if protocol.captions is not None:
-        found.append(_tried(f"{protocol.name}: captions", lambda: protocol.captions.found(captions).path))
-    return found
+        findings.append(
+            _tried(f"{protocol.name}: captions", lambda: protocol.captions.located(captions).path)
+        )
+    return findings
 
 
 def _reference(part: NamedReference, path: Place | None) -> str:
-    known = part.found(path)
+    known = part.located(path)
     if "images" not in holds(known.path):
         return known.path
     # A damaged image among a million would else end a run at its end.

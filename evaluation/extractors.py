@@ -146,27 +146,18 @@ def _inception(name: str, device: str, weights: Place | None) -> Extractor:
     network.to(device)
     features = network.spatial if spatial else network
     return Extractor(
-        name,
-        inception.SPATIAL if spatial else inception.FEATURES,
-        sha256,
-        lambda images: features(resize(images.to(device))),
-        resize=text,
-        side=inception.SIDE,
-        head=head,
-    )
+        name, inception.SPATIAL if spatial else inception.FEATURES, sha256,
+        lambda images: features(resize(images.to(device))), resize=text, side=inception.SIDE, head=head,
+    )  # fmt: skip
 
 
 def _clip(name: str, device: str, weights: Place | None) -> Extractor:
     """Projected image embeddings of a CLIP model, not normalised."""
     clip = Clip(assets.path("clip") if name == "clip-scenes-v1" else find(name, weights), device)
     return Extractor(
-        name,
-        clip.model.config.projection_dim,
-        clip.sha256,
-        clip.of_images,
-        resize=f"Pillow bicubic, short side to {clip.side}, centre crop",
-        side=clip.side,
-    )
+        name, clip.model.config.projection_dim, clip.sha256, clip.of_images,
+        resize=f"Pillow bicubic, short side to {clip.side}, centre crop", side=clip.side,
+    )  # fmt: skip
 
 
 def _dino(name: str, device: str, weights: Place | None) -> Extractor:
@@ -186,13 +177,9 @@ def _dino(name: str, device: str, weights: Place | None) -> Extractor:
         return network(pixel_values=((pixels / 255 - mean) / std).to(device)).pooler_output
 
     return Extractor(
-        name,
-        network.config.hidden_size,
-        sha256_of_files([path / "config.json", *model_files(path)]),
-        embed,
-        resize=f"torch bicubic, antialiased, to {side}",
-        side=side,
-    )
+        name, network.config.hidden_size, sha256_of_files([path / "config.json", *model_files(path)]), embed,
+        resize=f"torch bicubic, antialiased, to {side}", side=side,
+    )  # fmt: skip
 
 
 EXTRACTORS: dict[str, Callable[[str, str, Place | None], Extractor]] = {

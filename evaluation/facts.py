@@ -64,12 +64,12 @@ def doubts_of(facts: Facts | None, what: str) -> list[str]:
     """What is odd in one set; `what`: "images", "images of the reference"."""
     if facts is None:
         return []
-    found = []
+    doubts = []
     if facts.skipped:
-        found.append(f"files left out beside the {what}: {counted(facts.skipped)}.")
+        doubts.append(f"files left out beside the {what}: {counted(facts.skipped)}.")
     if facts.duplicates:
-        found.append(f"{facts.duplicates} of {facts.n} {what} have the same pixels as another one.")
-    return found + [
+        doubts.append(f"{facts.duplicates} of {facts.n} {what} have the same pixels as another one.")
+    return doubts + [
         f"{facts.traits[trait]} of {facts.n} {what} {rule}."
         for trait, rule in RULES.items()
         if facts.traits[trait]
@@ -80,14 +80,14 @@ def doubts_between(own: Facts | None, reference: Facts | None) -> list[str]:
     """What makes a distance of two sets that is not what they show."""
     if own is None or reference is None:
         return []
-    found = []
+    doubts = []
     if own.size != reference.size:
         sizes = " and ".join(f"{width}x{height}" for width, height in (own.size, reference.size))
-        found.append(f"the two sets differ in size, {sizes}: resizing alone makes a distance.")
+        doubts.append(f"the two sets differ in size, {sizes}: resizing alone makes a distance.")
     lossy = own.traits["lossy"], reference.traits["lossy"]
     if bool(lossy[0]) != bool(lossy[1]):
         counts = f"{lossy[0]} of {own.n} images and {lossy[1]} of the {reference.n} of the reference"
-        found.append(f"{counts} are JPEG or stored with losses like it, which alone make a distance.")
+        doubts.append(f"{counts} are JPEG or stored with losses like it, which alone make a distance.")
     if shared := own.shared_with(reference):
-        found.append(f"{shared} different images are in both sets.")
-    return found
+        doubts.append(f"{shared} different images are in both sets.")
+    return doubts

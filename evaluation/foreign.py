@@ -18,7 +18,7 @@ _KNOWN = ("inception-2015", "dinov2-vitl14")
 
 
 def foreign(
-    kind: type[FeatureStats], path: Path, found: dict[str, np.ndarray], expect: Source | None
+    kind: type[FeatureStats], path: Path, arrays: dict[str, np.ndarray], expect: Source | None
 ) -> FeatureStats:
     """Statistics of the arrays in a file with `mu` and `sigma`, taken for those of the extractor `expect`.
 
@@ -30,7 +30,7 @@ def foreign(
         UserError: no extractor that others have is expected, or another one than made the file; values are damaged.
         KeyError: there is no `mu` or no `sigma`.
     """
-    mu, sigma = found["mu"], found["sigma"]
+    mu, sigma = arrays["mu"], arrays["sigma"]
     name = expect.extractor if expect else ""
     if not name.startswith(_KNOWN):
         raise UserError(
@@ -39,15 +39,17 @@ def foreign(
             f"{name or 'the extractor'!r} with `python -m evaluation stats DIR -o ref.npz`."
         )
     if name.endswith("-spatial"):
-        if "mu_s" not in found:
+        if "mu_s" not in arrays:
             raise UserError(f"{path} has no mu_s and sigma_s, the spatial statistics that ADM's files hold.")
-        mu, sigma = found["mu_s"], found["sigma_s"]
-    by = _made_by(path, found)
+        mu, sigma = arrays["mu_s"], arrays["sigma_s"]
+    by = _made_by(path, arrays)
     if by not in ("", name.removesuffix("-spatial")):
         raise UserError(
             f"{path} was made by {by}, as its arrays or its name say, but {name} is in use; use that one."
         )
-    count = next((int(found[key]) for key in ("n", "num_images") if key in found and int(found[key])), None)
+    count = next(
+        (int(arrays[key]) for key in ("n", "num_images") if key in arrays and int(arrays[key])), None
+    )
     try:
         stats = kind.of_moments(mu, sigma, count, expect)
     except UserError as error:
@@ -56,9 +58,9 @@ def foreign(
     return stats
 
 
-def _made_by(path: Path, found: dict[str, np.ndarray]) -> str:
+def _made_by(path: Path, arrays: dict[str, np.ndarray]) -> str:
     """The extractor a file was made with, as far as it can be told; "" where not."""
-    if "mu_s" in found:
+    if "mu_s" in arrays:
         return "inception-2015"
     # clean-fid's cache: <data set>_<mode>_<split>_<side>.npz
     modes = {
@@ -70,21 +72,21 @@ def _made_by(path: Path, found: dict[str, np.ndarray]) -> str:
 
 
 def _doubts(stats: FeatureStats, sigma: np.ndarray, count: int | None, by: str, name: str) -> list[str]:
-    found = []
+    doubts = []
     if not by:
-        found.append(
+        doubts.append(
             f"does not say what made it: it is taken for {name}, and another network or resize makes a distance of its own."
         )
     if count is None:
-        found.append("does not say of how many images it is.")
+        doubts.append("does not say of how many images it is.")
     if sigma.dtype == np.float32:
-        found.append("holds float32 values, with which distances are right to some 1e-3 only.")
+        doubts.append("holds float32 values, with which distances are right to some 1e-3 only.")
     rank = _rank(stats.cov, 1e-7 if sigma.dtype == np.float32 else 1e-10)
     if rank < stats.dim:
-        found.append(
+        doubts.append(
             f"has a covariance of rank {rank} of {stats.dim}: it is of about {rank + 1} images, far too few."
         )
-    return found
+    return doubts
 
 
 def _rank(cov: np.ndarray, share: float) -> int:

@@ -55,14 +55,9 @@ class Configuration:
         """Of a drawer under a protocol; sha256: of its pipeline, where it is known already."""
         path = Path(drawer.sampler.path)
         return cls(
-            pipeline_name(path).replace("/", "-"),
-            sha256 or pipeline_sha256(path),
-            protocol.hash,
-            drawer.steps,
-            drawer.guidance,
-            drawer.chunk,
-            str(drawer.sampler.device).partition(":")[0],
-        )
+            pipeline_name(path).replace("/", "-"), sha256 or pipeline_sha256(path), protocol.hash, drawer.steps,
+            drawer.guidance, drawer.chunk, str(drawer.sampler.device).partition(":")[0],
+        )  # fmt: skip
 
     @property
     def key(self) -> str:
@@ -89,17 +84,10 @@ class Shards(Images):
 
 
 def generate(
-    sample: SamplerFn,
-    configuration: Configuration,
-    prompts: Sequence[str] | Sequence[int],
-    seeds: Sequence[int],
-    folder: Path,
-    *,
-    force: bool = False,
-    progress: Progress = lambda count: None,
-    processes: Processes | None = None,
+    sample: SamplerFn, configuration: Configuration, prompts: Sequence[str] | Sequence[int], seeds: Sequence[int],
+    folder: Path, *, force: bool = False, progress: Progress = lambda count: None, processes: Processes | None = None,
     io_batch: int | None = None,
-) -> Shards:
+) -> Shards:  # fmt: skip
     """Draw one image per prompt and seed into `folder`/<key>/, skipping what is there already.
 
     A shard that was cut short, or holds fewer images than are wanted now, is completed. `force` draws all again.

@@ -80,32 +80,32 @@ def summarise(path: Place) -> dict[str, float]:
     tasks: dict[str, dict[str, list[bool]]] = {}
     for entry in _entries(Path(path), ("tag", "prompt", "correct")):
         tasks.setdefault(entry["tag"], {}).setdefault(entry["prompt"], []).append(bool(entry["correct"]))
-    found: dict[str, float] = {}
+    scores: dict[str, float] = {}
     for tag, prompts in tasks.items():
         images = [correct for group in prompts.values() for correct in group]
-        found[f"geneval/{tag}"] = sum(images) / len(images)
-        found[f"geneval/{tag}/se"] = _clustered(prompts.values(), found[f"geneval/{tag}"])
-    values = [found[f"geneval/{tag}"] for tag in tasks]
-    errors = [found[f"geneval/{tag}/se"] for tag in tasks]
+        scores[f"geneval/{tag}"] = sum(images) / len(images)
+        scores[f"geneval/{tag}/se"] = _clustered(prompts.values(), scores[f"geneval/{tag}"])
+    values = [scores[f"geneval/{tag}"] for tag in tasks]
+    errors = [scores[f"geneval/{tag}/se"] for tag in tasks]
     overall = {
         "geneval": sum(values) / len(values),
         "geneval/se": math.sqrt(sum(error**2 for error in errors)) / len(errors),
         "images": float(sum(len(group) for prompts in tasks.values() for group in prompts.values())),
         "prompts": float(sum(map(len, tasks.values()))),
     }
-    return overall | found
+    return overall | scores
 
 
 def _entries(path: Path, fields: tuple[str, ...]) -> list[dict[str, Any]]:
     try:
-        found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        if not found or not all(set(fields) <= set(entry) for entry in found):
+        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if not entries or not all(set(fields) <= set(entry) for entry in entries):
             raise KeyError("tag")
     except OSError as error:
         raise UserError(f"the results {path} cannot be read ({error.strerror}).") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is no file of GenEval: every line needs {', '.join(fields)}.") from None
-    return found
+    return entries
 
 
 def _clustered(groups: Iterable[list[bool]], mean: float) -> float:

@@ -62,18 +62,10 @@ def open_reference(
 
 
 def measure_set(
-    images: Place,
-    reference: Place | None = None,
-    *,
-    metrics: Sequence[str] = ("fd",),
-    extractor: Place | None = None,
-    protocol: str | Protocol | None = None,
-    captions: Place | None = None,
-    clip: Place | None = None,
-    io_batch: int = IO_BATCH,
-    device: str = "cpu",
-    dtype: str = "float32",
-) -> dict[str, Any]:
+    images: Place, reference: Place | None = None, *, metrics: Sequence[str] = ("fd",), extractor: Place | None = None,
+    protocol: str | Protocol | None = None, captions: Place | None = None, clip: Place | None = None,
+    io_batch: int = IO_BATCH, device: str = "cpu", dtype: str = "float32",
+) -> dict[str, Any]:  # fmt: skip
     """Measure a set of images against another one or its statistics (.npz).
 
     Args:
@@ -141,13 +133,9 @@ def reference_resize(protocol: Protocol | None) -> Resize:
 
 
 def _actual(
-    chosen: Protocol,
-    own: Images,
-    against: Reference | None,
-    extractor: str | None,
-    path: Place | None,
+    chosen: Protocol, own: Images, against: Reference | None, extractor: str | None, path: Place | None,
     captions: Sequence[str] | None,
-) -> Protocol:
+) -> Protocol:  # fmt: skip
     """The protocol these images were measured under, which differs from the chosen one in all that is not as it says."""
     width, height = own.resized(AS_STORED).peek().size
     actual = replace(chosen, extractor=extractor or chosen.extractor)
@@ -165,7 +153,7 @@ def _actual(
         other = chosen.has_text and chosen.prompts(len(captions)) != list(captions)
         return replace(actual, clip_prefix="other captions") if other else actual
     try:
-        chosen.captions.found(path)
+        chosen.captions.located(path)
     except UserError:
         return replace(actual, captions=replace(chosen.captions, content=CaptionFile.open(path).content))
     return actual
@@ -175,9 +163,9 @@ def _doubts(
     images: Images, against: Reference | None, ready: Measurement, done: Measured, protocol: Protocol | None
 ) -> list[str]:
     """What a reader of a distance has to know about the two sets it is of."""
-    found, n, own = [], len(images), done.inputs.images.facts
+    doubts, n, own = [], len(images), done.inputs.images.facts
     if against is not None and images.path.resolve() == against.path.resolve():
-        found.append("the images were compared with themselves.")
+        doubts.append("the images were compared with themselves.")
     known = against.n if against else 0, getattr(against and against.images, "facts", None)
     rest = ready.doubts(own, n, *known)
     if (
@@ -186,5 +174,5 @@ def _doubts(
         and n < FEW
         and not any("full rank" in doubt for doubt in rest)
     ):
-        found.append(f"{n} images are few: compare only with distances of as many, which share the bias.")
-    return found + doubts_of(own, "images") + rest
+        doubts.append(f"{n} images are few: compare only with distances of as many, which share the bias.")
+    return doubts + doubts_of(own, "images") + rest

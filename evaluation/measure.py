@@ -82,21 +82,11 @@ class Measurement:
     """
 
     def __init__(
-        self,
-        protocol: Protocol | None,
-        metrics: Sequence[str],
-        n: int,
-        *,
-        extractor: Place | Extractor | None = None,
-        reference: FeatureStats | Images | None = None,
-        reference_images: Images | None = None,
-        captions: Sequence[str] | None = None,
-        clip: Place = "",
-        available: frozenset[str] = frozenset(),
-        device: str = "cpu",
-        dtype: str = "float32",
-        processes: Processes | None = None,
-    ) -> None:
+        self, protocol: Protocol | None, metrics: Sequence[str], n: int, *, extractor: Place | Extractor | None = None,
+        reference: FeatureStats | Images | None = None, reference_images: Images | None = None,
+        captions: Sequence[str] | None = None, clip: Place = "", available: frozenset[str] = frozenset(),
+        device: str = "cpu", dtype: str = "float32", processes: Processes | None = None,
+    ) -> None:  # fmt: skip
         self.protocol, self.processes, self.n = protocol, processes or Processes(), n
         self.metrics = get_metrics(metrics)
         for name, metric in self.metrics.items():
@@ -173,22 +163,22 @@ class Measurement:
         others: how many the reference has, 0 where it is known from its statistics, or not at all. seen: its facts, where
         it has no statistics.
         """
-        found, protocol, reference = [], self.protocol, self.reference
+        doubts, protocol, reference = [], self.protocol, self.reference
         if protocol is not None and n != protocol.n:
-            found.append(
+            doubts.append(
                 f"{n} images where {protocol.name} has {protocol.n}: a distance of fewer is biased upwards and compares "
                 "only with others of as many."
             )
         others = others or (reference.n if reference is not None else 0)
         compared = self.extractor is not None and (reference is not None or self.images is not None)
         if compared and min(n, others or n) <= self.extractor.dim:
-            found.append(
+            doubts.append(
                 f"no more images than the {self.extractor.dim} features: the covariance has no full rank and the "
                 "distance is biased far upwards."
             )
         if reference is not None:
-            found, seen = [*found, *reference.doubts], reference.facts
-        return [*found, *doubts_of(seen, "images of the reference"), *doubts_between(facts, seen)]
+            doubts, seen = [*doubts, *reference.doubts], reference.facts
+        return [*doubts, *doubts_of(seen, "images of the reference"), *doubts_between(facts, seen)]
 
     def inputs(self, images: Images, n: int) -> Inputs:
         """What metrics are computed from, of the first `n` images."""
@@ -232,19 +222,11 @@ class Measurement:
 
 
 def measure(
-    draws: Drawer | SamplerFn | Images,
-    protocol: str | Protocol,
-    metrics: Sequence[str],
-    *,
-    n: int | None = None,
-    extractor: Place | Extractor | None = None,
-    reference: FeatureStats | Images | None = None,
-    captions: Sequence[str] | None = None,
-    clip: Place = "",
-    teacher: Measured | None = None,
-    processes: Processes | None = None,
-    batch: int = 64,
-) -> Measured:
+    draws: Drawer | SamplerFn | Images, protocol: str | Protocol, metrics: Sequence[str], *, n: int | None = None,
+    extractor: Place | Extractor | None = None, reference: FeatureStats | Images | None = None,
+    captions: Sequence[str] | None = None, clip: Place = "", teacher: Measured | None = None,
+    processes: Processes | None = None, batch: int = 64,
+) -> Measured:  # fmt: skip
     """Draw the samples of a protocol, or take those that exist, and measure them.
 
     Equal pixels give equal numbers whatever `batch` is. Samples beyond a quarter of a gigabyte wait in a temporary

@@ -31,5 +31,5 @@ def in_known_order(names: list[str]) -> bool:
     first = [re.split(r"(\d+)", PurePosixPath(name).name, maxsplit=1) for name in bare]
     if len({re.sub(r"\d+", "#", name) for name in bare}) == 1:
         return len(set(bare)) == len(bare)
-    told = {(parts[0], int(parts[1])) for parts in first if len(parts) > 1}
-    return len(told) == len(names) and len({prefix for prefix, _ in told}) == 1
+    keys = {(parts[0], int(parts[1])) for parts in first if len(parts) > 1}
+    return len(keys) == len(names) and len({prefix for prefix, _ in keys}) == 1

@@ -42,28 +42,22 @@ def render(
     names = [line[0] for line in tables[0][1:]]
     images = [[_image(image) for image in line] for line in grid]
     return pages.get_template("report.html.jinja").render(
-        results=results,
-        tables=tables,
-        facts=facts,
-        plots=plots,
-        legend=pareto.legend(pareto.points(results["rows"], next(iter(plots)), "nfe")) if plots else [],
-        grid=grid,
+        results=results, tables=tables, facts=facts, plots=plots,
+        legend=pareto.legend(pareto.points(results["rows"], next(iter(plots)), "nfe")) if plots else [], grid=grid,
         grid_rows=zip(results["rows"], names, images, strict=True) if grid else [],
-        small=bool(grid) and grid[0][0].shape[-1] <= _SMALL,
-        published=_published(published) if published else None,
-        manifest=json.dumps(shown, indent=2, ensure_ascii=False),
-        style=(_HERE / "report.css").read_text(),
+        small=bool(grid) and grid[0][0].shape[-1] <= _SMALL, published=_published(published) if published else None,
+        manifest=json.dumps(shown, indent=2, ensure_ascii=False), style=(_HERE / "report.css").read_text(),
         script=(_HERE / "report.js").read_text(),
-    )
+    )  # fmt: skip
 
 
 def _plots(results: dict[str, Any]) -> dict[str, list[str]]:
     """An <svg> for each value worth a plot and each cost that is known of two rows."""
     return {
         name: [
-            pareto.to_svg(found, name, cost, value.better == "lower")
+            pareto.to_svg(dots, name, cost, value.better == "lower")
             for cost in pareto.COSTS
-            if len(found := pareto.points(results["rows"], name, cost)) > 1
+            if len(dots := pareto.points(results["rows"], name, cost)) > 1
         ]
         for name, value in pareto.plotted(results).items()
     }

@@ -48,15 +48,15 @@ def called(row: dict[str, Any]) -> str:
 
 def points(rows: Iterable[dict[str, Any]], metric: str, cost: str) -> list[Point]:
     """A point for every row of a results file that has both numbers."""
-    found = []
+    dots = []
     for row in rows:
         value = row["metrics"].get(metric)
         x = row["nfe"] if cost == "nfe" else row["metrics"].get(cost)
         if value is None or not x:
             continue
         label = f"{called(row)}, {row['steps']} step{'s' if row['steps'] > 1 else ''}"
-        found.append(Point(called(row), label, x, value, row["metrics"].get(f"{metric}/se") or 0.0))
-    return found
+        dots.append(Point(called(row), label, x, value, row["metrics"].get(f"{metric}/se") or 0.0))
+    return dots
 
 
 def plotted(results: Mapping[str, Any]) -> dict[str, Value]:
@@ -72,46 +72,46 @@ def plotted(results: Mapping[str, Any]) -> dict[str, Value]:
     }
 
 
-def frontier(found: Sequence[Point], lower: bool = True) -> list[Point]:
+def frontier(dots: Sequence[Point], lower: bool = True) -> list[Point]:
     """The points no other one beats: nothing is as cheap and as good, and better in one. Cheapest first."""
     kept: list[Point] = []
-    for point in sorted(found, key=lambda p: (p.cost, p.value if lower else -p.value)):
+    for point in sorted(dots, key=lambda p: (p.cost, p.value if lower else -p.value)):
         if not kept or (point.value < kept[-1].value if lower else point.value > kept[-1].value):
             kept.append(point)
     return kept
 
 
-def legend(found: Sequence[Point]) -> list[tuple[str, str]]:
+def legend(dots: Sequence[Point]) -> list[tuple[str, str]]:
     """(series, colour) in the order they are drawn in."""
-    return [(s, COLOURS[i % len(COLOURS)]) for i, s in enumerate(dict.fromkeys(p.series for p in found))]
+    return [(s, COLOURS[i % len(COLOURS)]) for i, s in enumerate(dict.fromkeys(p.series for p in dots))]
 
 
-def draw(axes: Axes, found: Sequence[Point], metric: str, cost: str, lower: bool) -> dict[str, str]:
+def draw(axes: Axes, dots: Sequence[Point], metric: str, cost: str, lower: bool) -> dict[str, str]:
     """Axes, a line and dots with error bars for every series, and the frontier dashed.
 
     Every artist of series i has the id "s<i>"; returns what each dot, by its own id, says when pointed at.
     """
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-    values = [p.value for p in found]
+    values = [p.value for p in dots]
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
-    if min(p.value - p.error for p in found) > 0 and max(values) > _SPAN * min(values):
+    if min(p.value - p.error for p in dots) > 0 and max(values) > _SPAN * min(values):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.set_title(f"{metric} ({'lower' if lower else 'higher'} is better)", loc="left", fontsize=9)
     axes.set_xlabel(COSTS[cost], fontsize=9)
     axes.grid(True, color=_GRID)
     axes.tick_params(labelsize=8, colors=_FAINT)
-    best = frontier(found, lower)
+    best = frontier(dots, lower)
     axes.step(
         [p.cost for p in best], [p.value for p in best], "--", where="post", color=_FAINT, linewidth=1.2
     )
     says: dict[str, str] = {}
-    for index, (series, colour) in enumerate(legend(found)):
-        own = sorted((p for p in found if p.series == series), key=lambda p: p.cost)
+    for index, (series, colour) in enumerate(legend(dots)):
+        own = sorted((p for p in dots if p.series == series), key=lambda p: p.cost)
         bars = axes.errorbar(
             [p.cost for p in own], [p.value for p in own], [p.error for p in own], color=colour, linewidth=1.6,
             label=series,
@@ -125,14 +125,14 @@ def draw(axes: Axes, found: Sequence[Point], metric: str, cost: str, lower: bool
     return says
 
 
-def to_svg(found: Sequence[Point], metric: str, cost: str, lower: bool = True) -> str:
+def to_svg(dots: Sequence[Point], metric: str, cost: str, lower: bool = True) -> str:
     """An <svg> element. Groups of series i have the class "s<i>", those of dots a <title> that says what they are."""
     import matplotlib
     from matplotlib.figure import Figure
 
     figure, buffer = Figure(_SIZE), io.StringIO()
     figure.subplots_adjust(left=0.13, right=0.97, top=0.91, bottom=0.14)
-    says = draw(figure.subplots(), found, metric, cost, lower)
+    says = draw(figure.subplots(), dots, metric, cost, lower)
     # Text stays text, and ids depend on what is drawn alone.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": f"{metric} {cost}"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
@@ -159,8 +159,8 @@ def save_png(plots: Sequence[tuple[Sequence[Point], str]], metric: str, lower: b
 
     figure = Figure((_SIZE[0] * len(plots), _SIZE[1] + 0.3), dpi=200, layout="constrained")
     row = figure.subplots(1, len(plots), squeeze=False)[0]
-    for axes, (found, cost) in zip(row, plots, strict=True):
-        draw(axes, found, metric, cost, lower)
+    for axes, (dots, cost) in zip(row, plots, strict=True):
+        draw(axes, dots, metric, cost, lower)
     handles, labels = row[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower left", ncols=4, fontsize=8, frameon=False)
     figure.savefig(path, format="png")

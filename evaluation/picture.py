@@ -34,14 +34,9 @@ class Column:
 
 
 def columns_of(
-    teacher: Sampler,
-    student: Sampler,
-    *,
-    teacher_steps: int | None = None,
-    teacher_guidance: float | None = None,
-    student_steps: Sequence[int] | None = None,
-    before: bool = False,
-) -> list[Column]:
+    teacher: Sampler, student: Sampler, *, teacher_steps: int | None = None, teacher_guidance: float | None = None,
+    student_steps: Sequence[int] | None = None, before: bool = False,
+) -> list[Column]:  # fmt: skip
     """Teacher | student, most steps first | with `before`, the teacher at the student's least steps. Raises UserError
     for step counts the student was not trained for.
     """
@@ -79,14 +74,9 @@ def draw(
 
 
 def compose(
-    images: Sequence[Sequence[np.ndarray]],
-    seconds: Sequence[Sequence[float]],
-    captions: Sequence[str],
-    headings: Sequence[str],
-    *,
-    smooth: bool = False,
-    faster: bool = True,
-) -> Image.Image:
+    images: Sequence[Sequence[np.ndarray]], seconds: Sequence[Sequence[float]], captions: Sequence[str],
+    headings: Sequence[str], *, smooth: bool = False, faster: bool = True,
+) -> Image.Image:  # fmt: skip
     """The picture: captions on the left, a heading over each column, seconds under each image.
 
     Images smaller than 192 pixels are enlarged by a whole factor (64 by 3), to nearest pixels or, if

@@ -35,13 +35,13 @@ CONDITIONS = ("scenes", "classes", "captions", "none")
 
 def _identity(thing: Any) -> dict[str, Any]:
     """The fields of a dataclass that can change a number, nested ones likewise."""
-    found = {}
+    identity = {}
     for spec in fields(thing):
         value = getattr(thing, spec.name)
         neutral = "later" in spec.metadata and value == spec.default
         if spec.metadata.get("identity", True) and not neutral:
-            found[spec.name] = _identity(value) if dataclasses.is_dataclass(value) else value
-    return found
+            identity[spec.name] = _identity(value) if dataclasses.is_dataclass(value) else value
+    return identity
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class Protocol:
         another one than the protocol fixes.
         """
         if isinstance(self.reference, NamedReference):
-            return replace(self, reference=self.reference.found(reference)).with_captions(captions)
+            return replace(self, reference=self.reference.located(reference)).with_captions(captions)
         if reference is not None:
             raise UserError(
                 f"the protocol {self.name} has its own reference; leave --reference out, or name another protocol."
@@ -174,7 +174,7 @@ class Protocol:
     def with_captions(self, path: Place | None = None) -> Protocol:
         """The same with its captions found on this machine. Raises UserError as `located` does."""
         if self.captions is not None:
-            return replace(self, captions=self.captions.found(path))
+            return replace(self, captions=self.captions.located(path))
         if path is not None:
             raise UserError(f"the protocol {self.name} has no use for --captions; leave it out.")
         return self
@@ -239,14 +239,9 @@ def get_protocol(name: str | Protocol) -> Protocol:
 
 
 def real_images(
-    path: Place,
-    *,
-    captions: Place | None = None,
-    captions_seed: int = -1,
-    n: int | None = None,
-    classes: int = 0,
+    path: Place, *, captions: Place | None = None, captions_seed: int = -1, n: int | None = None, classes: int = 0,
     extractor: str = "scenes-v1",
-) -> Protocol:
+) -> Protocol:  # fmt: skip
     """The protocol for samples against the images at `path`.
 
     Samples are drawn for `captions`, one of each, if given; else for `classes` classes in turn (0: for nothing), as

@@ -15,10 +15,10 @@ PUBLISHED = Path(__file__).resolve().parent / "published.yaml"
 
 def published() -> dict[str, list[dict[str, Any]]]:
     """Published numbers by the hash of the protocol they were measured under."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    by_hash: dict[str, list[dict[str, Any]]] = {}
     for name, entries in yaml.safe_load(PUBLISHED.read_text()).items():
-        found[PROTOCOLS[name].hash] = [entry | {"protocol": name} for entry in entries]
-    return found
+        by_hash[PROTOCOLS[name].hash] = [entry | {"protocol": name} for entry in entries]
+    return by_hash
 
 
 def published_beside(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -26,8 +26,8 @@ def published_beside(results: dict[str, Any]) -> list[dict[str, Any]]:
     are of another protocol than any published number, or of fewer samples.
     """
     known = published()
-    found = known.get(results["protocol_hash"])
-    if found is None:
+    entries = known.get(results["protocol_hash"])
+    if entries is None:
         listed = ", ".join(
             f"{name} ({PROTOCOLS[name].hash})" for name in yaml.safe_load(PUBLISHED.read_text())
         )
@@ -41,7 +41,7 @@ def published_beside(results: dict[str, Any]) -> list[dict[str, Any]]:
             f"{results['label']} has {results['n']} samples, but the published numbers have {full}; distances of "
             "different numbers of samples are not compared."
         )
-    return found
+    return entries
 
 
 def published_line(entry: dict[str, Any]) -> str:

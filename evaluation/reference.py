@@ -62,22 +62,15 @@ def _given(reference: NamedReference, extractor: Extractor) -> FeatureStats:
 
 
 def _place(protocol: Protocol, extractor: Extractor) -> Path:
-    parts = (
-        protocol.name.replace(":", "-"),
-        protocol.hash,
-        protocol.reference.sha256()[:16],
-        extractor.sha256[:16],
-        _FORM,
-    )
-    return cache_directory() / f"{'-'.join(parts)}.npz"
+    content, weights = protocol.reference.sha256()[:16], extractor.sha256[:16]
+    name = "-".join((protocol.name.replace(":", "-"), protocol.hash, content, weights, _FORM))
+    return cache_directory() / f"{name}.npz"
 
 
 def _known(path: Path, extractor: Extractor) -> FeatureStats | None:
     """What is kept at `path`, or None. What is damaged there is ours, and removed to be made again."""
-    if not path.is_file():
-        return None
     try:
-        return FeatureStats.load(path, expect=extractor.source)
+        return FeatureStats.load(path, expect=extractor.source) if path.is_file() else None
     except UserError:
         path.unlink(missing_ok=True)
         return None

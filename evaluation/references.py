@@ -121,7 +121,7 @@ class NamedReference:
             return open_images(self.path).sha256()
         return sha256_of_files([Path(self.path)], Path(self.path).parent)
 
-    def found(self, path: Place | None = None) -> NamedReference:
+    def located(self, path: Place | None = None) -> NamedReference:
         """The same with its `path`, searched for unless given. Raises UserError if it is in no place that was looked
         at, or has not `n` images.
         """

@@ -54,9 +54,9 @@ def write(results: dict[str, Any], out: Path, grid: Sequence[Sequence[Tensor]] =
             temporary.write_text(content, encoding="utf-8")
     if worth := pareto.plotted(results):
         name, value = next(iter(worth.items()))
-        found = [(pareto.points(results["rows"], name, cost), cost) for cost in pareto.COSTS]
+        dots = [(pareto.points(results["rows"], name, cost), cost) for cost in pareto.COSTS]
         with atomic_write(out / "pareto.png") as temporary:
-            plots = [(points, cost) for points, cost in found if len(points) > 1]
+            plots = [(points, cost) for points, cost in dots if len(points) > 1]
             pareto.save_png(plots, name, value.better == "lower", temporary)
 
 
@@ -113,7 +113,7 @@ def markdown(results: dict[str, Any], published: Sequence[dict[str, Any]] = ()) 
 def facts(results: dict[str, Any]) -> list[str]:
     """How it was measured, in sentences."""
     extractor, where = results["extractor"], results["machine"]
-    found = [
+    sentences = [
         f"protocol `{results['protocol']}` version {results['protocol_version']}, "
         f"hash `{results['protocol_hash']}`; seeds {results['seeds'][0]} to {results['seeds'][1]}",
         "± is one standard error; for distances and ratios by the jackknife over 10 folds of samples",
@@ -124,20 +124,22 @@ def facts(results: dict[str, Any]) -> list[str]:
     ]
     if extractor:
         is_fid = extractor["name"].startswith("inception-2015") and not extractor["name"].endswith("-spatial")
-        found.insert(
+        sentences.insert(
             1,
             f"features `{extractor['name']}`, sha256 `{extractor['sha256'][:16]}`"
             + ("" if is_fid else " (this is not FID)"),
         )
     if any("latency/ms" in row["metrics"] for row in results["rows"]):
-        found.append("ms/image: batch of one, prompt to pixels, median, all models in turns in one process")
+        sentences.append(
+            "ms/image: batch of one, prompt to pixels, median, all models in turns in one process"
+        )
     for row in results["rows"]:
         if row["sweep"]:
             tried = ", ".join(f"{entry['guidance']:g}: {entry['fd']:.3f}" for entry in row["sweep"]["tried"])
-            found.append(
+            sentences.append(
                 f"guidance sweep, {row['name']} at {row['steps']} steps: {tried} (n = {row['sweep']['n']})"
             )
-    return found
+    return sentences
 
 
 def _number(numbers: dict[str, float | None], name: str) -> str:

@@ -31,14 +31,8 @@ SHOWN = 8
 
 
 def results_of(
-    rows: Sequence[Row],
-    measurement: Measurement,
-    *,
-    batch: int,
-    device: str,
-    seconds: float,
-    warnings: Sequence[str],
-) -> dict[str, Any]:
+    rows: Sequence[Row], measurement: Measurement, *, batch: int, device: str, seconds: float, warnings: Sequence[str],
+) -> dict[str, Any]:  # fmt: skip
     """Everything results.json holds, of rows measured under one protocol."""
     protocol, n, net = measurement.protocol, measurement.n, measurement.extractor
     seeds = protocol.seeds(n)

@@ -160,29 +160,23 @@ class Session:
         if known is None or len(known) < n:
             with self.bar(total=n, desc=f"{pipeline_name(row.path)}, {_setting(draw)}") as bar:
                 known = self.drawn[configuration.key] = generate(
-                    draw,
-                    configuration,
-                    protocol.prompts(n),
-                    protocol.seeds(n),
-                    self.folder,
-                    force=self.settings.force and known is None,
-                    progress=bar.update,
-                    processes=self.ready.processes,
+                    draw, configuration, protocol.prompts(n), protocol.seeds(n), self.folder,
+                    force=self.settings.force and known is None, progress=bar.update, processes=self.ready.processes,
                     io_batch=self.settings.io_batch,
-                )
+                )  # fmt: skip
         return known.first(n)
 
     def measure(self, row: Row, teacher: Row | None = None) -> Row:
         """Draw the row's samples and compute every metric but latency; `teacher`: what it is paired with."""
         began = time.time()
-        found = self.ready.of(self.samples(row, row.n), row.n, teacher and teacher.measured)
-        row.measured, row.values, row.facts = found, found.values, found.inputs.images.facts
+        done = self.ready.of(self.samples(row, row.n), row.n, teacher and teacher.measured)
+        row.measured, row.values, row.facts = done, done.values, done.inputs.images.facts
         # The teacher's rows of features serve the students; a student's serve nobody.
         if row.role != "teacher":
-            vars(found.inputs).pop("features", None)
+            vars(done.inputs).pop("features", None)
         if self.ready.distance:
-            name = next(value.name for value in found.values if value.name.startswith(DISTANCES))
-            row.folds[name] = list(found.inputs.distances.left_out)
+            name = next(value.name for value in done.values if value.name.startswith(DISTANCES))
+            row.folds[name] = list(done.inputs.distances.left_out)
         row.seconds = time.time() - began
         return row
 
@@ -202,8 +196,8 @@ class Session:
         tried = []
         for drawer in drawers:
             samples = self.samples(Row(role, drawer, n_sweep), n_sweep)
-            found = self.ready.distance.compute(self.ready.inputs(samples, n_sweep))[0]
-            tried.append({"guidance": drawer.guidance, "fd": found.value, "se": found.se})
+            distance = self.ready.distance.compute(self.ready.inputs(samples, n_sweep))[0]
+            tried.append({"guidance": drawer.guidance, "fd": distance.value, "se": distance.se})
         chosen = min(range(len(tried)), key=lambda index: tried[index]["fd"])
         row = self.measure(Row(role, drawers[chosen], n), teacher)
         row.sweep = {
@@ -232,23 +226,18 @@ class Session:
         prompts = protocol.prompts(min(max(images, batch), protocol.n))
         first = 0 if self.plan.teacher else None
         times = self.ready.processes.from_first(lambda: latencies(drawers, prompts, images, batch, first))
-        for row, found in zip(self.rows, times, strict=True):
-            row.values += found
+        for row, values in zip(self.rows, times, strict=True):
+            row.values += values
 
     def results(self, seconds: float, complete: bool = True) -> dict[str, Any]:
         """What results.json holds of the rows that are finished."""
         doubts = self.doubts()
         if not complete:
             doubts.append("the run ended early; the same command goes on where it was.")
-        found = results_of(
-            self.rows,
-            self.ready,
-            batch=self.settings.batch,
-            device=self.device,
-            seconds=seconds,
-            warnings=doubts,
-        )
-        return found | {"complete": complete}
+        results = results_of(
+            self.rows, self.ready, batch=self.settings.batch, device=self.device, seconds=seconds, warnings=doubts,
+        )  # fmt: skip
+        return results | {"complete": complete}
 
     def check_disk(self) -> None:
         """Raises UserError when the samples that may have to be drawn don't fit on the disk of `out`."""
@@ -267,42 +256,42 @@ class Session:
 
     def doubts(self) -> list[str]:
         """What a reader of the numbers has to know."""
-        found, n, teacher_n = [], self.plan.n, self.plan.teacher_n
+        doubts, n, teacher_n = [], self.plan.n, self.plan.teacher_n
         if teacher_n != n:
-            found.append(
+            doubts.append(
                 f"the teacher was measured on {teacher_n} samples, the others on {n}; ratios use the first "
                 f"{min(n, teacher_n)} of both."
             )
         sizes = {sampler.resolution for sampler in self.plan.samplers}
         if len(sizes) > 1:
-            found.append(f"the pipelines draw images of different sizes: {sorted(sizes)}.")
+            doubts.append(f"the pipelines draw images of different sizes: {sorted(sizes)}.")
         for row in self.rows:
-            found += [
+            doubts += [
                 doubt
                 for doubt in (*self.ready.doubts(row.facts, row.n), *row.measured.doubts)
-                if doubt not in found
+                if doubt not in doubts
             ]
-        return found
+        return doubts
 
 
 def over_seeds(repeats: Sequence[Sequence[Value]]) -> list[Value]:
     """Of each main value of several repeats the mean, with its standard error, and the spread; and of those that are
     better lower the minimum, which EDM and EDM2 publish of three: it lies below the mean by about 0.85 spreads.
     """
-    found = []
+    values = []
     for value in repeats[0] if len(repeats) > 1 else ():
         numbers = [one.value for repeat in repeats for one in repeat if one.name == value.name]
         if value.main and len(numbers) == len(repeats):
             spread = statistics.stdev(numbers)
             mean = statistics.fmean(numbers), spread / math.sqrt(len(numbers))
-            found += [
+            values += [
                 replace(value, name=f"{value.name}/mean_of_{len(numbers)}", value=mean[0], se=mean[1]),
                 replace(value, name=f"{value.name}/spread", value=spread, se=None, better="none", main=False),
             ]
             if value.better == "lower":
                 name = f"{value.name}/min_of_{len(numbers)}"
-                found.append(replace(value, name=name, value=min(numbers), se=None))
-    return found
+                values.append(replace(value, name=name, value=min(numbers), se=None))
+    return values
 
 
 def _setting(drawer: Drawer) -> str:

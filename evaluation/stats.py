@@ -126,14 +126,8 @@ class FeatureStats:
             **asdict(self.source),
         }
         if self.facts is not None:
-            facts = self.facts
-            meta["facts"] = {
-                "n": facts.n,
-                "size": facts.size,
-                "traits": facts.traits,
-                "skipped": facts.skipped,
-            }
-            arrays["hashes"] = np.frombuffer(facts.hashes, np.uint64)
+            meta["facts"] = {name: value for name, value in vars(self.facts).items() if name != "hashes"}
+            arrays["hashes"] = np.frombuffer(self.facts.hashes, np.uint64)
         with atomic_write(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, **arrays, meta=np.array(json.dumps(meta, sort_keys=True)))
         return path
@@ -155,15 +149,15 @@ class FeatureStats:
         refuse_pickle(path)
         try:
             with np.load(path, allow_pickle=False) as file:
-                found = {key: file[key] for key in _ARRAYS if key in file.files}
-            if "meta" not in found:
-                return foreign(cls, path, found, expect)
-            meta = json.loads(str(found["meta"]))
+                arrays = {key: file[key] for key in _ARRAYS if key in file.files}
+            if "meta" not in arrays:
+                return foreign(cls, path, arrays, expect)
+            meta = json.loads(str(arrays["meta"]))
             source = Source(meta["extractor"], meta["sha256"], meta["resize"])
-            stats = cls._from_arrays(path, found, source)
+            stats = cls._from_arrays(path, arrays, source)
             stats.prepared = meta.get("prepared", "")
             if facts := meta.get("facts"):
-                hashes = array("Q", found["hashes"].astype(np.uint64).tobytes())
+                hashes = array("Q", arrays["hashes"].astype(np.uint64).tobytes())
                 size, traits = facts["size"] and tuple(facts["size"]), Counter(facts["traits"])
                 stats.facts = Facts(facts["n"], size, traits, hashes, facts["skipped"])
         except UserError:
@@ -203,13 +197,13 @@ class FeatureStats:
         return stats
 
     @classmethod
-    def _from_arrays(cls, path: Path, found: dict[str, np.ndarray], source: Source) -> FeatureStats:
-        if "rows" in found:
-            rows = found["rows"].astype(np.float64)
-            if rows.ndim != 2 or len(rows) != int(found["n"]) or not np.isfinite(rows).all():
+    def _from_arrays(cls, path: Path, arrays: dict[str, np.ndarray], source: Source) -> FeatureStats:
+        if "rows" in arrays:
+            rows = arrays["rows"].astype(np.float64)
+            if rows.ndim != 2 or len(rows) != int(arrays["n"]) or not np.isfinite(rows).all():
                 raise UserError(f"{path} holds damaged features (shape {rows.shape}); make it again.")
             return cls(rows.shape[1], source).add(rows)
-        moments = Moments(int(found["n"]), *(found[key].astype(np.float64) for key in ("mu", "low", "m2")))
+        moments = Moments(int(arrays["n"]), *(arrays[key].astype(np.float64) for key in ("mu", "low", "m2")))
         mean, low, m2 = moments.mean, moments.low, moments.m2
         shaped = (
             mean.ndim == 1
@@ -270,9 +264,9 @@ def check_comparable(a: FeatureStats, b: FeatureStats) -> None:
     _check_source(a.source, b.source, "the first statistics")
 
 
-def _check_source(found: Source, expected: Source, what: str) -> None:
+def _check_source(made: Source, expected: Source, what: str) -> None:
     for field in ("extractor", "sha256", "resize"):
-        ours, theirs = getattr(found, field), getattr(expected, field)
+        ours, theirs = getattr(made, field), getattr(expected, field)
         if ours != theirs:
             raise UserError(
                 f"{what} were made with {field} {ours!r}, but {theirs!r} is in use; make them again with it."

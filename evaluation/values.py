@@ -36,23 +36,23 @@ def measured(
     source: name of the extractor or model they were measured with; it becomes part of their names.
     """
     known = {value.name: value for value in declared}
-    found = []
+    values = []
     for name, number in numbers.items():
         value, error = number if isinstance(number, tuple) else (number, None)
         kind, slash, part = name.partition("/")
         full = f"{kind}:{source}{slash}{part}" if source else name
-        found.append(replace(known[name], name=full, value=value, se=error))
-    return found
+        values.append(replace(known[name], name=full, value=value, se=error))
+    return values
 
 
 def flat(values: Iterable[Value]) -> dict[str, float]:
     """Numbers by name, a standard error behind its value as "<name>/se": how result files hold them."""
-    found: dict[str, float] = {}
+    by_name: dict[str, float] = {}
     for value in values:
-        found[value.name] = value.value
+        by_name[value.name] = value.value
         if value.se is not None:
-            found[f"{value.name}/se"] = value.se
-    return found
+            by_name[f"{value.name}/se"] = value.se
+    return by_name
 
 
 def declared_name(name: str) -> str:
@@ -68,13 +68,13 @@ def readings(results: Mapping[str, Any]) -> dict[str, Value]:
     """
     said = results.get("values") or {}
     names = dict.fromkeys(name for row in results["rows"] for name in row["metrics"])
-    found = {}
+    read = {}
     for name in names:
         if name in said:
-            found[name] = Value(name, better=said[name]["better"], main=said[name]["main"])
+            read[name] = Value(name, better=said[name]["better"], main=said[name]["main"])
         elif not name.endswith("/se"):
-            found[name] = _declared().get(declared_name(name), Value(name))
-    return found
+            read[name] = _declared().get(declared_name(name), Value(name))
+    return read
 
 
 def written(values: Sequence[Value]) -> dict[str, dict[str, Any]]:

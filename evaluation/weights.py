@@ -120,10 +120,10 @@ def find(name: str, path: Place | None = None) -> Path:
     names = ", ".join(dict.fromkeys(one.name for one in tried if one not in folders))
     programs = [file for p in folders for file in (p, *map(p.joinpath, wanted.programs)) if file.is_file()]
     program = next((file for file in programs if file.name in wanted.programs), None)
-    told = f"{program} holds this network as a program (clean-fid's and NVIDIA's form), which is not run; "
+    refused = f"{program} holds this network as a program (clean-fid's and NVIDIA's form), which is not run; "
     pin = f", sha256 {wanted.sha256}..." if wanted.sha256 else ""
     raise MissingWeights(
-        f"{told if program else ''}the weights {name} ({wanted.size} MB, {wanted.licence}{pin}) are not here: there is "
+        f"{refused if program else ''}the weights {name} ({wanted.size} MB, {wanted.licence}{pin}) are not here: there is "
         f"none of {names} in {', '.join(map(str, folders))}; get them on any machine with `{wanted.how}`, and put them "
         f"into one of these folders or name theirs in ${ENVIRONMENT}."
     )
@@ -163,16 +163,16 @@ def load_file(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     # A damaged pickle can fail in any way; all mean the same to a reader.
     except Exception as error:
         raise UserError(
             f"{path} cannot be read as weights ({type(error).__name__}); copy it again, or convert it where you "
             "trust it: python -m evaluation.weights convert IN.pth OUT.safetensors"
         ) from None
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path} holds more than tensors by name; give the state dict alone.")
-    return found
+    return state
 
 
 def content_sha256(state: dict[str, Tensor]) -> str:
@@ -260,8 +260,8 @@ def _complete(wanted: Weights, path: Path) -> bool:
 def model_files(path: Path) -> list[Path]:
     """The files a directory's weights are in: safetensors where there are any."""
     for pattern in ("model*.safetensors", "pytorch_model*.bin"):
-        if found := sorted(path.glob(pattern)):
-            return found
+        if files := sorted(path.glob(pattern)):
+            return files
     return []
 
 
@@ -283,15 +283,15 @@ def _check(wanted: Weights, path: Path) -> None:
 
         try:
             with safe_open(path, framework="pt") as file:
-                found = (file.metadata() or {}).get(_SOURCE, "")
+                digest = (file.metadata() or {}).get(_SOURCE, "")
         except (OSError, SafetensorError):
-            found = ""
+            digest = ""
         origin = "was not converted from the published file"
     else:
-        found, origin = file_sha256(path), "is not the published file, or is damaged"
-    if not found.startswith(wanted.sha256):
+        digest, origin = file_sha256(path), "is not the published file, or is damaged"
+    if not digest.startswith(wanted.sha256):
         raise UserError(
-            f"{path} {origin}: its sha256 begins with {found[:8] or 'nothing'}, that of {wanted.name} with "
+            f"{path} {origin}: its sha256 begins with {digest[:8] or 'nothing'}, that of {wanted.name} with "
             f"{wanted.sha256}; get it with: {wanted.how}"
         )
 

@@ -12,11 +12,11 @@ from typing import Any
 from stepdistill.errors import UserError, atomic_write
 
 
-def print_values(found: dict[str, Any]) -> None:
+def print_values(numbers: dict[str, Any]) -> None:
     """Every number with its standard error, one a line."""
-    for name, value in found.items():
+    for name, value in numbers.items():
         if isinstance(value, float) and not name.endswith("/se"):
-            error = found.get(f"{name}/se")
+            error = numbers.get(f"{name}/se")
             print(f"{name} {value:.6g}" + (f" ± {error:.2g}" if error is not None else ""))
 
 
@@ -65,13 +65,13 @@ def names(text: str) -> list[str]:
 def numbers(kind: type) -> Callable[[str], list[Any]]:
     def parse(text: str) -> list[Any]:
         try:
-            found = [kind(part) for part in text.split(",") if part.strip()]
+            parsed = [kind(part) for part in text.split(",") if part.strip()]
         except ValueError:
-            found = []
-        if not found:
+            parsed = []
+        if not parsed:
             example = "1,2,4" if kind is int else "1,1.5,2"
             raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers like {example}")
-        return found
+        return parsed
 
     return parse
 

@@ -38,12 +38,12 @@ def do(args: argparse.Namespace) -> None:
 
     at_least_one(args, "settings")
     quieten_libraries()
-    found = doctor.examine(
+    findings = doctor.examine(
         args.protocol, reference=args.reference, captions=args.captions, extractor=args.extractor, out=args.out,
         settings=args.settings,
     )  # fmt: skip
-    for finding in found:
+    for finding in findings:
         print(f"{'ok     ' if finding.good else 'MISSING'}  {finding.name}: {finding.text}")
-    missing = [finding.name for finding in found if not finding.good]
+    missing = [finding.name for finding in findings if not finding.good]
     if args.protocol and missing:
         raise UserError(f"{args.protocol} cannot be measured here yet: see {', '.join(missing)} above.")

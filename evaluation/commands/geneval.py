@@ -98,8 +98,8 @@ def _export(args: argparse.Namespace, folder: Path) -> None:
 def _summarise(results: str | Path, target: Path | None) -> None:
     from evaluation import geneval
 
-    found = geneval.summarise(results)
-    print(f"{found['prompts']:.0f} prompts, {found['images']:.0f} images")
-    print_values(found)
+    scores = geneval.summarise(results)
+    print(f"{scores['prompts']:.0f} prompts, {scores['images']:.0f} images")
+    print_values(scores)
     if target:
-        write_json(found, target)
+        write_json(scores, target)

@@ -57,14 +57,16 @@ def do(args: argparse.Namespace) -> None:
     target = writable(args.out) if args.out else None
     at_least_one(args, "io_batch")
     quieten_libraries()
-    found = measure_set(
+    result = measure_set(
         args.images, args.ref, metrics=args.metrics, extractor=args.extractor, protocol=args.protocol,
         captions=args.captions, clip=args.clip, io_batch=args.io_batch, device=args.device, dtype=args.dtype,
     )  # fmt: skip
-    print(f"n = {found['n']}" + (f", reference n = {found['reference_n'] or 'not said'}" if args.ref else ""))
-    if found["protocol"]:
-        print(f"{found['protocol']} (hash {found['protocol_hash']})")
-    print_values(found)
-    print_warnings(found["warnings"])
+    print(
+        f"n = {result['n']}" + (f", reference n = {result['reference_n'] or 'not said'}" if args.ref else "")
+    )
+    if result["protocol"]:
+        print(f"{result['protocol']} (hash {result['protocol_hash']})")
+    print_values(result)
+    print_warnings(result["warnings"])
     if target:
-        write_json(found, target)
+        write_json(result, target)

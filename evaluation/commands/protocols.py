@@ -51,7 +51,7 @@ def needs(protocol: Protocol) -> list[str]:
     from evaluation.references import reference_folders
     from evaluation.weights import WEIGHTS, MissingWeights, find
 
-    found = []
+    needed = []
     weights = protocol.extractor.removesuffix("-clean").removesuffix("-pytorch").removesuffix("-spatial")
     for name in (weights, VARIANTS.get(protocol.clip, ""), *protocol.networks):
         if name in WEIGHTS:
@@ -61,15 +61,15 @@ def needs(protocol: Protocol) -> list[str]:
                 there = f"here: {find(name)}"
             except MissingWeights:
                 there = f"get them with: {one.how}"
-            found.append(f"weights {name} ({one.size} MB, {one.licence}{sha256}); {there}")
+            needed.append(f"weights {name} ({one.size} MB, {one.licence}{sha256}); {there}")
     for part, option in ((protocol.reference, "--reference"), (protocol.captions, "--captions")):
         if getattr(part, "about", ""):
             suffix = "" if part is protocol.reference else ".txt, .jsonl, .json or .csv"
             places = " or ".join(f"{folder / part.name}{suffix}" for folder in reference_folders())
             how = "; ".join(part.files) or part.about
-            found.append(f"{part.name}: {how}; {part.about} Put it at {places}, or name it with {option}.")
+            needed.append(f"{part.name}: {how}; {part.about} Put it at {places}, or name it with {option}.")
             if pin := getattr(part, "ends", ""):
-                found[-1] += (
+                needed[-1] += (
                     f" It is known by its {part.characters} characters and the sha256 of its ends, {pin}."
                 )
-    return found
+    return needed

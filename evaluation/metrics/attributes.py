@@ -48,10 +48,12 @@ class Attributes(Metric):
                 number = related if name == "relation" else len(own)
                 right[name] = right.get(name, 0) + round(share * number)
                 asked[name] = asked.get(name, 0) + number
-        found = {f"attributes/{name}": right[name] / asked[name] if asked[name] else 1.0 for name in right}
-        everything = found["attributes/all"]
+        shares_of = {
+            f"attributes/{name}": right[name] / asked[name] if asked[name] else 1.0 for name in right
+        }
+        everything = shares_of["attributes/all"]
         error = float(np.sqrt(everything * (1 - everything) / count))
-        return measured(self.values, found | {"attributes/all": (everything, error)})
+        return measured(self.values, shares_of | {"attributes/all": (everything, error)})
 
 
 def _relations(captions: Sequence[str]) -> int:

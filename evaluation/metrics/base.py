@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from evaluation.extractors import Extractor
     from evaluation.images import Images
     from evaluation.values import Value
-    from stepdistill.drawing import Drawer
 
 # Bytes of features beyond which they are kept in a temporary file.
 _IN_MEMORY = 256 << 20
@@ -29,8 +28,7 @@ class Inputs:
     """What metrics are computed from. Only the fields a metric names in `needs` have to be there.
 
     images: the samples, in order of index; captions: theirs, one each; extractor and reference: for
-    distances; timed: what drew the samples, and, when there is one, its teacher after it.
-    reference_images: the reference itself, for what cannot be computed from its statistics. teacher: the
+    distances; reference_images: the reference itself, for what cannot be computed from its statistics. teacher: the
     teacher's samples of the same prompts and seeds, row by row. groups: what was drawn for the same prompt has
     the same entry; None: the same caption. patch_images, patch_reference: patches of the two sets at full
     resolution; None: `images` and `reference_images`. clip_images: as a CLIP score wants them, and drawn: as they were
@@ -43,7 +41,6 @@ class Inputs:
     captions: Sequence[str] | None = None
     extractor: Extractor | None = None
     reference: FeatureStats | None = None
-    timed: Sequence[Drawer] = ()
     reference_images: Images | None = None
     teacher: Images | None = None
     groups: Sequence[Hashable] | None = None
@@ -93,8 +90,8 @@ class Inputs:
 class Metric:
     """What all metrics derive from. Each is one file in this package and one line in METRICS.
 
-    needs: names of fields of `Inputs`, "features" where the rows themselves are looked at and not only their
-    statistics. values: what it gives, as `Value`s without numbers (see `evaluation.values.measured`).
+    needs: names of fields of `Inputs`, "features" where the rows themselves are looked at and not only their statistics,
+    "timed" for what is of no set. values: what it gives, as `Value`s without numbers (see `evaluation.values.measured`).
     """
 
     needs: frozenset[str]

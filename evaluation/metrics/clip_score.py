@@ -97,35 +97,35 @@ class ClipScore(Metric):
 
         if self.half:
             compared = in_bfloat16(compared, self.device, self.name, [] if doubts is None else doubts)
-        found, count = [], 0
+        parts, count = [], 0
         for chunk in rechunked(images, _CHUNK):
             own = captions[count : count + len(chunk)]
             count += len(chunk)
             if len(own) == len(chunk):
-                found.append(compared(chunk, clip.tokens(own)))
+                parts.append(compared(chunk, clip.tokens(own)))
         if count != len(captions) or not count:
             raise UserError(
                 f"a CLIP score needs a caption per image, got {count} images and {len(captions)} captions."
             )
-        return torch.cat(found)
+        return torch.cat(parts)
 
     def doubts(self, captions: Sequence[str]) -> list[str]:
         """What a reader of the score has to know of how the model reads these captions."""
-        words, found = self._clip.tokenizer, []
+        words, doubts = self._clip.tokenizer, []
         tokens = words(list(captions), verbose=False).input_ids
         if long := sum(len(ids) > self._clip.length for ids in tokens):
-            found.append(
+            doubts.append(
                 f"{long} of {len(tokens)} captions have more than the {self._clip.length} tokens that {self.name} reads "
                 "and were cut."
             )
         unknown = words.unk_token_id
         strange = [index for index, ids in enumerate(tokens, 1) if unknown in ids[1:-1]]
         if strange and unknown not in (words.pad_token_id, words.eos_token_id):
-            found.append(
+            doubts.append(
                 f"{len(strange)} of {len(tokens)} captions have words that {self.name} does not know, like caption "
                 f"{strange[0]}: its score says nothing of them; name a CLIP model with --clip."
             )
-        return found
+        return doubts
 
     @functools.cached_property
     def _clip(self) -> Clip:

@@ -38,12 +38,12 @@ class Diversity(Metric):
         parts = [np.asarray(inputs.features[index], np.float64) for index in groups]
         distances = np.array([mean_distance(rows) for rows in parts])
         k = len(groups)
-        found = {"diversity": (float(distances.mean()), _error(distances))}
+        numbers = {"diversity": (float(distances.mean()), _error(distances))}
         count = sum(map(len, parts))
         mean = sum(rows.sum(axis=0) for rows in parts) / count
         total = sum(((rows - mean) ** 2).sum() for rows in parts) / max(count - 1, 1)
         within = sum(((rows - rows.mean(0)) ** 2).sum() for rows in parts)
-        found["diversity/share"] = float(within / (count - k) / total) if total else 0.0
+        numbers["diversity/share"] = float(within / (count - k) / total) if total else 0.0
         if inputs.teacher is not None:
             others = inputs.teacher_features
             theirs = np.array([mean_distance(np.asarray(others[index], np.float64)) for index in groups])
@@ -54,8 +54,8 @@ class Diversity(Metric):
             ratio = distances.mean() / theirs.mean()
             # Of a ratio of means, to first order (the delta method); prompts are independent.
             error = _error((distances - ratio * theirs) / theirs.mean())
-            found["diversity/of_teacher"] = (float(ratio), error)
-        return measured(self.values, found, inputs.extractor.name)
+            numbers["diversity/of_teacher"] = (float(ratio), error)
+        return measured(self.values, numbers, inputs.extractor.name)
 
 
 def members(inputs: Inputs, count: int) -> list[np.ndarray]:
@@ -64,8 +64,8 @@ def members(inputs: Inputs, count: int) -> list[np.ndarray]:
     """
     shown = inputs.groups if inputs.groups is not None else inputs.captions
     if shown is None or len(shown) != count:
-        found = "none" if shown is None else f"{len(shown)}"
-        raise UserError(f"diversity needs the prompt of each of the {count} images, got {found}.")
+        had = "none" if shown is None else f"{len(shown)}"
+        raise UserError(f"diversity needs the prompt of each of the {count} images, got {had}.")
     by_group: dict = {}
     for index, group in enumerate(shown):
         by_group.setdefault(group, []).append(index)

@@ -25,8 +25,8 @@ class FrechetDistance(Metric):
 
     def compute(self, inputs: Inputs) -> list[Value]:
         """The distance, its limit, and their standard errors."""
-        found, name = inputs.distances, self.values[0].name
-        numbers = {name: (found.value, found.error), f"{name}/infinity": found.infinity}
+        distances, name = inputs.distances, self.values[0].name
+        numbers = {name: (distances.value, distances.error), f"{name}/infinity": distances.infinity}
         return measured(self.values, numbers, inputs.extractor.name)
 
 

@@ -14,10 +14,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from evaluation.metrics.base import Inputs, Metric
+from evaluation.metrics.base import Metric
 from evaluation.settings import Settings
 from evaluation.values import Value, measured
-from stepdistill.errors import UserError
 
 if TYPE_CHECKING:
     from stepdistill.drawing import Drawer
@@ -29,7 +28,8 @@ STAGES = ("text", "denoise", "decode")
 
 class Latency(Metric):
     """`latency/...`: milliseconds per image, lower is better; `throughput` and `speedup` over a teacher, if
-    given, higher is better."""
+    given, higher is better. It is of what draws, not of a set: `latencies` has the values.
+    """
 
     needs = frozenset({"timed"})
     values = (
@@ -45,14 +45,6 @@ class Latency(Metric):
         *(Value(f"latency/throughput_{stage}_ms") for stage in STAGES),
     )
 
-    def compute(self, inputs: Inputs) -> list[Value]:
-        """Times of `inputs.timed[0]`; `inputs.timed[1]`, if there, is its teacher."""
-        if not inputs.timed:
-            raise UserError(
-                "latency needs a sampler with known steps; measure it with `python -m evaluation run`."
-            )
-        return latencies(list(inputs.timed)[:2], inputs.captions or [0])[0]
-
 
 def latencies(
     drawers: Sequence[Drawer],
@@ -65,14 +57,14 @@ def latencies(
 
     teacher: index of the one that the speed-ups of the others are over, if there are so many. The others: see `timings`.
     """
-    found = timings(drawers, prompts, images, batch)
-    if teacher is not None and teacher < len(found):
-        over = found[teacher]
-        for own in found[:teacher] + found[teacher + 1 :]:
+    laps = timings(drawers, prompts, images, batch)
+    if teacher is not None and teacher < len(laps):
+        over = laps[teacher]
+        for own in laps[:teacher] + laps[teacher + 1 :]:
             times = {"speedup": "ms", "speedup_denoise": "denoise_ms", "speedup_cpu": "cpu_ms"}
             own |= {name: over[time] / own[time] for name, time in times.items()}
     return [
-        measured(Latency.values, {f"latency/{name}": number for name, number in own.items()}) for own in found
+        measured(Latency.values, {f"latency/{name}": number for name, number in own.items()}) for own in laps
     ]
 
 
@@ -93,18 +85,18 @@ def timings(
         if drawer.sampler.device.type == "cpu":
             # As the app serves it.
             drawer.sampler.trace()
-    found: list[dict[str, float]] = []
+    times: list[dict[str, float]] = []
     for drawer, lap in zip(drawers, _laps(drawers, prompts, images, 1), strict=True):
         whole, middle = sorted(lap["whole"]), {name: statistics.median(lap[name]) for name in lap}
         own = {"ms": middle["whole"], "ms_p90": whole[-(-9 * len(whole) // 10) - 1]}
         own |= {f"{stage}_ms": middle[stage] for stage in (*STAGES, "cpu")}
-        found.append(own | {"nfe": float(drawer.nfe), "ms_per_call": middle["denoise"] / drawer.nfe})
+        times.append(own | {"nfe": float(drawer.nfe), "ms_per_call": middle["denoise"] / drawer.nfe})
     if batch > 0:
-        for own, lap in zip(found, _laps(drawers, prompts, _BATCHES, batch), strict=True):
+        for own, lap in zip(times, _laps(drawers, prompts, _BATCHES, batch), strict=True):
             own["throughput"] = 1000 * batch / statistics.median(lap["whole"])
             own["throughput_batch"] = float(batch)
             own |= {f"throughput_{stage}_ms": statistics.median(lap[stage]) / batch for stage in STAGES}
-    return found
+    return times
 
 
 def _laps(

@@ -35,8 +35,8 @@ class PatchDistance(Metric):
         reference = inputs.patch_reference or inputs.reference_images
         if not isinstance(reference, FeatureStats):
             reference = folded(patches, reference).total
-        found = fold_distances(own, reference)
-        return measured(self.values, {"patch-fd": (found.value, found.error)}, patches.name)
+        distances = fold_distances(own, reference)
+        return measured(self.values, {"patch-fd": (distances.value, distances.error)}, patches.name)
 
 
 def of_patches(extractor: Extractor) -> Extractor:

@@ -40,10 +40,10 @@ class PRDC(Metric):
 
     def compute(self, inputs: Inputs) -> list[Value]:
         """Raises UserError as `check` does."""
-        found = prdc(inputs.features, inputs.reference_features)
-        errors = {name: (found[name], found[f"{name}/se"]) for name in ("precision", "density")}
+        shares = prdc(inputs.features, inputs.reference_features)
+        errors = {name: (shares[name], shares[f"{name}/se"]) for name in ("precision", "density")}
         numbers = {
-            f"prdc/{name}": errors.get(name, found[name])
+            f"prdc/{name}": errors.get(name, shares[name])
             for name in ("precision", "recall", "density", "coverage")
         }
         return measured(self.values, numbers, inputs.extractor.name)
@@ -92,7 +92,7 @@ def _check_counts(*counts: int) -> None:
 def radii(rows: np.ndarray, mean: np.ndarray, ks: tuple[int, ...]) -> list[np.ndarray]:
     """For each k the squared distance (N,) of every row to its k-th nearest other row."""
     keep = min(max(ks) + 1 + _SPARE, len(rows))
-    found = [np.empty(len(rows)) for _ in ks]
+    squares = [np.empty(len(rows)) for _ in ks]
     for i, x in _centred(rows, mean):
         best = np.full((len(x), 0), np.inf)
         index = np.zeros((len(x), 0), int)
@@ -114,9 +114,9 @@ def radii(rows: np.ndarray, mean: np.ndarray, ks: tuple[int, ...]) -> list[np.nd
             for row in np.flatnonzero(doubtful):
                 everything = [_exact(x[row], y) for _, y in _centred(rows, mean)]
                 exact[row] = np.sort(np.concatenate(everything))[: exact.shape[1]]
-        for radius, k in zip(found, ks, strict=True):
+        for radius, k in zip(squares, ks, strict=True):
             radius[i] = exact[:, k]
-    return found
+    return squares
 
 
 def _centred(rows: np.ndarray, mean: np.ndarray):

@@ -175,7 +175,7 @@ def test_the_doctor_goes_through_every_protocol(tmp_path, monkeypatch) -> None:
 def test_geneval_export_has_the_layout_its_detector_reads(tmp_path) -> None:
     lines = [json.dumps({"tag": "counting", "prompt": text}) for text in ("two cats", "three dogs")]
     (tmp_path / "m.jsonl").write_text("\n".join(lines) + "\n")
-    captions = CaptionFile("m", 2).found(tmp_path / "m.jsonl")
+    captions = CaptionFile("m", 2).located(tmp_path / "m.jsonl")
     images = torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1).expand(6, 3, 8, 8)
     assert geneval.export(MemoryImages(images.split(4)), captions, 3, tmp_path / "out") == 2
     for prompt in range(2):

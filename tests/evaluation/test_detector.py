@@ -15,7 +15,7 @@ from PIL import Image
 from evaluation import detector
 from evaluation.__main__ import main
 from evaluation.captions import CaptionFile
-from evaluation.detector import CLASSES, Detector, Found, judged, relations
+from evaluation.detector import CLASSES, Detected, Detector, judged, relations
 from evaluation.protocol import PROTOCOLS
 
 
@@ -37,14 +37,14 @@ def test_relations_of_boxes(box, there) -> None:
     assert relations(box, (40, 0, 50, 10)) == there
 
 
-def found(*boxes: tuple[int, int]) -> list[Found]:
+def detected(*boxes: tuple[int, int]) -> list[Detected]:
     return [
-        Found(1 - 0.1 * i, (x, y, x + 10, y + 10), np.ones((1, 1), bool)) for i, (x, y) in enumerate(boxes)
+        Detected(1 - 0.1 * i, (x, y, x + 10, y + 10), np.ones((1, 1), bool)) for i, (x, y) in enumerate(boxes)
     ]
 
 
 def test_the_rules_are_genevals() -> None:
-    objects = {"dog": found((0, 0), (100, 0)), "cat": found((50, 0))}
+    objects = {"dog": detected((0, 0), (100, 0)), "cat": detected((50, 0))}
     seen = []
 
     def colours(own, name):

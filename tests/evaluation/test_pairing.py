@@ -133,12 +133,12 @@ def test_a_pickled_list_is_named_with_the_way_out(tmp_path) -> None:
 def test_captions_are_drawn_from_a_longer_file_by_a_seed(tmp_path) -> None:
     (tmp_path / "c.json").write_text(json.dumps([f"caption {i}" for i in range(50)]))
     first, again, other = (
-        CaptionFile("c", 9, seed=seed).found(tmp_path / "c.json").read() for seed in (0, 0, 1)
+        CaptionFile("c", 9, seed=seed).located(tmp_path / "c.json").read() for seed in (0, 0, 1)
     )
     assert first == again != other and len(set(first)) == 9
     assert CaptionFile.open(tmp_path / "c.json", 9, 0).read() == first
     with pytest.raises(UserError, match="has 50 captions, but"):
-        CaptionFile("c", 51, seed=0).found(tmp_path / "c.json")
+        CaptionFile("c", 51, seed=0).located(tmp_path / "c.json")
 
 
 def test_a_pinned_list_is_known_by_its_ends(tmp_path) -> None:
@@ -147,10 +147,10 @@ def test_a_pinned_list_is_known_by_its_ends(tmp_path) -> None:
     lines = [f"caption {i}" for i in range(60)]
     pin = hashlib.sha256("\n".join(lines[:20] + lines[-20:]).encode()).hexdigest()
     (tmp_path / "c.txt").write_text("\n".join(lines))
-    assert CaptionFile("c", 60, ends=pin).found(tmp_path / "c.txt")
+    assert CaptionFile("c", 60, ends=pin).located(tmp_path / "c.txt")
     (tmp_path / "c.txt").write_text("\n".join(reversed(lines)))
     with pytest.raises(UserError, match="holds other captions than c"):
-        CaptionFile("c", 60, ends=pin).found(tmp_path / "c.txt")
+        CaptionFile("c", 60, ends=pin).located(tmp_path / "c.txt")
 
 
 def test_what_the_model_does_not_read_is_said(tmp_path) -> None:

@@ -146,22 +146,22 @@ def test_resize_crops_the_middle_and_uses_its_filter() -> None:
 )
 def test_captions_in_every_layout(tmp_path, name, content) -> None:
     (tmp_path / name).write_text(content)
-    assert CaptionFile("c", 2).found(tmp_path / name).read() == ("a cat", "a dog")
+    assert CaptionFile("c", 2).located(tmp_path / name).read() == ("a cat", "a dog")
 
 
 def test_captions_that_are_missing_too_few_or_empty(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("STEPDISTILL_REFERENCES", str(tmp_path))
     with pytest.raises(UserError, match=rf"nothing for the captions c at {tmp_path}/c.txt.*with --captions"):
-        CaptionFile("c", 2).found()
+        CaptionFile("c", 2).located()
     (tmp_path / "c.txt").write_text("one\n")
     with pytest.raises(UserError, match="has 1 captions, but the protocol's c has 2"):
-        CaptionFile("c", 2).found()
+        CaptionFile("c", 2).located()
     (tmp_path / "c.txt").write_text("one\n \n")
     with pytest.raises(UserError, match=r"caption 2 of .*c\.txt is empty"):
-        CaptionFile("c", 2).found()
+        CaptionFile("c", 2).located()
     (tmp_path / "c.json").write_text("{")
     with pytest.raises(UserError, match="not UTF-8 text or JSON"):
-        CaptionFile("c", 2).found(tmp_path / "c.json")
+        CaptionFile("c", 2).located(tmp_path / "c.json")
 
 
 def test_references_are_found_and_counted(tmp_path, monkeypatch) -> None:
@@ -171,7 +171,7 @@ def test_references_are_found_and_counted(tmp_path, monkeypatch) -> None:
     (tmp_path / "pictures").mkdir()
     for index, size in enumerate([(8, 8), (12, 8), (8, 20)]):
         Image.new("RGB", size, (index, 0, 0)).save(tmp_path / "pictures" / f"{index}.png")
-    reference = NamedReference("pictures", 3, Resize("centre", 8, "box")).found()
+    reference = NamedReference("pictures", 3, Resize("centre", 8, "box")).located()
     (batch,) = reference.resized()
     # Three sizes, one result.
     assert batch.shape == (3, 3, 8, 8) and batch[:, 0, 0, 0].tolist() == [0, 1, 2]
@@ -179,7 +179,7 @@ def test_references_are_found_and_counted(tmp_path, monkeypatch) -> None:
     Image.new("RGB", (8, 8), (9, 0, 0)).save(tmp_path / "pictures" / "0.png")
     assert reference.sha256() != content
     with pytest.raises(UserError, match="has 3 images, but the reference pictures has 4"):
-        NamedReference("pictures", 4).found()
+        NamedReference("pictures", 4).located()
 
 
 def test_files_of_ones_own_and_what_is_wrong_with_them(tmp_path) -> None:
@@ -201,7 +201,7 @@ def test_files_of_ones_own_and_what_is_wrong_with_them(tmp_path) -> None:
     ):
         with pytest.raises(UserError, match=message.replace("?", r"\?").replace(".", r"\.")):
             load_protocol(written(content))
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="there is no file nowhere.yaml"):
         get_protocol("nowhere.yaml")
     with pytest.raises(UserError, match="Did you mean 'coco14-30k'"):
         get_protocol("coco-30k")

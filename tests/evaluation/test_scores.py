@@ -5,10 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from fakes import (
-    given,
-    rows,
-)
+from fakes import given, rows
 
 from evaluation.extractors import Extractor
 from evaluation.folds import FOLDS, fold_of

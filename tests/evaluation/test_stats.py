@@ -7,9 +7,7 @@ import pytest
 import torch
 from features import correlated, exactly, folded, frechet_with_error, nuclear_truth, stats_of
 
-from evaluation.folds import (
-    frechet_ratio_with_error,
-)
+from evaluation.folds import frechet_ratio_with_error
 from evaluation.frechet import frechet_distance, frechet_from_features
 from evaluation.stats import FeatureStats, Source
 from stepdistill.errors import UserError
