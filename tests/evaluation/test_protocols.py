@@ -201,7 +201,7 @@ def test_files_of_ones_own_and_what_is_wrong_with_them(tmp_path) -> None:
     ):
         with pytest.raises(UserError, match=message.replace("?", r"\?").replace(".", r"\.")):
             load_protocol(written(content))
-    with pytest.raises(UserError, match="there is no file nowhere.yaml"):
+    with pytest.raises(UserError, match=r"there is no file nowhere\.yaml"):
         get_protocol("nowhere.yaml")
     with pytest.raises(UserError, match="Did you mean 'coco14-30k'"):
         get_protocol("coco-30k")
