@@ -8,10 +8,12 @@ is nowhere to upload one to.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
@@ -87,9 +89,10 @@ class Gate:
         except Invalid as error:
             await reply(send, 404 if error.field == "fn_index" else 400, str(error), field=error.field)
             return
-        _, app = await self.later.get()
+        page, app = await self.later.get()
         if path == STREAM:
-            await _stream(app, scope, receive, send)
+            session = scope["query_string"].decode().partition("=")[2]
+            await _stream(app, scope, receive, send, lambda: page.draws.end(session))
         else:
             await app(scope, receive, _with_policy(send) if path == "/" else send)
 
@@ -110,21 +113,39 @@ def _with_policy(send: Send) -> Send:
     return sending
 
 
-async def _stream(app: Any, scope: Scope, receive: Receive, send: Send) -> None:
-    started = False
+async def _stream(app: Any, scope: Scope, receive: Receive, send: Send, gone: Callable[[], None]) -> None:
+    """Gradio's stream of answers. `gone` is called where the client goes away, of which Gradio tells no function."""
+    started, asked, left = False, False, asyncio.Event()
 
     async def noting(message: Any) -> None:
         nonlocal started
         started = True
         await send(message)
 
+    async def once() -> Any:
+        nonlocal asked
+        if asked:
+            await left.wait()
+            return {"type": "http.disconnect"}
+        asked = True
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        left.set()
+        gone()
+
+    watching = asyncio.ensure_future(watch())
     try:
-        await app(scope, receive, noting)
+        await app(scope, once, noting)
     except Exception:
         # Gradio tells a tab that it does not know so, and then raises: that is no fault of the server's.
         if not started:
             raise
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+    finally:
+        watching.cancel()
 
 
 # A call of a function ------------------------------------------------------------------------------------

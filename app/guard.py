@@ -12,6 +12,7 @@ import binascii
 import hmac
 import ipaddress
 import json
+import math
 import re
 import time
 from collections import OrderedDict, deque
@@ -25,6 +26,8 @@ from app.request import Invalid
 
 MAX_JSON = 64 * 1024
 MAX_DEPTH = 16
+# Bytes of a body that is too large which are read and dropped before it is refused.
+MAX_PASSED = 32 * 1024 * 1024
 # Routes whose body is a file.
 FILES = ("/api/read", "/api/reproduce")
 HEALTH = "/healthz"
@@ -87,6 +90,8 @@ class Guard:
         cap = MAX_FILE + MAX_JSON if scope["path"] in FILES else MAX_JSON
         refusal = self._refusal(scope, headers, cap)
         if refusal is not None:
+            if refusal[0] == 413 and _length(headers) <= MAX_PASSED:
+                await _passed_over(receive)
             await reply(send, *refusal)
             return
         # No route needs a part of a file, and Gradio answers an odd Range with 500.
@@ -104,11 +109,11 @@ class Guard:
                 failure = Gone()
                 raise failure
             received += len(message.get("body", b""))
+            complete = complete or not message.get("more_body", False)
             # Counted, as a chunked body does not say its length.
             if received > cap:
                 failure = TooLarge()
                 raise failure
-            complete = complete or not message.get("more_body", False)
             return message
 
         async def with_headers(message: MutableMapping[str, Any]) -> None:
@@ -131,6 +136,8 @@ class Guard:
             if failure is None:
                 raise
         if isinstance(failure, TooLarge) and not started:
+            if not complete:
+                await _passed_over(receive)
             await reply(send, *_too_large(cap))
 
     def _refusal(self, scope: Scope, headers: dict[str, str], cap: int) -> tuple[Any, ...] | None:
@@ -142,8 +149,7 @@ class Guard:
             return 400, "a request has Content-Length or Transfer-Encoding, not both"
         if _unprintable(scope["path"]):
             return 404, "nothing is served at this address"
-        length = headers.get("content-length", "0")
-        if not (length.isascii() and length.isdigit()) or len(length) > 18 or int(length) > cap:
+        if _length(headers) > cap:
             return _too_large(cap)
         if self.door is not None and scope["path"] != HEALTH:
             address = (scope.get("client") or ("",))[0]
@@ -239,6 +245,15 @@ async def read(receive: Receive) -> bytes:
     return b"".join(parts)
 
 
+async def _passed_over(receive: Receive) -> None:
+    """Let the rest of a body come, up to `MAX_PASSED` bytes: who still sends when the connection closes reads no answer."""
+    left, more = MAX_PASSED, True
+    while more and left > 0:
+        message = await receive()
+        left -= len(message.get("body", b""))
+        more = message.get("more_body", False)
+
+
 async def reply(
     send: Send,
     status: int,
@@ -257,6 +272,12 @@ async def reply(
     start = {"type": "http.response.start", "status": status, "headers": [*own, *headers, *HEADERS]}
     await send(start)
     await send({"type": "http.response.body", "body": body})
+
+
+def _length(headers: dict[str, str]) -> float:
+    """Of the body, as the head says it; infinite where that is no number."""
+    said = headers.get("content-length", "0")
+    return int(said) if said.isascii() and said.isdigit() and len(said) <= 18 else math.inf
 
 
 def _too_large(cap: int) -> tuple[int, str]:

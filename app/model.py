@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from app.catalog import Entry
 from app.embeddings import Embeddings
 from app.invariant import make_invariant
 from app.request import Limits, Request
+from stepdistill.tracing import TracedDecoder
 
 # Sizes of a batch that are tried, the largest first.
 SIZES = (8, 4, 2)
@@ -109,9 +111,13 @@ class Model:
     def make_faster(self) -> bool:
         """Do a part of what makes drawing faster and can wait until nobody does; False where all is done."""
         if self._traceable:
-            # A quarter of a small network's time on a CPU is Python's. Recording takes longer than a first image.
+            # A quarter of a small network's time on a CPU is Python's, which the routes of other users wait for as well.
+            # Recording takes longer than a first image.
             self._traceable = False
             self.sampler.trace()
+            vae = getattr(self.sampler.pipeline, "vae", None)
+            if isinstance(getattr(vae, "decoder", None), nn.Module):
+                vae.decoder = TracedDecoder(vae.decoder).eval()
             self.warm_up()
             return True
         return self._try_size()

@@ -8,10 +8,11 @@ import gradio as gr
 
 
 class Page(gr.Blocks):
-    """`gr.Blocks` that keeps its checks on when it is mounted in another application."""
+    """`gr.Blocks` that keeps its checks on when it is mounted in another application; `draws` is what its tabs draw."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, draws: Any, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.draws = draws
         # Gradio compares the paths of a client with its cache only where `launch` has been called, which
         # never happens to a mounted page.
         self.has_launched = True

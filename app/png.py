@@ -78,8 +78,8 @@ def read_png(data: bytes) -> tuple[np.ndarray, str | None]:
     try:
         with Image.open(io.BytesIO(kept), formats=("PNG",)) as image:
             pixels = np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"the PNG file is damaged ({str(error)[:80]}).") from None
+    except (OSError, ValueError, SyntaxError):
+        raise UserError("the PNG file is damaged or cut off.") from None
     return pixels, text
 
 

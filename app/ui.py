@@ -38,7 +38,7 @@ def build(engine: Engine) -> gr.Blocks:
     """The page of `engine`, which may still be loading. Its functions are called "/generate" and "/compare"."""
     draws = Draws(engine)
     # Files are kept for half an hour: whoever wants an image for longer downloads it.
-    with Page(title="stepdistill", analytics_enabled=False, delete_cache=(120, 1800)) as page:
+    with Page(draws, title="stepdistill", analytics_enabled=False, delete_cache=(120, 1800)) as page:
         gr.Markdown("# stepdistill\nMany diffusion steps, distilled into one to four. [To the studio](/)")
         with gr.Tab("Create"):
             _create(engine, draws, page)
@@ -172,7 +172,11 @@ class Draws:
 
     def stop(self, request: gr.Request = None) -> None:
         """End what this tab draws."""
-        for job in self._jobs.get(_tab(request), ()):
+        self.end(_tab(request))
+
+    def end(self, tab: str) -> None:
+        """End what is drawn for a tab, also one that has gone."""
+        for job in self._jobs.get(tab, ()):
             job.cancel()
 
     async def fitted(self, model: str) -> tuple[Any, Any, Any]:
@@ -253,7 +257,8 @@ def picture(result: Result) -> Image.Image:
 def mounted(engine: Engine) -> tuple[gr.Blocks, Any, FastAPI]:
     """The page, Gradio's application of it, which is served below a path, and the one it is mounted in."""
     page = build(engine)
-    page.state_session_capacity = 500
+    # Of tabs whose changed fields are remembered; nothing depends on them.
+    page.state_session_capacity = 32
     # api_open=False closes POST /gradio_api/run/..., which would skip the queue and its limits.
     page.queue(api_open=False, max_size=64, default_concurrency_limit=None)
     parent = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)

@@ -2,38 +2,36 @@
 
     python benchmarks/serving.py [--quick]        -> benchmarks/serving.json
 
-- overhead: a one-step image of one user, warm, over the sum of its network passes, both medians, interleaved.
+- overhead: a one-step image of one user, warm, over the sum of its network passes, both of one and the same image:
+  by the clock, and by CPU time, which a busy machine does not change. Medians.
 - best: the engine's own best images per second, batches always full.
 - share: of it, what 50 users get who each ask again when they are answered, by /v1 and by the page's route.
-- crowd: 100 and 500 users who each ask once: answered, or refused with Retry-After, and how soon; the settings inside
-  every PNG are compared with what its user asked for.
+- crowd: 100 and 500 users of one address, and 500 of eight, who each ask once: answered, or refused with Retry-After, and
+  how soon; the settings inside every PNG are compared with what its user asked for.
 
-Clients and server share the process and its cores, so shares are a lower bound of what clients elsewhere see.
+Clients and server share the machine's cores, so shares are a lower bound of what clients elsewhere see.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import base64
 import json
 import os
 import resource
 import socket
 import statistics
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
-import httpx
 import torch
 
-from app import png
 from app.connections import PER_ADDRESS, server
 from app.engine import Engine
 from app.http import create_app
 from app.request import Request, validate
-from stepdistill import scenes
 from stepdistill.errors import atomic_write
 
 OUT = Path(__file__).with_name("serving.json")
@@ -41,36 +39,42 @@ PROMPT = "a small red circle above a large blue square on a yellow background"
 
 
 class Passes:
-    """The seconds that the networks of a sampler took, by their own forward calls."""
+    """The seconds, of clock and CPU, that the networks of a sampler took, by their own forward calls."""
 
     def __init__(self, sampler) -> None:
-        self.seconds, self._began = 0.0, 0.0
-        for network in (
-            sampler.denoiser.network,
-            sampler.pipeline.vae.decoder,
-            sampler.pipeline.text_encoder,
-        ):
+        self.clock, self.cpu, self._began = 0.0, 0.0, (0.0, 0.0)
+        vae = sampler.pipeline.vae
+        networks = (sampler.denoiser.network, vae.post_quant_conv, vae.decoder, sampler.pipeline.text_encoder)
+        for network in networks:
             network.register_forward_pre_hook(self._before)
             network.register_forward_hook(self._after)
 
     def _before(self, *_) -> None:
-        self._began = time.perf_counter()
+        self._began = time.perf_counter(), time.thread_time()
 
     def _after(self, *_) -> None:
-        self.seconds += time.perf_counter() - self._began
+        self.clock += time.perf_counter() - self._began[0]
+        self.cpu += time.thread_time() - self._began[1]
 
 
 def overhead(engine: Engine, passes: Passes, count: int) -> dict[str, float]:
-    """Median of (an image's time) / (its networks' time), each pair of one and the same image."""
-    ratios, whole = [], []
+    """Medians of (an image's time) / (its networks' time), each pair of one and the same image."""
+    clock, cpu, whole = [], [], []
     for seed in range(count):
-        passes.seconds = 0.0
-        began = time.perf_counter()
+        passes.clock = passes.cpu = 0.0
+        began, used = time.perf_counter(), time.process_time()
         engine.generate(Request(PROMPT, seed=seed, steps=1))
         spent = time.perf_counter() - began
         whole.append(spent)
-        ratios.append(spent / passes.seconds)
-    return {"ratio": statistics.median(ratios), "ms": 1000 * statistics.median(whole), "images": count}
+        clock.append(spent / passes.clock)
+        cpu.append((time.process_time() - used) / passes.cpu)
+    clock_ratio, cpu_ratio = statistics.median(clock), statistics.median(cpu)
+    return {
+        "ratio": clock_ratio,
+        "cpu_ratio": cpu_ratio,
+        "ms": 1000 * statistics.median(whole),
+        "images": count,
+    }
 
 
 def best(engine: Engine, seconds: float) -> float:
@@ -90,83 +94,33 @@ def best(engine: Engine, seconds: float) -> float:
     return rate
 
 
-def asked(route: str, user: int, seed: int) -> tuple[str, dict]:
-    """Address and body of one image, with a prompt that is this user's own."""
-    request = {"prompt": scenes.scene_at(user).caption, "seed": seed, "steps": 1}
-    if route == "page":
-        return "/api/generate", {"request": request, "session": f"user-{user}", "number": seed, "n": 1}
-    return "/v1/images/generations", request
+def users(*words: object) -> dict:
+    """What the users of benchmarks/serving_users.py saw."""
+    command = [sys.executable, OUT.with_name("serving_users.py"), *words]
+    return json.loads(subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE).stdout)
 
 
-def right(route: str, answer: httpx.Response, body: dict) -> bool:
-    """Whether the settings inside the PNG are those that were asked for."""
-    if route == "page":
-        data, wanted = json.loads(answer.text.splitlines()[-1])["png"], body["request"]
-    else:
-        data, wanted = answer.json()["data"][0]["b64_json"], body
-    settings = json.loads(png.read_png(base64.b64decode(data))[1])
-    return all(settings[name] == wanted[name] for name in ("prompt", "seed", "steps"))
+def share(engine: Engine, url: str, route: str, turns: int, seconds: float) -> dict:
+    """What 50 users get of the engine's own best, in turns with it; the median turn."""
+    seen = []
+    before = best(engine, seconds / 2)
+    for _ in range(turns):
+        one = users(url, "steady", route, 50, seconds)
+        after = best(engine, seconds / 2)
+        rate = (before + after) / 2
+        seen.append(one | {"best_images_per_second": rate, "share": one["images_per_second"] / rate})
+        before = after
+    wrong = sum(one["wrong"] for one in seen)
+    middle = sorted(seen, key=lambda one: one["share"])[len(seen) // 2]
+    return middle | {"wrong": wrong, "shares": [round(one["share"], 3) for one in seen]}
 
 
-async def steady(url: str, route: str, users: int, seconds: float) -> dict:
-    """Users who ask again and again."""
-    ended, latencies, wrong = time.perf_counter() + seconds, [], 0
-    limits = httpx.Limits(max_connections=users, max_keepalive_connections=users)
-
-    async def user(client: httpx.AsyncClient, number: int) -> None:
-        nonlocal wrong
-        seed = 0
-        while time.perf_counter() < ended:
-            seed += 1
-            path, body = asked(route, number, seed)
-            began = time.perf_counter()
-            answer = await client.post(path, json=body)
-            latencies.append(time.perf_counter() - began)
-            wrong += answer.status_code != 200 or not right(route, answer, body)
-
-    async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
-        began = time.perf_counter()
-        await asyncio.gather(*(user(client, number) for number in range(users)))
-        spent = time.perf_counter() - began
-    ordered = sorted(latencies)
-    return {
-        "users": users, "images_per_second": len(latencies) / spent, "wrong": wrong,
-        "p50": ordered[len(ordered) // 2], "p95": ordered[int(0.95 * len(ordered))],
-    }  # fmt: skip
-
-
-async def crowd(url: str, users: int) -> dict:
-    """Users who all ask once, each by a connection of his own."""
-    limits = httpx.Limits(max_connections=users, max_keepalive_connections=0)
-    answered, refused, slow, wrong, lost = 0, 0, 0, 0, 0
-    latencies = []
-
-    async def user(client: httpx.AsyncClient, number: int) -> None:
-        nonlocal answered, refused, slow, wrong, lost
-        path, body = asked("v1", number, number)
-        began = time.perf_counter()
-        try:
-            answer = await client.post(path, json=body)
-        except httpx.HTTPError:
-            lost += 1
-            return
-        spent = time.perf_counter() - began
-        if answer.status_code == 200:
-            answered += 1
-            latencies.append(spent)
-            wrong += not right("v1", answer, body)
-        elif answer.status_code == 503 and answer.headers.get("retry-after"):
-            refused += 1
-            slow += spent > 1
-        else:
-            lost += 1
-
-    async with httpx.AsyncClient(base_url=url, timeout=180, limits=limits) as client:
-        await asyncio.gather(*(user(client, number) for number in range(users)))
-    return {
-        "users": users, "answered": answered, "refused_with_retry_after": refused, "refused_after_a_second": slow, "lost": lost,
-        "mixed_up": wrong, "p95": sorted(latencies)[int(0.95 * len(latencies))] if latencies else None,
-    }  # fmt: skip
+def settled(engine: Engine) -> None:
+    """Wait until nothing is left that the engine does while nobody asks: loading, recording, trying sizes, hashing."""
+    while any(
+        entry.state == "loading" or "sha256" not in entry.about for entry in engine.entries.values()
+    ) or any(model._untried for model in engine.models.loaded.values()):
+        time.sleep(0.1)
 
 
 def serve(engine: Engine) -> tuple[str, object]:
@@ -187,21 +141,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     quick = (args := parser.parse_args()).quick
     engine = Engine(threads=args.threads, device="cpu").start().wait()
-    while engine.entries["teacher"].state != "ready" or engine.models.loaded["student"]._untried:
-        time.sleep(0.1)
+    settled(engine)
     model = engine.models.loaded["student"]
     measured = {
         "sizes": list(model.sizes),
         "overhead": overhead(engine, Passes(model.sampler), 20 if quick else 100),
     }
-    seconds = 4.0 if quick else 15.0
+    seconds = 4.0 if quick else 8.0
     url, running = serve(engine)
     for route in ("v1", "page"):
-        before = best(engine, seconds)
-        users = asyncio.run(steady(url, route, 50, seconds))
-        rate = (before + best(engine, seconds)) / 2
-        measured[route] = users | {"best_images_per_second": rate, "share": users["images_per_second"] / rate}
-    measured["crowd"] = [asyncio.run(crowd(url, users)) for users in (100, 500)]
+        measured[route] = share(engine, url, route, 3 if quick else 5, seconds)
+    measured["crowd"] = [users(url, "crowd", *many) for many in ((100, 1), (500, 1), (500, 8))]
     measured["connections_of_one_address"] = PER_ADDRESS
     measured["batches"] = engine.metrics.summary()["batches"]
     measured["machine"] = {

@@ -45,25 +45,41 @@ class Traced(nn.Module):
         names = sorted(cond) if isinstance(cond, dict) else None
         conds = () if cond is None else (cond,) if names is None else tuple(cond[name] for name in names)
         inputs = (x_t, t, *conds, *extras.values())
-        key = (names and tuple(names), tuple(extras), tuple((i.shape, i.dtype, i.device) for i in inputs))
+        plain = Positional(self.network, names, len(conds), tuple(extras)).eval()
+        return self._replay(plain, inputs, (names and tuple(names), tuple(extras)))
+
+    def _replay(self, plain: nn.Module, inputs: tuple[Tensor, ...], about: Any = None) -> Tensor:
+        """What `plain` gives for inputs, from its recording; `about` is what it depends on besides their shapes."""
+        key = (about, tuple((i.shape, i.dtype, i.device) for i in inputs))
         if key not in self._recorded:
             if len(self._recorded) >= self.KEPT:
                 self._recorded.pop(next(iter(self._recorded)))
-            self._recorded[key] = self._record(inputs, names, len(conds), tuple(extras))
+            self._recorded[key] = recording(plain, inputs)
         return self._recorded[key](*inputs)
 
-    def _record(self, inputs: tuple[Tensor, ...], names: list[str] | None, conds: int, extras: tuple) -> Any:
-        plain = Positional(self.network, names, conds, extras).eval()
-        with warnings.catch_warnings():
-            # One per Python branch on a shape; shapes are in the key.
-            warnings.simplefilter("ignore")
-            try:
-                recorded = torch.jit.trace(plain, inputs, check_trace=False)
-                if torch.equal(recorded(*inputs), plain(*inputs)):
-                    return recorded
-            except (RuntimeError, TypeError, ValueError):
-                pass
-        return plain
+
+class TracedDecoder(Traced):
+    """The same of a VAE's decoder, `network(z)`; a call with more goes to the network."""
+
+    def forward(self, z: Tensor, *more: Any, **named: Any) -> Tensor:
+        plain = torch.is_grad_enabled() or self.training or torch.jit.is_tracing()
+        if plain or any(each is not None for each in (*more, *named.values())):
+            return self.network(z, *more, **named)
+        return self._replay(self.network, (z,))
+
+
+def recording(plain: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+    """A recording of `plain` for inputs of these shapes; itself where none gives the same bits."""
+    with warnings.catch_warnings():
+        # One per Python branch on a shape; shapes are in the key.
+        warnings.simplefilter("ignore")
+        try:
+            recorded = torch.jit.trace(plain, inputs, check_trace=False)
+            if torch.equal(recorded(*inputs), plain(*inputs)):
+                return recorded
+        except (RuntimeError, TypeError, ValueError):
+            pass
+    return plain
 
 
 class Positional(nn.Module):

@@ -8,7 +8,7 @@ from torch import nn
 
 import stepdistill
 from stepdistill import assets
-from stepdistill.tracing import Traced
+from stepdistill.tracing import Traced, TracedDecoder
 
 PROMPTS = ["a large red star on a black background", "a small blue circle on a white background"]
 
@@ -28,6 +28,18 @@ def test_images_are_bit_equal(pair, steps, chunk):
     for _ in range(2):
         assert torch.equal(traced(PROMPTS, [3, 4], steps=steps, chunk=chunk), expected)
     assert len(traced.denoiser.network._recorded) >= 1
+
+
+def test_a_decoder_is_replayed_bit_equal(pair):
+    decoder = pair[0].pipeline.vae.decoder
+    z = torch.randn(2, decoder.conv_in.in_channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    traced = TracedDecoder(decoder).eval()
+    with torch.no_grad():
+        expected = decoder(z)
+        for _ in range(2):
+            assert torch.equal(traced(z), expected) and torch.equal(traced(z, None), expected)
+    assert len(traced._recorded) == 1 and traced(z.requires_grad_()).requires_grad
+    assert isinstance(next(iter(traced._recorded.values())), torch.jit.ScriptModule)
 
 
 class Noted(nn.Module):

@@ -98,7 +98,7 @@ function stale() {
 
 function head(at) {
   const shot = pair?.shots[at], asked = pair ? pair.asked[at] : requests()[at];
-  const name = form.modelOf(asked.model)?.title ?? asked.model;
+  const name = form.nameOf(asked.model);
   const facts = shot ? `${plural(shot.settings.steps, "step")} · ${seconds(shot.settings.seconds.total)}` : pair?.said[at] ?? "";
   return [el("b", {}, name), el("span", {}, facts), ...(pair && !fresh(at) ? [el("em", {}, "of other settings")] : [])];
 }
@@ -150,7 +150,7 @@ function ratio() {
 async function grid() {
   const prompts = $("grid-prompts").value.split("\n").map(form.tidy).filter(Boolean).slice(0, 8), seed = form.seed();
   const columns = form.state.models.flatMap((model) => (model.limits?.steps ?? (form.isMany(model) ? [model.limits?.default_steps ?? 50] : [1]))
-    .filter((steps) => [1, 2, 4].includes(steps) || form.isMany(model)).map((steps) => ({model: model.id, title: model.title, steps})));
+    .filter((steps) => [1, 2, 4].includes(steps) || form.isMany(model)).map((steps) => ({model: model.id, title: form.nameOf(model.id), steps})));
   const cells = prompts.map(() => columns.map(() => el("td", {}, el("div", {class: "shot empty"}))));
   $("grid").replaceChildren(el("table", {},
     el("thead", {}, el("tr", {}, el("th", {}, `seed ${seed}`), ...columns.map((column) => el("th", {scope: "col"}, column.title, el("small", {}, plural(column.steps, "step")))))),

@@ -16,6 +16,12 @@ export const changed = (what = "form") => listeners.forEach((listener) => listen
 export const modelOf = (id) => state.models.find((model) => model.id === id);
 export const isMany = (model) => model.limits ? !model.limits.steps : model.id === "teacher";
 
+/** What a model is called: by its title, and by its id where another has the same. */
+export const nameOf = (id) => {
+  const title = modelOf(id)?.title ?? id;
+  return state.models.some((other) => other.id !== id && other.title === title) ? `${id}: ${title}` : title;
+};
+
 /** The request of the form: what stands in it, and nothing of what its model does not take. */
 export function request() {
   const limits = modelOf($("model").value)?.limits;
@@ -82,7 +88,9 @@ export function stepChips(box, name, model, before, listener) {
   const limits = model?.limits;
   const listed = limits?.steps ?? (model && isMany(model) ? [10, 25, 50] : [1]);
   const all = [...listed];
-  if (before && limits && !limits.steps && !all.includes(Number(before)) && before <= limits.max_steps) all.push(Number(before));
+  // Of a model that is not loaded yet what it takes is unknown: what was asked for stays.
+  const takes = !limits || (!limits.steps && before <= limits.max_steps);
+  if (before && takes && !all.includes(Number(before))) all.push(Number(before));
   const chosen = all.includes(Number(before)) ? before : limits?.default_steps ?? all.at(isMany(model ?? {}) ? -1 : 0);
   chips(box, name, all.sort((a, b) => a - b).map((count) => [count, String(count), plural(count, "step")]), chosen, listener);
 }

@@ -21,6 +21,7 @@ function show(name, focus = false) {
     button.setAttribute("aria-selected", on);
     button.tabIndex = on ? 0 : -1;
     if (on && focus) button.focus();
+    if (on) button.scrollIntoView({block: "nearest", inline: "nearest"});
   }
   $("ask").hidden = !["create", "compare"].includes(name);
   $("go").hidden = name !== "create";
@@ -81,7 +82,7 @@ function status(server) {
   for (const model of form.state.models) {
     const count = Object.values(model.about.parameters ?? {}).reduce((a, b) => a + b, 0);
     if (model.problem) parts.push(el("span", {class: "bad"}, `${model.id}: ${model.problem}`));
-    else if (count) parts.push(el("span", {}, `${model.title} ${(count / 1e6).toFixed(1)} M parameters`));
+    else if (count) parts.push(el("span", {}, `${form.nameOf(model.id)} ${(count / 1e6).toFixed(1)} M parameters`));
   }
   if (server.device) parts.push(el("span", {}, `${server.device_name ?? server.device}, ${server.dtype}`), el("span", {}, `attention ${server.attention}`), el("span", {}, plural(server.threads, "thread")));
   const sizes = form.modelOf("student")?.batch;

@@ -4,7 +4,7 @@ import * as form from "./form.js";
 import {$, blobOf, el, plural, post, say} from "./util.js";
 
 const KEY = "stepdistill-history-1";
-const MOST = 60, MOST_CHARACTERS = 4_000_000, SIDE = 128;
+const MOST = 60, MOST_CHARACTERS = 4_000_000, SIDE = 128, MOST_BYTES = 8 * 2 ** 20;
 let goto = () => {};
 
 export function start(show) {
@@ -71,7 +71,7 @@ function list() {
   $("past").replaceChildren(...kept.map(({image, settings}) => el("button", {
     class: "old", title: settings.prompt, "aria-label": `Restore: ${settings.prompt}, ${settings.model}, ${plural(settings.steps, "step")}, seed ${settings.seed}`,
     onclick: () => { form.restore(settings); goto("create"); },
-  }, el("img", {src: image, alt: "", loading: "lazy"}), el("span", {}, `${settings.made_by ?? settings.model} · ${settings.steps}`))));
+  }, el("img", {src: image, alt: "", loading: "lazy"}), el("span", {}, `${plural(settings.steps, "step")} · ${settings.made_by ?? settings.model}`))));
   if (!kept.length) $("past").replaceChildren(el("p", {class: "hint"}, "What you draw is kept here, also when the page is loaded anew."));
 }
 
@@ -80,6 +80,7 @@ async function read(file) {
   const box = $("read");
   box.replaceChildren("Reading");
   try {
+    if (file.size > MOST_BYTES) throw new Error(`the file has ${Math.round(file.size / 2 ** 20)} MB, more than the 8 allowed.`);
     const said = await post("/api/read", file);
     const lines = said.notes.map((note) => el("p", {class: "note"}, note));
     if (!said.settings) {

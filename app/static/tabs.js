@@ -73,8 +73,8 @@ function plot(rows, quality) {
     svg("text", {x: (left + w) / 2, y: h - 6, "text-anchor": "middle"}, "milliseconds an image"), svg("text", {x: 4, y: 20}, quality),
     ...points.map((p) => svg("g", {class: kind(p)}, svg("circle", {cx: x(p.metrics["latency/ms"]), cy: y(p.metrics[quality]), r: 6}),
       svg("text", {x: x(p.metrics["latency/ms"]), y: y(p.metrics[quality]) - 11, "text-anchor": "middle"}, String(p.steps)))),
-    ...[...new Map(points.map((p) => [kind(p), p.role]))].map(([name, role], i) => svg("g", {class: name}, svg("circle", {cx: w - 150, cy: 24 + 18 * i, r: 5}),
-      svg("text", {x: w - 138, y: 28 + 18 * i}, `${role}, by steps`))));
+    ...[...new Map(points.map((p) => [kind(p), p.role]))].map(([name, role], i) => svg("g", {class: name}, svg("circle", {cx: w - 196, cy: 24 + 18 * i, r: 5}),
+      svg("text", {x: w - 184, y: 28 + 18 * i}, `${role}, by steps`))));
 }
 
 export async function training(box) {
@@ -124,7 +124,7 @@ export function api(box) {
   };
   box.replaceChildren(el("h2", {}, "Call this server"),
     ...Object.entries(codes).flatMap(([name, code]) => [el("div", {class: "row between"}, el("h3", {}, name), el("button", {onclick: () => copy(code, "Code")}, "Copy")), el("pre", {tabindex: "0"}, code)]),
-    el("p", {}, el("a", {href: "/gradio/"}, "The same models as a Gradio page")),
+    el("p", {}, el("a", {href: "/gradio/", class: "link"}, "The same models as a Gradio page")),
     el("h3", {}, "Addresses"),
     el("table", {class: "wide"}, el("tbody", {}, ...[["POST /v1/images/generations", "images, in OpenAI's shape; seed, steps, guidance_scale and negative_prompt beside its fields"], ["GET /v1/models, /v1/models/ID", "what is served"], ["GET /healthz", "200 when ready, 503 until then"], ["GET /metrics", "for Prometheus"], ["/gradio", "Gradio's page; its functions are /generate and /compare"]].map(([a, b]) => el("tr", {}, el("th", {scope: "row"}, a), el("td", {}, b))))));
 }

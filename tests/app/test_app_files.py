@@ -95,7 +95,7 @@ def test_hostile_files_are_refused_before_they_cost_anything():
         (b"<svg onload=alert(1)>", "not a PNG"),
         (b"\xff\xd8\xff" + b"0" * 100, "not a PNG"),
         (bomb, "50000x50000"),
-        (png.write_png(IMAGE)[:200], "damaged"),
+        (png.write_png(IMAGE)[:200], "damaged or cut off.$"),
         (long, "20000 bytes"),
         (b"\x89PNG\r\n\x1a\n" + b"0" * png.MAX_FILE, "bytes"),
     ]:

@@ -10,9 +10,11 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 from app_browser import CHROMIUM, Tab
+from app_clients import JOIN
 from app_fakes import served
 
 from app import png
+from benchmarks import hostile
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 slow = pytest.mark.slow
@@ -268,3 +270,17 @@ def test_gradios_page_draws_compares_and_asks_nobody_else(tab, live):
         f"{said} && [...document.querySelectorAll('.pixels img')].filter(i => i.naturalWidth).length >= 2"
     )
     assert hosts(tab) == {live[0].netloc.decode()}
+
+
+@slow
+def test_nothing_is_drawn_for_a_client_of_gradio_that_has_gone(live, client):
+    before = client.get("/healthz").json()["counts"].get("cancelled", 0)
+    call = json.loads(hostile.call(1, "teacher")) | {"session_hash": "gone"}
+    call["data"][2] = 100
+    assert client.post("/gradio" + JOIN, json=call).status_code == 200
+    with client.stream("GET", "/gradio/gradio_api/queue/data?session_hash=gone"):
+        time.sleep(1.0)
+    end = time.monotonic() + 10
+    while client.get("/healthz").json()["counts"].get("cancelled", 0) == before:
+        assert time.monotonic() < end
+        time.sleep(0.1)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import time
 
 import pytest
 from app_clients import JOIN, answered, connect, raw
 
 from app import connections
+from benchmarks import hostile
 
 
 @pytest.mark.parametrize(
@@ -106,3 +108,28 @@ def test_an_address_that_holds_too_much_is_told_to_wait(client, live):
         refused = [start for start in starts if b" 503 " in start]
         assert len(refused) == 5 and all(b"retry-after: 1" in start for start in refused)
         assert client.get("/healthz", timeout=5).status_code == 200
+
+
+def test_a_body_that_is_too_large_is_told_so_and_not_cut_off(client, live):
+    """Whose connection is closed while he still sends reads no answer."""
+    for path, most in (("/api/read", 9_000_000), ("/v1/images/generations", 3_000_000)):
+        assert hostile.ask(live[0].port, "POST", path, b"0" * most)[0] == 413
+        chunks = b"%x\r\n%b\r\n0\r\n\r\n" % (most, b"0" * most)
+        said = hostile.ask(live[0].port, "POST", path, chunks, ("transfer-encoding: chunked",), False)
+        assert said[0] == 413 and "larger than" in hostile.sentence(said[1])
+
+
+def test_what_the_list_of_abuses_sends_gets_its_answer(client, live):
+    for name, right, sent in hostile.abuses():
+        status, body = hostile.ask(live[0].port, *sent)
+        assert status in right, (name, status)
+        assert status == 200 or hostile.sentence(body).endswith("."), (name, body[:200])
+
+
+@pytest.mark.slow
+def test_random_hostile_requests_are_answered(client, live):
+    dice = random.Random(1)
+    for _ in range(300):
+        right, sent = hostile.made_up(dice)
+        status, body = hostile.ask(live[0].port, *sent)
+        assert status in right and b"Traceback" not in body, (sent, status)
