@@ -15,6 +15,7 @@ from stepdistill.families.base import Family
 from stepdistill.methods.base import Method
 from training.checkpoint import RunDirectory
 from training.data import Source
+from training.disk import with_room
 from training.exporting import ExportedStudent
 from training.health import Health
 from training.measure import measure
@@ -27,6 +28,9 @@ from training.seeds import Seeds
 from training.sharding import Sharding, settle
 from training.state import TrainState
 from training.trackers import log_picture
+
+# Of the values that `Seeds` gives.
+RATIOS = "samples/"
 
 
 class Monitor:
@@ -112,7 +116,11 @@ class Monitor:
         if self.accelerator.is_main_process:
             self._log_ratios(ratios, step)
             lower = value.better == "lower"
-            record(self._measured, step, value.value, value.se, lower)
+            with_room(
+                self.run.on_full_disk,
+                f"writing {self._measured}",
+                lambda: record(self._measured, step, value.value, value.se, lower),
+            )
             self.patience.see(value.value, value.se, lower)
             best = self.directory.record_best(step, value.value, lower)
             self.accelerator.log({f"metric/{metric}": value.value}, step)
@@ -129,10 +137,19 @@ class Monitor:
         step, run = self.state.step, self.run
         metric = bool(run.metric_every) and step > 0 and step % run.metric_every == 0
         preview = bool(run.preview_every) and step % run.preview_every == 0
+        ratios: dict[str, float] = {}
         if step:
-            metric = metric and f"metric/{run.metric}" not in self.directory.logged(self.state.global_step)
+            logged = self.directory.logged(self.state.global_step)
+            metric = metric and f"metric/{run.metric}" not in logged
             preview = preview and not self._picture.exists()
-        metric, preview = broadcast_object_list([metric, preview])
+            ratios = {
+                name: value for name, value in logged.items() if name.startswith(RATIOS) and value is not None
+            }
+        metric, preview, ratios = broadcast_object_list([metric, preview, ratios])
+        if ratios:
+            # Said and logged before the kill, and after the checkpoint that was gone on from.
+            self._drawn_at = self.state.global_step
+            self.health.check(ratios)
         return metric, preview
 
     def _ratios(self, step: int) -> dict[str, float]:
@@ -164,6 +181,8 @@ class Monitor:
     def _remember(self) -> None:
         """What was measured before the checkpoint that the run goes on from, and at it: that follows its writing."""
         step, offset = self.state.global_step, self.state.offset
+        done = f"metric/{self.run.metric}" in self.directory.logged(step)
         for at, value, se, lower in recorded(self._measured):
-            if offset < at <= step:
+            # Of this step, one that a kill kept from the log is made again.
+            if offset < at < step or (at == step and done):
                 self.patience.see(value, se, lower)

@@ -190,22 +190,24 @@ def test_a_place_that_cannot_be_written_to_is_a_sentence(tmp_path, monkeypatch, 
     assert end.value.code == 2 and "cannot be written or read (Read-only" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("what", ["measure", "preview"])
+@pytest.mark.parametrize("what", ["measure", "preview", "record_best", "_finish"])
 def test_what_a_kill_prevented_after_a_save_is_made_up_for(what, tmp_path, monkeypatch):
     settings = ("run.metric=sw1", "run.metric_every=2", "run.preview_every=4", "run.log_every=1")
     running.run(toy(tmp_path / "whole", *settings))
-    original = getattr(Monitor, what)
+    owner = {"record_best": RunDirectory, "_finish": running}.get(what, Monitor)
+    original = getattr(owner, what)
 
-    def killed(self: Monitor, *given: Any) -> None:
-        if self.state.step == 4:
+    def killed(self: Any, *given: Any) -> None:
+        step = self.state.step if what in ("measure", "preview") else given[0]
+        if what == "_finish" or step == 4:
             raise Interrupted
         original(self, *given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Monitor, what, killed)
+        patch.setattr(owner, what, killed)
         with pytest.raises(KeyboardInterrupt):
             running.run(toy(tmp_path / "halves", *settings))
-    assert RunDirectory(tmp_path / "halves").latest() == 4
+    assert RunDirectory(tmp_path / "halves").latest() == (6 if what == "_finish" else 4)
     running.run(toy(tmp_path / "halves", *settings))
     assert_same_run(tmp_path / "whole", tmp_path / "halves")
     whole, halves = RunDirectory(tmp_path / "whole"), RunDirectory(tmp_path / "halves")
