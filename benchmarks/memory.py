@@ -20,10 +20,14 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stepdistill.errors import atomic_write
 from stepdistill.provenance import git_commit
+
+if TYPE_CHECKING:
+    from training.forecast import Forecast
+    from training.recipe import Recipe
 
 TABLE = Path(__file__).with_suffix(".json")
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "OMP_NUM_THREADS": "1"}
@@ -104,22 +108,36 @@ def child(name: str, folder: Path) -> None:
     from stepdistill.errors import quieten_libraries
     from training.forecast import forecast
     from training.recipe import recipe_from
-    from training.run import build, run
-    from training.trainer import Trainer
+    from training.run import build
 
     quieten_libraries()
-    case = CASES[name]
+    warmed_up(CASES[name], folder / "toy")
+    wanted = recipe_from(recipe(CASES[name], folder))
+    family, sources = build(wanted)
+    said = forecast(wanted, family, sources[0])
+    del family, sources
+    print(json.dumps(found_by(said, raised_by(wanted))))
+
+
+def warmed_up(case: dict[str, Any], out: Path) -> None:
+    """A run on the toy has been, and the libraries are in memory."""
+    from training.recipe import recipe_from
+    from training.run import run
+
     toy = {
         "family": {"name": "toy", "fit_steps": 1},
         "method": {"name": "dmd2", "guidance_scale": 1.0},
         "data": {"name": "toy"},
     }
-    toy["run"] = {**SHARED["run"], **case.get("run", {}), "out": str(folder / "toy")}
+    toy["run"] = {**SHARED["run"], **case.get("run", {}), "out": str(out)}
     run(recipe_from(toy))
-    wanted = recipe_from(recipe(case, folder))
-    family, sources = build(wanted)
-    said = forecast(wanted, family, sources[0])
-    del family, sources
+
+
+def raised_by(wanted: Recipe) -> int:
+    """Bytes by which a run raises this process's memory, from its first step on."""
+    from training.run import run
+    from training.trainer import Trainer
+
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     before, watch, fit = resident(), Watch(), Trainer.fit
@@ -131,12 +149,12 @@ def child(name: str, folder: Path) -> None:
 
     Trainer.fit = watched
     run(wanted)
-    measured = watch.stop() - before
-    print(
-        json.dumps(
-            {"forecast": said.peak, "measured": measured, "phases": said.phases, "unknown": said.unknown}
-        )
-    )
+    Trainer.fit = fit
+    return watch.stop() - before
+
+
+def found_by(said: Forecast, measured: int) -> dict[str, Any]:
+    return {"forecast": said.peak, "measured": measured, "phases": said.phases, "unknown": said.unknown}
 
 
 def main() -> None:

@@ -1,10 +1,8 @@
-"""The full-size networks of three families on the meta device, from their published configurations."""
+"""What runs of adapters over full-size networks hold, on the meta device."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 import worlds
@@ -15,18 +13,9 @@ from stepdistill.denoiser import Denoiser
 from stepdistill.lora import LoraConfig
 from stepdistill.methods.assemble import assemble
 from stepdistill.methods.base import Networks
+from training.layouts import LAYOUTS, full_size
 
-LAYOUTS = json.loads((Path(__file__).parent / "real_layouts.json").read_text())
 RANK = 64
-
-
-def full_size(name: str) -> nn.Module:
-    """The network on the meta device, in bfloat16."""
-    import diffusers
-
-    said = LAYOUTS[name]
-    with torch.device("meta"):
-        return getattr(diffusers, said["class"]).from_config(said["config"]).to(torch.bfloat16)
 
 
 def every_network(nets) -> Iterator[nn.Module]:

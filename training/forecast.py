@@ -20,7 +20,7 @@ from stepdistill.methods.assemble import assemble, trained_by
 from stepdistill.methods.base import Batch, Method, Networks, Pairs, Phase
 from stepdistill.noise import SampleNoise
 from training.data import Source
-from training.ledger import META, bytes_of, counted, without_content
+from training.ledger import META, Ledger, bytes_of, counted, without_content
 from training.precompute import answers
 from training.recipe import Recipe
 
@@ -44,6 +44,25 @@ class NetworkMemory:
 
 
 @dataclass
+class Work:
+    """One pass of a phase on one process.
+
+    Attributes:
+        passes: the most its activations and batch take, in bytes, beside weights and gradients.
+        flops: of products and convolutions. made: bytes of all tensors it makes.
+        calls: forward passes by network; recorded: those of them that are differentiated.
+        trains: names of networks.
+    """
+
+    passes: int
+    flops: int
+    made: int
+    calls: dict[str, float]
+    recorded: dict[str, float]
+    trains: tuple[str, ...]
+
+
+@dataclass
 class Forecast:
     """Memory of a stage on one process, in bytes.
 
@@ -52,6 +71,8 @@ class Forecast:
         lasting: weights, optimiser states and the average.
         phases: the most that is held during each phase: `lasting`, gradients, activations and the batch.
         unknown: why the activations could not be counted, "" if they were.
+        work: what a pass of each phase does.
+        modules: the networks without content.
     """
 
     networks: dict[str, NetworkMemory]
@@ -59,6 +80,8 @@ class Forecast:
     lasting: int = 0
     phases: dict[str, int] = field(default_factory=dict)
     unknown: str = ""
+    work: dict[str, Work] = field(default_factory=dict)
+    modules: dict[str, nn.Module] = field(default_factory=dict)
 
     @property
     def peak(self) -> int:
@@ -96,6 +119,7 @@ def forecast(stage: Recipe, family: Family, source: Source, processes: int = 1) 
     for name, module in modules.items():
         module.requires_grad_(name in trained)
     said = Forecast(_networks(modules, trained, wanted.ema), _helpers(stage, method, family, source))
+    said.modules = modules
     if family.teacher is not None and "teacher" not in said.networks:
         # Kept for previews, or as what adapters adapt.
         said.helpers["teacher, unused"] = bytes_of(family.teacher)
@@ -207,7 +231,18 @@ def _count(
     for module in nets.modules.values():
         module.zero_grad(set_to_none=True)
     held = Counter(ledger.peak)
+    said.work[phase.name] = _work(ledger, phase.trains, min(passes, 2))
     for name, size in held.items():
         if name in said.networks:
             said.networks[name].activations = max(said.networks[name].activations, size)
     said.phases[phase.name] = said.lasting + held.total()
+
+
+def _work(ledger: Ledger, trains: tuple[str, ...], passes: int) -> Work:
+    calls: Counter[str] = Counter()
+    recorded: Counter[str] = Counter()
+    for (name, graph), count in ledger.calls.items():
+        calls[name] += count
+        recorded[name] += count * graph
+    each = ({name: count / passes for name, count in counts.items()} for counts in (calls, recorded))
+    return Work(ledger.passes, ledger.flops // passes, ledger.made // passes, *each, trains)

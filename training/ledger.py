@@ -18,8 +18,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry
 
 META = torch.device("meta")
+# In the place of a network's name: gradients of parameters, which stay until the optimiser's step.
+GRADIENTS = "gradients"
 # What autocast runs in half precision, and what it keeps in float32, as far as networks here call it.
 _HALF = (
     "linear",
@@ -42,8 +45,10 @@ class Ledger(TorchDispatchMode):
         device: whose tensors count.
 
     Attributes:
-        live: bytes now, by network; "" for all that none made: losses, gradients of activations.
-        peak: `live` when their sum was largest.
+        live: bytes now, by network; "" for all that none made: losses, gradients of activations; and GRADIENTS.
+        peak: `live` when their sum was largest; passes: the largest sum without the gradients of parameters.
+        flops: of products and convolutions; made: bytes of all tensors made.
+        calls: passes by network, and those of them that record a graph under (name, True).
     """
 
     def __init__(self, networks: Mapping[str, nn.Module], device: torch.device = META) -> None:
@@ -51,6 +56,8 @@ class Ledger(TorchDispatchMode):
         self.networks, self.device = networks, device
         self.live: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
+        self.passes = self.flops = self.made = 0
+        self.calls: Counter[tuple[str, bool]] = Counter()
         # What lasts is no part of the count, also where a view of it is made.
         lasting = [
             tensor for network in networks.values() for tensor in (*network.parameters(), *network.buffers())
@@ -58,13 +65,18 @@ class Ledger(TorchDispatchMode):
         self._seen = weakref.WeakKeyDictionary({tensor.untyped_storage(): None for tensor in lasting})
         self._inside: list[str] = []
         self._handles: list[Any] = []
-        self._known = _Known()
+        self._known = _Known(self)
 
     def __enter__(self) -> Ledger:
         for name, network in self.networks.items():
-            before = network.register_forward_pre_hook(lambda *_, name=name: self._inside.append(name))
+            before = network.register_forward_pre_hook(lambda *_, name=name: self._enter(name))
             after = network.register_forward_hook(lambda *_: self._inside.pop() and None, always_call=True)
-            self._handles += [before, after]
+            settled = [
+                parameter.register_post_accumulate_grad_hook(self._settle)
+                for parameter in network.parameters()
+                if parameter.requires_grad
+            ]
+            self._handles += [before, after, *settled]
         self._known.__enter__()
         return super().__enter__()
 
@@ -73,6 +85,19 @@ class Ledger(TorchDispatchMode):
         self._known.__exit__(*ended)
         for handle in self._handles:
             handle.remove()
+
+    def _enter(self, name: str) -> None:
+        self._inside.append(name)
+        self.calls[name, torch.is_grad_enabled()] += 1
+
+    def _settle(self, parameter: Tensor) -> None:
+        """A parameter has its gradient, which no pass holds."""
+        storage = parameter.grad.untyped_storage()
+        if isinstance(end := self._seen.get(storage), weakref.finalize) and (found := end.detach()):
+            _, _, (name, size), _ = found
+            self.live[name] -= size
+            self.live[GRADIENTS] += size
+            self._seen[storage] = weakref.finalize(storage, self._gone, GRADIENTS, size)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -86,6 +111,8 @@ class Ledger(TorchDispatchMode):
                 # To the CPU and back: nothing is there to copy.
                 kwargs = kwargs | {"device": META}
         out = func(*args, **kwargs)
+        if (count := flop_registry.get(func._overloadpacket)) is not None:
+            self.flops += count(*args, **kwargs, out_val=out)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.device == self.device:
                 self._note(tensor.untyped_storage())
@@ -97,8 +124,11 @@ class Ledger(TorchDispatchMode):
         size, name = storage.nbytes(), self._inside[-1] if self._inside else ""
         self._seen[storage] = weakref.finalize(storage, self._gone, name, size)
         self.live[name] += size
-        if self.live.total() > self.peak.total():
+        self.made += size
+        total = self.live.total()
+        if total > self.peak.total():
             self.peak = Counter(self.live)
+        self.passes = max(self.passes, total - self.live[GRADIENTS])
 
     def _gone(self, name: str, size: int) -> None:
         self.live[name] -= size
@@ -122,10 +152,17 @@ class _Mode(TorchFunctionMode):
 class _Known(_Mode):
     """What the meta device would do otherwise than a real one: attention, and reading numbers."""
 
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__()
+        self.ledger = ledger
+
     def call(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if func is nnf.scaled_dot_product_attention and not _forward_mode():
             q, k, v = _attended(*args, **kwargs)
             if q.device == META:
+                # Two products, and five in backward.
+                products = 2 + 5 * (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
+                self.ledger.flops += products * 2 * q.numel() * k.shape[-2]
                 return _Attention.apply(q, k, v)
         if func is Tensor.tolist and args[0].device == META:
             return torch.ones(args[0].shape, dtype=args[0].dtype, device="cpu").tolist()

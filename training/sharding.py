@@ -117,8 +117,8 @@ class Sharding:
     def cut(self, modules: Mapping[str, nn.Module], trained: Iterable[str]) -> None:
         """Shard what is trained, and every frozen denoiser, with those that adapters adapt.
 
-        A block that can be tapped is a unit: its weights are fetched before its forward pass, and again in backward. What is
-        around blocks is another. Adapters are a hundredth of what they adapt, and stay whole (`replicated`).
+        Each of `units` has its weights fetched before its forward pass, and again in backward. What is around them is
+        another. Adapters are a hundredth of what they adapt, and stay whole.
         """
         for name, module in modules.items():
             while isinstance(module, LoRA):
@@ -131,14 +131,25 @@ class Sharding:
     def _unit(self, root: nn.Module) -> None:
         if isinstance(root, FSDPModule) or not any(True for _ in root.parameters()):
             return
-        found = dict(root.named_modules())
-        for name in getattr(root, "blocks", {}):
-            if any(True for _ in found[name].parameters()):
-                fully_shard(found[name], mesh=self.mesh, reshard_after_forward=self.reshard)
+        for unit in units(root):
+            fully_shard(unit, mesh=self.mesh, reshard_after_forward=self.reshard)
         # Not at the end of its forward pass: taps that record a graph up to the middle leave nothing behind that would
         # fetch it again. `_Passage` and `settle` give it back.
         fully_shard(root, mesh=self.mesh, reshard_after_forward=False)
         _Passage(root)
+
+
+def units(root: nn.Module) -> list[nn.Module]:
+    """Parts of a network that are fetched one at a time: what diffusers' model says it repeats, and a UNet's residual blocks;
+    or else the blocks that can be tapped.
+    """
+    model = getattr(root, "model", None)
+    kinds = {"ResnetBlock2D", *(getattr(model, "_repeated_blocks", None) or ())}
+    found = [each for each in root.modules() if type(each).__name__ in kinds]
+    if not found:
+        inside = dict(root.named_modules())
+        found = [inside[name] for name in getattr(root, "blocks", {})]
+    return [each for each in found if any(True for _ in each.parameters())]
 
 
 class _Passage:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from stepdistill.errors import UserError
 from stepdistill.scenes import image_at
-from training.data import order
+from training.data import base, lines, order
 
 
 def write_parquet(
@@ -38,6 +38,36 @@ def test_order_visits_every_example_once_per_epoch() -> None:
     # Another permutation every epoch.
     assert flat[:20] != flat[20:40]
     assert flat[:20] != list(range(20)) and flat[:20] != order(4, 20, 0, 20)
+
+
+def test_orders_too_long_to_be_listed_are_permutations_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "LISTED", 5)
+    for size in (6, 64, 1000):
+        flat = [index for first in range(0, 3 * size, 7) for index in order(1, size, first, 7)][: 3 * size]
+        epochs = [flat[start : start + size] for start in range(0, 3 * size, size)]
+        assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
+        assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != list(range(size))
+    monkeypatch.undo()
+    billion = order(0, 10**9, 10**8, 4000)
+    assert len(set(billion)) == 4000 and max(billion) < 10**9
+    # Even over the whole.
+    assert np.mean(billion) == pytest.approx(5e8, rel=0.05)
+    assert billion[100:] == order(0, 10**9, 10**8 + 100, 3900)
+
+
+def test_lines_are_read_where_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lines, "CHUNK", 50)
+    texts = [f"picture {i} \u00e9" if i % 9 else "" for i in range(300)]
+    (tmp_path / "a.txt").write_text("\n".join(texts[:200]), encoding="utf-8")
+    (tmp_path / "b.txt").write_text("")
+    (tmp_path / "c.txt").write_text("\n".join(texts[200:]) + "\n", encoding="utf-8")
+    source = lines.Lines(lines.Lines.Config(path=tmp_path))
+    assert source.size == 300 and list(source.captions) == texts
+    before = source.fingerprint()
+    (tmp_path / "c.txt").write_text("\n".join(texts[201:]) + "\n", encoding="utf-8")
+    assert lines.Lines(lines.Lines.Config(path=tmp_path)).fingerprint() != before
+    with pytest.raises(UserError, match="holds no prompts"):
+        lines.Lines(lines.Lines.Config(path=tmp_path / "b.txt"))
 
 
 def test_order_does_not_depend_on_how_the_stream_is_cut() -> None:

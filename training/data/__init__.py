@@ -17,6 +17,7 @@ DATA = Table(
         "frames": "training.data.frames:Frames",
         "parquet": "training.data.parquet:Parquet",
         "prompts": "training.data.prompts:Prompts",
+        "lines": "training.data.lines:Lines",
         "webdataset": "training.data.webdataset:WebDataset",
         "toy": "training.data.toy:Toy",
     },

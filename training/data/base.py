@@ -144,6 +144,32 @@ class Source:
         ]
 
 
+# Examples whose whole order is kept, 128 MiB; of more, the places that are asked for are computed one by one.
+LISTED = 1 << 24
+
+
+def _permuted(seed: int, epoch: int, size: int, places: np.ndarray) -> np.ndarray:
+    """What a permutation of 0 .. size - 1 has at `places`, in no more memory than they take: a Feistel network of four
+    rounds on the next power of 4, walked on from what lies beyond `size` (Black & Rogaway 2002, "Ciphers with arbitrary
+    finite domains").
+    """
+    half = np.uint64(((size - 1).bit_length() + 1) // 2)
+    keys = np.random.default_rng((seed, epoch)).integers(0, 1 << 63, 4, dtype=np.uint64)
+    low = np.uint64((1 << int(half)) - 1)
+    found, walking = places.copy(), np.ones(len(places), bool)
+    while walking.any():
+        left, right = found[walking] >> half, found[walking] & low
+        for key in keys:
+            # The finaliser of splitmix64.
+            mixed = right + key
+            mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(31))) & low)
+        found[walking] = (left << half) | right
+        walking = found >= size
+    return found
+
+
 @functools.lru_cache(maxsize=4)
 def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(size)
@@ -165,9 +191,12 @@ def order(seed: int, size: int, first: int, count: int) -> list[int]:
     indices: list[int] = []
     while start < stop:
         epoch, at = divmod(start, size)
-        taken = _permutation(seed, epoch, size)[at : at + stop - start]
-        indices += taken.tolist()
-        start += len(taken)
+        until = min(size, at + stop - start)
+        if size <= LISTED:
+            indices += _permutation(seed, epoch, size)[at:until].tolist()
+        else:
+            indices += _permuted(seed, epoch, size, np.arange(at, until, dtype=np.uint64)).tolist()
+        start += until - at
     return indices
 
 
