@@ -37,6 +37,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "ladd": {"name": "ladd"},
 }
 STEPS = 10_000
+# Tried as LoRAs too; a forecast takes minutes.
+ADAPTED = ("dmd2",)
 
 
 def stage(layout: str, method: str, count: int) -> Recipe:
@@ -61,13 +63,13 @@ def rows(layout: str, method: str) -> dict[str, Any]:
     """By number of GPUs, every way. A pass is counted once: it is the same on any number."""
     known: dict[str, Forecast] = {}
     one = stage(layout, method, 1)
-    for suffix, recipe in {"": one, "LoRA": with_adapters(one)}.items():
-        if recipe is not None:
-            known[suffix] = forecast(recipe, on_paper(layout, recipe), PaperSource())
+    recipes = {"": one} | ({"LoRA": with_adapters(one)} if method in ADAPTED else {})
+    for suffix, recipe in recipes.items():
+        known[suffix] = forecast(recipe, on_paper(layout, recipe), PaperSource())
     found = {}
     for count in COUNTS:
         recipe = stage(layout, method, count)
-        each = ways(recipe, (on_paper(layout, recipe), PaperSource()), count, GPUS[GPU], known)
+        each = ways(recipe, known, count, GPUS[GPU])
         found[str(count)] = {
             way.name: {
                 "gb": round((way.memory + RESERVE) / 1e9, 1),

@@ -7,6 +7,7 @@ A teacher of a known full-size configuration need not be there (training/layouts
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -201,31 +202,32 @@ def way(name: str, said: Forecast, stage: Recipe, processes: int, gpu: GPU) -> W
     return Way(name, most, within + beyond, max(busy, waited) / EFFICIENCY, samples)
 
 
-def ways(
-    stage: Recipe, made: tuple[Any, Any], processes: int, gpu: GPU, known: Mapping[str, Any] | None = None
-) -> list[Way]:
-    """Every way to run a stage, of which the first that fits should be taken.
+def forecasts(stage: Recipe, made: tuple[Any, Any], processes: int) -> dict[str, Forecast]:
+    """Of the stage as it is, by "", and of its networks as LoRAs, by "LoRA", where they can be. made: family and data.
 
-    made: family and data. known: forecasts by "" and "LoRA", where they were made before.
+    Raises:
+        UserError: the stage cannot be counted.
     """
     from stepdistill.errors import UserError
     from training.forecast import forecast
 
-    recipes = {"": stage}
-    if not stage.student.lora and (adapted := with_adapters(stage)) is not None:
-        recipes["LoRA"] = adapted
+    found = {"": forecast(stage, *made, processes)}
+    if found[""].unknown:
+        raise UserError(f"the recipe cannot be planned: {found[''].unknown}")
+    adapted = None if stage.student.lora else with_adapters(stage)
+    # A layer may be smaller than the rank.
+    with contextlib.suppress(UserError):
+        if adapted is not None and not (said := forecast(adapted, *made, processes)).unknown:
+            found["LoRA"] = said
+    return found
+
+
+def ways(stage: Recipe, known: Mapping[str, Forecast], processes: int, gpu: GPU) -> list[Way]:
+    """Every way to run a stage, of which the first that fits should be taken. known: its `forecasts`."""
     found = []
-    for suffix, recipe in recipes.items():
-        try:
-            said = (known or {}).get(suffix) or forecast(recipe, *made, processes)
-        except UserError:
-            # A layer smaller than the rank.
-            if not suffix:
-                raise
-            continue
-        if said.unknown:
-            raise UserError(f"the recipe cannot be planned: {said.unknown}")
+    for suffix, said in known.items():
         label = " + LoRA" if suffix or stage.student.lora else ""
+        recipe = with_adapters(stage) if suffix else stage
         for kind in ("DDP", "FSDP2") if processes > 1 else ("one process",):
             found.append(way(f"{kind}{label}", said, recipe, processes, gpu))
     return found
@@ -325,7 +327,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             recipe = load_recipe(given.recipe, given.overrides)
             quieten_libraries()
             for number, stage in enumerate(recipe.stages()):
-                found = ways(stage, subject(stage, given.layout), given.gpus, GPUS[given.gpu])
+                known = forecasts(stage, subject(stage, given.layout), given.gpus)
+                found = ways(stage, known, given.gpus, GPUS[given.gpu])
                 print(
                     f"stage {number}: {stage.method.name}, {stage.run.steps:,} iterations on {given.gpus} x {given.gpu}"
                 )

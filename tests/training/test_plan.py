@@ -23,11 +23,11 @@ MEASURED = Path(__file__).parents[2] / "benchmarks" / "plan.json"
 def planned(tmp_path_factory, tiny_sd):
     stage = sd(tmp_path_factory.mktemp("plan"), tiny_sd).stages()[0]
     family, sources = build(stage)
-    return stage, forecast(stage, family, sources[0], 2), (family, sources[0])
+    return stage, forecast(stage, family, sources[0], 2)
 
 
 def test_one_process_holds_what_is_forecast(planned):
-    _, said, _ = planned
+    _, said = planned
     held = plan.memory(said, plan.Shares(1, 1))
     assert held.keys() == said.phases.keys()
     for phase, size in held.items():
@@ -35,7 +35,7 @@ def test_one_process_holds_what_is_forecast(planned):
 
 
 def test_copies_gather_gradients_in_as_much_again_and_shards_divide_what_lasts(planned):
-    _, said, _ = planned
+    _, said = planned
     one, copies = (plan.memory(said, plan.Shares(1, count)) for count in (1, 2))
     gradients = sum(each.gradients for each in said.networks.values())
     assert copies["critic"] - one["critic"] == gradients
@@ -47,7 +47,7 @@ def test_copies_gather_gradients_in_as_much_again_and_shards_divide_what_lasts(p
 
 
 def test_bytes_sent_are_those_of_rings(planned):
-    _, said, _ = planned
+    _, said = planned
     work = said.work["critic"]
     trained = sum(said.networks[name].gradients for name in work.trains)
     assert plan.sent(said, work, 3, plan.Shares(1, 1)) == (0, 0)
@@ -58,9 +58,9 @@ def test_bytes_sent_are_those_of_rings(planned):
 
 
 def test_more_of_the_same_takes_less_time_and_what_is_too_large_does_not_fit(planned, capsys):
-    stage, said, made = planned
+    stage, said = planned
     gpu = plan.GPUS["h100-80g"]
-    found = plan.ways(stage, made, 2, gpu, {"": said})
+    found = plan.ways(stage, {"": said}, 2, gpu)
     assert [each.name for each in found][:2] == ["DDP", "FSDP2"]
     assert all(each.fits(gpu) and each.seconds > 0 for each in found)
     # A student's update in two iterations, a critic's in each.
