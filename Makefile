@@ -17,7 +17,7 @@ LAUNCH := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --config_f
 # Set in many containers, it would have every process below compile torch and diffusers anew, in 13 seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo test test-slow check fuzz mutants soak assets
+.PHONY: install demo test test-slow check lowest advisories fuzz mutants soak assets
 .DELETE_ON_ERROR:
 
 install: $(READY)
@@ -51,6 +51,19 @@ check: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # Both go on where they stopped, and keep their results: tests/fuzz/fuzz.json, tests/mutants/mutants.json.
+# The lowest allowed versions, in an environment of their own, and the tests that touch each of them.
+SMOKE := tests/test_imports.py tests/test_config.py tests/test_lora.py tests/training/test_webdataset.py tests/training/test_trackers.py \
+    tests/families/test_loading.py tests/app/test_app_request.py tests/evaluation/test_evaluate.py tests/security/test_data_files.py
+
+lowest: $(READY)
+	$(BIN)/uv venv --clear --python $(BIN)/python .venv/lowest
+	$(BIN)/uv pip install --quiet --python .venv/lowest/bin/python --resolution lowest-direct -e ".[dev]"
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv/lowest/bin/python -m pytest $(SMOKE)
+
+# Known weaknesses of what is installed; where no database of them is reachable, that is said.
+advisories: $(READY)
+	$(BIN)/python tests/advisories.py
+
 fuzz: $(READY)
 	$(RUN) tests/fuzz
 

@@ -41,7 +41,7 @@ def _run(path: Path) -> dict[str, Any]:
     age = time.time() - (path / "metrics.jsonl").stat().st_mtime if rows else None
     return {
         "name": path.name,
-        "method": str((recipe.get("method") or {}).get("name", "")),
+        "method": str(_section(recipe, "method").get("name", "")),
         "step": last.get("step"),
         "of": total,
         "age": age,
@@ -70,7 +70,7 @@ def _rows(file: Path) -> list[dict[str, Any]]:
     for line in lines:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             # Half a line, where the tail begins or the run is writing.
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int):
@@ -85,11 +85,18 @@ def _recipe(path: Path) -> dict[str, Any]:
         return {}
 
 
+def _section(recipe: dict[str, Any], name: str) -> dict[str, Any]:
+    """Its section of that name; {} where there is none, or something else."""
+    found = recipe.get(name)
+    return found if isinstance(found, dict) else {}
+
+
 def _total_steps(recipe: dict[str, Any]) -> int | None:
     """Of all stages: one that says nothing has the recipe's own number."""
-    own = (recipe.get("run") or {}).get("steps")
-    stages = recipe.get("stages") or [{}]
-    counts = [((stage.get("run") or {}).get("steps", own)) for stage in stages if isinstance(stage, dict)]
+    own = _section(recipe, "run").get("steps")
+    stages = recipe.get("stages")
+    stages = stages if stages and isinstance(stages, list) else [{}]
+    counts = [_section(stage, "run").get("steps", own) for stage in stages if isinstance(stage, dict)]
     return sum(counts) if counts and all(isinstance(count, int) for count in counts) else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from evaluation.facts import Facts
 from evaluation.images import Images
 from stepdistill.errors import UserError
 from stepdistill.provenance import sha256_of_files
+from stepdistill.untrusted import IMAGE_PIXELS, readable
 
 # Images read at a time.
 _PART = 16
@@ -27,7 +29,9 @@ class ArrayImages(Images):
         self.path = path
         with self._opened() as file:
             self.shape, dtype, fortran = _array_header(file, path)
-        if len(self.shape) != 4 or self.shape[3] != 3 or dtype != np.uint8 or fortran or not self.shape[0]:
+        pixels = math.prod(self.shape[1:3])
+        known = len(self.shape) == 4 and self.shape[3] == 3 and min(self.shape) > 0 and pixels <= IMAGE_PIXELS
+        if not known or dtype != np.uint8 or fortran:
             raise UserError(
                 f"{path} holds {dtype} {self.shape}; images are uint8 (N, H, W, 3), grey levels 0 to 255."
             )
@@ -42,7 +46,8 @@ class ArrayImages(Images):
             _array_header(file, self.path)
             for start in range(0, count, _PART):
                 rows = min(_PART, count - start)
-                content = file.read(rows * size)
+                with readable(self.path, "an array"):
+                    content = file.read(rows * size)
                 if len(content) != rows * size:
                     raise UserError(f"{self.path} is cut short after {start} images; copy it again.")
                 pixels = torch.from_numpy(np.frombuffer(content, np.uint8).reshape(rows, *shape).copy())
@@ -68,7 +73,8 @@ class ArrayImages(Images):
                 if self.path.suffix == ".npz"
                 else open(self.path, "rb")
             )
-        except (OSError, KeyError, zipfile.BadZipFile) as error:
+        # A damaged archive makes zipfile raise nearly anything.
+        except Exception as error:
             raise UserError(f"{self.path} holds no array arr_0 of images ({type(error).__name__}).") from None
 
 
@@ -77,7 +83,8 @@ def _array_header(file: IO[bytes], path: Path) -> tuple[tuple[int, ...], np.dtyp
     try:
         read = {(1, 0): form.read_array_header_1_0, (2, 0): form.read_array_header_2_0}[form.read_magic(file)]
         shape, fortran, dtype = read(file)
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile):
+    # The header is Python, and damaged Python ends in its tokeniser.
+    except Exception:
         raise UserError(
             f"{path} is no NumPy array that can be read; save it again with numpy.save."
         ) from None

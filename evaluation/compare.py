@@ -18,6 +18,7 @@ from evaluation.folds import FoldDistances
 from evaluation.published import published_beside, published_line
 from evaluation.settings import Place
 from stepdistill.errors import UserError
+from stepdistill.untrusted import read_regular, readable
 
 
 def load(path: Place) -> dict[str, Any]:
@@ -27,14 +28,14 @@ def load(path: Place) -> dict[str, Any]:
     path = Path(path)
     file = path / "results.json" if path.is_dir() else path
     try:
-        results = json.loads(file.read_text())
+        results = json.loads(read_regular(file))
         if not str(results["format"]).startswith("stepdistill-results-") or not results["rows"]:
             raise KeyError("rows")
     except OSError as error:
         raise UserError(
             f"there are no results at {file} ({error.strerror}); give the --out of a run."
         ) from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(
             f"{file} holds no results of `python -m evaluation run`; give the --out of a run."
         ) from None
@@ -93,7 +94,13 @@ def differences(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def text(runs: Sequence[dict[str, Any]], with_published: bool = False) -> str:
-    """Everything above as text for a terminal."""
+    """Everything above as text for a terminal. Raises UserError where the results hold what no run writes."""
+    names = ", ".join(run["label"] for run in runs)
+    with readable(names, "results of `python -m evaluation run`"):
+        return _text(runs, with_published)
+
+
+def _text(runs: Sequence[dict[str, Any]], with_published: bool) -> str:
     parts = []
     together = groups(runs)
     for group in together:

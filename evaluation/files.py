@@ -29,6 +29,7 @@ from evaluation.pickles import refuse_pickle
 from evaluation.settings import Place
 from stepdistill.errors import UserError
 from stepdistill.provenance import sha256_of_files
+from stepdistill.untrusted import IMAGE_BYTES, read_regular, readable
 
 # Images decoded by one job; nothing depends on it.
 IO_BATCH = 16
@@ -146,16 +147,14 @@ class ZipImages(FileImages):
     """The images in a .zip file, as EDM's dataset_tool writes them."""
 
     def _listed(self) -> list[str]:
-        try:
-            with zipfile.ZipFile(self.path) as opened:
-                return self._chosen(name for name in opened.namelist() if not name.endswith("/"))
-        except (OSError, zipfile.BadZipFile) as error:
-            raise UserError(f"{self.path} cannot be read as a zip file ({error}); copy it again.") from None
+        with readable(self.path, "a zip file"), zipfile.ZipFile(self.path) as opened:
+            return self._chosen(name for name in opened.namelist() if not name.endswith("/"))
 
     def _encoded(self) -> Iterator[Encoded]:
         # Not closed here: threads read of it until the last image is decoded.
         opened = zipfile.ZipFile(self.path)
-        return ((functools.partial(opened.read, name), f"{name} of {self.path}") for name in self._names)
+        whole = f"of {self.path}"
+        return ((functools.partial(_of_zip, opened, name, whole), f"{name} {whole}") for name in self._names)
 
 
 class TarImages(FileImages):
@@ -197,7 +196,7 @@ class ParquetImages(FileImages):
 
         for file in self.files:
             row, (column, _) = 0, _parquet_column(file)
-            with pq.ParquetFile(file) as opened:
+            with readable(file, "Parquet"), pq.ParquetFile(file) as opened:
                 for batch in opened.iter_batches(IO_BATCH, columns=[column]):
                     for cell in batch.column(0).to_pylist():
                         name = f"row {row} of {file}"
@@ -297,11 +296,8 @@ def _parquet_column(file: Path) -> tuple[str, int]:
     """The column that holds images, and the number of rows."""
     import pyarrow.parquet as pq
 
-    try:
-        with pq.ParquetFile(file) as opened:
-            names, rows = opened.schema_arrow.names, opened.metadata.num_rows
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read as Parquet ({error}); copy it again.") from None
+    with readable(file, "Parquet"), pq.ParquetFile(file) as opened:
+        names, rows = opened.schema_arrow.names, opened.metadata.num_rows
     column = next((name for name in COLUMNS if name in names), None)
     if column is None:
         raise UserError(
@@ -311,17 +307,20 @@ def _parquet_column(file: Path) -> tuple[str, int]:
 
 
 def _members(file: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    try:
-        with tarfile.open(file) as opened:
-            for member in opened:
-                if member.isfile():
-                    yield member.name, lambda member=member: opened.extractfile(member).read()
-    except (OSError, tarfile.TarError) as error:
-        raise UserError(f"{file} cannot be read as a tar file ({error}); copy it again.") from None
+    with readable(file, "a tar file"), tarfile.open(file) as opened:
+        for member in opened:
+            if member.isfile():
+                yield member.name, lambda member=member: opened.extractfile(member).read(IMAGE_BYTES)
+
+
+def _of_zip(opened: zipfile.ZipFile, name: str, whole: str) -> bytes:
+    """The first `IMAGE_BYTES` of a file in an archive: what is longer is no image, and may be zeros without end."""
+    with readable(f"{name} {whole}", "a file in it"), opened.open(name) as file:
+        return file.read(IMAGE_BYTES)
 
 
 def _bytes(file: Path) -> bytes:
     try:
-        return file.read_bytes()
+        return read_regular(file)
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror}).") from None

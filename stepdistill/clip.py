@@ -6,7 +6,6 @@ transformers CLIPModel, its tokenizer and preprocessor_config.json does.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from stepdistill import assets
 from stepdistill.errors import UserError, first_line
-from stepdistill.untrusted import LOADING, check_configurations, check_directory
+from stepdistill.untrusted import LOADING, check_configurations, check_directory, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,6 +41,15 @@ class Clip(nn.Module):
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
         self.eval().requires_grad_(False)
+        try:
+            ids = self._tokens(["a"])
+            known = (
+                ids.shape[1] <= self._positions and int(ids.max()) < self.model.config.text_config.vocab_size
+            )
+        except (TypeError, ValueError, OverflowError, RuntimeError):
+            known = False
+        if not known:
+            raise UserError(f"the tokenizer in {path} gives what its model has no places for; copy it again.")
 
     @property
     def width(self) -> int:
@@ -90,13 +98,19 @@ class Clip(nn.Module):
                 "a CLIP model compares images with captions, and this run's prompts are classes; use a family that"
                 " is told captions, or a reward or eye of your own (my_module:MyClass, with --allow-code)."
             )
-        positions = self.model.config.text_config.max_position_embeddings
-        length = min(self.tokenizer.model_max_length, positions)
-        tokens = self.tokenizer(
+        ids = self._tokens(prompts).to(self.mean.device)
+        return self.model.get_text_features(input_ids=ids).pooler_output
+
+    @property
+    def _positions(self) -> int:
+        return self.model.config.text_config.max_position_embeddings
+
+    def _tokens(self, prompts: Sequence[str]) -> Tensor:
+        length = min(self.tokenizer.model_max_length, self._positions)
+        told = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
         )
-        ids = tokens.input_ids.to(self.mean.device)
-        return self.model.get_text_features(input_ids=ids).pooler_output
+        return told.input_ids
 
 
 def normalisation(path: Path) -> tuple[Tensor, Tensor]:
@@ -106,9 +120,9 @@ def normalisation(path: Path) -> tuple[Tensor, Tensor]:
         UserError: the file is missing or has none.
     """
     try:
-        settings = json.loads((path / "preprocessor_config.json").read_text())
+        settings = read_json(path / "preprocessor_config.json")
         mean, std = (torch.tensor(settings[key]).view(3, 1, 1) for key in ("image_mean", "image_std"))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (UserError, ValueError, KeyError, RuntimeError, TypeError, OverflowError) as error:
         raise UserError(
             f"{path / 'preprocessor_config.json'} cannot be read ({type(error).__name__}); copy the model again."
         ) from None

@@ -19,7 +19,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from stepdistill.errors import UserError
+from stepdistill.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -64,6 +64,17 @@ def open_regular(path: str | os.PathLike[str], most: int | None = None) -> Binar
         file.close()
         raise
     return file
+
+
+@contextlib.contextmanager
+def readable(what: object, kind: str) -> Iterator[None]:
+    """What a library raises for a damaged file, which is nearly anything, is one sentence: `what` is no `kind`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what} cannot be read as {kind} ({first_line(error)}); copy it again.") from None
 
 
 def read_regular(path: str | os.PathLike[str], most: int = IMAGE_BYTES) -> bytes:
@@ -198,17 +209,20 @@ def _check_config(file: Path) -> None:
                 f"{file}: {key}={str(value)[:100]} names code that comes with the model, which is never run;"
                 " save the model again without it."
             )
-        if (most := next((MOST[word] for word in MOST if word in key), 0)) and _largest(value, key) > most:
-            raise UserError(f"{file}: {key} asks for more than {most:,}, which no model has; fetch it again.")
+        if most := next((MOST[word] for word in MOST if word in key), 0):
+            sizes = _sizes(value, key)
+            if max(sizes, default=0) > most or ("layers" in key and min(sizes, default=0) < 0):
+                raise UserError(
+                    f"{file}: {key} is none of 0 to {most:,}, as every model's is; fetch it again."
+                )
 
 
-def _largest(value: Any, key: str) -> float:
-    """The largest number or length of a list in a configuration's value; of blocks, which have widths, the lengths."""
+def _sizes(value: Any, key: str) -> list[float]:
+    """Numbers and lengths of lists in a configuration's value, at any depth; of blocks, which have widths, the lengths."""
     if isinstance(value, list):
-        return max(len(value), *(_largest(part, key) for part in value)) if value else 0
+        return [len(value), *(size for part in value for size in _sizes(part, key))]
     widths = "block" in key and "layer" not in key and not key.startswith("num")
-    counts = isinstance(value, (int, float)) and not widths
-    return value if counts else 0
+    return [value] if isinstance(value, (int, float)) and not widths else []
 
 
 def _entries(content: Any) -> Iterator[tuple[str, Any]]:

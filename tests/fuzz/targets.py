@@ -28,6 +28,8 @@ from app import readback
 from app import results as app_results
 from app import runs as app_runs
 from app.png import write_png
+from app.request import Request
+from app.settings import settings
 from evaluation import compare, geneval
 from evaluation.captions import read_captions
 from evaluation.decoding import decode
@@ -312,8 +314,9 @@ def both_results(folder: Path) -> None:
 
 
 def drawn_png(folder: Path) -> None:
-    settings = {"prompt": "a", "seed": 1, "steps": 1, "guidance": 1.0, "model": "student"}
-    (folder / "a.png").write_bytes(write_png(noise(0, 8, 8), settings))
+    (folder / "a.png").write_bytes(
+        write_png(noise(0, 8, 8), settings(Request("a", seed=1, steps=1, guidance_scale=1.0)))
+    )
 
 
 def read_back(folder: Path) -> None:

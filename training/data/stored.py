@@ -230,7 +230,7 @@ def class_names(labels: Sequence[int | None], given: Sequence[str], where: str) 
     """
     last = max((label for label in labels if label is not None), default=-1)
     if last >= MOST_CLASSES:
-        raise UserError(f"the labels in {where} reach {last:,}; number the classes from 0.")
+        raise UserError(f"data.path: the labels in {where} reach {last:,}; number the classes from 0.")
     if given and len(given) <= last:
         raise UserError(f"data.class_names has {len(given)} names, but the labels in {where} reach {last}.")
     return tuple(given) or tuple(map(str, range(last + 1)))
