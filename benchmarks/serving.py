@@ -111,8 +111,9 @@ def share(engine: Engine, url: str, route: str, turns: int, seconds: float) -> d
         seen.append(one | {"best_images_per_second": rate, "share": one["images_per_second"] / rate})
         before = after
     wrong = sum(one["wrong"] for one in seen)
-    middle = sorted(seen, key=lambda one: one["share"])[len(seen) // 2]
-    return middle | {"wrong": wrong, "shares": [round(one["share"], 3) for one in seen]}
+    shares = [one["share"] for one in seen]
+    latest = seen[-1] | {"wrong": wrong, "share": statistics.median(shares)}
+    return latest | {"shares": [round(share, 3) for share in shares]}
 
 
 def settled(engine: Engine) -> None:
