@@ -70,7 +70,9 @@ def prepare(
         )
         latents.fill(**how)
     if (settings := method.pairs(family.schedule)) is not None:
-        pairs = Trajectories(family, source, settings, CACHE, device).fill(split[0], **how)
+        pairs = Trajectories(family, source, settings, CACHE, device).fill(
+            max(split[0], family.pair_batch), **how
+        )
     if family.latent and not method.needs_decoder:
         family.park_decoder()
     return Batches(

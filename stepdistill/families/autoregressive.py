@@ -90,6 +90,8 @@ class Autoregressive(Family):
         "tokenizer": CLIP_TOKENIZERS,
     }
     conditions, latent, of_codes = "prompt", True, True
+    # A pass over one place keeps no core busy.
+    pair_batch = 256
     default_guidance = 1.5
 
     @dataclass

@@ -39,6 +39,7 @@ class Family:
         many_steps: how its pipelines are sampled that come without a card.
         output: what its pipeline calls the images it returns.
         needs_images: its conditions are of images, so that prompts alone train nothing.
+        pair_batch: trajectories that are worth computing at once, where a training batch is too small.
         of_codes: x0 is vectors of codes, and only methods `for_codes` train on it.
     """
 
@@ -76,6 +77,7 @@ class Family:
     many_steps: ClassVar[Sampling] = MANY_STEPS
     output: ClassVar[str] = "images"
     needs_images: ClassVar[bool] = False
+    pair_batch: ClassVar[int] = 1
     of_codes: ClassVar[bool] = False
 
     @classmethod

@@ -9,17 +9,14 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from stepdistill.code_flow import flow_to_codes
+from stepdistill.code_flow import lead
 from stepdistill.denoiser import Cond, Denoiser
 from stepdistill.errors import UserError
 from stepdistill.families.code_transformer import Cache, CodeTransformer
 from stepdistill.prediction import Prediction
 from stepdistill.schedule import Schedule
-
-# Codes that are drawn from at a place, the likeliest; the rest has a few thousandths of the probability.
-LIKELIEST = 64
 
 
 @dataclass(frozen=True)
@@ -135,9 +132,7 @@ class CodeTeacher(CodeDenoiser):
         logits = self.logits_behind(before, cond, doubled=scale is not None)
         if scale is not None:
             logits = self.network.guide(*logits.chunk(2), scale)
-        log_p, likely = logits.log_softmax(-1).topk(min(LIKELIEST, logits.shape[-1]))
-        found = flow_to_codes(eps.float(), log_p, self.network.book[likely].float())
-        return likely.gather(1, found[:, None])[:, 0]
+        return lead(eps, logits, self.network.book)
 
     def logits_behind(self, before: Tensor, cond: Tensor, doubled: bool = False) -> Tensor:
         """Of the place behind codes (B, n), (B, K), in one pass over what was not told before.
@@ -202,7 +197,30 @@ class CodeStudent(CodeDenoiser):
         vectors = logits.softmax(-1) @ book + moved.float()
         likeliest = book[logits.argmax(-1)]
         # Straight through: what is drawn is a code, what learns is the mean.
-        drawn = vectors + (likeliest - vectors).detach()
+        drawn = likeliest + (vectors - vectors.detach())
         noisy = torch.arange(x_t.shape[1], device=x_t.device) >= kept.to(x_t.device)[:, None]
         x0 = torch.where(noisy[..., None], drawn, x_t)
         return Coded(x0, self.kind, x_t, t, self.schedule, logits=logits, vectors=vectors, noisy=noisy)
+
+
+class CodeLaw(nn.Module):
+    """The law that a network says of codes, for a method that trains it: codes (B, length) and a caption -> logits."""
+
+    def __init__(self, network: CodeTransformer):
+        super().__init__()
+        self.network = copy.deepcopy(network).float().requires_grad_(True)
+
+    def forward(self, codes: Tensor, cond: Tensor) -> Tensor:
+        return self.network.logits(codes, cond)
+
+
+def relayed(student: Callable[..., Prediction], teacher: Callable[..., Prediction], since: float) -> Any:
+    """What says x0 as the student does while more than the share `since` is noise, and as the teacher does from there on:
+    the teacher in the loop (arXiv 2412.17153, Sec. 4.3), for as many of its passes as there is time for.
+    """
+
+    def predict(x_t: Tensor, t: Tensor, cond: Cond, **inputs: Tensor) -> Prediction:
+        asked = student if float(t.max()) > since else teacher
+        return asked(x_t, t, cond, **inputs)
+
+    return predict

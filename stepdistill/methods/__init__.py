@@ -44,7 +44,10 @@ METHODS = Table(
 )
 
 # For autoregressive models of codes (`Family.of_codes`), which no other method serves; no part of a composition.
-CODE_METHODS = Table("stepdistill.methods.base:Method", {"dd1": "stepdistill.methods.dd1:DD1"})
+CODE_METHODS = Table(
+    "stepdistill.methods.base:Method",
+    {"dd1": "stepdistill.methods.dd1:DD1", "dd2": "stepdistill.methods.dd2:DD2"},
+)
 
 # What makes a network smaller, where it has lists of blocks: no part of a composition, and no student is left by it.
 PRUNERS = Table("stepdistill.methods.base:Method", {"ppcl": "stepdistill.methods.ppcl:PPCL"})

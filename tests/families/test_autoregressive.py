@@ -16,7 +16,7 @@ from stepdistill.code_flow import flow_to_codes
 from stepdistill.denoiser import guided
 from stepdistill.errors import UserError
 from stepdistill.families.autoregressive import Autoregressive
-from stepdistill.families.code_denoisers import CodeStudent
+from stepdistill.families.code_denoisers import CodeStudent, relayed
 from stepdistill.families.toy import Toy
 from stepdistill.methods.assemble import assemble
 from stepdistill.noise import SampleNoise
@@ -159,17 +159,29 @@ def test_methods_of_codes_and_others_do_not_mix(family):
         assemble(method("dd1"), Toy(Toy.Config(fit_steps=0)))
 
 
-def test_dd1_learns_the_map(family):
-    """Of a tiny teacher's pairs: the share of codes that are the map's, on noise that was not learnt from."""
-    made = world("dd1")
-    student, schedule = made.nets.student.requires_grad_(True), family.schedule
-    optimizer, book = torch.optim.Adam(student.parameters(), 3e-3), family.teacher.network.book
+@torch.no_grad()
+def test_a_teacher_in_the_loop_goes_on_from_the_students_codes(family, noise):
+    cond, student = family.encode(CAPTIONS), family.student("teacher", ())
+    both = relayed(student, family.teacher, 0.5)
+    x0 = family.many_steps.sample(both, noise, (1.0, 0.5), lambda i: noise, cond)
+    first, half = student(noise, times_like(1.0, noise), cond).x0[:, :2], times_like(0.5, noise)
+    assert torch.equal(x0[:, :2], first)
+    state = torch.cat((first, noise[:, 2:]), 1)
+    assert torch.equal(x0, family.teacher(state, half, cond).x0)
+
+
+@pytest.mark.parametrize("name", ["dd1", "dd2"])
+def test_methods_of_codes_learn_the_map(family, name):
+    """Of a tiny teacher, with its pairs or without: the share of codes that are the map's, on other noise."""
+    made = world(name)
+    student = made.nets.student.requires_grad_(True)
+    optimizer = torch.optim.Adam(student.parameters(), 3e-3)
     cond = family.encode(CAPTIONS)
 
     def pairs(step):
-        index = torch.arange(96)
+        index = torch.arange(48)
         z = SampleNoise(index, step=step, phase="pairs").randn(*family.shape)
-        told = cond.repeat(8, 1, 1)
+        told = cond.repeat(4, 1, 1)
         with torch.no_grad():
             return z, family.teacher(z, times_like(1.0, z), told).x0, told
 
@@ -181,11 +193,23 @@ def test_dd1_learns_the_map(family):
             )
 
     before = agreement()
-    for step in range(150):
-        batch = made.batch(step, count=96)
-        batch.pairs.z, batch.pairs.x0, batch.pairs.cond = pairs(step)
+    for step in range(100):
+        batch = made.batch(step, count=48)
+        if name == "dd1":
+            batch.pairs.z, batch.pairs.x0, batch.pairs.cond = pairs(step)
+        (phase, *_) = made.method.phases(0)
         optimizer.zero_grad()
-        made.method.loss(made.nets, batch)["total"].mean().backward()
+        phase.terms[0][1](made.nets, batch)["total"].mean().backward()
         optimizer.step()
     assert before < 0.5 and agreement() > before + 0.25, (before, agreement())
-    assert schedule.length == ar.LENGTH and book.shape == (ar.CODES, ar.DIMS)
+
+
+def test_dd2_has_no_pull_where_the_students_law_is_the_teachers():
+    """And where it is not, the pull at x is that of the two laws' means."""
+    made = world("dd2", warmup=0, steps=(1,))
+    nets, batch = made.nets, made.batch(0)
+    nets.fake_score.load_state_dict({f"network.{k}": v for k, v in nets.teacher.network.state_dict().items()})
+    assert made.method.matching(nets, batch)["gap"].max() < 1e-10
+    with torch.no_grad():
+        nets.fake_score.network.head.bias[0] += 5
+    assert made.method.matching(nets, made.batch(0))["gap"].min() > 1e-4
