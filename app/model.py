@@ -31,7 +31,8 @@ class Model:
         from stepdistill.attention import choose
 
         self.entry, self.sampler = entry, sampler
-        chosen = choose(sampler.pipeline, attention)
+        # What is no pipeline of diffusers has a network all the same.
+        chosen = choose(sampler.pipeline or sampler.denoiser.network, attention)
         family = getattr(sampler, "family_", None)
         device, dtype = str(getattr(sampler, "device", "cpu")), getattr(sampler, "dtype", torch.float32)
         if device == "cpu" and dtype == torch.float32:

@@ -74,7 +74,9 @@ class DD2(Method):
     def phases(self, step: int) -> Iterator[Phase]:
         loss = self.imitation if step < self.config.warmup else self.matching
         yield Phase("student", ("student",), ((1.0, loss),))
-        yield Phase("critic", ("fake_score",), ((1.0, self.critic_loss),))
+        # Nobody asks it before; it begins as the teacher, and the student's law is near that by then.
+        if step >= 0.8 * self.config.warmup:
+            yield Phase("critic", ("fake_score",), ((1.0, self.critic_loss),))
 
     def generate(self, nets: Networks, batch: Batch) -> tuple[Coded, Tensor, Tensor]:
         """What the student says at one of its passes, the codes of all places (B, L), and their noise (B, L, D)."""
