@@ -25,7 +25,7 @@ from stepdistill.families.toy import Toy, gaussian, gaussian_flow_map
 from stepdistill.noise import SampleNoise
 from stepdistill.prediction import Prediction
 from stepdistill.sampling import Sampling
-from stepdistill.schedule import VP, Flow, Schedule, times_like
+from stepdistill.schedule import EDM, VP, Flow, Schedule, times_like
 
 
 def oracle(schedule: Schedule) -> Denoiser:
@@ -321,3 +321,15 @@ def test_a_guided_step_costs_two_evaluations(tiny_sd):
     sampler = load(tiny_sd)
     assert sampler.at(5, 3.0).nfe == 10 and sampler.at(5, 1.0).nfe == 5
     assert sampler.at(5, 3.0).label == "teacher, 5 steps, guidance 3"
+
+
+def test_a_sampling_asks_for_its_own_grid():
+    """From its finest grid, and from its own first level of noise."""
+    of_steps = Flow(lambda steps: float(steps))
+    assert Sampling((1, 2, 4), "ode").grid(of_steps, 2) == of_steps.few_step_ode_grid(2, 4)
+    assert Sampling((1,), first_rho=2.5).grid(EDM(), 1) == pytest.approx((2.5,))
+    assert (
+        Sampling((3, 4)).grid(VP.from_betas(), 3)
+        == VP.from_betas().few_step_grid(3, 4)
+        != VP.from_betas().few_step_grid(3)
+    )

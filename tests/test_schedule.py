@@ -183,3 +183,16 @@ def test_noise_alone_is_noise_alone_in_another_process(ours, theirs):
     assert ours.time_of(theirs, f64(theirs.t_max)).item() == pytest.approx(ours.t_max, abs=1e-12)
     t = f64(0.0, 0.1, 0.5, 0.9) * theirs.t_max
     torch.testing.assert_close(ours.rho(ours.time_of(theirs, t)), theirs.rho(t))
+
+
+def test_samplers_grids_keep_their_own_first_and_last_times():
+    """Qwen-Image's terminal, a last time of the scheduler's own, a shift by the number of steps, a start at less noise."""
+    assert Flow(2.0, terminal=0.02).teacher_grid(4)[-1] == pytest.approx(0.02)
+    assert Flow(2.0, last=0.01).teacher_grid(4)[-1] == pytest.approx(2 * 0.01 / 1.01)
+    of_steps = Flow(lambda steps: float(steps))
+    assert (
+        of_steps.few_step_ode_grid(2, 4)
+        == Flow(4.0).few_step_ode_grid(2, 4)
+        != Flow(2.0).few_step_ode_grid(2, 2)
+    )
+    assert EDM().few_step_grid(1, first_rho=2.5) == pytest.approx((2.5,))

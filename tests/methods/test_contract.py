@@ -229,6 +229,8 @@ def test_updates_in_20_iterations(name, settings, expected):
 def test_scoped_networks_name_what_is_missing():
     nets = Networks({"student": nn.Identity(), "a/own": nn.Identity()}, Flow())
     assert nets.scoped("a").own is nets.modules["a/own"]
+    both = Networks({"own": nn.Identity(), "a/own": nn.Identity()}, Flow())
+    assert both.scoped("a").own is both.modules["a/own"]
     with pytest.raises(AttributeError, match="no network 'own'; there are student"):
         _ = nets.own
     assert distribution_matching(torch.ones(2, 1), torch.ones(2, 1), torch.ones(2, 1)).tolist() == [0, 0]

@@ -120,10 +120,13 @@ def test_a_stage_can_go_on_with_a_student_of_sigma_noise(name, settings):
 
 
 def test_the_way_to_a_state_carries_no_gradient_and_is_the_students_own():
-    made = world("dmd2", steps=(3,))
+    made, heard = world("dmd2", steps=(3,)), []
+    made.nets.student.register_forward_pre_hook(lambda _, told: heard.append(told[2]))
     for step in range(6):
-        x_t, _, _ = simulate(made.method.sampling, made.nets, made.batch(step))
+        batch = made.batch(step)
+        x_t, _, _ = simulate(made.method.sampling, made.nets, batch)
         assert not x_t.requires_grad and x_t.grad_fn is None
+    assert heard and all(torch.equal(cond, batch.cond) for cond in heard)
 
 
 def test_states_before_the_first_and_before_the_late_ones_are_left_out():

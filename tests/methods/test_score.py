@@ -263,3 +263,8 @@ def test_the_gradient_crosses_the_input_of_both_networks_and_not_their_parameter
 def test_bad_settings_are_one_sentence(wrong, says):
     with pytest.raises(UserError, match=says):
         Line("sim", SCHEDULES["vp"](), **wrong)
+
+
+def test_a_fake_score_of_adapters_is_over_the_teacher():
+    made = world("dmd2", fake_score_lora={"rank": 2})
+    assert made.nets.fake_score.base is made.nets.teacher.backbone()
