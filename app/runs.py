@@ -141,7 +141,7 @@ def _ranges(recipe: dict[str, Any]) -> dict[str, tuple[float, float, str]]:
     from stepdistill.registry import resolve
 
     try:
-        name = (recipe.get("method") or {}).get("name")
+        name = _section(recipe, "method").get("name")
         method = resolve(name, EVERY_METHOD, "method", registered_only=True)
     except UserError:
         return COMMON_HEALTH
