@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ class Watched(Method):
 
 
 def watched() -> Health:
-    return Health(Watched(None))
+    return Health(Watched(SimpleNamespace()))
 
 
 def test_a_warning_comes_once_until_the_value_has_been_back():
