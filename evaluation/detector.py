@@ -1,7 +1,7 @@
 """GenEval's judgement in process: objects by Mask2Former, their colours by CLIP, both of transformers.
 
 The rules are GenEval's (djghosh13/geneval, evaluation/evaluate_images.py). Its detector is OpenMMLab's training of
-Mask2Former Swin-S, whose library (mmcv 1) builds for no torch of today; this is Meta's training of the same network.
+Mask2Former Swin-S in mmdet 2 with mmcv 1, which were made for torch 1; this is Meta's training of the same network.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from evaluation.images import Images
 from evaluation.metrics import get_metrics
 from evaluation.metrics.base import Inputs, Metric
 from evaluation.metrics.clip_score import ClipScore
-from evaluation.processes import Processes
+from evaluation.processes import Processes, precision_kept
 from evaluation.protocol import Protocol, checked_n, get_protocol
 from evaluation.reference import reference_stats
 from evaluation.references import FileReference, NamedReference, holds
@@ -221,11 +221,11 @@ class Measurement:
                 )
 
 
+@precision_kept()
 def measure(
     draws: Drawer | SamplerFn | Images, protocol: str | Protocol, metrics: Sequence[str], *, n: int | None = None,
-    extractor: Place | Extractor | None = None, reference: FeatureStats | Images | None = None,
-    captions: Sequence[str] | None = None, clip: Place = "", teacher: Measured | None = None,
-    processes: Processes | None = None, batch: int = 64,
+    extractor: Place | Extractor | None = None, reference: FeatureStats | Images | None = None, clip: Place = "",
+    batch: int = 64,
 ) -> Measured:  # fmt: skip
     """Draw the samples of a protocol, or take those that exist, and measure them.
 
@@ -241,17 +241,16 @@ def measure(
     protocol = get_protocol(protocol)
     n = checked_n(n, protocol)
     ready = Measurement(
-        protocol, metrics, n, extractor=extractor, reference=reference, captions=captions, clip=clip, device=_device(draws),
-        available=frozenset({"teacher"} if teacher is not None else ()), processes=processes,
-    )  # fmt: skip
+        protocol, metrics, n, extractor=extractor, reference=reference, clip=clip, device=_device(draws)
+    )
     if isinstance(draws, Images):
-        return ready.of(draws, teacher=teacher)
+        return ready.of(draws)
     draw = quantised(draws, protocol.quantise)
     prompts, seeds = ready.protocol.prompts(n), ready.protocol.seeds(n)
     parts = (slice(start, start + batch) for start in range(0, n, batch))
     with tempfile.TemporaryDirectory() as folder:
         images = kept((drawn(draw, prompts[part], seeds[part]) for part in parts), Path(folder))
-        done = ready.of(images, teacher=teacher)
+        done = ready.of(images)
     return replace(done, inputs=None)
 
 

@@ -8,8 +8,9 @@ accelerate's.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -122,6 +123,17 @@ def ready_device(name: str) -> str:
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = False
     return name
+
+
+@contextlib.contextmanager
+def precision_kept() -> Iterator[None]:
+    """Afterwards TF32 is as it was: a training run that is measured goes on with the bits of one that is not."""
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def in_bfloat16(

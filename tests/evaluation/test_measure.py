@@ -84,6 +84,22 @@ def test_grey_levels_are_rounded_as_the_protocol_says(quantise, tiny_sd, monkeyp
     assert torch.equal(seen[0], truth) and torch.equal(seen[1], truth)
 
 
+def test_a_measurement_leaves_the_precision_of_products_as_it_was(extractor, monkeypatch) -> None:
+    """On a GPU it turns TF32 off, and the training run it is made in would go on without."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    torch.set_float32_matmul_precision("high")
+
+    def sampler(prompts, seeds) -> Tensor:
+        torch.backends.cudnn.allow_tf32 = False
+        torch.set_float32_matmul_precision("highest")
+        return pictures(0, len(seeds))
+
+    protocol = replace(PROTOCOLS["scenes-2k"], reference=SceneReference(n=4))
+    measure(sampler, protocol, ["fd"], n=3, extractor=extractor)
+    assert torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "high"
+    torch.set_float32_matmul_precision("highest")
+
+
 @pytest.mark.usefixtures("no_plots")
 def test_run_images_and_evaluate_give_the_same_bits(tmp_path, painters, net) -> None:
     given = public(tmp_path)
