@@ -48,6 +48,8 @@ class FileImages(Images):
 
     # Files that were left out, by reason.
     skipped: Counter
+    # Whether names tell the order, as in a folder; an archive that is read from end to end has one of its own.
+    named = True
 
     def __init__(
         self, path: Path, files: list[Path], resize: Resize = AS_STORED, io_batch: int = IO_BATCH
@@ -78,7 +80,7 @@ class FileImages(Images):
     @property
     def names(self) -> list[str]:
         """Of the images, relative to `path`, in order; [] where they have none but their order is known."""
-        return self._names
+        return self._names if self.named else []
 
     def sha256(self) -> str:
         """Of names and contents."""
@@ -122,15 +124,10 @@ class FileImages(Images):
         return [decode(read(), name, self.resize) for read, name in job]
 
     def _chosen(self, names: Iterable[str]) -> list[str]:
-        """Those that are images by their names, in natural order; the others are skipped."""
-        chosen = []
-        for name in names:
-            reason = left_out(name)
-            if reason:
-                self.skipped[reason] += 1
-            else:
-                chosen.append(name)
-        return sorted(chosen, key=natural)
+        """Those that are images by their names; the others are skipped."""
+        looked_at = [(name, left_out(name)) for name in names]
+        self.skipped.update(reason for _, reason in looked_at if reason)
+        return [name for name, reason in looked_at if not reason]
 
 
 class FolderImages(FileImages):
@@ -148,7 +145,8 @@ class ZipImages(FileImages):
 
     def _listed(self) -> list[str]:
         with readable(self.path, "a zip file"), zipfile.ZipFile(self.path) as opened:
-            return self._chosen(name for name in opened.namelist() if not name.endswith("/"))
+            chosen = self._chosen(name for name in opened.namelist() if not name.endswith("/"))
+            return sorted(chosen, key=natural)
 
     def _encoded(self) -> Iterator[Encoded]:
         # Not closed here: threads read of it until the last image is decoded.
@@ -160,15 +158,10 @@ class ZipImages(FileImages):
 class TarImages(FileImages):
     """The images in .tar files, in the order they lie there, as WebDataset has them."""
 
+    named = False
+
     def _listed(self) -> list[str]:
-        names = []
-        for file in self.files:
-            for member, _ in _members(file):
-                if reason := left_out(member):
-                    self.skipped[reason] += 1
-                else:
-                    names.append(member)
-        return names
+        return self._chosen(member for file in self.files for member, _ in _members(file))
 
     def _encoded(self) -> Iterator[Encoded]:
         for file in self.files:
@@ -176,20 +169,14 @@ class TarImages(FileImages):
                 if not left_out(name):
                     yield functools.partial(bytes, read()), f"{name} of {file}"
 
-    @property
-    def names(self) -> list[str]:
-        return []
-
 
 class ParquetImages(FileImages):
     """The column `image` or `img` of Parquet files, in the Hugging Face layout."""
 
+    named = False
+
     def _listed(self) -> list[str]:
         return [""] * sum(rows for _, rows in map(_parquet_column, self.files))
-
-    @property
-    def names(self) -> list[str]:
-        return []
 
     def _encoded(self) -> Iterator[Encoded]:
         import pyarrow.parquet as pq
