@@ -8,14 +8,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from evaluation.weights import model_files
 from stepdistill.clip import normalisation, pretrained, tokenizer
 from stepdistill.provenance import sha256_of_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Clip:
