@@ -105,4 +105,6 @@ assets/ar/vqvae/training.json: | assets/teacher/vae/training.json
 	$(RUN) -m training.embedded.vq --vae assets/teacher/vae --out assets/ar/vqvae --steps 1500 --stop 1220
 
 assets/ar/transformer/training.json: | assets/ar/vqvae/training.json assets/clip/training.json
-	$(RUN) -m training.embedded.ar --vqvae assets/ar/vqvae --text assets/teacher --out assets/ar
+	$(RUN) -m training.embedded.ar --vqvae assets/ar/vqvae --text assets/teacher --out runs/ar --steps 1800 --pool 5000
+	$(RUN) -m training.embedded.ar --vqvae assets/ar/vqvae --text assets/teacher --out assets/ar --init runs/ar --steps 1800 --pool 8000 \
+	    --lr 1.5e-3 --seed 1

@@ -120,12 +120,25 @@ class CodeTeacher(CodeDenoiser):
         network, kept = self.network, self.schedule.kept(t).to(x_t.device)
         if int(kept.min()) >= upto:
             return x_t
-        codes = network.nearest(x_t)
+        codes = self._codes(x_t, int(kept.max()))
         for place in range(int(kept.min()), upto):
             found = self._draw(codes[:, :place], x_t[:, place], cond, scale)
             codes[:, place] = torch.where(place < kept, codes[:, place], found)
         done = torch.arange(x_t.shape[1], device=x_t.device) < upto
         return torch.where(done[:, None], network.book[codes].to(x_t.dtype), x_t)
+
+    def _codes(self, x_t: Tensor, upto: int) -> Tensor:
+        """The codes (B, length) of the first places of a state, 0 behind them; those told last are known."""
+        codes, known = torch.zeros(x_t.shape[:2], dtype=torch.long, device=x_t.device), 0
+        if self._memo:
+            last = self._memo[0].codes[: len(x_t), :upto]
+            if len(last) == len(x_t) and torch.equal(
+                self.network.book[last].to(x_t), x_t[:, : last.shape[1]]
+            ):
+                known = last.shape[1]
+                codes[:, :known] = last
+        codes[:, known:upto] = self.network.nearest(x_t[:, known:upto])
+        return codes
 
     def _draw(self, before: Tensor, eps: Tensor, cond: Tensor, scale: float | Tensor | None) -> Tensor:
         """The code (B,) behind the codes `before` (B, n) that its noise (B, D) leads to."""
@@ -144,12 +157,12 @@ class CodeTeacher(CodeDenoiser):
         count, known = before.shape[1], self._known(before, cond)
         if known is None:
             rows = torch.cat((self.network.heading(cond), self.network.rows(before)), 1)
-            states, cache = self.network.run(rows)
+            cache = Cache(self.network.shape, len(rows), rows)
         elif (start := known.codes.shape[1]) < count:
-            states, cache = self.network.run(self.network.rows(before[:, start:], start), known.cache)
+            rows, cache = self.network.rows(before[:, start:], start), known.cache
         else:
             return known.logits
-        logits = self.network.head(states[:, -1]).float()
+        logits = self.network.head(self.network.run(rows, cache)[:, -1]).float()
         self._memo[:] = [_Memo(cond, before.clone(), cache, logits, self._version())]
         return logits
 

@@ -33,8 +33,22 @@ class CodeShape:
     student: bool = False
 
 
-# Of each layer keys and values, (B, heads, places, width / heads).
-Cache = list[tuple[Tensor, Tensor]]
+class Cache:
+    """Keys and values of the rows a network was told, room for all of them from the first: (layers, 2, B, heads, rows,
+    width / heads). `seen`: how many rows.
+    """
+
+    def __init__(self, shape: CodeShape, count: int, like: Tensor):
+        rows = shape.text_length + shape.length
+        self.held = like.new_empty(shape.layers, 2, count, shape.heads, rows, shape.width // shape.heads)
+        self.seen = 0
+
+    def put(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values of a layer, with those of new rows behind."""
+        end = self.seen + k.shape[2]
+        self.held[layer, 0, :, :, self.seen : end] = k
+        self.held[layer, 1, :, :, self.seen : end] = v
+        return self.held[layer, 0, :, :, :end], self.held[layer, 1, :, :, :end]
 
 
 class Block(nn.Module):
@@ -47,19 +61,19 @@ class Block(nn.Module):
         self.joint, self.leave = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.perceptron = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, h: Tensor, past: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Cache]:
-        """h: (B, N, width) of the places behind those of `past`. Keys and values of all come back."""
+    def forward(self, h: Tensor, cache: Cache | None = None, layer: int = 0) -> Tensor:
+        """h: (B, N, width), of rows behind those that the cache has seen."""
         count, size, _ = h.shape
         split = self.joint(self.before(h)).view(count, size, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         q, k, v = split.unbind(0)
-        if past is not None:
-            k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)
+        if cache is not None:
+            k, v = cache.put(layer, k, v)
         seen, mask = k.shape[2], None
         if 1 < size < seen:
             mask = torch.ones(size, seen, dtype=torch.bool, device=h.device).tril(seen - size)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=size == seen and size > 1)
         h = h + self.leave(mixed.transpose(1, 2).flatten(2))
-        return h + self.perceptron(self.between(h)), (k, v)
+        return h + self.perceptron(self.between(h))
 
 
 class CodeTransformer(nn.Module):
@@ -106,13 +120,14 @@ class CodeTransformer(nn.Module):
         """The caption's rows (B, text_length, width)."""
         return self.text(text) + self.text_place
 
-    def run(self, rows: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
-        """The last states of these rows, normalised, and the cache with them in it."""
-        kept = []
+    def run(self, rows: Tensor, cache: Cache | None = None) -> Tensor:
+        """The last states of these rows, normalised; a cache then has seen them."""
+        count = rows.shape[1]
         for number, block in enumerate(self.blocks_):
-            rows, pair = block(rows, cache[number] if cache else None)
-            kept.append(pair)
-        return self.norm(rows), kept
+            rows = block(rows, cache, number)
+        if cache is not None:
+            cache.seen += count
+        return self.norm(rows)
 
     def rows(self, codes: Tensor, first: int = 0) -> Tensor:
         """The rows (B, N, width) of codes (B, N) at the places from `first` on."""
@@ -124,7 +139,7 @@ class CodeTransformer(nn.Module):
         codes: (B, length) or (B, length - 1), int64; text: (B, text_length, text_width).
         """
         codes = codes[:, : self.shape.length - 1]
-        states, _ = self.run(torch.cat((self.heading(text), self.rows(codes)), 1))
+        states = self.run(torch.cat((self.heading(text), self.rows(codes)), 1))
         return self.head(states[:, self.shape.text_length - 1 :])
 
     def nearest(self, x: Tensor) -> Tensor:
@@ -145,7 +160,7 @@ class CodeTransformer(nn.Module):
         heading = self.heading(text)
         rows = torch.cat((heading, behind), 1)
         rows = torch.cat((rows[:, :-length], rows[:, -length:] + own), 1)
-        states = self.run(rows)[0][:, -length:]
+        states = self.run(rows)[:, -length:]
         # Cells of a map from noise onto points are cut by planes across the points' directions, as those of optimal transport
         # are; where they lie hangs on the probabilities, which the states know.
         toward = (1 + self.gain(states)) * (x.to(states.dtype) @ self.book.T)

@@ -58,7 +58,10 @@ def train(args: argparse.Namespace) -> None:
     empty = autoregressive.Captions.read(Path(args.text))([""])[0]
     print(f"{time.monotonic() - started:6.0f} s  {len(codes)} scenes coded", flush=True)
     book = model.quantize.embedding.weight.detach()
-    network = CodeTransformer(CodeShape(len(book), book.shape[1], codes.shape[1]))
+    if args.init:
+        network = autoregressive.read_network(Path(args.init))
+    else:
+        network = CodeTransformer(CodeShape(len(book), book.shape[1], codes.shape[1]))
     network.book.copy_(book)
     average = EMA(network, 0.998)
     decayed = [p for p in network.parameters() if p.ndim > 1]
@@ -71,7 +74,7 @@ def train(args: argparse.Namespace) -> None:
     schedule = common.warmup_and_cosine(optimizer, args.steps, 100)
     progress = Progress(args.partial, network, average, optimizer, schedule)
     draw = torch.Generator()
-    for step in range(progress.begin(), args.stop or args.steps):
+    for step in range(progress.begin(), args.steps):
         draw.manual_seed(args.seed + step)
         rows = torch.randint(len(codes), (args.batch,), generator=draw)
         dropped = torch.rand(args.batch, 1, 1, generator=draw) < DROPPED
@@ -115,7 +118,7 @@ def finish(
     common.write_report(
         out / autoregressive.NETWORK / "training.json",
         started,
-        command=common.command(__spec__.name, args, ("vqvae", "text", "steps", "stop", "pool", "lr", "seed")),
+        command=common.command(__spec__.name, args, ("init", "vqvae", "text", "steps", "pool", "lr", "seed")),
         steps=args.steps,
         nats_per_code=round(held_loss(reread, *held), 4),
         parameters=sum(p.numel() for p in network.parameters()),
@@ -127,10 +130,8 @@ def main() -> None:
     parser.add_argument("--vqvae", required=True, help="directory of the VQModel")
     parser.add_argument("--text", required=True, help="pipeline directory with text_encoder and tokenizer")
     parser.add_argument("--out", required=True, help="pipeline directory to write")
+    parser.add_argument("--init", default="", help="pipeline directory whose network is gone on with")
     parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument(
-        "--stop", type=int, default=0, help="leave the schedule of --steps at this step; 0 = at its end"
-    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=16, help="images per step")
