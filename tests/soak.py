@@ -306,6 +306,11 @@ def flip(place: Path, rng: random.Random) -> str:
     return f"{steps[0]}/{path.name}"
 
 
+def set_aside(place: Path) -> set[tuple[str, int]]:
+    """What a run has found damaged, whether or not it lived to say so."""
+    return {(path.name, path.stat().st_ino) for path in place.glob("run/checkpoints/damaged-*")}
+
+
 def trial(
     name: str, does: Callable[[], None], reference: Path, place: Path, moments: Counter, rng: random.Random
 ) -> dict:
@@ -319,7 +324,7 @@ def trial(
         chosen = rng.choice(sorted(moments))
         at = (chosen, rng.randint(1, max(1, moments[chosen]))) if left else None
         before = len(log.read_text()) if log.exists() else 0
-        aside = set(place.glob("run/checkpoints/damaged-*"))
+        aside = set_aside(place)
         code, _ = attempt(does, place, at, number)
         said = log.read_text()[before:]
         if at is None or code == 0:
@@ -328,7 +333,7 @@ def trial(
         expected = EXITS | ({1, 2} if name.startswith("two") else set())
         assert code in expected, f"{name}: exit code {code}"
         # One that is killed before it says so has set it aside already.
-        found += "warning W01" in said or not aside >= set(place.glob("run/checkpoints/damaged-*"))
+        found += "warning W01" in said or not set_aside(place) <= aside
         if resumed := re.search(r"resuming run at step (\d+)", said):
             lost = max(lost, trial.reached - int(resumed[1]))
         trial.reached = REACHED.value
@@ -336,7 +341,8 @@ def trial(
             break
         killed[chosen] += 1
         signals[signal.Signals(number).name] += 1
-        if name != "evaluation" and rng.random() < 0.3:
+        # Not twice what nobody has looked at yet.
+        if name != "evaluation" and flips == found and rng.random() < 0.3:
             flips += bool(flip(place, rng))
     judge(name, reference, place)
     assert found == flips, f"{name}: {flips} bits flipped, {found} found"
