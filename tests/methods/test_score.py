@@ -13,8 +13,9 @@ from stepdistill.errors import UserError
 from stepdistill.families.toy import SCHEDULES
 from stepdistill.losses import distribution_matching
 from stepdistill.methods.base import Batch
+from stepdistill.methods.score import compared
 from stepdistill.prediction import Prediction
-from stepdistill.schedule import Schedule, expand, times_like
+from stepdistill.schedule import Flow, Schedule, expand, times_like
 from stepdistill.timesteps import draw
 
 # Of the data a student is to reach.
@@ -268,3 +269,12 @@ def test_bad_settings_are_one_sentence(wrong, says):
 def test_a_fake_score_of_adapters_is_over_the_teacher():
     made = world("dmd2", fake_score_lora={"rank": 2})
     assert made.nets.fake_score.base is made.nets.teacher.backbone()
+
+
+def test_what_is_logged_beside_the_students_samples_is_the_teachers():
+    schedule = Flow()
+    x_t, t = torch.randn(4, 2), torch.full((4,), 0.5, dtype=torch.float64)
+    real, fake = (Prediction(torch.full((4, 2), value), "x0", x_t, t, schedule) for value in (3.0, 5.0))
+    seen = compared(torch.zeros(4, 2), real, fake)
+    assert float(seen["teacher_x0_mean"]) == 3 and float(seen["x0_mean"]) == 0
+    assert seen["gap"].tolist() == [4.0] * 4
