@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -283,6 +284,6 @@ def test_who_is_trained_in_ten_million_steps_is_known_at_once():
             if step > 9_990_000 and step % 500 == 0:
                 yield Phase("late", ("late",), ())
 
-    assert trained_by(Late(None), 10**7) == ["late", "rare", "student"]
+    assert trained_by(Late(SimpleNamespace()), 10**7) == ["late", "rare", "student"]
     assert Late.looked <= 10**5
-    assert trained_by(Late(None), 10) == ["student"]
+    assert trained_by(Late(SimpleNamespace()), 10) == ["student"]
