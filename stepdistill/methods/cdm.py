@@ -11,6 +11,9 @@ gives the terms, in flow's times at equal noise:
 
 No gradient reaches x': the second answer alone is taught. The student follows its ODE (DDIM) at any number of steps.
 
+The fake score learns the mixture of the answers at all places of the grid. Where nothing but DM holds them, as without
+guidance, each place may draw a part of the data: on the exact toy they do (benchmarks/toy.md).
+
 Normal ranges: those of decoupled_dmd; "between", DM at x', near "matching".
 """
 
