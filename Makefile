@@ -106,5 +106,7 @@ assets/ar/vqvae/training.json: | assets/teacher/vae/training.json
 
 assets/ar/transformer/training.json: | assets/ar/vqvae/training.json assets/clip/training.json
 	$(RUN) -m training.embedded.ar --vqvae assets/ar/vqvae --text assets/teacher --out runs/ar --steps 1800 --pool 5000
-	$(RUN) -m training.embedded.ar --vqvae assets/ar/vqvae --text assets/teacher --out assets/ar --init runs/ar --steps 1800 --pool 8000 \
+	$(RUN) -m training.embedded.ar --vqvae assets/ar/vqvae --text assets/teacher --out runs/ar2 --init runs/ar --steps 1800 --pool 8000 \
 	    --lr 1.5e-3 --seed 1
+	$(RUN) -m training.embedded.ar --vqvae assets/ar/vqvae --text assets/teacher --out assets/ar --init runs/ar2 --steps 2400 --pool 10000 \
+	    --lr 1.5e-3 --seed 2

@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--teacher", default="assets/ar")
     parser.add_argument("--student", required=True)
     parser.add_argument("--n", type=int, default=500)
-    parser.add_argument("--guidance", type=float, default=1.5, help="of the teacher")
+    parser.add_argument("--guidance", type=float, default=2.0, help="of the teacher")
     parser.add_argument("--picture", default="assets/pictures/distilled_decoding.png")
     args = parser.parse_args()
     with cli_errors():

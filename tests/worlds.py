@@ -38,7 +38,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     # A longer path begins at what the fake score begins as, where there is no pull, and rightly so.
     "disback": {"path": 1},
     # Both of its losses, and its critic.
-    "dd2": {"warmup": 3},
+    "dd2": {"imitation_steps": 3},
     # On points: an eye and a reward of the tests' own.
     "lightning": {"mse_weight": 1.0},
     "add": {"eye": "fourier", "gan": "non_saturating"},

@@ -92,7 +92,7 @@ class Autoregressive(Family):
     conditions, latent, of_codes = "prompt", True, True
     # A pass over one place keeps no core busy.
     pair_batch = 256
-    default_guidance = 1.5
+    default_guidance = 2.0
 
     @dataclass
     class Config:

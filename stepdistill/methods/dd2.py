@@ -10,7 +10,7 @@ codes by cross-entropy. Both are asked about each place behind the student's own
 which is the difference of the two scores, up to a factor of s and 1 - s: distribution matching, place by place, by the
 chain rule of the divergence. The published generator and its second network begin as a model with a diffusion head, that
 has learnt the teacher's scores; without that they fail. Here both begin as the teacher, whose laws are exact already, and
-for `warmup` iterations the student learns where its own noise leads behind its own codes,
+for `imitation_steps` iterations the student learns where its own noise leads behind its own codes,
 
     CE(logits_i, flow(eps_i; p(. | q_<i))),
 
@@ -51,7 +51,7 @@ class DD2(Method):
         # Of the teacher, on its logits; 1 = off.
         guidance_scale: float = 1.0
         # Iterations of learning where the noise leads, before scores are compared.
-        warmup: int = 1000
+        imitation_steps: int = 1000
         # Where scores are compared: shares of data, uniform between.
         s_low: float = 0.02
         s_high: float = 0.8
@@ -72,10 +72,10 @@ class DD2(Method):
         return {"fake_score": CodeLaw(teacher.network)}
 
     def phases(self, step: int) -> Iterator[Phase]:
-        loss = self.imitation if step < self.config.warmup else self.matching
+        loss = self.imitation if step < self.config.imitation_steps else self.matching
         yield Phase("student", ("student",), ((1.0, loss),))
         # Nobody asks it before; it begins as the teacher, and the student's law is near that by then.
-        if step >= 0.8 * self.config.warmup:
+        if step >= 0.8 * self.config.imitation_steps:
             yield Phase("critic", ("fake_score",), ((1.0, self.critic_loss),))
 
     def generate(self, nets: Networks, batch: Batch) -> tuple[Coded, Tensor, Tensor]:

@@ -206,7 +206,7 @@ def test_methods_of_codes_learn_the_map(family, name):
 
 def test_dd2_has_no_pull_where_the_students_law_is_the_teachers():
     """And where it is not, the pull at x is that of the two laws' means."""
-    made = world("dd2", warmup=0, steps=(1,))
+    made = world("dd2", imitation_steps=0, steps=(1,))
     nets, batch = made.nets, made.batch(0)
     nets.fake_score.load_state_dict({f"network.{k}": v for k, v in nets.teacher.network.state_dict().items()})
     assert made.method.matching(nets, batch)["gap"].max() < 1e-10

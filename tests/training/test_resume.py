@@ -63,7 +63,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(name, tmp_path):
     assert_goes_on_alike(of_method(name, tmp_path / "run"), 3, 5)
 
 
-@pytest.mark.parametrize("method", [{"name": "dd1", "pair_count": 16}, {"name": "dd2", "warmup": 2}])
+@pytest.mark.parametrize("method", [{"name": "dd1", "pair_count": 16}, {"name": "dd2", "imitation_steps": 2}])
 def test_a_resumed_run_of_codes_equals_an_uninterrupted_one(method, tmp_path):
     """Its pairs come from the teacher's map, and its student leaves as a directory of its own kind."""
     mapping = of_method("kd", tmp_path / "run").mapping() | {
