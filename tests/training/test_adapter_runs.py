@@ -32,6 +32,7 @@ def test_adapters_do_not_go_on_as_a_whole_network(tmp_path, tiny_sd, capsys):
             running.run(asked)
     # Where somebody has changed the run's own recipe as well.
     directory.begin(recipe(2, 2))
+    directory.lock.release()
     text = directory.recipe.read_text()
     assert "    rank: 2\n" in text
     directory.recipe.write_text(text.replace("    rank: 2\n", "    rank: 0\n", 1))

@@ -96,7 +96,7 @@ def test_metric_prompts_are_encoded_too(tmp_path, tiny_sd, cache, monkeypatch):
     monkeypatch.setattr(
         "training.monitor.measure",
         lambda run, family, sampler: (
-            type("V", (), {"value": 1.0, "better": "lower"})
+            type("V", (), {"value": 1.0, "se": None, "better": "lower"})
             if sampler(precompute_prompts(run, family), range(4)) is not None
             else None
         ),

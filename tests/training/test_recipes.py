@@ -143,7 +143,9 @@ def test_accelerate_reads_its_configurations(path):
     from accelerate.commands.config.config_args import load_config_from_file
 
     config = load_config_from_file(str(path))
-    processes = {"cpu": 1, "2cpu": 2, "1gpu": 1, "8gpu": 8}[path.stem]
+    kind, _, sharded = path.stem.partition("_")
+    processes = {"cpu": 1, "2cpu": 2, "1gpu": 1, "8gpu": 8, "64gpu": 64}[kind]
+    assert (str(config.distributed_type).rpartition(".")[2] == "FSDP") == (sharded == "fsdp")
     assert config.num_processes == processes
     assert bool(config.use_cpu) == path.stem.endswith("cpu")
     # The recipe's own setting decides.

@@ -22,7 +22,7 @@ from training.run import build, check
 
 DATA_FREE = (
     "dmd2", "sim", "sid", "diff_instruct", "vsd", "dmd", "kd", "boot", "reward", "disback", "compose",
-    "decoupled_dmd", "cdm",
+    "decoupled_dmd", "cdm", "phased_dmd",
 )  # fmt: skip
 GAN = {"name": "dmd2", "gan_weight": 0.1}
 # And whether real images are needed.
