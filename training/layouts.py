@@ -47,6 +47,8 @@ def on_paper(name: str, recipe: Recipe) -> Family:
         cls.face.inner: _made(said, dtype),
         "vae": _made(vae, dtype),
         "scheduler": getattr(diffusers, scheduler["class"]).from_config(scheduler["config"]),
+        # In latents, as pipelines of transformers name their own size.
+        "default_sample_size": 128,
         "vae_scale_factor": 32 if vae["class"] == "AutoencoderDC" else 8,
         "name_or_path": "",
         "config": SimpleNamespace(force_zeros_for_empty_prompt=True),
