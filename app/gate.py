@@ -115,11 +115,15 @@ def _with_policy(send: Send) -> Send:
 
 async def _stream(app: Any, scope: Scope, receive: Receive, send: Send, gone: Callable[[], None]) -> None:
     """Gradio's stream of answers. `gone` is called where the client goes away, of which Gradio tells no function."""
-    started, asked, left = False, False, asyncio.Event()
+    started, ended, sized, asked, left = False, False, False, False, asyncio.Event()
 
     async def noting(message: Any) -> None:
-        nonlocal started
-        started = True
+        nonlocal started, ended, sized
+        if message["type"] == "http.response.start":
+            started = True
+            sized = any(name.lower() == b"content-length" for name, _ in message.get("headers", []))
+        else:
+            ended = not message.get("more_body", False)
         await send(message)
 
     async def once() -> Any:
@@ -143,7 +147,9 @@ async def _stream(app: Any, scope: Scope, receive: Receive, send: Send, gone: Ca
         # Gradio tells a tab that it does not know so, and then raises: that is no fault of the server's.
         if not started:
             raise
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        # One that said its length and is cut off has no end that can be sent: its connection is closed.
+        if not ended and not sized:
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
     finally:
         watching.cancel()
 
