@@ -29,7 +29,8 @@ from stepdistill.denoiser import guided
 from stepdistill.drawing import Drawer
 from stepdistill.errors import atomic_write, cli_errors, quieten_libraries
 from stepdistill.families.code_denoisers import relayed
-from stepdistill.scenes import HELD_OUT_SEED, scene_at
+from stepdistill.provenance import sha256_of_weights
+from stepdistill.scenes import ATTRIBUTES, HELD_OUT_SEED, scene_at
 
 OUT = Path(__file__).with_suffix(".json")
 # The teacher's images of a prompt that independent codes are taken from, and images of one call of it.
@@ -79,7 +80,7 @@ def measured(draw: X0, family: Any, count: int) -> tuple[dict[str, float], Tenso
         return (255 * family.decode(x0).clamp(0, 1)).round().to(torch.uint8)
 
     found = evaluate(images, "scenes-2k", n=count, metrics=("fd", "attributes"), batch=BATCH)
-    names = ("fd:scenes-v1", "attributes/all", "attributes/shapes", "attributes/colours")
+    names = ("fd:scenes-v1", "attributes/all", *(f"attributes/{each}" for each in ATTRIBUTES))
     values = {name: found[name] for key in names for name in (key, f"{key}/se") if name in found}
     return values, torch.cat(kept)
 
@@ -102,36 +103,45 @@ def picture(draws: dict[str, X0], family: Any, path: Path) -> None:
         Image.fromarray(torch.cat(rows).numpy()).resize((1280, 128 * len(rows))).save(temporary, format="PNG")
 
 
+def ways(teacher: Drawer, students: Sequence[Any]) -> dict[str, X0]:
+    """Every way to draw, by its row's name; students by the methods that made them."""
+    found: dict[str, X0] = {"teacher": teacher.x0, "independent": independent(teacher)}
+    for each in students:
+        name = each.card.method
+        found |= {f"{name}, {n} pass{'es' * (n > 1)}": each.at(n, chunk=BATCH).x0 for n in each.steps}
+        found[f"{name}, teacher in the loop"] = in_the_loop(each.at(chunk=BATCH), teacher)
+    return found
+
+
 def compare(args: argparse.Namespace) -> dict[str, Any]:
-    teacher, student = stepdistill.load(args.teacher), stepdistill.load(args.student)
+    """All rows; those of the teacher and of independent codes are taken from the file where it has them."""
+    teacher, students = stepdistill.load(args.teacher), [stepdistill.load(path) for path in args.student]
     family, full = teacher.family_, teacher.at(guidance=args.guidance, chunk=BATCH)
-    draws: dict[str, X0] = {
-        "teacher": full.x0,
-        "independent": independent(full),
-        **{f"student, {n} pass{'es' * (n > 1)}": student.at(n, chunk=BATCH).x0 for n in student.steps},
-        "teacher in the loop": in_the_loop(student.at(chunk=BATCH), full),
-    }
-    picture(draws, family, Path(args.picture))
-    rows, codes = {}, {}
+    settings = {"n": args.n, "guidance": args.guidance, "teacher": sha256_of_weights(teacher.denoiser)[:16]}
+    kept = json.loads(OUT.read_text()) if OUT.is_file() else {}
+    rows = kept["rows"] if kept.get("settings") == settings else {}
+    draws, right = ways(full, students), None
     for name, draw in draws.items():
-        rows[name], codes[name] = measured(draw, family, args.n)
-        rows[name]["agreement"] = float(
-            (codes[name] - codes["teacher"]).abs().amax(-1).lt(1e-4).float().mean()
-        )
+        if name == "independent" and name in rows:
+            continue
+        rows[name], codes = measured(draw, family, args.n)
+        right = codes if right is None else right
+        rows[name]["agreement"] = float((codes - right).abs().amax(-1).lt(1e-4).float().mean())
         print(name, rows[name], flush=True)
     ends = [rows[name]["fd:scenes-v1"] for name in ("independent", "teacher")]
     for row in rows.values():
         row["gap_closed"] = (ends[0] - row["fd:scenes-v1"]) / (ends[0] - ends[1])
         row["of_teachers_rate"] = row["attributes/all"] / max(rows["teacher"]["attributes/all"], 1e-9)
-    passes = {
-        "teacher": teacher.at(guidance=args.guidance),
-        **{f"student, {n}": student.at(n) for n in student.steps},
-    }
+    passes = {"teacher": teacher.at(guidance=args.guidance)}
+    passes |= {f"{each.card.method}, {n}": each.at(n) for each in students for n in each.steps}
+    if students:
+        shown = {name: draw for name, draw in draws.items() if "loop" not in name}
+        picture(shown, family, Path(args.picture))
     return {
-        "command": f"python -m benchmarks.distilled_decoding --student {args.student} --n {args.n}"
+        "command": f"python -m benchmarks.distilled_decoding --student {' '.join(args.student)} --n {args.n}"
         f" --guidance {args.guidance:g}",
         "machine": machine("cpu"),
-        "n": args.n,
+        "settings": settings,
         "rows": rows,
         "milliseconds_per_image": {name: round(timed(drawer), 2) for name, drawer in passes.items()},
     }
@@ -140,7 +150,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--teacher", default="assets/ar")
-    parser.add_argument("--student", required=True)
+    parser.add_argument("--student", nargs="*", default=[], help="directories; none: the teacher alone")
     parser.add_argument("--n", type=int, default=500)
     parser.add_argument("--guidance", type=float, default=2.0, help="of the teacher")
     parser.add_argument("--picture", default="assets/pictures/distilled_decoding.png")
