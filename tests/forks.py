@@ -19,7 +19,12 @@ def two_processes(does: Callable[..., None], *given: Any) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(_process, (port, does, given), nprocs=2, start_method="fork")
+    both = torch.multiprocessing.start_processes(
+        _process, (port, does, given), nprocs=2, join=False, start_method="fork"
+    )
+    # Where one ends early, the other has time for what it says of that.
+    while not both.join(grace_period=30):
+        pass
 
 
 def _process(rank: int, port: int, does: Callable[..., None], given: tuple[Any, ...]) -> None:
