@@ -101,7 +101,30 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: anything that is missing, misspelt, of the wrong type or out of range, in one sentence.
     """
-    return recipe_from(apply_overrides(read_yaml(path), overrides))
+    mapping = apply_overrides(read_yaml(path), overrides)
+    recipe = recipe_from(mapping)
+    for override in overrides if recipe.partials else ():
+        _refuse_unheard(override.partition("=")[0].strip(), recipe.partials)
+    return recipe
+
+
+def _refuse_unheard(key: str, stages: Sequence[Mapping[str, Any]]) -> None:
+    """UserError for an override of what every stage sets for itself. `run.steps` is how far the run goes in all."""
+    if key == "run.steps":
+        return
+
+    def sets(stage: Any) -> bool:
+        stage = {name: as_section(section, name) for name, section in stage.items()}
+        for part in key.split("."):
+            if not isinstance(stage, Mapping) or part not in stage:
+                return False
+            stage = stage[part]
+        return True
+
+    if all(map(sets, stages)):
+        raise UserError(
+            f"{key} changes nothing, as every stage sets its own; override stages.0.{key} and so on."
+        )
 
 
 def recipe_from(mapping: Mapping[str, Any]) -> Recipe:

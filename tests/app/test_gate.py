@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import re
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from app_clients import JOIN, sentence, stream
 
-from app import png
+from app import gate, png
 
 # Of "/generate": prompt, model, steps, seed, n, negative prompt, guidance.
 VALUES = ["a red circle", "student", 1, 3, 1, "", None]
@@ -157,6 +158,35 @@ def test_numbers_and_halves_of_characters_in_an_image_request_are_refused(client
             "/v1/images/generations", content=body, headers={"content-type": "application/json"}
         )
         assert answer.status_code == 400 and sentence(answer)
+
+
+@pytest.mark.parametrize(
+    ("headers", "bodies", "passed"),
+    [
+        # Cut off: an end is sent, unless a length was declared that cannot be kept; and none after an end.
+        ([], [{"more_body": True}], 3),
+        ([(b"Content-Length", b"9")], [], 1),
+        ([(b"content-length", b"0")], [{}], 2),
+    ],
+)
+def test_a_stream_that_breaks_has_one_end_at_most(headers, bodies, passed):
+    sent, gone = [], []
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for body in bodies:
+            await send({"type": "http.response.body", "body": b"", **body})
+        raise RuntimeError("as Gradio does")
+
+    async def receive():
+        await asyncio.sleep(3600)
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(gate._stream(app, {}, receive, send, lambda: gone.append(1)))
+    assert len(sent) == passed and not gone
+    assert passed == 1 or not sent[-1].get("more_body", False)
 
 
 def test_the_stream_of_an_unknown_tab_ends(client):

@@ -163,6 +163,17 @@ def staged() -> dict[str, Any]:
     return {**base, "stages": [first, second]}
 
 
+def test_an_override_that_no_stage_hears_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "staged.yaml"
+    path.write_text(yaml.safe_dump(staged()))
+    says = "method.name changes nothing, as every stage sets its own; override stages.0.method.name"
+    with pytest.raises(UserError, match=says):
+        load_recipe(path, ["method.name=lcm"])
+    # The first stage sets the rate itself, the second has what is asked for.
+    recipe = load_recipe(path, ["run.steps=5", "optim.fake_score.lr=1e-5"])
+    assert [stage.optim.networks["fake_score"]["lr"] for stage in recipe.stages()] == [1e-3, 1e-5]
+
+
 def test_stages_are_laid_over_the_base() -> None:
     recipe = recipe_from(staged())
     one, two = recipe.stages()

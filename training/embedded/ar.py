@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from stepdistill import scenes
 from stepdistill.ema import EMA
-from stepdistill.errors import atomic_write, cli_errors
+from stepdistill.errors import atomic_write
 from stepdistill.families import autoregressive
 from stepdistill.families.code_transformer import CodeShape, CodeTransformer
 from training.embedded import common
@@ -131,18 +131,8 @@ def main() -> None:
     parser.add_argument("--text", required=True, help="pipeline directory with text_encoder and tokenizer")
     parser.add_argument("--out", required=True, help="pipeline directory to write")
     parser.add_argument("--init", default="", help="pipeline directory whose network is gone on with")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--batch", type=int, default=16, help="images per step")
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--pool", type=int, default=8192, help="scenes that are coded once")
-    parser.add_argument("--partial", default="", help="file to go on from, written every half minute")
-    args = parser.parse_args()
-    with cli_errors():
-        for name in ("steps", "threads", "batch", "pool"):
-            common.positive(name, getattr(args, name))
-        train(args)
+    common.loop_options(parser, 3000, 16, 2e-3, 8192, "scenes that are coded once")
+    common.asked(parser, train)
 
 
 if __name__ == "__main__":

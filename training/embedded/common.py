@@ -8,7 +8,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from stepdistill import scenes
-from stepdistill.errors import UserError, atomic_write
+from stepdistill.errors import UserError, atomic_write, cli_errors
 
 
 def scene_pool(count: int, seed: int = 0) -> tuple[list[scenes.Scene], Tensor]:
@@ -108,6 +108,32 @@ def positive(name: str, value: int) -> int:
     if value < 1:
         raise UserError(f"--{name} is {value}; give 1 or more.")
     return value
+
+
+def loop_options(
+    parser: argparse.ArgumentParser, steps: int, batch: int, lr: float, pool: int, of_pool: str
+) -> None:
+    """Options of a loop over drawn scenes, with its own defaults; of_pool: what is kept in memory."""
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=batch, help="images per step")
+    parser.add_argument("--lr", type=float, default=lr)
+    parser.add_argument("--pool", type=int, default=pool, help=of_pool)
+    parser.add_argument("--partial", default="", help="file to go on from, written every half minute")
+
+
+def asked(
+    parser: argparse.ArgumentParser,
+    train: Callable[[argparse.Namespace], None],
+    counts: Sequence[str] = ("steps", "threads", "batch", "pool"),
+) -> None:
+    """`train` with what the command line says; a count below 1 is one sentence and exit code 2."""
+    args = parser.parse_args()
+    with cli_errors():
+        for name in counts:
+            positive(name.replace("_", "-"), getattr(args, name))
+        train(args)
 
 
 def checker_accuracy(images: Tensor, drawn: Sequence[scenes.Scene]) -> dict[str, float]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from stepdistill import assets, scenes
 from stepdistill.ema import EMA
-from stepdistill.errors import atomic_write, cli_errors
+from stepdistill.errors import atomic_write
 from training.embedded import common
 from training.embedded.vae import latents_of
 
@@ -145,11 +145,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--warmup", type=int, default=100)
     parser.add_argument("--pool", type=int, default=1536, help="images kept in memory")
-    args = parser.parse_args()
-    with cli_errors():
-        for name in ("steps", "threads", "batch", "pool", "warmup"):
-            common.positive(name, getattr(args, name))
-        train(args)
+    common.asked(parser, train, ("steps", "threads", "batch", "pool", "warmup"))
 
 
 if __name__ == "__main__":

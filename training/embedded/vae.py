@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from stepdistill import scenes
 from stepdistill.ema import EMA
-from stepdistill.errors import atomic_write, cli_errors
+from stepdistill.errors import atomic_write
 from training.embedded import common
 
 # Share of the steps on crops.
@@ -169,11 +169,7 @@ def main() -> None:
     parser.add_argument("--pool", type=int, default=8192, help="images kept in memory")
     parser.add_argument("--fp32", action="store_true", help="no bfloat16 in the network passes")
     parser.add_argument("--partial", default="", help="directory that receives a copy every five minutes")
-    args = parser.parse_args()
-    with cli_errors():
-        for name in ("steps", "threads", "batch", "full_batch", "pool", "warmup"):
-            common.positive(name.replace("_", "-"), getattr(args, name))
-        train(args)
+    common.asked(parser, train, ("steps", "threads", "batch", "full_batch", "pool", "warmup"))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from stepdistill import scenes
 from stepdistill.ema import EMA
-from stepdistill.errors import atomic_write, cli_errors
+from stepdistill.errors import atomic_write
 from training.embedded import common
 from training.embedded.progress import Progress
 
@@ -192,21 +192,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--vae", required=True, help="directory of the AutoencoderKL it is made from")
     parser.add_argument("--out", required=True, help="directory for the VQModel")
-    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument(
         "--stop", type=int, default=0, help="leave the schedule of --steps at this step; 0 = at its end"
     )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--batch", type=int, default=16, help="images per step")
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--pool", type=int, default=4096, help="images kept in memory")
-    parser.add_argument("--partial", default="", help="file to go on from, written every half minute")
-    args = parser.parse_args()
-    with cli_errors():
-        for name in ("steps", "threads", "batch", "pool"):
-            common.positive(name, getattr(args, name))
-        train(args)
+    common.loop_options(parser, 1500, 16, 1e-3, 4096, "images kept in memory")
+    common.asked(parser, train)
 
 
 if __name__ == "__main__":
