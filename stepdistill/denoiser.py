@@ -147,16 +147,18 @@ def guided(
     cond: Cond,
     uncond: Cond,
     scale: float | Tensor,
+    **told: Tensor,
 ) -> Prediction:
     """Classifier-free guidance, uncond + scale (cond - uncond); scale 1 is off and costs one call.
 
     Guidance is linear, so guiding x0, eps, v or flow at the same (x_t, t) is the same thing (Ho & Salimans
     2022). A network whose pipeline rescales the result has a rule `guide(unconditional, conditional, scale)` for
     its own raw output.
-    scale: a number, or (B,) one per sample. Both halves run in one call of batch 2B.
+    scale: a number, or (B,) one per sample. Both halves run in one call of batch 2B. told: what else the network is
+        told, (B,) each.
     """
     if not isinstance(scale, Tensor) and scale == 1:
-        return denoiser(x_t, t, cond)
+        return denoiser(x_t, t, cond, **told)
     if uncond is None and cond is not None:
         raise UserError(
             "this model has no condition that stands for none, so it cannot be guided; set the scale to 1."
@@ -164,10 +166,11 @@ def guided(
     if isinstance(scale, Tensor):
         scale = expand(scale, x_t)
     halves = torch.cat((x_t, x_t)), torch.cat((t, t)), map_cond(lambda u, c: torch.cat((u, c)), uncond, cond)
+    told = {name: torch.cat((value, value)) for name, value in told.items()}
     network = getattr(unwrap(getattr(denoiser, "func", denoiser)), "network", None)
     if hasattr(network, "guide"):
-        return denoiser(*halves, scale=scale)
-    both = denoiser(*halves)
+        return denoiser(*halves, scale=scale, **told)
+    both = denoiser(*halves, **told)
     unconditional, conditional = both.raw.chunk(2)
     raw = unconditional + scale * (conditional - unconditional)
     return Prediction(raw, both.kind, x_t, t, both.schedule)

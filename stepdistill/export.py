@@ -34,7 +34,7 @@ def card_of(family: Family, method: Method, recipe: dict[str, Any], **facts: Any
 
     recipe: the resolved recipe as plain values. facts: further fields of the card, such as `step` and `weights`.
     """
-    sampling, student = method.sampling, method.needs_teacher and not method.leaves_teacher
+    sampling, student = method.sampling, not method.leaves_teacher
     times = {str(n): sampling.grid(family.schedule, n) for n in sampling.steps} if student else {}
     return Card(
         kind="student" if student else "teacher",

@@ -29,6 +29,7 @@ from stepdistill.errors import UserError
 from stepdistill.methods.base import Batch, Losses, Networks, Phase, addressed
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.methods.imf import IMF
+from stepdistill.methods.score import Made
 from stepdistill.sampling import Sampling
 
 
@@ -86,7 +87,7 @@ class AnyFlow(DMD2):
             nets.student, x, places, lambda _: noise, batch.cond, t_min=nets.schedule.t_min
         )
         if self.config.shared_samples and x0.requires_grad:
-            self._made.append((x0.detach(), batch.cond))
+            self._made.append(Made(x0.detach(), batch.cond))
         return x0
 
     def places(self, nets: Networks, batch: Batch) -> list[float]:

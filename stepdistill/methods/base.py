@@ -211,7 +211,7 @@ class Method:
     for_codes: ClassVar[bool] = False
     # What it leaves takes any number of steps by DDIM, and no later stage inherits its sampling.
     many_steps: ClassVar[bool] = False
-    # What it leaves is a teacher for other methods, though it had one itself.
+    # What it leaves is a teacher for other methods. (A method may do without one and leave a student.)
     leaves_teacher: ClassVar[bool] = False
     # The rules (`sampling.RULES`) its student may be sampled by.
     rules: ClassVar[tuple[str, ...]] = ("renoise", "ode", "tcd")

@@ -61,6 +61,7 @@ class Compose(Method):
             with addressed(f"method.parts.{number}"):
                 self.parts.append(Part(scope, weight, part(own, self.sampling)))
         self.needs_teacher = any(part.method.needs_teacher for part in self.parts)
+        self.leaves_teacher = all(part.method.leaves_teacher for part in self.parts)
         self.needs_decoder = any(part.method.needs_decoder for part in self.parts)
         # The student's phase is merged, the others have their part's name in front.
         self.health = {

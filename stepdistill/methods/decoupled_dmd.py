@@ -33,7 +33,7 @@ from stepdistill.ema import track_average
 from stepdistill.errors import UserError
 from stepdistill.losses import displaced
 from stepdistill.methods.base import Batch, Losses, Networks
-from stepdistill.methods.score import ScoreDistillation, compared
+from stepdistill.methods.score import Made, ScoreDistillation, compared
 from stepdistill.prediction import Prediction
 from stepdistill.rollout import simulate
 from stepdistill.sampling import Sampling
@@ -81,9 +81,13 @@ class DecoupledDMD(ScoreDistillation):
         """A state x_t (B, ...) of the student's own sampling and its time (B,), one for the whole global batch."""
         return simulate(self.sampling, nets, batch, by=self.config.simulated, first=self.first)[:2]
 
-    def generate(self, nets: Networks, batch: Batch) -> Tensor:
-        """What the fake score learns on."""
-        return nets.student(*self.anchor(nets, batch), batch.cond).x0
+    def make(self, nets: Networks, batch: Batch) -> Made:
+        x_t, t = self.anchor(nets, batch)
+        return Made(nets.student(x_t, t, batch.cond).x0, batch.cond, self.told(t))
+
+    def told(self, t: Tensor) -> dict[str, Tensor]:
+        """What the fake score is told of answers at the student's time t (B,)."""
+        return {}
 
     def student_loss(self, nets: Networks, batch: Batch) -> Losses:
         return self.at_anchor(nets, batch)[0]
@@ -93,8 +97,8 @@ class DecoupledDMD(ScoreDistillation):
         x_t, t = self.anchor(nets, batch)
         said = nets.student(x_t, t, batch.cond)
         if self.config.shared_samples:
-            self._made.append((said.x0.detach(), batch.cond))
-        losses, pull = self.matching(nets, batch, said.x0)
+            self._made.append(Made(said.x0.detach(), batch.cond, self.told(t)))
+        losses, pull = self.matching(nets, batch, said.x0, t)
         if self.config.augmentation and batch.uncond is not None:
             direction, losses["augmentation"] = self.augmentation(nets, batch, said.x0, t)
             losses["total"] = losses["total"] + losses["augmentation"]
@@ -103,10 +107,10 @@ class DecoupledDMD(ScoreDistillation):
             losses["balance"] = both[0].norm(dim=1) / both[1].norm(dim=1).clamp(min=1e-12)
         return losses, said
 
-    def matching(self, nets: Networks, batch: Batch, x0: Tensor) -> tuple[Losses, Tensor]:
-        """DM at x0, as losses and as its direction."""
+    def matching(self, nets: Networks, batch: Batch, x0: Tensor, t: Tensor) -> tuple[Losses, Tensor]:
+        """DM at x0, the student's answer at t (B,), as losses and as its direction."""
         with torch.no_grad():
-            real, fake = self.ask(nets, batch, x0)
+            real, fake = self.ask(nets, batch, x0, **self.told(t))
         pull = real.x0 - fake.x0
         loss = displaced(x0, pull, self.scale(x0, real.x0))
         return {"total": loss, "matching": loss} | compared(x0, real, fake), pull

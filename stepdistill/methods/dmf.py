@@ -6,8 +6,11 @@ place of t, a trained network is a two-time student with no new weight, and for 
 
     log( |V - v|^2 / D / e^s + c ) + s,    s(t) learned: the logarithm of the mean error at that noise level
 
-so that all noise levels count alike and a sample that errs by much more than its like counts by its logarithm. t and r are
-logit-normal each by itself, t the later of the two; where r = t another one.
+so that all noise levels count alike and a sample that errs by much more than its like counts by its logarithm. (Of images
+all err alike; in few dimensions those few are the trajectories that part. `weight_power` p below MeanFlow's 1 puts
+(x^(1-p) - 1) / (1-p) in the logarithm's place, whose slope is MeanFlow's weight.) t and r are logit-normal each by itself, t
+the later of the two; where r = t another one. A network that is told the logarithm of its noise knows r = 0, where the last
+jump ends, by the least r it was trained with alone: `end_mean` must reach there.
 
 Normal ranges: "level", s, falls; "error" and "derivative" as in MeanFlow.
 """
@@ -62,4 +65,8 @@ class DMF(IMF):
 
     def weighed(self, nets: Networks, squared: Tensor, at: Point) -> Tensor:
         s = nets.weighting(Flow().rho(at.t)).to(squared)
-        return (squared / at.x_t[0].numel() * (-s).exp() + self.config.weight_c).log() + s
+        error, power = (
+            squared / at.x_t[0].numel() * (-s).exp() + self.config.weight_c,
+            self.config.weight_power,
+        )
+        return (error.log() if power == 1 else (error ** (1 - power) - 1) / (1 - power)) + s

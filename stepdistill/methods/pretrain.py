@@ -30,6 +30,7 @@ class Pretrain(Method):
     needs_teacher = False
     needs_images = True
     many_steps = True
+    leaves_teacher = True
     rules = ("ode",)
 
     @dataclass

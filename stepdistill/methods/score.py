@@ -21,8 +21,9 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -51,6 +52,14 @@ class Diffused(NamedTuple):
     t: Tensor
     eps: Tensor
     cond: Cond
+
+
+class Made(NamedTuple):
+    """Samples x0 (B, ...) for the critic, their conditions, and what else the fake score is told of them."""
+
+    x0: Tensor
+    cond: Cond
+    told: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class ScoreDistillation(Method):
@@ -139,7 +148,7 @@ class ScoreDistillation(Method):
                 f" got {config.diversity_steps} and {config.diversity_grid}."
             )
         # Of the student's phase, for the critic's after it.
-        self._made: deque[tuple[Tensor, Cond]] = deque()
+        self._made: deque[Made] = deque()
 
     @classmethod
     def sampled(cls, config: Any) -> dict[str, Any]:
@@ -181,8 +190,12 @@ class ScoreDistillation(Method):
         x_t, t, _ = simulate(self.sampling, nets, batch, by=self.config.simulated, first=self.first)
         x0 = nets.student(x_t, t, batch.cond).x0
         if self.config.shared_samples and x0.requires_grad:
-            self._made.append((x0.detach(), batch.cond))
+            self._made.append(Made(x0.detach(), batch.cond))
         return x0
+
+    def make(self, nets: Networks, batch: Batch) -> Made:
+        """What the fake score learns on."""
+        return Made(self.generate(nets, batch), batch.cond)
 
     def diversity_loss(self, nets: Networks, batch: Batch) -> Losses:
         """The student's first answer held to the guided teacher's own way from the same noise.
@@ -228,16 +241,17 @@ class ScoreDistillation(Method):
     def teacher_at(self, nets: Networks, batch: Batch, x_t: Tensor, t: Tensor) -> Prediction:
         return guided(nets.teacher, x_t, t, batch.cond, batch.uncond, self.config.guidance_scale)
 
-    def fake_at(self, nets: Networks, batch: Batch, x_t: Tensor, t: Tensor) -> Prediction:
-        return guided(nets.fake_score, x_t, t, batch.cond, batch.uncond, self.config.fake_guidance_scale)
+    def fake_at(self, nets: Networks, batch: Batch, x_t: Tensor, t: Tensor, **told: Tensor) -> Prediction:
+        scale = self.config.fake_guidance_scale
+        return guided(nets.fake_score, x_t, t, batch.cond, batch.uncond, scale, **told)
 
-    def ask(self, nets: Networks, batch: Batch, x0: Tensor) -> tuple[Prediction, Prediction]:
-        """What teacher and fake score say of x0 diffused to a drawn time.
+    def ask(self, nets: Networks, batch: Batch, x0: Tensor, **told: Tensor) -> tuple[Prediction, Prediction]:
+        """What teacher and fake score say of x0 diffused to a drawn time; told: to the fake score alone.
 
         Their inputs carry x0's gradient: methods that want none call this under no_grad.
         """
         x_t, t = self.diffuse(nets, batch, x0)
-        return self.teacher_at(nets, batch, x_t, t), self.fake_at(nets, batch, x_t, t)
+        return self.teacher_at(nets, batch, x_t, t), self.fake_at(nets, batch, x_t, t, **told)
 
     def critic_loss(self, nets: Networks, batch: Batch) -> Losses:
         """Denoising of what the student makes now."""
@@ -247,17 +261,17 @@ class ScoreDistillation(Method):
         """The critic's denoising loss and what it was taken on."""
         # One forward pass of the student less.
         if self._made:
-            x0, cond = self._made.popleft()
+            x0, cond, told = self._made.popleft()
             batch = replace(batch, cond=cond)
         else:
             with no_grad():
-                x0 = self.generate(nets, batch)
+                x0, _, told = self.make(nets, batch)
         config = self.config
         t, eps = self.critic_times(nets, batch), batch.randn()
         # Of a condition that was dropped the guided answer is the unconditional one.
         cond, scale = batch.dropped_cond(config.critic_dropout), config.critic_guidance_scale
         x_t = nets.schedule.add_noise(x0, eps, t)
-        prediction = guided(nets.fake_score, x_t, t, cond, batch.uncond, scale)
+        prediction = guided(nets.fake_score, x_t, t, cond, batch.uncond, scale, **told)
         loss = self.critic_error(prediction, x0, eps, unwrap(nets.fake_score).sigma_data)
         return {"total": loss, "denoising": loss}, Diffused(x0, t, eps, cond)
 

@@ -4,8 +4,11 @@ A flow map is told where it jumps to, at or below its own noise. What is above i
 asked to end at pure noise it says the velocity of *its own samples*. Both are one set of weights:
 
     flow map    iMF's loss on data (stepdistill/methods/imf.py)
-    own         flow matching of the twin on the network's one-step samples sg(x0)
+    own         flow matching of the twin on the network's one-step samples sg(x0), weighed as the flow map's loss
     twin        g = clamp( v_twin(x_tau) - v(x_tau) ),  x_tau = sg(x0) diffused to tau;  | u - sg(u - g) |^2,  u the one-step answer
+
+Where samples and data are of one law, both velocities must be one, and g nothing: so both are learned by the same loss. (A
+weight by a sample's own error, MeanFlow's, turns the mean into something nearer the median.)
 
 g is the difference of fake and real velocity, DMD's direction, with no second network in memory. (The authors tell the twin by a
 negative time; ends above the own noise say the same to networks of all families.)
@@ -27,6 +30,7 @@ from stepdistill.errors import UserError
 from stepdistill.losses import mse
 from stepdistill.methods.base import Batch, Losses, Networks, Phase
 from stepdistill.methods.imf import IMF
+from stepdistill.methods.meanflow import Point
 from stepdistill.prediction import Prediction
 from stepdistill.sampling import Sampling
 from stepdistill.schedule import Flow, times_like
@@ -73,9 +77,12 @@ class TwinFlow(IMF):
             x0 = self.one_step(nets, batch, told).x0
         eps = batch.randn()
         x_t, t = self.diffused(nets, batch, x0, eps)
-        twin = nets.student(x_t, t, batch.cond, end=times_like(nets.schedule.t_max, x_t), **told)
-        loss = mse(twin.flow, eps - x0)
-        return {"total": loss, "own": loss}
+        end = times_like(nets.schedule.t_max, x_t)
+        squared = (
+            (nets.student(x_t, t, batch.cond, end=end, **told).flow - (eps - x0)).square().flatten(1).sum(1)
+        )
+        at = Point(x_t, t, end, eps, batch.cond, torch.zeros_like(batch.index, dtype=torch.bool), told)
+        return {"total": self.weighed(nets, squared, at), "own": squared.detach() / x0[0].numel()}
 
     def twin_loss(self, nets: Networks, batch: Batch) -> Losses:
         told, student = self.told(batch), unwrap(nets.student)

@@ -10,6 +10,7 @@ import worlds
 from torch import nn
 from worlds import COUNT, EVERY, SETTINGS, STEPS, gradients, weights, world
 
+from stepdistill import export
 from stepdistill.errors import UserError
 from stepdistill.losses import distribution_matching
 from stepdistill.methods import METHODS
@@ -87,6 +88,16 @@ def test_what_begins_as_a_copy_is_one_of_the_right_network(name, settings):
             ours, theirs = (each.network.state_dict() for each in (module, source))
             shared = ours.keys() & theirs.keys()
             assert shared and all(torch.equal(ours[part], theirs[part]) for part in shared), key
+
+
+@EVERY
+def test_what_it_leaves_is_drawn_by_the_steps_it_was_trained_for(name, settings):
+    """With a teacher of its own or without: but for what is a teacher itself."""
+    made = world(name, **settings)
+    recipe = {"run": {"out": "run"}, "method": {"name": name}, "family": {}}
+    card = export.card_of(made.family, made.method, recipe)
+    left = ("teacher", ()) if name in ("pretrain", "ppcl") else ("student", made.method.sampling.steps)
+    assert (card.kind, card.sampling.steps) == left
 
 
 @EVERY

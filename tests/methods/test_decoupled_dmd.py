@@ -168,10 +168,45 @@ def test_no_gradient_reaches_the_point_between():
     losses, said = method.at_anchor(nets, batch)
     share = 0.02 + 0.96 * batch.generator.rand()
     x = (said.x_t - (said.t - share)[:, None].float() * said.flow).detach()
-    second, _ = method.matching(nets, batch, nets.student(x, share, batch.cond).x0)
+    second, _ = method.matching(nets, batch, nets.student(x, share, batch.cond).x0, share)
     expected = torch.autograd.grad((losses["total"] + second["matching"]).mean(), student)
     for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_fake_score_is_told_when_the_student_answered(shared):
+    """At every answer, its own and in the critic's turn; untold, it would know the mixture of all places alone."""
+    made = world(
+        "cdm", schedule="flow", tell_place=True, critic_pull=0.0, shared_samples=shared, augmentation=0.0
+    )
+    nets, asked, told = made.nets, [], []
+    nets.student.register_forward_pre_hook(lambda _, args: asked.append(args[1]))
+    nets.fake_score.register_forward_pre_hook(
+        lambda _, args, kwargs: told.append(kwargs["end"]), with_kwargs=True
+    )
+    for step in range(6):
+        asked.clear(), told.clear()
+        made.method.student_loss(nets, made.batch(step))
+        for ours, theirs in zip(asked[-2:], told, strict=True):
+            assert torch.equal(ours, theirs)
+        answered = asked[-2]
+        made.method.critic_loss(nets, made.batch(step, "critic"))
+        assert torch.equal(told[2], answered if shared else asked[-1])
+    plain = world("cdm", schedule="flow")
+    plain.nets.fake_score.register_forward_pre_hook(
+        lambda _, args, kwargs: told.append(kwargs), with_kwargs=True
+    )
+    plain.method.student_loss(plain.nets, plain.batch())
+    assert told[-1] == {}
+
+
+def test_a_fake_score_that_is_told_more_is_no_copy_of_the_student():
+    for settings in ({}, {"critic_pull": 0.0, "fake_score_lora": {"rank": 2}}):
+        with pytest.raises(
+            UserError, match=r"method\.tell_place=true .* set method\.critic_pull and .* to 0"
+        ):
+            worlds.method("cdm", tell_place=True, **settings)
 
 
 def test_cdm_refuses_grids_that_are_none():

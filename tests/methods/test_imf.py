@@ -118,6 +118,18 @@ def test_dmfs_weight_is_the_logarithm_of_the_error_at_its_noise():
     )
 
 
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_dmfs_weight_is_meanflows_with_a_level_of_its_own(power):
+    method, nets = worlds.method("dmf", weight_power=power, weight_c=0.1, **PLAIN), nets_of(Flow(), Affine())
+    torch.nn.init.constant_(nets.weighting.leave.bias, -0.7)
+    at = method.point(nets, batch_of())
+    squared = torch.linspace(0.1, 2.0, COUNT, dtype=torch.float64).requires_grad_()
+    method.weighed(nets, squared, at).sum().backward()
+    level = torch.tensor(-0.7, dtype=torch.float64).exp()
+    expected = (squared.detach() / level + 0.1) ** -power / level
+    torch.testing.assert_close(squared.grad, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_anyflow_jumps_three_times_at_most_and_each_with_gradient():
     made = world("anyflow", steps=(1, 2, 8), schedule="flow")
     seen = []

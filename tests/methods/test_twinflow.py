@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
+
 import pytest
 import torch
 import worlds
@@ -61,6 +63,35 @@ def test_only_the_one_step_answer_has_a_gradient():
     calls.clear()
     made.method.own_loss(made.nets, made.batch())
     assert calls == [False, True]
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_real_and_fake_velocity_are_learned_by_the_same_loss(power):
+    """Or else they would differ where samples and data are of one law: where they are one, so is the loss."""
+    made = world("twinflow", schedule="flow", equal_share=1.0, cond_dropout=0.0, weight_power=power, **PLAIN)
+    made.nets.student.network = Still()
+    batch = made.batch()
+    made.method.one_step = lambda nets, other, told: Answer(batch.x0)
+    times = made.method.times(made.nets, made.batch())
+    made.method.times = lambda nets, other: times
+    eps, batches = batch.randn(), [made.batch(), made.batch()]
+    for each in batches:
+        each.randn = lambda: eps
+    flow_map, own = (
+        loss(made.nets, each)["total"]
+        for loss, each in zip((made.method.loss, made.method.own_loss), batches, strict=True)
+    )
+    torch.testing.assert_close(own, flow_map)
+
+
+class Still(torch.nn.Module):
+    """The same answer wherever a jump ends."""
+
+    def forward(self, x_t, t, cond=None, end=None):
+        return 0.3 * x_t + 0 * t[:, None].to(x_t)
+
+
+Answer = namedtuple("Answer", "x0")
 
 
 def test_the_twin_is_told_an_end_above_all_real_ones():
