@@ -1,0 +1,84 @@
+"""The rows of the fair comparison as JSON, as tables and as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks import students
+from benchmarks.students import read, write
+from stepdistill.errors import atomic_write
+from training.lock import Lock
+
+# Of sampling steps, those that are measured where the student serves them, with their colours.
+COLOURS = {1: "#2563eb", 2: "#d97706", 4: "#16a34a"}
+
+
+def tabulate(runs: Path, table: Path) -> None:
+    """Put the rows of all finished runs into the table, its tables for people and its picture."""
+    runs.mkdir(parents=True, exist_ok=True)
+    lock = Lock(runs / "lock")
+    lock.wait(lambda: None)
+    try:
+        known = read(table) or {"rows": []}
+        finished = [read(path) for path in sorted(runs.glob("*/*/row.json"))]
+        rows = {(row["minutes"], row["method"]): row for row in [*known["rows"], *finished]}
+        if rows:
+            known |= {"teacher": read(runs / "results" / "teacher.json") or known["teacher"]}
+            known["rows"] = [rows[key] for key in sorted(rows)]
+            write(table, known)
+            write(table.with_suffix(".md"), markdown(known))
+            plot(known, table.with_suffix(".png"))
+    finally:
+        lock.release()
+
+
+def by_budget(table: dict[str, Any]) -> dict[float, list[dict[str, Any]]]:
+    """The rows of each budget, the largest first, the best in the fewest steps first."""
+    found: dict[float, list[dict[str, Any]]] = {}
+    for row in sorted(table["rows"], key=lambda row: (-row["minutes"], min(_ratios(row)))):
+        found.setdefault(row["minutes"], []).append(row)
+    return found
+
+
+def _ratios(row: dict[str, Any]) -> list[tuple[int, float, float]]:
+    """(steps, distance over the teacher's, its standard error)."""
+    return [(int(steps), one["fd_ratio"], one["fd_ratio/se"]) for steps, one in row["steps"].items()]
+
+
+def markdown(table: dict[str, Any]) -> str:
+    parts = []
+    for minutes, rows in by_budget(table).items():
+        lines = students.markdown((row["method"], row) for row in rows)
+        parts.append("\n".join([f"**{minutes:g} CPU minutes of one thread**", "", *lines]))
+    return "\n\n".join(parts) + "\n"
+
+
+def plot(table: dict[str, Any], path: Path) -> None:
+    """The distance of every method by its number of steps, the budgets beside one another."""
+    from matplotlib.figure import Figure
+
+    budgets = by_budget(table)
+    most = max(map(len, budgets.values()))
+    figure = Figure((5.2 * len(budgets), 1.2 + 0.24 * most), dpi=150, layout="constrained")
+    for axes, (minutes, rows) in zip(
+        figure.subplots(1, len(budgets), squeeze=False)[0], budgets.items(), strict=True
+    ):
+        for steps, colour in COLOURS.items():
+            dots = [(r, place) for place, row in enumerate(rows) for r in _ratios(row) if r[0] == steps]
+            if dots:
+                (_, values, errors), places = (
+                    zip(*(r for r, _ in dots), strict=True),
+                    [place for _, place in dots],
+                )
+                label = f"{steps} step{'s' * (steps > 1)}"
+                axes.errorbar(values, places, xerr=errors, fmt="o", color=colour, markersize=5, label=label)
+        axes.set_yticks(range(len(rows)), [row["method"] for row in rows])
+        axes.invert_yaxis()
+        axes.set_xscale("log")
+        axes.axvline(1.0, color="#71717a", linewidth=1)
+        axes.grid(True, color="#e4e4e7")
+        axes.set_xlabel(f"FD / teacher's after {minutes:g} CPU minutes")
+        axes.legend(fontsize=8)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png")
