@@ -152,7 +152,8 @@ def test_what_was_stopped_goes_on_and_what_is_there_stays(queue):
     for path in queue.folder.glob("*/*/row.json"):
         path.unlink()
     # Rows outlive their runs.
-    assert len(queue("--report")["rows"]) == 3 and len(queue.runs.ran) == 7
+    assert len(queue("--report")["rows"]) == len(queue("--minutes", "2", "--only", "cd")["rows"]) == 3
+    assert len(queue.runs.ran) == 7
 
 
 def test_a_run_that_another_process_is_at_is_passed_over(queue, capsys):
