@@ -1,4 +1,4 @@
-"""Every method on the embedded teacher at one budget: CPU minutes of one thread, all that a training takes included.
+"""Every method on the embedded teacher at one budget: CPU minutes of one thread, from a command's start to its student.
 
     python -m benchmarks.fair                                   all methods at 30 minutes each, one after another
     python -m benchmarks.fair --minutes 10 --only sida,imf      two of them at ten
@@ -106,10 +106,8 @@ def make(name: str, minutes: float, folder: Path, n: int) -> bool:
     """Train and measure one row, as far as that is not done; False where the training fails."""
     if (folder / "row.json").is_file():
         return True
-    # Recipes name the embedded models from the repository's root; what a run computes once lies in its own ./cache.
-    (folder / "assets").unlink(missing_ok=True)
-    (folder / "assets").symlink_to(ROOT / "assets")
     mapping = recipe_of(name)
+    prepare(folder, folder.parents[1])
     plan = read(folder / "plan.json") or planned(mapping, minutes, folder)
     if plan is None:
         return False
@@ -142,12 +140,31 @@ def recipe_of(name: str) -> dict[str, Any]:
     return mapping
 
 
+def prepare(folder: Path, runs: Path) -> None:
+    """Make a place for a training to start in. The images' latents are the same for all, computed once and on no account;
+    what else a run computes at its start, as a teacher's trajectories, is its own.
+    """
+    for place in (runs, folder):
+        place.mkdir(parents=True, exist_ok=True)
+        # Recipes name the embedded models from the repository's root.
+        (place / "assets").unlink(missing_ok=True)
+        (place / "assets").symlink_to(ROOT / "assets")
+    ready = runs / "cache" / "ready"
+    if not ready.is_file():
+        if students.spend("training.precompute", [students.RECIPES / "scenes_ect.yaml"], cwd=runs):
+            raise UserError(f"the latents of the images could not be computed in {ready.parent}; see above.")
+        ready.touch()
+    (folder / "cache").mkdir(exist_ok=True)
+    for latents in ready.parent.glob("latents-*"):
+        if not (folder / "cache" / latents.name).exists():
+            (folder / "cache" / latents.name).symlink_to(latents)
+
+
 def planned(mapping: Mapping[str, Any], minutes: float, folder: Path) -> dict[str, Any] | None:
     """Try the recipe, write the one that fits the budget, and say what it will take; None where it cannot run."""
     trial, counts = folder / "trial", lengths(mapping)
     shutil.rmtree(trial, ignore_errors=True)
-    (trial / "run").parent.mkdir(parents=True)
-    (trial / "assets").symlink_to(ROOT / "assets")
+    prepare(trial, folder.parents[1])
     write(trial / "recipe.yaml", yaml.safe_dump(resized(mapping, [TRIAL] * len(counts))))
     words = [trial / "recipe.yaml", f"run.out={trial / 'run'}", "run.preview_every=0"]
     if students.spend("training.train", words, account=trial / "account", cwd=trial):
