@@ -27,7 +27,7 @@ import yaml
 
 from benchmarks import students
 from benchmarks.budget import budgeted, lengths, parts_of, resized, served
-from benchmarks.fair_table import COLOURS, tabulate
+from benchmarks.fair_table import COLOURS, measured, tabulate
 from benchmarks.metered import account
 from benchmarks.students import ROOT, read, write
 from stepdistill.config import apply_overrides
@@ -188,40 +188,6 @@ def planned(mapping: Mapping[str, Any], minutes: float, folder: Path) -> dict[st
     write(folder / "plan.json", plan)
     shutil.rmtree(trial)
     return plan
-
-
-def measured(student: Path, steps: Sequence[int], folder: Path, n: int) -> dict[str, Any]:
-    """Distance, attributes and CLIP score beside the teacher's, how different seeds of a caption are, and a picture."""
-    results = folder.parents[1] / "results"
-    results.mkdir(exist_ok=True)
-    words = ["--steps", ",".join(map(str, steps))]
-    # The teacher's samples are drawn once for all.
-    lock = Lock(results / "lock")
-    lock.wait(lambda: print(f"{folder.name}: waits until another one is measured", flush=True))
-    try:
-        found = students.measure([student], results, n, "fd,clip,attributes", words)
-        # Eight of each caption.
-        several = [*words, "--protocol", "scenes-seeds"]
-        seeds = students.measure([student], results, 8 * (n // 80 or 2), "fd,diversity", several)
-        for path in (results / "samples").glob("student-*"):
-            shutil.rmtree(path)
-        write(results / "teacher.json", next(iter(_kept(found, seeds, "teacher").values())))
-    finally:
-        lock.release()
-    shown = [(folder.name, student, count) for count in steps]
-    students.draw([("teacher", ROOT / students.TEACHER, None), *shown], folder / "picture.png")
-    about = {key: found[key] for key in ("protocol", "machine", "date")}
-    return about | {"steps": _kept(found, seeds, "student")}
-
-
-def _kept(found: dict[str, Any], seeds: dict[str, Any], role: str) -> dict[str, dict[str, float]]:
-    """The numbers of one pipeline in two results files, by its number of steps."""
-    (rows,), (apart,) = (students.rows_of(results, role).values() for results in (found, seeds))
-    return {
-        steps: {key: row[key] for key in students.KEPT if key in row}
-        | {key: apart[steps][key] for key in students.SEEDS if key in apart[steps]}
-        for steps, row in rows.items()
-    }
 
 
 def found(table: dict[str, Any] | None, name: str, minutes: float) -> bool:

@@ -1,17 +1,53 @@
-"""The rows of the fair comparison as JSON, as tables and as a picture."""
+"""The rows of the fair comparison: measured, and as JSON, tables and a picture."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import students
-from benchmarks.students import read, write
+from benchmarks.students import ROOT, read, write
 from stepdistill.errors import atomic_write
 from training.lock import Lock
 
 # Of sampling steps, those that are measured where the student serves them, with their colours.
 COLOURS = {1: "#2563eb", 2: "#d97706", 4: "#16a34a"}
+
+
+def measured(student: Path, steps: Sequence[int], folder: Path, n: int) -> dict[str, Any]:
+    """Distance, attributes and CLIP score beside the teacher's, how different seeds of a caption are, and a picture."""
+    results = folder.parents[1] / "results"
+    results.mkdir(exist_ok=True)
+    words = ["--steps", ",".join(map(str, steps))]
+    # The teacher's samples are drawn once for all.
+    lock = Lock(results / "lock")
+    lock.wait(lambda: print(f"{folder.name}: waits until another one is measured", flush=True))
+    try:
+        found = students.measure([student], results, n, "fd,clip,attributes", words)
+        # Eight of each caption.
+        several = [*words, "--protocol", "scenes-seeds"]
+        seeds = students.measure([student], results, 8 * max(2, n // 10), "fd,diversity", several)
+        for path in (results / "samples").glob("student-*"):
+            shutil.rmtree(path)
+        write(results / "teacher.json", next(iter(_kept(found, seeds, "teacher").values())))
+    finally:
+        lock.release()
+    shown = [(folder.name, student, count) for count in steps]
+    students.draw([("teacher", ROOT / students.TEACHER, None), *shown], folder / "picture.png")
+    about = {key: found[key] for key in ("protocol", "machine", "date")}
+    return about | {"steps": _kept(found, seeds, "student")}
+
+
+def _kept(found: dict[str, Any], seeds: dict[str, Any], role: str) -> dict[str, dict[str, float]]:
+    """The numbers of one pipeline in two results files, by its number of steps."""
+    (rows,), (apart,) = (students.rows_of(results, role).values() for results in (found, seeds))
+    return {
+        steps: {key: row[key] for key in students.KEPT if key in row}
+        | {key: apart[steps][key] for key in students.SEEDS if key in apart[steps]}
+        for steps, row in rows.items()
+    }
 
 
 def tabulate(runs: Path, table: Path) -> None:

@@ -15,9 +15,11 @@ No method contains eps algebra of its own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from stepdistill.schedule import Schedule, expand
@@ -25,6 +27,23 @@ from stepdistill.schedule import Schedule, expand
 KINDS = ("x0", "eps", "v", "flow", "F", "score")
 # Of alpha as a divisor: from noise alone no eps tells x0.
 _LEAST = 1e-4
+
+
+def _kept(read: Callable[[Prediction], Tensor]) -> property:
+    """A `cached_property` that does not keep what was read under no_grad where the prediction carries a gradient: the next
+    reader would get it without.
+    """
+    name = read.__name__
+
+    def get(self: Prediction) -> Tensor:
+        if name in self.__dict__:
+            return self.__dict__[name]
+        value = read(self)
+        if torch.is_grad_enabled() or not (self.raw.requires_grad or self.x_t.requires_grad):
+            self.__dict__[name] = value
+        return value
+
+    return property(get, doc=read.__doc__)
 
 
 @dataclass(frozen=True)
@@ -48,7 +67,7 @@ class Prediction:
     def _sigma(self) -> Tensor:
         return expand(self.schedule.sigma(self.t), self.x_t)
 
-    @cached_property
+    @_kept
     def x0(self) -> Tensor:
         """The clean-image estimate E[x0 | x_t] (for a student, its output)."""
         alpha, sigma, x_t, raw = self._alpha, self._sigma, self.x_t, self.raw
@@ -68,7 +87,7 @@ class Prediction:
             return (x_t + sigma**2 * raw) / alpha.clamp(min=_LEAST)
         raise ValueError(f"prediction kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
 
-    @cached_property
+    @_kept
     def eps(self) -> Tensor:
         """The unit noise estimate (x_t - alpha x0) / sigma, meaningless at sigma = 0."""
         # Only x0 itself is subtracted from x_t: at small sigma the difference loses every digit.

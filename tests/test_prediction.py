@@ -141,3 +141,19 @@ def test_unknown_kinds_are_refused():
         with pytest.raises(ValueError, match="TrigFlow"):
             said = Prediction(x0, wrong, x_t, t, Flow())
             _ = said.F if wrong == "x0" else said.x0
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "F"])
+@pytest.mark.parametrize("name", ["x0", "eps", "flow"])
+def test_what_was_read_without_gradient_has_it_for_the_next_reader(kind, name):
+    x0, eps, t, x_t = state(VP.from_betas())
+    said = Prediction((x0 + eps).requires_grad_(), kind, x_t, t, VP.from_betas())
+    with torch.no_grad():
+        before = said.x0, said.eps
+    assert not any(value.requires_grad for value in before if value is not said.raw)
+    (gradient,) = torch.autograd.grad(getattr(said, name).sum(), said.raw)
+    fresh = Prediction(said.raw, kind, x_t, t, VP.from_betas())
+    (whole,) = torch.autograd.grad(getattr(fresh, name).sum(), said.raw)
+    assert torch.equal(gradient, whole)
+    # It is computed once.
+    assert said.x0 is said.x0 and said.eps is said.eps
