@@ -28,7 +28,7 @@ from runs import GAN, LCM, checkpoint, same, toy
 from training import run as running
 from training.checkpoint import Checkpoint, RunDirectory
 from training.recipe import Recipe
-from training.sharding import whole
+from training.sharding import full
 from training.trainer import Trainer
 
 TABLE = Path(__file__).parents[1] / "benchmarks" / "processes.json"
@@ -75,7 +75,9 @@ def recipe(name: str, out: Path, *overrides: str) -> Recipe:
     )  # fmt: skip
 
 
-def train(rank: int, recipes: Mapping[str, Recipe], told: Path, shards: bool) -> None:
+def train(
+    rank: int, recipes: Mapping[str, Recipe], told: Path, shards: bool, after: Mapping[str, tuple[Path, int]]
+) -> None:
     """In a process: run all; what it ended with, in `told`."""
     if shards:
         os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
@@ -86,11 +88,16 @@ def train(rank: int, recipes: Mapping[str, Recipe], told: Path, shards: bool) ->
 
         def watched(trainer: Trainer, name: str = name) -> Any:
             assert trainer.accelerator.num_processes == 2 and bool(trainer.sharding) == shards
+            wanted = trainer.recipe.student.gradient_checkpointing
+            assert checkpointed(trainer.modules["student"]) == wanted
             student = fit(trainer)
-            sums[name] = digest({key: whole(module.state_dict()) for key, module in trainer.modules.items()})
+            sums[name] = digest({key: module.state_dict() for key, module in trainer.modules.items()})
             return student
 
         Trainer.fit = watched
+        # The other process waits for what the main one finds there.
+        if name in after and rank == 0:
+            from_step(*after[name], Path(each.run.out))
         try:
             running.run(each)
         finally:
@@ -98,18 +105,25 @@ def train(rank: int, recipes: Mapping[str, Recipe], told: Path, shards: bool) ->
     told.with_suffix(f".{rank}").write_text(json.dumps(sums))
 
 
+def checkpointed(module: torch.nn.Module) -> bool:
+    return any(getattr(each, "is_gradient_checkpointing", False) for each in module.modules())
+
+
 def digest(state: Any) -> str:
     import hashlib
 
     if isinstance(state, Mapping):
         return hashlib.sha256("".join(f"{k}={digest(v)};" for k, v in state.items()).encode()).hexdigest()
+    state = full(state)
     return hashlib.sha256(state.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
 
 
-def in_two(recipes: Mapping[str, Recipe], shards: bool) -> dict[str, bool]:
-    """Whether both processes ended with the same weights, by name."""
+def in_two(
+    recipes: Mapping[str, Recipe], shards: bool, after: Mapping[str, tuple[Path, int]] | None = None
+) -> dict[str, bool]:
+    """Whether both processes ended with the same weights, by name. after: of what goes on, the run and the step."""
     with tempfile.TemporaryDirectory() as folder:
-        two_processes(train, recipes, Path(folder) / "sums", shards)
+        two_processes(train, recipes, Path(folder) / "sums", shards, after or {})
         first, second = (json.loads((Path(folder) / f"sums.{rank}").read_text()) for rank in (0, 1))
     return {name: first[name] == second[name] for name in recipes}
 

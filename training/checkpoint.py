@@ -8,6 +8,7 @@ is no longer what was written is set aside as checkpoints/damaged-<step>, and th
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
@@ -16,14 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from stepdistill.config import dump
 from stepdistill.errors import FULL_DISK, UserError, atomic_write
 from stepdistill.yaml_files import read_yaml
 from training import identity, saved
-from training.disk import OnFullDisk
+from training.disk import OnFullDisk, with_room
 from training.files import flush, remove
+from training.launch import is_main, together
 from training.lock import Lock
 from training.notices import notice
 from training.recipe import Recipe
@@ -205,16 +208,48 @@ class RunDirectory(RunFiles):
         optimizers: torch's `state_dict()` of each, by name. extra: plain values, as JSON holds them.
         If writing fails, the older checkpoints are as they were; a full disk raises OSError(ENOSPC).
         """
-        if found := saved.not_finite(tensors, optimizers):
-            raise UserError(self.diverged(f"{found}, to be saved,", step))
+        self._finite(step, tensors, optimizers)
         target = self.checkpoints / str(step)
-        # The log's lines up to here are on the disk before what goes on from here is.
-        if self.metrics.is_file():
-            flush(self.metrics)
         self.put(target, lambda folder: saved.write(folder, step, tensors, optimizers, extra))
         self._sound.discard(step)
         self._prune()
         return target
+
+    def save_shards(
+        self,
+        step: int,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        optimizers: Mapping[str, Mapping[str, Any]],
+        extra: Mapping[str, Any],
+    ) -> None:
+        """`save` of networks in shards: every process calls it and writes what it holds, the main one the rest."""
+        together(lambda: self._finite(step, tensors, optimizers))
+        target, main = self.checkpoints / str(step), is_main()
+
+        def once() -> None:
+            with atomic_write(target) if main else contextlib.nullcontext() as temporary:
+                folder = Path(broadcast_object_list([str(temporary)])[0])
+                written = together(lambda: saved.write_shards(folder, tensors, optimizers))
+                sums = {name: sum_ for each in written for name, sum_ in each.items()}
+                given = (folder, step, list(tensors), optimizers, extra, sums)
+                together(lambda: saved.finish(*given) if main else None)
+
+        with_room(self.on_full_disk, f"writing {target}", once)
+        if main:
+            self._sound.discard(step)
+            self._prune()
+
+    def _finite(
+        self,
+        step: int,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        optimizers: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        """UserError where something is not; the log's lines up to here are on the disk before what goes on from here is."""
+        if found := saved.not_finite(tensors, optimizers):
+            raise UserError(self.diverged(f"{found}, to be saved,", step))
+        if self.metrics.is_file():
+            flush(self.metrics)
 
     def diverged(self, what: str, step: int) -> str:
         """A sentence on something that is not finite at `step`, and what to do."""
@@ -253,8 +288,10 @@ class RunDirectory(RunFiles):
             )
         return int(found)
 
-    def load(self, step: int) -> Checkpoint:
+    def load(self, step: int, verify: bool = True) -> Checkpoint:
         """The checkpoint of `step`, every byte of which is as it was written.
+
+        verify: False where another process has just seen to that.
 
         Raises:
             UserError: there is none, or it is damaged.
@@ -265,7 +302,8 @@ class RunDirectory(RunFiles):
                 f"there is no complete checkpoint {folder}; complete are the steps {self.steps()}."
             )
         try:
-            self._verify(step)
+            if verify:
+                self._verify(step)
             return saved.read(folder)
         except Damaged as error:
             raise UserError(

@@ -131,9 +131,10 @@ class Exported:
         checkpoint.load_into("student", student)
         if made.average:
             # An average has the names of the parameters it follows, and its count of updates.
-            average = checkpoint.tensors["student_ema"]
-            followed = {name: tensor for name, tensor in average.items() if name != "updates"}
-            student.load_state_dict(student.state_dict() | followed)
+            own = student.state_dict()
+            followed = {name: own[name] for name in checkpoint.shapes("student_ema") if name != "updates"}
+            checkpoint.read("student_ema", followed)
+            student.load_state_dict(own)
         return cls(family, student.eval(), _as_made(directory.student, made.at(checkpoint.step)))
 
 

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from stepdistill.errors import full_disk
 
+SUFFIX = ".safetensors"
+
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file and flush it to the disk; tensors may share memory, and lie anywhere.

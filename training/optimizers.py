@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from training.recipe import OptimConfig
-from training.sharding import full, placed, sharded
+from training.sharding import full, sharded
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -71,14 +71,7 @@ class NetworkOptimizer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """torch's, of the optimiser."""
-        like = dict(enumerate(self.parameters))
-        cut = {
-            number: {
-                key: placed(value, like.get(number)) if value.ndim else value for key, value in part.items()
-            }
-            for number, part in state["state"].items()
-        }
-        self.optimizer.load_state_dict({**state, "state": cut})
+        self.optimizer.load_state_dict(state)
 
 
 def _optimizer(module: nn.Module, settings: OptimConfig, fused: bool) -> torch.optim.Optimizer:

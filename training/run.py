@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import (
-    AutocastKwargs,
-    GradientAccumulationPlugin,
-    broadcast_object_list,
-    gather_object,
-)
+from accelerate.utils import AutocastKwargs, GradientAccumulationPlugin, gather_object
 from torch import Tensor
 
 from stepdistill.config import dump
@@ -24,12 +18,12 @@ from stepdistill.errors import UserError
 from stepdistill.families.base import Family
 from stepdistill.methods.assemble import refuse_codes, trained_by
 from stepdistill.methods.base import Method
-from training.checkpoint import RunDirectory
+from training.checkpoint import Checkpoint, RunDirectory
 from training.data import Source
 from training.disk import with_room
 from training.exporting import Exported
 from training.forecast import forecast
-from training.launch import check_processes, peers
+from training.launch import by_main, check_processes, peers
 from training.measure import check_metric, measure
 from training.notices import notice
 from training.precompute import prepare
@@ -51,7 +45,7 @@ def run(recipe: Recipe, fresh: bool = False) -> None:
     for stage in recipe.stages():
         stage.optim.split(accelerator.num_processes)
     family.to(accelerator.device)
-    done = _by_main(accelerator, lambda: directory.begin(recipe, fresh))
+    done = by_main(lambda: directory.begin(recipe, fresh))
     try:
         for note in directory.notes:
             say(main, note)
@@ -105,23 +99,7 @@ def _cut(family: Family, sources: list[Source], most: int = 10_000) -> str:
 def _assessed(accelerator: Accelerator, recipe: Recipe, family: Family, source: Source) -> str:
     """A line on the teacher."""
     micro, _ = recipe.stages()[0].optim.split(accelerator.num_processes)
-    return _by_main(accelerator, lambda: assess(recipe, family, source, accelerator.device, micro))
-
-
-def _by_main(accelerator: Accelerator, does: Callable[[], Any]) -> Any:
-    """What the main process alone finds. What it refuses ends all, and it alone says why."""
-    found: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            found = [does(), None]
-        except UserError as error:
-            found = [None, str(error)]
-    answer, refused = broadcast_object_list(found)
-    if refused and accelerator.is_main_process:
-        raise UserError(refused)
-    if refused:
-        raise SystemExit(2)
-    return answer
+    return by_main(lambda: assess(recipe, family, source, accelerator.device, micro))
 
 
 def _check_alike(accelerator: Accelerator, data: Mapping[str, str]) -> None:
@@ -136,7 +114,7 @@ def _check_alike(accelerator: Accelerator, data: Mapping[str, str]) -> None:
                     " same files at the same place."
                 )
 
-    _by_main(accelerator, check)
+    by_main(check)
 
 
 def accelerator_of(recipe: Recipe) -> Accelerator:
@@ -178,7 +156,8 @@ def _stages(
     """Every stage that is not over yet, one after another; the last one's trainer."""
     student: Denoiser | None = None
     extras, offset = None, 0
-    checkpoint = directory.load(done) if done else None
+    # The main process has read every byte of it.
+    checkpoint = directory.load(done, verify=accelerator.is_main_process) if done else None
     reached = checkpoint.extra["stage"] if checkpoint is not None else 0
     for number, (stage, source) in enumerate(zip(recipe.stages(), sources, strict=True)):
         if number >= reached:
@@ -197,9 +176,9 @@ def _stages(
             student, extras = trainer.fit(), trainer.modules
             if trainer.sharding and number + 1 < len(sources):
                 # Shards cannot be copied: the next stage starts from the files.
-                made, kept = Exported.of(recipe, "latest"), directory.load(trainer.state.global_step)
+                made, kept = Exported.of(recipe, "latest"), directory.load(trainer.state.global_step, False)
                 family, student = made.family, made.student
-                extras = {name: _Weights(state) for name, state in kept.tensors.items()}
+                extras = {name: _Weights(kept, name) for name in kept.networks}
         offset += stage.run.steps
     return trainer
 
@@ -208,10 +187,11 @@ def _stages(
 class _Weights:
     """A network of a stage before, as its checkpoint has it."""
 
-    tensors: dict[str, Tensor]
+    checkpoint: Checkpoint
+    name: str
 
     def state_dict(self) -> dict[str, Tensor]:
-        return self.tensors
+        return self.checkpoint.weights(self.name)
 
 
 def _finish(trainer: Trainer, accelerator: Accelerator) -> None:

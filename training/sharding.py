@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from stepdistill.denoiser import Denoiser
 from stepdistill.errors import UserError
@@ -185,37 +185,9 @@ def sharded(module: nn.Module) -> bool:
     return any(isinstance(each, FSDPModule) for each in module.modules())
 
 
-def whole(state: Any) -> Any:
-    """A state, nested as it is, with every shard gathered onto the CPU of each process. All of a mesh call it."""
-    if isinstance(state, DTensor):
-        return state.full_tensor().cpu()
-    if isinstance(state, Mapping):
-        return {key: whole(value) for key, value in state.items()}
-    return state
-
-
-def placed(state: Any, like: Any) -> Any:
-    """Whole tensors cut as those of the same names in `like` are, without a word between processes."""
-    if isinstance(like, DTensor) and not isinstance(state, DTensor):
-        moved = state.to(like.device, like.dtype)
-        return distribute_tensor(moved, like.device_mesh, like.placements, src_data_rank=None)
-    if isinstance(state, Mapping) and isinstance(like, Mapping):
-        return {key: placed(value, like.get(key)) for key, value in state.items()}
-    return state
-
-
-def gathered(owners: Mapping[str, Any], keep: bool) -> dict[str, Any]:
-    """The states of networks or optimisers by name, made whole; nothing where they are not to be kept. All of a mesh call it.
-
-    A checkpoint has the same files whatever the number of processes, so it goes on with another number and is exported by
-    one. It is never unpickled, as torch.distributed.checkpoint's metadata would be.
-    """
-    found = {}
-    for name, owner in owners.items():
-        state = whole(owner.state_dict())
-        if keep:
-            found[name] = state
-    return found
+def own_part(tensor: Tensor) -> Tensor:
+    """What of a tensor lies in this process."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def check_sharded(recipe: Recipe, method: Method, student: nn.Module) -> None:

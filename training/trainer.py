@@ -33,7 +33,7 @@ from training.nonfinite import NonFinite
 from training.optimizers import NetworkOptimizer
 from training.origin import Origin
 from training.recipe import Recipe
-from training.sharding import Sharding, check_sharded, gathered, placed, settle
+from training.sharding import Sharding, check_sharded, settle
 from training.state import TrainState
 
 
@@ -291,14 +291,12 @@ class Trainer:
     # -------------------------------------------------------------------------------------------- checkpoints
 
     def save(self) -> None:
-        """Write a checkpoint of this step unless there is one. All processes call it, the main one writes."""
+        """Write a checkpoint of this step unless there is one. All processes call it; the main one writes, and shards each."""
         if self._saved_at == self.state.step:
             return
         self.monitor.meters.share(self.accelerator)
-        main = self.accelerator.is_main_process
-        tensors = gathered(self.modules | {"student_ema": self.ema}, keep=main)
-        optimizers = gathered(self.optimizers, keep=main)
-        if main:
+        save = self.directory.save_shards if self.sharding else self.directory.save
+        if self.sharding or self.accelerator.is_main_process:
             extra = {
                 "stage": self.state.stage,
                 "offset": self.state.offset,
@@ -307,9 +305,15 @@ class Trainer:
                 "health": self.monitor.health.state_dict(),
                 "routing": self.batches.source.routing,
             } | self.origin.state_dict()
-            self.directory.save(self.state.global_step, tensors, optimizers, extra)
+            tensors = {name: each.state_dict() for name, each in self._followed().items()}
+            optimizers = {name: each.state_dict() for name, each in self.optimizers.items()}
+            save(self.state.global_step, tensors, optimizers, extra)
         self._saved_at, self._saved_when = self.state.step, time.monotonic()
         self.accelerator.wait_for_everyone()
+
+    def _followed(self) -> dict[str, nn.Module | EMA]:
+        """What a checkpoint has weights of."""
+        return self.modules | {"student_ema": self.ema}
 
     def _measure(self) -> None:
         self.save()
@@ -329,11 +333,10 @@ class Trainer:
                 f" {extra['offset']}, and this recipe's begins at {state.offset}; set run.steps of the earlier"
                 " stages back, or use --fresh."
             )
-        for name, module in self.modules.items():
+        for name, module in self._followed().items():
             checkpoint.load_into(name, module)
-        self.ema.load_state_dict(placed(checkpoint.tensors["student_ema"], self.ema.state_dict()))
         for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(checkpoint.optimizers[name])
+            optimizer.load_state_dict(checkpoint.optimizer(name, optimizer.parameters))
         state.load_state_dict(counters, checkpoint.step)
         self._saved_at = state.step
         self.monitor.load_state_dict(counters)

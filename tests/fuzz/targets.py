@@ -257,24 +257,27 @@ def checkpoints(folder: Path) -> None:
         "state": {0: {"step": torch.tensor(1.0), "exp_avg": torch.zeros(2)}},
         "param_groups": [{"lr": 0.1, "params": [0]}],
     }
-    saved.write(
-        folder / "00000003",
-        3,
+    tensors, optimizers, extra = (
         {"student": {"w": torch.zeros(2)}},
         {"student": moments},
         {"state": {"seed": 1}},
     )
+    saved.write(folder / "00000003", 3, tensors, optimizers, extra)
+    shards = folder / "00000004"
+    sums = saved.write_shards(shards, tensors, optimizers)
+    saved.finish(shards, 4, ["student"], optimizers, extra, sums)
 
 
 def checkpoint(folder: Path) -> None:
-    place = folder / "00000003"
-    try:
-        saved.complete(place)
-        saved.verify(place)
-        saved.read(place)
-    except saved.Damaged:
-        # What a run makes a sentence of.
-        pass
+    for place in (folder / "00000003", folder / "00000004"):
+        try:
+            saved.complete(place)
+            saved.verify(place)
+            found = saved.read(place)
+            _ = found.tensors, found.optimizers
+        except saved.Damaged:
+            # What a run makes a sentence of.
+            pass
 
 
 def opened(folder: Path) -> Shards:

@@ -20,43 +20,79 @@ from stepdistill.errors import UserError
 from training import run as running
 from training import sharding
 from training.batches import Batches
+from training.checkpoint import RunDirectory
+from training.recipe import Recipe
 
 CONFIGURATIONS = sorted((Path(running.__file__).parent / "accelerate").glob("*.yaml"))
 # Of any weight or average, all of which are float32 of the size of 1; an iteration moves them by a hundred times as much.
 TOLERANCE = 2e-6
 
 
-def test_shards_train_what_one_process_trains_and_go_on_with_any_number(tmp_path, tiny_sd):
+@pytest.fixture(scope="module")
+def small_sd(tmp_path_factory: pytest.TempPathFactory, tiny_sd: Path) -> Path:
+    """The tiny pipeline with half of its UNet: what shards cost here goes by their number."""
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd, safety_checker=None)
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+    config = {**pipeline.unet.config, **blocks, "block_out_channels": (16,)}
+    torch.manual_seed(0)
+    pipeline.register_modules(unet=UNet2DConditionModel.from_config(config))
+    path = tmp_path_factory.mktemp("pipelines") / "small"
+    pipeline.save_pretrained(path)
+    return path
+
+
+def test_shards_train_what_one_process_trains_and_go_on_with_any_number(tmp_path, small_sd):
+    """Those of the runs that begin with two also recompute their activations."""
+
     def make(name: str, *more: str) -> Any:
         settings = (
-            "run.steps=3",
+            "run.steps=2",
             "run.save_every=1",
             "run.keep=9",
             "optim.eps=1e-3",
             "run.check_teacher=false",
         )
-        return sd(tmp_path / name, tiny_sd, *settings, *more)
+        twice = ("student.gradient_checkpointing=true",) if name.startswith("two") else ()
+        return sd(tmp_path / name, small_sd, *settings, *twice, *more)
 
     one, two = make("one"), make("two", "optim.micro_batch_size=1", "run.preview_every=2")
     running.run(one)
-    processes.from_step(tmp_path / "one", 2, tmp_path / "one-two")
-    assert processes.in_two({"two": two, "one-two": make("one-two")}, shards=True) == {
-        "two": True,
-        "one-two": True,
-    }
+    again = make("two-two", "optim.micro_batch_size=1")
+    ran = {"two": two, "one-two": make("one-two"), "two-two": again}
+    begun = {"one-two": (tmp_path / "one", 1), "two-two": (tmp_path / "two", 1)}
+    assert processes.in_two(ran, True, begun) == dict.fromkeys(ran, True)
     assert (tmp_path / "two" / "previews" / "0000002.png").is_file()
     assert (tmp_path / "two" / "student" / "model_index.json").is_file()
-    processes.from_step(tmp_path / "two", 2, tmp_path / "two-two")
-    processes.in_two({"two-two": make("two-two", "optim.micro_batch_size=1")}, shards=True)
     resumed, whole = checkpoint(tmp_path / "two-two"), checkpoint(tmp_path / "two")
     assert same(resumed.tensors, whole.tensors) and same(resumed.optimizers, whole.optimizers)
-    processes.from_step(tmp_path / "two", 2, tmp_path / "two-one")
+    processes.from_step(tmp_path / "two", 1, tmp_path / "two-one")
     running.run(make("two-one"))
     end = checkpoint(tmp_path / "one")
-    moved = processes.difference(end, checkpoint(tmp_path / "one", 2))
+    moved = processes.difference(end, checkpoint(tmp_path / "one", 1))
     assert moved > 100 * TOLERANCE
     for name in ("two", "one-two", "two-one"):
         assert processes.difference(end, checkpoint(tmp_path / name)) < TOLERANCE, name
+    _each_process_wrote_its_own(tmp_path / "two", tmp_path / "one")
+    _goes_on_from_the_last_whole_one(two)
+
+
+def _each_process_wrote_its_own(two: Path, one: Path) -> None:
+    shards, whole = two / "checkpoints" / "2", one / "checkpoints" / "2"
+    for part in ("student", "student_ema", "student.optimizer", "fake_score"):
+        sizes = [file.stat().st_size for file in (shards / part).iterdir()]
+        assert len(sizes) == 2 and max(sizes) < 0.8 * (whole / f"{part}.safetensors").stat().st_size, part
+
+
+def _goes_on_from_the_last_whole_one(recipe: Recipe) -> None:
+    run = RunDirectory(recipe.run.out, 9)
+    (shard,) = (run.checkpoints / "2" / "fake_score").glob("shard-00002-*")
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    assert run.begin(recipe) == 1 and "fake_score/shard-00002" in run.notes[0]
+    run.lock.release()
 
 
 @pytest.mark.slow
