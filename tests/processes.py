@@ -1,6 +1,6 @@
 """What two processes train beside what one trains, for many methods, in copies and in shards: benchmarks/processes.json.
 
-    OMP_NUM_THREADS=1 python tests/processes.py [NAME ...]
+    OMP_NUM_THREADS=1 python tests/processes.py [NAME ...]      rows that are not named stay
 
 Every row trains three iterations at a global batch of 4: in one process, in two that hold copies (DDP), in two that hold
 shards (FSDP2). Numbers are the largest difference of any weight or average; `movement` is the largest step of any in one
@@ -14,8 +14,7 @@ import os
 import shutil
 import sys
 import tempfile
-import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +22,18 @@ import tiny
 import torch
 from accelerate import Accelerator
 from forks import two_processes
-from runs import GAN, LCM, checkpoint, same, toy
+from runs import GAN, LCM, checkpoint, same
 
+from stepdistill.config import apply_overrides
 from training import run as running
 from training.checkpoint import Checkpoint, RunDirectory
-from training.recipe import Recipe
+from training.recipe import Recipe, recipe_from
 from training.sharding import full
 from training.trainer import Trainer
 
 TABLE = Path(__file__).parents[1] / "benchmarks" / "processes.json"
 STEPS = 3
-AT_ONCE = 5
+AT_ONCE = 2
 LORA = {"student": {"lora": {"rank": 2}}}
 CHECKPOINTED = {"student": {"gradient_checkpointing": True}}
 Sections = Mapping[str, Mapping[str, Any]]
@@ -47,7 +47,15 @@ RESUMED: dict[str, tuple[str, Mapping[str, Any], Sections]] = {
         "sd3", {"name": "dmd2", "student_every": 1, "fake_score_lora": {"rank": 2}}, LORA,
     ),
 }  # fmt: skip
+# A stage begins from the checkpoint of the one before, in whatever form that is.
+STAGES = (
+    {"method": LCM, "run": {"steps": 2}},
+    {"method": {"name": "dmd2", "student_every": 1}, "run": {"steps": 1}},
+)
 OTHERS: dict[str, tuple[str, Mapping[str, Any], Sections]] = {
+    "lcm, then dmd2": ("sd15", {}, {"stages": STAGES}),
+    # Products are rounded to 3 digits, in whatever parts of a batch they are made.
+    "dmd2 with a GAN, bf16": ("sd15", {**GAN, "student_every": 1}, {"run": {"precision": "bf16"}}),
     "dmd2 with a GAN, checkpointed": ("sd3", {**GAN, "student_every": 1}, CHECKPOINTED),
     "dmd2, LoRAs, checkpointed": (
         "flux-dev", {"name": "dmd2", "student_every": 1, "fake_score_lora": {"rank": 2}},
@@ -67,12 +75,24 @@ CASES = RESUMED | OTHERS
 def recipe(name: str, out: Path, *overrides: str) -> Recipe:
     teacher, method, sections = CASES[name]
     family = {"name": tiny.VARIANTS[teacher][0], "teacher": str(tiny.directory(teacher)), "resolution": [32]}
-    settled = {"run.precompute": "never", "run.check_teacher": "false", "run.save_every": 1, "run.keep": 9}
-    return toy(
-        out, *(f"{key}={value}" for key, value in settled.items()), f"run.steps={STEPS}", "run.log_every=1", *overrides,
-        family=family, student={"steps": [1, 2], "ema": 0.5, **sections.get("student", {})}, method=dict(method),
-        data={"name": "scenes", "size": 24, "resolution": 32}, optim={"lr": 1e-3, "batch_size": 4, "eps": 1e-3},
-    )  # fmt: skip
+    run = {
+        "precompute": "never",
+        "check_teacher": False,
+        "save_every": 1,
+        "keep": 9,
+        "log_every": 1,
+        "trackers": [],
+    }
+    made = {
+        "family": family, "student": {"steps": [1, 2], "ema": 0.5, **sections.get("student", {})},
+        "data": {"name": "scenes", "size": 24, "resolution": 32}, "optim": {"lr": 1e-3, "batch_size": 4, "eps": 1e-3},
+        "run": {**run, **sections.get("run", {}), "out": str(out)},
+    }  # fmt: skip
+    if "stages" in sections:
+        made["stages"] = list(sections["stages"])
+    else:
+        made["method"], made["run"]["steps"] = dict(method), STEPS
+    return recipe_from(apply_overrides(made, overrides))
 
 
 def train(
@@ -128,12 +148,13 @@ def in_two(
     return {name: first[name] == second[name] for name in recipes}
 
 
-def difference(a: Checkpoint, b: Checkpoint) -> float:
-    assert a.tensors.keys() == b.tensors.keys()
+def difference(a: Checkpoint, b: Checkpoint, networks: Iterable[str] = ()) -> float:
+    """The largest of any weight, of these networks or of all, which must be the same."""
+    assert networks or a.tensors.keys() == b.tensors.keys()
     return max(
         float((value.double() - b.tensors[name][key].double()).abs().max())
-        for name, state in a.tensors.items()
-        for key, value in state.items()
+        for name in networks or a.tensors
+        for key, value in a.tensors[name].items()
         if value.numel() and key != "updates"
     )
 
@@ -160,7 +181,8 @@ def measure(names: list[str], folder: Path) -> dict[str, dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     for name in names:
         one, before = checkpoint(place["one"][name]), checkpoint(place["one"][name], STEPS - 1)
-        moved = difference(one, before)
+        # A stage may have networks that the one before had not.
+        moved = difference(one, before, one.tensors.keys() & before.tensors.keys())
         rows[name] = {"teacher": CASES[name][0], "movement": moved}
         for kind in ("ddp", "fsdp"):
             rows[name][kind] = difference(one, checkpoint(place[kind][name]))
@@ -198,20 +220,17 @@ def main() -> None:
     from training import precompute
 
     quieten_libraries()
-    names, rows, started = sys.argv[1:] or list(CASES), {}, time.time()
+    names = sys.argv[1:] or list(CASES)
     for first in range(0, len(names), AT_ONCE):
         with tempfile.TemporaryDirectory() as temporary:
             precompute.CACHE = Path(temporary) / "cache"
-            rows |= measure(names[first : first + AT_ONCE], Path(temporary))
-        print(json.dumps(rows, indent=1), flush=True)
-        if not sys.argv[1:]:
-            facts = {
-                "commit": git_commit(short=True),
-                "torch": torch.__version__,
-                "seconds": round(time.time() - started),
-            }
-            with atomic_write(TABLE) as path:
-                path.write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
+            found = measure(names[first : first + AT_ONCE], Path(temporary))
+        print(json.dumps(found, indent=1), flush=True)
+        kept = json.loads(TABLE.read_text())["rows"] if TABLE.is_file() else {}
+        made = {"commit": git_commit(short=True), "torch": torch.__version__}
+        rows = kept | {name: row | made for name, row in found.items()}
+        with atomic_write(TABLE) as path:
+            path.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ class Batches:
             state.drawn = shared_out(state.samples, counts)
         number = next_bucket(state.seed, counts, state.drawn, size)
         first = state.drawn[number]
-        rows = order(state.seed, counts[number], first, size)
+        rows = self.source.order(state.seed, counts[number], first, size)
         uses = [(first + i) // counts[number] for i in range(size)]
         pairs = order(state.seed, self.pairs.size, state.samples, size) if self.pairs else None
         state.samples += size

@@ -18,6 +18,7 @@ DATA = Table(
         "parquet": "training.data.parquet:Parquet",
         "prompts": "training.data.prompts:Prompts",
         "lines": "training.data.lines:Lines",
+        "datasets": "training.data.streamed:Datasets",
         "webdataset": "training.data.webdataset:WebDataset",
         "toy": "training.data.toy:Toy",
     },

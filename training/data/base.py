@@ -91,6 +91,10 @@ class Source:
         """The examples by the size of their images, none of them empty."""
         return [Bucket(self.image_size, range(self.size))]
 
+    def order(self, seed: int, size: int, first: int, count: int) -> list[int]:
+        """Rows of a bucket of `size` examples, see `order`; of a source that reads some of them together, nearer ones."""
+        return order(seed, size, first, count)
+
     def sizes(self, indices: Sequence[int]) -> np.ndarray:
         """What SDXL is told of images (n, 6), in pixels: height and width of the whole image before it was resized, how
         much is cut off at the top and at the left of what it was resized to, height and width of what is left.

@@ -67,12 +67,12 @@ class Parquet(Stored):
                         raise UserError(
                             f"data.path: {file} has no column {column!r}, which {first.name} has."
                         )
-                _refuse_bomb(file, parquet.metadata)
+                refuse_bomb(file, parquet.metadata)
                 for group in range(parquet.num_row_groups):
                     self._groups.append((file, group, listing.total))
                     listing.total += parquet.metadata.row_group(group).num_rows
                     for table in parquet.iter_batches(ROWS, [group], wanted) if wanted else ():
-                        texts += _texts(table[text], seen) if text else []
+                        texts += texts_of(table[text], seen) if text else []
                         labels += _values(table[label]) if label else []
         if listing.total == 0:
             raise UserError(f"data.path={config.path} holds no rows.")
@@ -140,7 +140,7 @@ def _damaged(file: Path, error: Exception) -> UserError:
     return UserError(f"data.path: {file} is damaged ({first_line(error)[:150]}); copy it again.")
 
 
-def _refuse_bomb(file: Path, metadata: Any) -> None:
+def refuse_bomb(file: Path, metadata: Any) -> None:
     """Images hardly compress, and each takes some bytes: a file that says otherwise would fill the memory."""
     size = file.stat().st_size
     for number in range(metadata.num_row_groups):
@@ -165,14 +165,16 @@ def _values(column: Any) -> list:
     return [None if i is None else entries[i] for i in column.indices.to_pylist()]
 
 
-def _texts(column: Any, seen: dict[str, list[str]]) -> list[list[str]]:
+def texts_of(column: Any, seen: dict[str, list[str]] | None = None) -> list[list[str]]:
     """The captions in each row of an Arrow array of texts or lists of texts; those of equal texts are one object, which
     `seen` remembers.
     """
     import pyarrow
 
+    seen = {} if seen is None else seen
+    column = column.combine_chunks() if isinstance(column, pyarrow.ChunkedArray) else column
     if pyarrow.types.is_list(column.type) or pyarrow.types.is_large_list(column.type):
-        each, ends = _texts(column.values, seen), column.offsets.to_pylist()
+        each, ends = texts_of(column.values, seen), column.offsets.to_pylist()
         return [list(itertools.chain(*each[start:end])) for start, end in itertools.pairwise(ends)]
     rows = [value if isinstance(value, str) else "" for value in _values(column)]
     for text in set(rows) - seen.keys():
