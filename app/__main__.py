@@ -42,12 +42,12 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("--teacher and --no-teacher contradict each other; give one of them.")
     if args.batch is not None and not 1 <= args.batch <= 64:
         raise UserError(f"--batch must be 1 to 64, got {args.batch}.")
-    for name in ("student", "teacher", "run"):
+    for name in ("student", "teacher", "run", "decoder"):
         given = getattr(args, name)
         for path in given if isinstance(given, list) else [given]:
             if path is not None and not Path(path).is_dir():
-                kind = "run" if name == "run" else "diffusers pipeline"
-                raise UserError(f"--{name} {path} is not a directory; give a {kind} directory.")
+                kind = {"run": "run", "decoder": "tiny decoder"}.get(name, "diffusers pipeline")
+                raise UserError(f"--{name} {path} is not a directory; give the directory of a {kind}.")
     if args.results is not None and not Path(args.results).is_file():
         raise UserError(f"--results {args.results} is not a file; give an evaluation's results.json.")
     account = account_of(args.auth, args.auth_file)
@@ -68,6 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         attention=args.attention,
         threads=args.threads,
         batch=args.batch,
+        decoder=args.decoder,
     )
     if listener is None:
         return check(engine)

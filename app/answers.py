@@ -5,17 +5,22 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import re
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
 
 from app.batcher import Job
-from app.guard import parse
-from app.request import Busy, Cancelled, Invalid
+from app.guard import MAX_JSON, parse
+from app.request import Busy, Cancelled, Invalid, shown_name
 from app.result import Result
 from stepdistill.errors import UserError
+
+# Fields of a form that are numbers, which a form holds as text.
+NUMBERS = ("n", "seed", "steps", "guidance_scale", "strength")
 
 
 async def body_of(http: HttpRequest) -> dict[str, Any]:
@@ -27,6 +32,39 @@ async def body_of(http: HttpRequest) -> dict[str, Any]:
     if http.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
         raise Invalid("content-type", "send the request as content-type application/json.")
     return parse(await http.body())
+
+
+async def form_of(http: HttpRequest, file: str) -> tuple[bytes, dict[str, Any]]:
+    """The file and the other fields of a form, numbers (`NUMBERS`) as numbers.
+
+    Raises:
+        Invalid: it is no such form, lacks the file, or has another.
+    """
+    if not http.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        raise Invalid("content-type", "send the request as a form (multipart/form-data).")
+    found, fields = None, {}
+    try:
+        async with http.form(max_files=2, max_fields=32, max_part_size=MAX_JSON) as form:
+            for name, value in form.multi_items():
+                if isinstance(value, str):
+                    fields[name] = _number(value) if name in NUMBERS else value
+                # A client that may send several calls the one so.
+                elif name.removesuffix("[]") == file and found is None:
+                    found = await value.read()
+                else:
+                    raise Invalid(shown_name(name), f"{shown_name(name)} takes no file, or not another one.")
+    except HTTPException as error:
+        raise Invalid("body", f"the form cannot be read: {error.detail}") from None
+    if found is None:
+        raise Invalid(file, f"{file} is missing; send it as a file of the form.")
+    return found, fields
+
+
+def _number(text: str) -> Any:
+    """The number that a text is; the text where it is none, or longer than any that is meant."""
+    if re.fullmatch(r"-?[0-9]{1,20}", text):
+        return int(text)
+    return float(text) if re.fullmatch(r"-?[0-9]{1,20}\.[0-9]{1,20}", text) else text
 
 
 def error_of(error: UserError) -> tuple[int, dict[str, Any]]:

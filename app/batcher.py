@@ -1,6 +1,6 @@
 """Requests on their way to the worker: who goes next, and with whom.
 
-The next batch is made of waiting requests with one `key` (model, steps, guidance), so that one call of the
+The next batch is made of waiting requests with one `key` (model, steps, guidance, strength), so that one call of the
 networks serves several users; nobody is waited for. Turns are fair: the first request of every session comes
 before anybody's second. Requests of many steps (a teacher's) wait in a lane of their own, behind those of
 few; one that has waited `PATIENCE` seconds goes first.
@@ -18,8 +18,12 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from app.request import Busy, Cancelled, Request
+
+if TYPE_CHECKING:
+    from app.pictures import Picture
 
 # Steps up to which a request counts as short.
 SHORT = 8
@@ -44,6 +48,8 @@ class Job:
         session: whose it is; None is a session of its own.
         live: drawn while somebody types: a newer live one of the session takes its place.
         number: counts the requests of a session, so that a Stop ends those before it and none after.
+        picture: what its image names.
+        preview: decoded by the tiny decoder.
         progress: steps done and in all.
         why: what the client is answered when the job is cancelled.
         asked, began: when it came and when its run did, by the clock.
@@ -56,6 +62,8 @@ class Job:
     number: int | None = None
     future: Future = field(default_factory=Future)
     stop: threading.Event = field(default_factory=threading.Event)
+    picture: Picture | None = None
+    preview: bool = False
     progress: tuple[int, int] = (0, 0)
     asked: float = 0.0
     began: float = 0.0
@@ -66,7 +74,15 @@ class Job:
     def key(self) -> tuple:
         """What requests of one batch have in common."""
         r = self.request
-        return r.model, r.steps, r.guidance_scale, bool(r.negative_prompt)
+        return (
+            r.model,
+            r.steps,
+            r.guidance_scale,
+            bool(r.negative_prompt),
+            bool(r.image),
+            r.strength,
+            self.preview,
+        )
 
     @property
     def short(self) -> bool:
@@ -126,8 +142,8 @@ class Batcher:
             if first.number is not None and first.number <= self._stops.get(first.session or "", -1):
                 raise Cancelled(STOPPED)
             replaced = self._replaced(first, len(jobs))
-            if not replaced:
-                self._refuse_long_waits(len(jobs))
+            if not replaced and (busy := self.full(len(jobs))) is not None:
+                raise busy
             for job in replaced:
                 self._waiting.remove(job)
             for job in jobs:
@@ -146,15 +162,19 @@ class Batcher:
         rest = [job for job in mine if job not in stale]
         return stale + rest[: max(0, len(rest) + count - PER_SESSION)]
 
-    def _refuse_long_waits(self, count: int) -> None:
+    def full(self, count: int = 1) -> Busy | None:
+        """What so many further images are refused with; None where there is room. For any thread, and cheap."""
+        waiting = len(self._waiting)
         wait = self.wait()
-        if len(self._waiting) + count > QUEUE or wait > LONGEST_WAIT:
-            after = min(60, max(1, math.ceil(wait - LONGEST_WAIT)))
-            raise Busy(f"busy: {len(self._waiting)} images are waiting; try again in {after} s.", after)
+        if waiting + count <= QUEUE and wait <= LONGEST_WAIT:
+            return None
+        after = min(60, max(1, math.ceil(wait - LONGEST_WAIT)))
+        return Busy(f"busy: {waiting} images are waiting; try again in {after} s.", after)
 
     def wait(self) -> float:
         """Seconds until everything that waits has been drawn, by what images took so far."""
-        return sum(self._cost.get(job.key[:2], 0.0) for job in self._waiting)
+        kinds = Counter([(job.request.model, job.request.steps) for job in self._waiting])
+        return sum(self._cost.get(kind, 0.0) * count for kind, count in kinds.items())
 
     def took(self, key: tuple, seconds: float, count: int) -> None:
         """Note what a batch took: the next estimate of a wait rests on it."""

@@ -4,7 +4,7 @@ uvicorn waits for ever for the first byte of a connection, for the rest of a req
 reads no answer. Here a request has to arrive in `RECEIPT_SECONDS` (longer in proportion to a body it
 announces), a client has to take what it asked for within `STALL_SECONDS`, and one address cannot crowd out
 the others: past `PER_ADDRESS` connections its oldest idle one is closed in favour of the new, or the new one
-is answered 503 where all of them are at work.
+is answered 503 where all of them are at work, by bytes that are there already: its request is not even parsed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
-import json
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -34,7 +33,14 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
+# Seconds in which a client that was refused may still send.
+LINGER_SECONDS = 2.0
 LATE = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+_CROWDED = b'{"error":{"message":"too many connections are open; try again in a moment.","type":"busy","param":null,"code":null}}'
+CROWDED = (
+    b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\nconnection: close\r\n"
+    b"content-length: %d\r\n\r\n%s" % (len(_CROWDED), _CROWDED)
+)
 
 
 def server(app: Any, on_stop: Callable[[], None] = lambda: None) -> uvicorn.Server:
@@ -77,6 +83,8 @@ class Connection(H11Protocol):
 
     idle_since: float | None = None
     _address = ""
+    # There was no room for it, and it has been told so.
+    _crowded = _refused = False
     _timed: Any = None
     _deadline: asyncio.TimerHandle | None = None
     _stall: asyncio.TimerHandle | None = None
@@ -87,16 +95,26 @@ class Connection(H11Protocol):
         self.idle_since = time.monotonic()
         self._expect(RECEIPT_SECONDS)
         everyone = self.connections
-        if not _make_room([other for other in everyone if other._address == self._address], PER_ADDRESS):
-            self.app = busy
-        if not _make_room(list(everyone), IN_ALL):
-            self.app = busy
-            if len(everyone) > 2 * IN_ALL:
-                self.abort()
+        mine = [other for other in everyone if other._address == self._address]
+        self._crowded = not _make_room(mine, PER_ADDRESS) or not _make_room(list(everyone), IN_ALL)
+        if self._crowded and len(everyone) > 2 * IN_ALL:
+            self.abort()
 
     def data_received(self, data: bytes) -> None:
+        if self._crowded:
+            self._refuse()
+            return
         super().data_received(data)
         self._watch()
+
+    def _refuse(self) -> None:
+        """Answer that there is no room, and drop what is sent: who still sends when a connection closes reads no answer."""
+        if not self._refused:
+            self._refused = True
+            self.transport.write(CROWDED)
+            if self.transport.can_write_eof():
+                self.transport.write_eof()
+            self._expect(LINGER_SECONDS)
 
     def on_response_complete(self) -> None:
         self.idle_since = time.monotonic()
@@ -154,7 +172,7 @@ class Connection(H11Protocol):
 
     def _late(self) -> None:
         self._deadline = None
-        if self.cycle is None or not self.cycle.response_started:
+        if not self._refused and (self.cycle is None or not self.cycle.response_started):
             self.transport.write(LATE)
         self.connections.discard(self)
         self.transport.close()
@@ -173,12 +191,14 @@ def _allow_open_files(count: int) -> None:
 
 def _make_room(held: list[Connection], most: int) -> bool:
     """Close the oldest idle connections of `held` until `most` are left, and say whether that was possible."""
+    if len(held) <= most:
+        return True
     since = time.monotonic() - GRACE_SECONDS
     idle = [other for other in held if other.idle_since is not None and other.idle_since < since]
     idle.sort(key=lambda other: other.idle_since)
     for other in idle[: max(0, len(held) - most)]:
         other.abort()
-    return len(held) - len(idle) <= most or len(held) <= most
+    return len(held) - len(idle) <= most
 
 
 def _network(address: str) -> str:
@@ -188,17 +208,3 @@ def _network(address: str) -> str:
     except ValueError:
         return address
     return address if ip.version == 4 else str(ipaddress.ip_network((int(ip) >> 64 << 64, 64)))
-
-
-async def busy(scope: Scope, receive: Receive, send: Send) -> None:
-    """The answer to a connection for which there is no room."""
-    message = "too many connections are open; try again in a moment."
-    body = json.dumps({"error": {"message": message, "type": "busy", "param": None, "code": None}}).encode()
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(body)).encode()),
-        (b"retry-after", b"1"),
-        (b"connection", b"close"),
-    ]
-    await send({"type": "http.response.start", "status": 503, "headers": headers})
-    await send({"type": "http.response.body", "body": body})

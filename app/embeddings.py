@@ -1,4 +1,4 @@
-"""Prompt embeddings, kept: the same prompt is typed, seeded and stepped through many times."""
+"""Embeddings of prompts and latents of pictures, kept: the same one is typed, seeded and stepped through many times."""
 
 from __future__ import annotations
 
@@ -16,14 +16,18 @@ MAX_COUNT = 512
 
 
 class Embeddings:
-    """`encode` of a family with a memory, called with a list of prompts as `encode` is.
+    """`encode` of a family with a memory, called with prompts, or pictures, as `encode` is.
 
     Each prompt is encoded alone, so that its embedding does not depend on its neighbours. Where those of several
     prompts have different shapes, they are encoded together, as the family pads them.
+
+    key: what a prompt is remembered by.
     """
 
-    def __init__(self, encode: Callable[[Sequence[Any]], Cond]) -> None:
-        self._encode = encode
+    def __init__(
+        self, encode: Callable[[Sequence[Any]], Cond], key: Callable[[Any], Any] = lambda prompt: prompt
+    ) -> None:
+        self._encode, self._key = encode, key
         self._kept: OrderedDict[Any, Cond] = OrderedDict()
         self._bytes = 0
         self.hits = self.misses = 0
@@ -43,14 +47,15 @@ class Embeddings:
         return self._encode(prompts)
 
     def _one(self, prompt: Any) -> Cond:
-        if prompt in self._kept:
+        key = self._key(prompt)
+        if key in self._kept:
             self.hits += 1
-            self._kept.move_to_end(prompt)
-            return self._kept[prompt]
+            self._kept.move_to_end(key)
+            return self._kept[key]
         self.misses += 1
         with torch.no_grad():
             cond = self._encode([prompt])
-        self._kept[prompt] = cond
+        self._kept[key] = cond
         self._bytes += _size(cond)
         while len(self._kept) > MAX_COUNT or (self._bytes > MAX_BYTES and len(self._kept) > 1):
             self._bytes -= _size(self._kept.popitem(last=False)[1])

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from app.batcher import STOPPED, Batcher, Job
 from app.catalog import STUDENT, TEACHER, Entry, catalog
 from app.metrics import Metrics
+from app.pictures import Picture, Pictures
 from app.request import Busy, Cancelled, Limits, Request, validate
 from app.result import Result
 from app.runner import Runner
@@ -56,6 +57,7 @@ class Engine:
         self.problem: str | None = None
         self.metrics = Metrics()
         self.batcher = Batcher(self._cap)
+        self.pictures = Pictures()
         self.models: Models | None = None
         self._options = options
         self._runner = Runner(self.batcher, self.metrics, self._serve, self._give_up)
@@ -117,14 +119,16 @@ class Engine:
         *,
         live: bool = False,
         number: int | None = None,
+        picture: Picture | None = None,
     ) -> Any:
         """Check a request and put it in line: its `Job`, or a list of them for a list of requests.
 
-        What comes before its model is loaded waits for it.
+        What comes before its model is loaded waits for it. `picture` is what the request's image names; without it the
+        session must have uploaded one (`pictures`).
 
         Raises:
-            Invalid: a field is out of range. Busy: too many requests wait already. Cancelled: the session was
-            stopped after this call. UserError: the model could not be loaded.
+            Invalid: a field is out of range, or the session has no such picture. Busy: too many requests wait already.
+            Cancelled: the session was stopped after this call. UserError: the model could not be loaded.
         """
         if self.state == "failed":
             raise UserError(self.problem or "the models could not be loaded.")
@@ -136,6 +140,9 @@ class Engine:
             entry = self.entries[job.request.model]
             if entry.state == "failed":
                 raise UserError(entry.problem or f"{entry.title} could not be loaded.")
+            job.preview = live and bool(self._options.get("decoder"))
+            if job.request.image:
+                job.picture = picture or self.pictures.get(session, job.request.image)
         try:
             self.metrics.replaced(self.batcher.add(jobs))
         except Busy:
@@ -143,11 +150,22 @@ class Engine:
             raise
         return jobs if several else jobs[0]
 
+    def full(self) -> Busy | None:
+        """What a further request is refused with, before anybody reads it; None where there is room."""
+        busy = self.batcher.full()
+        if busy is not None:
+            self.metrics.count("busy")
+        return busy
+
     def generate(
-        self, asked: Request | Mapping[str, Any], session: str | None = None, timeout: float | None = None
+        self,
+        asked: Request | Mapping[str, Any],
+        session: str | None = None,
+        timeout: float | None = None,
+        picture: Picture | None = None,
     ) -> Result:
         """`submit` one request and wait for its image."""
-        return self.submit(asked, session).future.result(timeout)
+        return self.submit(asked, session, picture=picture).future.result(timeout)
 
     def cancel(self, session: str | None, why: str = STOPPED, through: int | None = None) -> int:
         """Drop the waiting requests of a session and stop its running ones at the next step.

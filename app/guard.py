@@ -16,20 +16,22 @@ import math
 import re
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping
 from typing import Any
 
 from app import strict_json
 from app.connections import Receive, Scope, Send
 from app.png import MAX_FILE
-from app.request import Invalid
+from app.request import Busy, Invalid
 
 MAX_JSON = 64 * 1024
 MAX_DEPTH = 16
 # Bytes of a body that is too large which are read and dropped before it is refused.
 MAX_PASSED = 32 * 1024 * 1024
 # Routes whose body is a file.
-FILES = ("/api/read", "/api/reproduce")
+FILES = ("/api/read", "/api/reproduce", "/api/picture", "/v1/images/edits")
+# Routes that draw for nobody in particular: a session's newer request may take the place of its older one.
+DRAWN = ("/v1/images/generations", "/v1/images/edits")
 HEALTH = "/healthz"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 # Wrong passwords of one address in `LOCK_SECONDS` before it has to wait, and addresses that are remembered.
@@ -62,6 +64,7 @@ class Guard:
         hosts: names this server is reached by, without port.
         any_address: also accept a Host that is an IP address.
         account: "USER:PASSWORD" asked of every request but those for /healthz; None asks for none.
+        full: says why no image can be drawn now; then a request for one (`DRAWN`) is refused before it is read.
     """
 
     def __init__(
@@ -70,8 +73,9 @@ class Guard:
         hosts: Iterable[str] = LOOPBACK,
         any_address: bool = False,
         account: str | None = None,
+        full: Callable[[], Busy | None] = lambda: None,
     ) -> None:
-        self.app = app
+        self.app, self.full = app, full
         self.hosts = {host.lower() for host in hosts}
         self.any_address = any_address
         self.door = None if account is None else Password(account)
@@ -93,6 +97,13 @@ class Guard:
             if refusal[0] == 413 and _length(headers) <= MAX_PASSED:
                 await _passed_over(receive)
             await reply(send, *refusal)
+            return
+        busy = self.full() if scope["path"] in DRAWN and scope["method"] == "POST" else None
+        if busy is not None:
+            if MAX_JSON < _length(headers) <= MAX_PASSED:
+                await _passed_over(receive)
+            after = (b"retry-after", str(busy.retry_after).encode())
+            await reply(send, 503, str(busy), [after], kind="busy")
             return
         # No route needs a part of a file, and Gradio answers an odd Range with 500.
         scope["headers"] = [pair for pair in scope["headers"] if pair[0].lower() != b"range"]
@@ -260,9 +271,10 @@ async def reply(
     message: str,
     headers: Iterable[tuple[bytes, bytes]] = (),
     field: str | None = None,
+    kind: str = "refused",
 ) -> None:
     """Refuse a request in one sentence and close the connection, as its body may be unread."""
-    error = {"message": message.rstrip(".") + ".", "type": "refused", "param": field, "code": None}
+    error = {"message": message.rstrip(".") + ".", "type": kind, "param": field, "code": None}
     body = json.dumps({"error": error}).encode()
     own = [
         (b"content-type", b"application/json"),

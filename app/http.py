@@ -51,7 +51,7 @@ def create_app(
 
     address = "/openapi.json" if openapi else None
     app = FastAPI(title="stepdistill", docs_url=None, redoc_url=None, openapi_url=address, lifespan=life)
-    app.add_middleware(Guard, hosts=tuple(hosts), any_address=any_address, account=account)
+    app.add_middleware(Guard, hosts=tuple(hosts), any_address=any_address, account=account, full=engine.full)
 
     @app.get("/healthz")
     async def health() -> JSONResponse:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,7 +14,12 @@ from app.catalog import Entry
 from app.embeddings import Embeddings
 from app.invariant import make_invariant
 from app.request import Limits, Request
+from stepdistill.families.decoders import decoded_by
+from stepdistill.image_to_image import no_images
 from stepdistill.tracing import TracedDecoder
+
+if TYPE_CHECKING:
+    from app.pictures import Picture
 
 # Sizes of a batch that are tried, the largest first.
 SIZES = (8, 4, 2)
@@ -25,9 +31,12 @@ class Model:
     Attributes:
         sizes: of a batch at which an image has the bits that it has alone; what is between is filled up. Where
             no size but one had them, this is that one: `batch`.
+        preview: the same sampler with a tiny decoder, for a few-step student where one was asked for.
     """
 
-    def __init__(self, entry: Entry, sampler: Any, attention: str, batch: int = 1) -> None:
+    def __init__(
+        self, entry: Entry, sampler: Any, attention: str, batch: int = 1, decoder: str | Path | None = None
+    ) -> None:
         from stepdistill.attention import choose
 
         self.entry, self.sampler = entry, sampler
@@ -39,6 +48,13 @@ class Model:
             make_invariant(sampler.denoiser.network, getattr(sampler.pipeline, "vae", None))
         if family is not None and sampler.conditions == "prompt":
             family.encode = Embeddings(family.encode)
+        if family is not None and sampler.image_to_image:
+            # Each alone, as prompts are: one picture is drawn from many times.
+            encode = family.encode_images
+            family.encode_images = Embeddings(
+                lambda pictures: encode(torch.stack(pictures)), lambda picture: picture.numpy().tobytes()
+            )
+        self.preview = decoded_by(sampler, Path(decoder)) if decoder and sampler.steps else None
         self.sizes: tuple[int, ...] = (batch,)
         self._traceable = device == "cpu"
         self._untried = list(SIZES) if batch == 1 and device == "cpu" and family is not None else []
@@ -58,24 +74,42 @@ class Model:
             default_steps=s.default_steps,
             guidance_free=s.guidance_free,
             default_guidance=s.default_guidance,
-            resolution=tuple(s.resolution),
+            resolution=self.resolution,
             conditions=s.conditions,
             class_names=tuple(s.class_names) if s.class_names else None,
+            no_picture=no_images(s),
+            levels=len(s.levels) if s.steps and s.image_to_image else None,
         )
+
+    @property
+    def resolution(self) -> tuple[int, int]:
+        """(height, width) of its images."""
+        return tuple(self.sampler.resolution)
 
     # Drawing ------------------------------------------------------------------------------------------------
 
     def draw(
-        self, requests: Sequence[Request], on_step: Callable[[int, int], None] | None = None
+        self,
+        requests: Sequence[Request],
+        on_step: Callable[[int, int], None] | None = None,
+        pictures: Sequence[Picture] | None = None,
+        preview: bool = False,
     ) -> tuple[list[np.ndarray], dict[str, float]]:
         """The images of validated requests of one key, uint8 (H, W, 3), and the seconds of the batch's stages.
+
+        pictures: what their `image` names. preview: decode by the tiny decoder, where there is one.
 
         Raises:
             UserError: an image is not finite.
         """
         first, spent = requests[0], {}
+        drawn_from: dict[str, Any] = {}
+        if pictures is not None:
+            fitted = np.stack([picture.fitted(self.resolution) for picture in pictures])
+            drawn_from["images"] = torch.from_numpy(fitted).permute(0, 3, 1, 2)
+            drawn_from["strength"] = first.strength
         negatives = [request.negative_prompt for request in requests]
-        images = self.sampler(
+        images = (self.preview if preview and self.preview is not None else self.sampler)(
             [self._condition(request.prompt) for request in requests],
             [request.seed for request in requests],
             steps=first.steps,
@@ -84,8 +118,10 @@ class Model:
             chunk=self.size_for(len(requests)),
             timings=spent,
             on_step=on_step,
+            **drawn_from,
         )
-        stages = {name: spent.get(name, 0.0) for name in ("text", "denoise", "decode")}
+        names = ("text", *(("encode",) if pictures is not None else ()), "denoise", "decode")
+        stages = {name: spent.get(name, 0.0) for name in names}
         return list(np.ascontiguousarray(images.permute(0, 2, 3, 1).cpu().numpy())), stages
 
     def size_for(self, count: int) -> int:
@@ -116,9 +152,10 @@ class Model:
             # Recording takes longer than a first image.
             self._traceable = False
             self.sampler.trace()
-            vae = getattr(self.sampler.pipeline, "vae", None)
-            if isinstance(getattr(vae, "decoder", None), nn.Module):
-                vae.decoder = TracedDecoder(vae.decoder).eval()
+            for each in filter(None, (self.sampler, self.preview)):
+                vae = getattr(each.pipeline, "vae", None)
+                if isinstance(getattr(vae, "decoder", None), nn.Module):
+                    vae.decoder = TracedDecoder(vae.decoder).eval()
             self.warm_up()
             return True
         return self._try_size()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ class Models:
         attention: a name of `stepdistill.attention.BACKENDS`; one that cannot run fails `load`.
         threads: of torch on the CPU; None leaves torch's own choice.
         batch: images that the networks draw at once where sizes give different bits; None is 1 on the CPU, 4 on CUDA.
+        decoder: directory of an AutoencoderTiny that few-step students are decoded by while somebody types.
         loader: (path, device=, dtype=) -> sampler; tests hand in their own.
 
     Raises:
@@ -45,6 +47,7 @@ class Models:
         attention: str = "auto",
         threads: int | None = None,
         batch: int | None = None,
+        decoder: str | Path | None = None,
         loader: Callable[..., Any] | None = None,
     ) -> None:
         self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -62,7 +65,7 @@ class Models:
         if threads is not None:
             torch.set_num_threads(threads)
         quieten_libraries()
-        self.attention, self.loader = attention, loader
+        self.attention, self.loader, self.decoder = attention, loader, decoder
         self.batch = batch or (4 if cuda else 1)
         # By id, the latest used last.
         self.loaded: dict[str, Model] = {}
@@ -80,7 +83,7 @@ class Models:
         if loader is None:
             from stepdistill import load as loader
         sampler = loader(entry.path, device=self.device, dtype=DTYPES[self.dtype])
-        model = Model(entry, sampler, self.attention, self.batch)
+        model = Model(entry, sampler, self.attention, self.batch, self.decoder)
         model.warm_up()
         self.loaded[entry.id] = model
         entry.limits, entry.about = model.limits(), self.about() | model.about

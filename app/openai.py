@@ -1,4 +1,4 @@
-"""The routes that clients of OpenAI's image API call: models, one model, and images."""
+"""The routes that clients of OpenAI's image API call: models, one model, images, and images drawn from a picture."""
 
 from __future__ import annotations
 
@@ -12,10 +12,23 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
 
-from app.answers import body_of, png64, refusal, results_of
+from app.answers import body_of, form_of, png64, refusal, results_of
 from app.catalog import Entry
 from app.engine import Engine
-from app.request import MAX_SEED, Count, Guidance, Invalid, Name, Request, Seed, Text, shown, validate
+from app.pictures import opened
+from app.request import (
+    MAX_SEED,
+    Count,
+    Guidance,
+    Invalid,
+    Name,
+    Request,
+    Seed,
+    Strength,
+    Text,
+    shown,
+    validate,
+)
 from stepdistill.errors import UserError, nearest
 
 MAX_IMAGES = 8
@@ -37,8 +50,14 @@ class ImageCall(BaseModel):
     guidance_scale: Guidance | None = None
 
 
+class EditCall(ImageCall):
+    """The fields of a form beside its picture."""
+
+    strength: Strength | None = None
+
+
 def routes(engine: Engine) -> APIRouter:
-    """/v1/models, /v1/models/ID and /v1/images/generations."""
+    """/v1/models, /v1/models/ID, /v1/images/generations and /v1/images/edits."""
     router = APIRouter(prefix="/v1")
     began = int(time.time())
 
@@ -67,22 +86,38 @@ def routes(engine: Engine) -> APIRouter:
             return refusal(error)
         return await asyncio.to_thread(_answer, request.model, results)
 
+    form = {"multipart/form-data": {"schema": EditCall.model_json_schema()}}
+
+    @router.post("/images/edits", openapi_extra={"requestBody": {"required": True, "content": form}})
+    async def edits(http: HttpRequest) -> Response:
+        try:
+            file, fields = await form_of(http, "image")
+            picture = await asyncio.to_thread(opened, file)
+            count, request = wanted(fields, engine, EditCall, picture.sha256)
+            jobs = engine.submit(seeds_of(request, count), picture=picture)
+            results = await results_of(jobs, http.is_disconnected)
+        except UserError as error:
+            return refusal(error)
+        return await asyncio.to_thread(_answer, request.model, results)
+
     return router
 
 
-def wanted(body: dict[str, Any], engine: Engine) -> tuple[int, Request]:
-    """How many images, and the request of the first.
+def wanted(
+    body: dict[str, Any], engine: Engine, kind: type[ImageCall] = ImageCall, image: str = ""
+) -> tuple[int, Request]:
+    """How many images, and the request of the first; `image` names the picture it comes with.
 
     Fields this server does not know are refused, not ignored.
     """
     try:
-        call = ImageCall.model_validate(body)
+        call = kind.model_validate(body)
     except ValidationError as error:
-        raise Invalid.of(error, ImageCall.model_fields) from None
+        raise Invalid.of(error, kind.model_fields) from None
     limits = engine.limits.get(call.model)
     if limits is not None and call.size not in ("auto", limits.size):
         raise Invalid("size", f"size must be {limits.size} (or auto), got {shown(call.size)}.")
-    request = Request(**call.model_dump(exclude={"n", "size", "response_format"}))
+    request = Request(**call.model_dump(exclude={"n", "size", "response_format"}), image=image)
     return call.n, validate(request, engine.limits)
 
 

@@ -101,6 +101,10 @@ def _add_networks(p: argparse.ArgumentParser) -> None:
         "--threads", type=int, metavar="N", help="CPU threads of the networks (default: torch's choice)"
     )
     p.add_argument(
+        "--decoder", metavar="DIR",
+        help="AutoencoderTiny that decodes a student's images while one types; what is kept or asked for is decoded by its own",
+    )  # fmt: skip
+    p.add_argument(
         "--batch", type=int, metavar="N",
         help="images the networks draw at once where sizes of a batch give different bits (default: 1 on cpu, 4 on cuda)",
     )  # fmt: skip

@@ -11,7 +11,7 @@ import numpy as np
 from app import png, settings, strict_json
 from app.answers import png64, results_of
 from app.catalog import Entry
-from app.request import Invalid, Request, shown
+from app.request import DEFAULT_STRENGTH, Invalid, Request, shown
 from stepdistill.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,16 +27,21 @@ def read(data: bytes, entries: Mapping[str, Entry]) -> dict[str, Any]:
     return _read(data, entries)[0]
 
 
-async def reproduce(data: bytes, engine: Engine, gone: Callable[[], Awaitable[bool]]) -> dict[str, Any]:
+async def reproduce(
+    data: bytes, engine: Engine, gone: Callable[[], Awaitable[bool]], session: str | None = None
+) -> dict[str, Any]:
     """The image that the settings of a PNG file give here, and how far it is from the file's.
 
+    session: whose pictures are drawn from, where it was drawn from one.
+
     Raises:
-        Invalid: as `read`. UserError: whatever drawing raises.
+        Invalid: as `read`, or the session has not uploaded that picture. UserError: whatever drawing raises.
     """
     said, pixels, request = await asyncio.to_thread(_read, data, engine.entries)
     if request is None:
         raise Invalid("file", " ".join(said["notes"]))
-    (result,) = await results_of([engine.submit(request)], gone)
+    picture = engine.pictures.get(session, request.image) if request.image else None
+    (result,) = await results_of([engine.submit(request, picture=picture)], gone)
     return {**said, **_compared(pixels, result.image), "png": await asyncio.to_thread(png64, result)}
 
 
@@ -69,6 +74,13 @@ def _parts(data: bytes, entries: Mapping[str, Entry]) -> tuple[dict[str, Any], n
         )
         if asked.model not in entries:
             asked = Request(**{**vars(asked), "model": next(iter(entries))})
+    if asked.image:
+        strength = DEFAULT_STRENGTH if asked.strength is None else asked.strength
+        asked = Request(**{**vars(asked), "strength": strength})
+        notes.append(
+            f"it was drawn from a picture (sha256 {asked.image[:12]}...) at strength {asked.strength:g}, which no file "
+            "holds: choose that picture to draw it again."
+        )
     return {"settings": settings.settings(asked), "notes": notes}, pixels, asked
 
 

@@ -9,13 +9,24 @@ No torch and no gradio here, so the page can be built while the models load.
 
 from __future__ import annotations
 
+import re
 import secrets
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, StrictFloat, StrictInt, StrictStr, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    TypeAdapter,
+    ValidationError,
+)
+from pydantic_core import PydanticCustomError
 
 from stepdistill.errors import UserError, nearest
 
@@ -27,6 +38,19 @@ Name = Annotated[StrictStr, Field(max_length=100)]
 Count = Annotated[StrictInt, Field(ge=1)]
 Seed = Annotated[StrictInt, Field(ge=-1, le=MAX_SEED)]
 Guidance = Annotated[StrictFloat, Field(ge=1, allow_inf_nan=False)]
+Strength = Annotated[StrictFloat, Field(gt=0, le=1, allow_inf_nan=False)]
+# Where a request with a picture says none, as diffusers has it.
+DEFAULT_STRENGTH = 0.8
+
+
+def _picture_name(value: str) -> str:
+    if value and not re.fullmatch("[0-9a-f]{64}", value):
+        raise PydanticCustomError("picture", "")
+    return value
+
+
+# The sha256 of a file that the session has uploaded; "" is none.
+PictureName = Annotated[StrictStr, AfterValidator(_picture_name)]
 
 
 class Invalid(UserError):
@@ -58,9 +82,11 @@ EXPECTED = {
     "float_type": "must be a finite number",
     "finite_number": "must be a finite number",
     "string_pattern_mismatch": "must match {pattern}",
+    "picture": "must be the sha256 of a picture that this session uploaded (POST /api/picture), never a path or an address",
     "bool_type": "must be true or false",
     "dict_type": "must be a JSON object",
     "string_too_long": "must have at most {max_length} characters",
+    "greater_than": "must be more than {gt:g}",
     "greater_than_equal": "must be at least {ge:g}",
     "less_than_equal": "must be at most {le}",
 }
@@ -85,7 +111,8 @@ class Cancelled(UserError):
 class Limits:
     """What a loaded model can do. Lengths in characters; `resolution` is (height, width) in pixels.
 
-    `steps` are the counts it was trained for; None, of a model of many steps, is any up to `max_steps`.
+    `steps` are the counts it was trained for; None, of a model of many steps, is any up to `max_steps`. `no_picture` is why
+    it cannot draw from a picture, "" where it can. `levels` are the noise levels that a few-step student was trained at.
     """
 
     name: str = "student"
@@ -101,6 +128,8 @@ class Limits:
     # "prompt", "class" or "none".
     conditions: str = "prompt"
     class_names: tuple[str, ...] | None = None
+    no_picture: str = "it has no image-to-image pipeline"
+    levels: int | None = None
 
     @property
     def size(self) -> str:
@@ -113,7 +142,8 @@ class Request:
     """One image wanted from one model.
 
     `model` is an id of the engine's catalog. `steps` is the number of sampling steps and `guidance_scale` is
-    g in uncond + g (cond - uncond); None means the model's own. `seed` -1 is drawn by `validate`.
+    g in uncond + g (cond - uncond); None means the model's own. `seed` -1 is drawn by `validate`. `image` names a picture to
+    draw from by the sha256 of its file, and `strength` in (0, 1] says how much of the way from noise is walked from it.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -124,6 +154,8 @@ class Request:
     steps: Count | None = None
     guidance_scale: Guidance | None = None
     model: Name = "student"
+    image: PictureName = ""
+    strength: Strength | None = None
 
 
 _ANY_REQUEST = TypeAdapter(Request)
@@ -165,9 +197,12 @@ def validate(asked: Request | Mapping[str, Any], catalog: Mapping[str, Limits | 
         negative_prompt=_text("negative_prompt", request.negative_prompt, known),
         seed=secrets.randbelow(MAX_SEED + 1) if request.seed == -1 else request.seed,
     )
+    request = _with_strength(request)
     if limits is None:
         return request
     _refuse_negative(request, limits)
+    if request.image and limits.no_picture:
+        raise Invalid("image", f"image cannot work with {limits.name}: {limits.no_picture}; leave it out.")
     steps, guidance = _steps(request, limits), _guidance(request, limits)
     return replace(request, steps=steps, guidance_scale=guidance)
 
@@ -222,6 +257,14 @@ def _condition(prompt: str, limits: Limits) -> str:
             f"{nearest(text, limits.class_names)}",
         )
     return text
+
+
+def _with_strength(request: Request) -> Request:
+    if not request.image and request.strength is not None:
+        raise Invalid("strength", "strength says how far a picture is changed; send an image with it.")
+    return replace(
+        request, strength=DEFAULT_STRENGTH if request.image and request.strength is None else request.strength
+    )
 
 
 def _refuse_negative(request: Request, limits: Limits) -> None:

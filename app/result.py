@@ -21,6 +21,7 @@ class Result:
         seconds: of the stages "text", "denoise" and "decode"; those of a batch are shared evenly.
         queued: seconds that the request waited. batch: images that were drawn with it at once.
         about: what the PNG says of model and machine, plain values.
+        preview: decoded by the tiny decoder; its file holds no settings, which would not give it again.
     """
 
     request: Request
@@ -30,6 +31,7 @@ class Result:
     queued: float = 0.0
     batch: int = 1
     about: dict[str, Any] = field(default_factory=dict)
+    preview: bool = False
 
     @property
     def total(self) -> float:
@@ -37,8 +39,8 @@ class Result:
         return sum(self.seconds.values())
 
     def png(self, embed: bool = True) -> bytes:
-        """The image as a PNG file, with the settings that made it unless `embed` is off."""
-        return write_png(self.image, self.settings() if embed else None)
+        """The image as a PNG file, with the settings that made it unless `embed` is off or it is a preview."""
+        return write_png(self.image, self.settings() if embed and not self.preview else None)
 
     def settings(self) -> dict[str, Any]:
         """What is needed to make the image again, and how it was made."""
@@ -49,6 +51,7 @@ class Result:
             "size": "{1}x{0}".format(*self.image.shape[:2]),
             "seconds": {name: round(value, 4) for name, value in seconds.items()},
             "batch": self.batch,
+            **({"preview": True} if self.preview else {}),
             "about": {
                 key: value for key, value in self.about.items() if isinstance(value, (str, int, float))
             },

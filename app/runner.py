@@ -70,7 +70,10 @@ class Runner:
         for job in jobs:
             job.began = began
         try:
-            images, spent = model.draw([job.request for job in jobs], lambda i, n: self._on_step(jobs, i, n))
+            pictures = [job.picture for job in jobs] if jobs[0].picture is not None else None
+            asked = [job.request for job in jobs]
+            preview = jobs[0].preview and model.preview is not None
+            images, spent = model.draw(asked, lambda i, n: self._on_step(jobs, i, n), pictures, preview)
         except Exception as error:
             if _out_of_memory(error) and len(jobs) > 1:
                 self.metrics.count("out_of_memory")
@@ -93,9 +96,9 @@ class Runner:
             if job.stop.is_set():
                 self._settle(job, Cancelled(job.why))
                 continue
-            result = Result(
-                job.request, image, model.entry.title, each, began - job.asked, len(jobs), self._about(model)
-            )
+            waited = began - job.asked
+            about = self._about(model)
+            result = Result(job.request, image, model.entry.title, each, waited, len(jobs), about, preview)
             self.metrics.drawn(result, time.perf_counter() - job.asked)
             job.future.set_result(result)
 

@@ -18,8 +18,14 @@ MAX_DEPTH = 4
 
 
 def settings(request: Request) -> dict[str, Any]:
-    """The request as plain JSON values, with the version of their meaning."""
-    return {"version": VERSION, **asdict(request)}
+    """The request as plain JSON values, with the version of their meaning.
+
+    Of a picture it was drawn from they hold the name, a sha256, and never a pixel.
+    """
+    values = asdict(request)
+    for name in ("image", "strength") if not request.image else ():
+        del values[name]
+    return {"version": VERSION, **values}
 
 
 def from_settings(text: str | bytes, catalog: Mapping[str, Limits | None] | None = None) -> Request:

@@ -11,9 +11,18 @@ from typing import Annotated, Any
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    TypeAdapter,
+    ValidationError,
+)
 
-from app import readback, results, runs
+from app import pictures, readback, results, runs
 from app.answers import awaited, body_of, error_of, png64, refusal
 from app.batcher import Job
 from app.catalog import Entry
@@ -28,6 +37,9 @@ STATIC = Path(__file__).parent / "static"
 # Seconds between two lines of progress.
 TICK = 0.2
 Session = Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9-]{1,64}$")]
+_A_SESSION = TypeAdapter(Session)
+# The header that says it beside a file.
+SESSION = "x-session"
 Number = Annotated[StrictInt, Field(ge=0, lt=2**53)]
 
 
@@ -127,7 +139,19 @@ def _reading(router: APIRouter, engine: Engine) -> None:
     @router.post("/api/reproduce")
     @_answered
     async def reproduce(http: HttpRequest) -> Response:
-        return JSONResponse(await readback.reproduce(await http.body(), engine, http.is_disconnected))
+        session = _session(http) if SESSION in http.headers else None
+        return JSONResponse(
+            await readback.reproduce(await http.body(), engine, http.is_disconnected, session)
+        )
+
+    @router.post("/api/picture")
+    @_answered
+    async def picture(http: HttpRequest) -> Response:
+        session = _session(http)
+        kept = await asyncio.to_thread(pictures.opened, await http.body())
+        engine.pictures.add(session, kept)
+        height, width = kept.pixels.shape[:2]
+        return JSONResponse({"sha256": kept.sha256, "width": width, "height": height})
 
 
 def _tabs(router: APIRouter, engine: Engine, results_file: Path | None, run_dirs: tuple[Path, ...]) -> None:
@@ -228,6 +252,14 @@ def _of(kind: type[BaseModel], body: dict[str, Any]) -> Any:
         raise Invalid.of(error, kind.model_fields) from None
 
 
+def _session(http: HttpRequest) -> str:
+    """Whose a request is whose body is a file."""
+    try:
+        return _A_SESSION.validate_python(http.headers.get(SESSION, ""))
+    except ValidationError as error:
+        raise Invalid(SESSION, f"{SESSION} must match {error.errors()[0]['ctx']['pattern']}.") from None
+
+
 def _model(entry: Entry, engine: Engine) -> dict[str, Any]:
     row: dict[str, Any] = {
         "id": entry.id, "title": entry.title, "state": entry.state, "problem": entry.problem, "about": entry.about,
@@ -245,6 +277,8 @@ def _model(entry: Entry, engine: Engine) -> dict[str, Any]:
             "size": limits.size,
             "conditions": limits.conditions,
             "class_names": list(limits.class_names) if limits.class_names else None,
+            "no_picture": limits.no_picture,
+            "levels": limits.levels,
         }
         model = engine.models.loaded.get(entry.id) if engine.models is not None else None
         row["batch"] = list(model.sizes) if model is not None else None

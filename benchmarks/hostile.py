@@ -42,6 +42,17 @@ ODD = [
     "http://169.254.169.254/", "<script>alert(1)</script>", "\ud800",
 ]  # fmt: skip
 NO_STEPS = (4000, 0, -1, 2.7, "abc", True, [1], {})
+NO_PICTURES = (
+    "/etc/passwd",
+    "/dev/zero",
+    "http://127.0.0.1/a.png",
+    "data:image/png;base64,AAAA",
+    "../a",
+    "0" * 64,
+    7,
+    {},
+)
+OWN, FORM = "x-session: mine", "content-type: multipart/form-data; boundary=x"
 NO_MODELS = ("../x", "/etc", "http://a/b", "org/model", FILE)
 FORGED = b'{"version": 1, "prompt": "<b>", "seed": 1, "steps": "9999", "model": "../../x"}'
 HEADERS = [
@@ -141,6 +152,10 @@ def picture(text: bytes = b"", side: int = 8) -> bytes:
     return PNG + header + said + chunk(b"IDAT", zlib.compress(bytes(8 * 25))) + chunk(b"IEND", b"")
 
 
+def from_picture(name: object) -> bytes:
+    return drawing(request={"prompt": "x", "image": name})
+
+
 def abuses() -> list[tuple[str, set[int], tuple]]:
     """Name, the answers that are right, and what is sent, of every row that one request can show."""
     post = lambda path, body, *headers: ("POST", path, body, headers)  # noqa: E731
@@ -173,6 +188,12 @@ def abuses() -> list[tuple[str, set[int], tuple]]:
         ("truncated PNG", {400}, post("/api/read", picture()[:45], "content-type: image/png")),
         ("SVG", {400}, post("/api/reproduce", b"<svg onload=alert(1)>", "content-type: image/svg+xml")),
         ("upload over 8 MB", {413}, post("/api/read", PNG + b"0" * 9_000_000, "content-type: image/png")),
+        ("a picture that is none", {400}, post("/api/picture", b"/etc/passwd", OWN)),
+        ("a picture that is a bomb", {400}, post("/api/picture", picture(side=50_000), OWN)),
+        ("a picture of nobody", {400}, post("/api/picture", picture())),
+        ("a form without a picture", {400}, post("/v1/images/edits", b"--x--\r\n", FORM)),
+        ("a form that is none", {400}, post("/v1/images/edits", b"/dev/zero", FORM)),
+        *((f"picture {value!r:.30}", {400}, post("/api/generate", from_picture(value))) for value in NO_PICTURES),
         *((f"model {value!r:.30}", {400}, post(IMAGES, image(model=value))) for value in NO_MODELS),
         ("load of a path", {404, 400}, post("/api/load", dumped({"model": "/etc/passwd"}))),
         ("another site's form", {403}, post(IMAGES, image(), "origin: http://evil.example")),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,8 +18,11 @@ from torch import Tensor
 
 from stepdistill.card import Card
 from stepdistill.denoiser import Cond, Denoiser, guided, map_cond, parameter_count
+from stepdistill.drawer import Drawer, OnStep
 from stepdistill.errors import UserError
+from stepdistill.image_to_image import check_images, left_of, left_of_levels
 from stepdistill.prediction import Prediction
+from stepdistill.schedule import times_like
 from stepdistill.tracing import Traced
 
 if TYPE_CHECKING:
@@ -32,69 +35,6 @@ QUANTISE = {
     "edm": lambda u: (255 * u + 0.5).floor(),
     "floor": lambda u: (255 * u).floor(),
 }
-
-OnStep = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Drawer:
-    """A sampler at fixed settings. Equal settings draw equal images; made by `Sampler.at`.
-
-    Attributes:
-        steps: number of sampling steps. guidance: g of uncond + g (cond - uncond), 1 = off.
-        chunk: the fixed batch size of the networks; results are equal for equal chunk.
-        quantise: how grey levels are rounded, a name in QUANTISE.
-        negative: what stands in for the empty prompt in guidance; None = the empty prompt.
-    """
-
-    sampler: Sampler
-    steps: int
-    guidance: float
-    chunk: int = 16
-    quantise: str = "round"
-    negative: str | None = None
-
-    @property
-    def nfe(self) -> int:
-        """Evaluations of the denoiser per image; guidance outside the network counts twice."""
-        return self.steps * self.sampler.calls(self.guidance)
-
-    @property
-    def label(self) -> str:
-        """For people: "student, 1 step", "teacher, 50 steps, guidance 3"."""
-        plural = "s" if self.steps != 1 else ""
-        scale = "" if self.sampler.guidance_free else f", guidance {self.guidance:g}"
-        return f"{self.sampler.kind}, {self.steps} step{plural}{scale}"
-
-    def __call__(
-        self,
-        prompts: Sequence[str] | Sequence[int],
-        seeds: Sequence[int],
-        on_step: OnStep | None = None,
-        *,
-        negatives: Sequence[str] | None = None,
-        timings: dict[str, float] | None = None,
-    ) -> Tensor:
-        """Draw one image per prompt (or class index) and seed.
-
-        Args:
-            on_step: called as on_step(i, n) after each step of each chunk; may raise to stop.
-            negatives: a negative prompt for each, in place of `negative`.
-            timings: seconds are added under "text", "denoise" and "decode".
-
-        Returns:
-            uint8 (N, 3, H, W).
-
-        Raises:
-            UserError: prompts, seeds or negative prompts this model cannot serve.
-        """
-        return self.sampler.draw(self, prompts, seeds, on_step, negatives, timings)
-
-    def x0(
-        self, prompts: Sequence[str] | Sequence[int], seeds: Sequence[int], on_step: OnStep | None = None
-    ) -> Tensor:
-        """As the call, before decoding: (N, *family.shape)."""
-        return self.sampler.draw_x0(self, prompts, seeds, on_step)
 
 
 class Sampler:
@@ -110,6 +50,7 @@ class Sampler:
         default_steps, default_guidance: what is taken where nothing is asked for.
         guidance_free: guidance is distilled into the weights, and no scale is taken.
         conditions: "prompt", "class" or "none"; class_names where known.
+        image_to_image: it can draw from images: its family's pipelines can, and a student has more than one level.
         parameters: counts by stage of an image: text, denoiser, decoder.
     """
 
@@ -132,6 +73,9 @@ class Sampler:
         self.resolution: tuple[int, int] = family.resolution
         self.conditions: str = family.conditions
         self.class_names: tuple[str, ...] | None = family.class_names
+        self.image_to_image: bool = bool(family.image_to_image) and (
+            self.steps is None or len(self.levels) > 1
+        )
         self.pipeline = family.pipeline
         self.parameters: dict[str, int] = family.parameters() | {"denoiser": parameter_count(denoiser)}
 
@@ -146,11 +90,21 @@ class Sampler:
             self.denoiser.network = Traced(self.denoiser.network).eval()
         return self
 
-    def times(self, steps: int) -> tuple[float, ...]:
-        """The times the denoiser is called at: those the student was trained on, where its card lists them."""
-        if listed := self.card.timesteps.get(str(steps)):
-            return listed
-        return self.sampling.grid(self.denoiser.schedule, steps)
+    def times(self, steps: int, strength: float = 1.0) -> tuple[float, ...]:
+        """The times the denoiser is called at: those the student was trained on, where its card lists them.
+
+        strength: in (0, 1]: what is left of them when an image of that strength is drawn from; () = nothing.
+        """
+        if strength < 1 and self.steps:
+            return left_of_levels(self.levels, steps, strength)
+        times = self.card.timesteps.get(str(steps)) or self.sampling.grid(self.denoiser.schedule, steps)
+        return times if strength == 1 else left_of(times, strength, not self.denoiser.schedule.discrete)
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """The times a few-step student was trained at, falling: all of its step counts, and of its finest grid."""
+        counts = {*(self.steps or ()), self.sampling.points}
+        return tuple(sorted({t for steps in counts for t in self.times(steps)}, reverse=True))
 
     def calls(self, guidance_scale: float) -> int:
         """Network evaluations per step: two with guidance applied outside the network, else one."""
@@ -164,11 +118,12 @@ class Sampler:
         chunk: int = 16,
         quantise: str = "round",
         negative: str | None = None,
+        strength: float = 1.0,
     ) -> Drawer:
         """This model at fixed settings; None = its default.
 
         Raises:
-            UserError: steps, guidance, a negative prompt or other settings this model cannot serve.
+            UserError: steps, guidance, strength, a negative prompt or other settings this model cannot serve.
         """
         if chunk < 1:
             raise UserError(f"chunk must be at least 1, got {chunk}.")
@@ -187,7 +142,9 @@ class Sampler:
             )
         if negative:
             self._refuse_negative(guidance)
-        return Drawer(self, steps, guidance, chunk, quantise, negative or None)
+        if not 0 < strength <= 1:
+            raise UserError(f"strength must be above 0 and at most 1, got {strength!r}.")
+        return Drawer(self, steps, guidance, chunk, quantise, negative or None, float(strength))
 
     def __call__(
         self,
@@ -197,42 +154,48 @@ class Sampler:
         steps: int | None = None,
         guidance_scale: float | None = None,
         negative_prompts: Sequence[str] | None = None,
+        images: Tensor | None = None,
+        strength: float = 1.0,
         chunk: int = 16,
         quantise: str = "round",
         timings: dict[str, float] | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
         """`at` these settings, and drawn: uint8 (N, 3, H, W). See `at` and `Drawer`."""
-        draw = self.at(steps, guidance_scale, chunk=chunk, quantise=quantise)
-        return draw(prompts, seeds, on_step, negatives=negative_prompts, timings=timings)
+        draw = self.at(steps, guidance_scale, chunk=chunk, quantise=quantise, strength=strength)
+        return draw(prompts, seeds, on_step, negatives=negative_prompts, images=images, timings=timings)
 
     @torch.no_grad()
     def draw(
         self, drawer: Drawer, prompts: Sequence, seeds: Sequence[int], on_step: OnStep | None = None,
-        negatives: Sequence[str] | None = None, timings: dict[str, float] | None = None,
+        negatives: Sequence[str] | None = None, timings: dict[str, float] | None = None, images: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """What a `Drawer`'s call does."""
         timings = timings if timings is not None else {}
-        images = [torch.empty(0, 3, *self.resolution, dtype=torch.uint8)]
-        for x0, kept in self._chunks(drawer, prompts, seeds, on_step, negatives, timings):
+        drawn = [torch.empty(0, 3, *self.resolution, dtype=torch.uint8)]
+        for x0, kept in self._chunks(drawer, prompts, seeds, on_step, negatives, timings, images):
             clock = time.perf_counter()
             decoded = self.family_.decode(x0.to(self.dtype))[:kept]
-            self._refuse_broken(decoded, seeds[drawer.chunk * (len(images) - 1) :])
-            images.append(QUANTISE[drawer.quantise](decoded.clamp(0, 1)).to(torch.uint8).cpu())
+            self._refuse_broken(decoded, seeds[drawer.chunk * (len(drawn) - 1) :])
+            drawn.append(QUANTISE[drawer.quantise](decoded.clamp(0, 1)).to(torch.uint8).cpu())
             self._lap(timings, "decode", clock)
-        return torch.cat(images)
+        return torch.cat(drawn)
 
     @torch.no_grad()
     def draw_x0(
-        self, drawer: Drawer, prompts: Sequence, seeds: Sequence[int], on_step: OnStep | None = None
-    ) -> Tensor:
+        self, drawer: Drawer, prompts: Sequence, seeds: Sequence[int], on_step: OnStep | None = None,
+        images: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """What `Drawer.x0` does."""
-        chunks = self._chunks(drawer, prompts, seeds, on_step, None, {})
+        chunks = self._chunks(drawer, prompts, seeds, on_step, None, {}, images)
         return torch.cat([x0[:kept] for x0, kept in chunks])
 
-    def _chunks(self, drawer, prompts, seeds, on_step, negatives, timings) -> Iterator[tuple[Tensor, int]]:
+    def _chunks(
+        self, drawer, prompts, seeds, on_step, negatives, timings, images
+    ) -> Iterator[tuple[Tensor, int]]:
         """x0 of each chunk, padded to its size, and how many of it are wanted."""
         refuse_lengths(prompts, seeds)
+        check_images(self, images, drawer.strength, len(prompts))
         if negatives and any(negatives):
             self._refuse_negative(drawer.guidance)
             if len(negatives) != len(prompts):
@@ -249,7 +212,10 @@ class Sampler:
                 return list(values[part]) + list(values[part][:1]) * missing
 
             own = padded(negatives) if negatives else None
-            yield self._chunk(drawer, padded(prompts), padded(seeds), own, timings, on_step), kept
+            # At full strength nothing of them is left.
+            whole = images is None or drawer.strength == 1
+            first = None if whole else torch.stack(padded(images))
+            yield self._chunk(drawer, padded(prompts), padded(seeds), own, timings, on_step, first), kept
 
     def _refuse_broken(self, images: Tensor, seeds: Sequence[int]) -> None:
         """Half precision overflows in some VAEs, and weights may be broken: a black image would hide it."""
@@ -267,11 +233,11 @@ class Sampler:
                 "without it; leave the negative prompt empty or use the teacher."
             )
 
-    def _chunk(self, drawer, prompts, seeds, negatives, timings, on_step) -> Tensor:
+    def _chunk(self, drawer, prompts, seeds, negatives, timings, on_step, images) -> Tensor:
         """x0 of one chunk."""
         clock = time.perf_counter()
         family, sampling, size = self.family_, self.sampling, len(prompts)
-        schedule, times = self.denoiser.schedule, self.times(drawer.steps)
+        schedule, times = self.denoiser.schedule, self.times(drawer.steps, drawer.strength)
         cond = self._moved(family.encode(prompts))
         inputs, predict = {}, self.denoiser
         if sampling.guidance == "input":
@@ -284,7 +250,14 @@ class Sampler:
 
         clock = self._lap(timings, "text", clock)
         noise = self.noise(seeds)
-        x_t = sampling.first_input(schedule, noise(0), times[0])
+        if images is None:
+            x_t = sampling.first_input(schedule, noise(0), times[0])
+        else:
+            x0 = family.encode_images(images).to(self.device, self.dtype)
+            clock = self._lap(timings, "encode", clock)
+            if not times:
+                return x0
+            x_t = schedule.add_noise(x0, noise(0), times_like(times[0], x0))
         x0 = sampling.sample(
             predict, x_t, times, noise, cond, t_min=schedule.t_min, on_step=on_step, **inputs
         )

@@ -10,7 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from stepdistill.card import Card
-from stepdistill.drawing import Drawer, OnStep, Sampler, refuse_lengths
+from stepdistill.drawer import Drawer, OnStep
+from stepdistill.drawing import Sampler, refuse_lengths
 from stepdistill.routing import router
 
 
@@ -40,24 +41,26 @@ class Students(Sampler):
 
     def draw(
         self, drawer: Drawer, prompts: Sequence, seeds: Sequence[int], on_step: OnStep | None = None,
-        negatives: Sequence[str] | None = None, timings: dict[str, float] | None = None,
+        negatives: Sequence[str] | None = None, timings: dict[str, float] | None = None, images: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """As `Sampler.draw`: each image that of its own student alone."""
 
         def own(part: Sampler, rows: list[int]) -> Tensor:
             theirs = [negatives[i] for i in rows] if negatives else None
             wanted = [prompts[i] for i in rows], [seeds[i] for i in rows]
-            return part.draw(drawer, *wanted, on_step, theirs, timings)
+            return part.draw(drawer, *wanted, on_step, theirs, timings, _rows(images, rows))
 
         return self._gathered(prompts, seeds, own)
 
     def draw_x0(
-        self, drawer: Drawer, prompts: Sequence, seeds: Sequence[int], on_step: OnStep | None = None
-    ) -> Tensor:
+        self, drawer: Drawer, prompts: Sequence, seeds: Sequence[int], on_step: OnStep | None = None,
+        images: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """As `Sampler.draw_x0`."""
 
         def own(part: Sampler, rows: list[int]) -> Tensor:
-            return part.draw_x0(drawer, [prompts[i] for i in rows], [seeds[i] for i in rows], on_step)
+            wanted = [prompts[i] for i in rows], [seeds[i] for i in rows]
+            return part.draw_x0(drawer, *wanted, on_step, _rows(images, rows))
 
         return self._gathered(prompts, seeds, own)
 
@@ -74,3 +77,7 @@ class Students(Sampler):
             out = images.new_empty((len(prompts), *images.shape[1:])) if out is None else out
             out[rows] = images
         return out
+
+
+def _rows(images: Tensor | None, rows: list[int]) -> Tensor | None:
+    return None if images is None else images[rows]

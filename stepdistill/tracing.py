@@ -9,6 +9,7 @@ compiles for 14 seconds (benchmarks/tracing.json).
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,16 +46,19 @@ class Traced(nn.Module):
         names = sorted(cond) if isinstance(cond, dict) else None
         conds = () if cond is None else (cond,) if names is None else tuple(cond[name] for name in names)
         inputs = (x_t, t, *conds, *extras.values())
-        plain = Positional(self.network, names, len(conds), tuple(extras)).eval()
+        plain = lambda: Positional(self.network, names, len(conds), tuple(extras)).eval()  # noqa: E731
         return self._replay(plain, inputs, (names and tuple(names), tuple(extras)))
 
-    def _replay(self, plain: nn.Module, inputs: tuple[Tensor, ...], about: Any = None) -> Tensor:
-        """What `plain` gives for inputs, from its recording; `about` is what it depends on besides their shapes."""
+    def _replay(
+        self, plain: Callable[[], nn.Module], inputs: tuple[Tensor, ...], about: Any = None
+    ) -> Tensor:
+        """What `plain()` gives for inputs, from its recording; `about` is what it depends on besides their shapes."""
         key = (about, tuple((i.shape, i.dtype, i.device) for i in inputs))
         if key not in self._recorded:
             if len(self._recorded) >= self.KEPT:
                 self._recorded.pop(next(iter(self._recorded)))
-            self._recorded[key] = recording(plain, inputs)
+            # Made only here: `eval` walks through all modules of a network.
+            self._recorded[key] = recording(plain(), inputs)
         return self._recorded[key](*inputs)
 
 
@@ -65,7 +69,7 @@ class TracedDecoder(Traced):
         plain = torch.is_grad_enabled() or self.training or torch.jit.is_tracing()
         if plain or any(each is not None for each in (*more, *named.values())):
             return self.network(z, *more, **named)
-        return self._replay(self.network, (z,))
+        return self._replay(lambda: self.network, (z,))
 
 
 def recording(plain: nn.Module, inputs: tuple[Tensor, ...]) -> Any:

@@ -39,8 +39,8 @@ class FakeSampler:
     """Draws noise that depends on (prompt, seed, steps, guidance, negative prompt).
 
     A prompt with "poison" raises, one with "overflow" is refused as the library refuses what is not finite, and
-    several with "memory" at once run out of it. `gate` holds every step until it is set, so a test decides when
-    a run goes on; `began` is set when a step starts.
+    several with "memory" at once run out of it. Of a picture it depends on the pixels and the strength.
+    `gate` holds every step until it is set, so a test decides when a run goes on; `began` is set when a step starts.
     """
 
     def __init__(
@@ -50,6 +50,7 @@ class FakeSampler:
         student = kind == "student"
         self.steps = (1, 2, 4) if student else None
         self.default_steps = 1 if student else 50
+        self.image_to_image, self.levels = True, (4.0, 3.0, 2.0, 1.0)
         self.guidance_free = student if guidance_free is None else guidance_free
         self.default_guidance = 1.0 if self.guidance_free else 3.0
         self.resolution, self.conditions, self.class_names = (64, 64), conditions, class_names
@@ -73,6 +74,8 @@ class FakeSampler:
         steps=None,
         guidance_scale=None,
         negative_prompts=None,
+        images=None,
+        strength=1.0,
         chunk=16,
         timings=None,
         on_step=None,
@@ -106,13 +109,15 @@ class FakeSampler:
             self.spent = time.perf_counter() - began
             timings["denoise"] = timings.get("denoise", 0.0) + self.spent
             timings["decode"] = timings.get("decode", 0.0) + 0.002
-        images = []
+        drawn = []
         for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             negative = negative_prompts[i] if negative_prompts else ""
             key = f"{self.kind}|{prompt}|{seed}|{steps}|{guidance_scale}|{negative}".encode()
+            if images is not None and strength < 1:
+                key += f"{strength}".encode() + images[i].numpy().tobytes()
             generator = torch.Generator().manual_seed(zlib.crc32(key))
-            images.append(torch.randint(0, 256, (3, *self.resolution), generator=generator).to(torch.uint8))
-        return torch.stack(images)
+            drawn.append(torch.randint(0, 256, (3, *self.resolution), generator=generator).to(torch.uint8))
+        return torch.stack(drawn)
 
 
 def engine_of(student=None, teacher=None, **options):

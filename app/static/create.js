@@ -3,6 +3,7 @@
 import {draw, leave, onbusy} from "./draw.js";
 import * as form from "./form.js";
 import {remember} from "./past.js";
+import * as picture from "./picture.js";
 import {$, chips, copy, el, picked, plural, say, seconds} from "./util.js";
 
 const PLACE = "create";
@@ -13,7 +14,9 @@ export function start() {
   $("go").onclick = () => generate();
   $("remix").onclick = () => { form.roll(); generate(); };
   $("copy").onclick = () => copy(JSON.stringify(shown[chosen].settings, null, 2), "Settings");
-  $("share").onclick = () => copy(form.link(shown[chosen].settings), "Link");
+  $("share").onclick = () => copy(form.link(shown[chosen].settings), shown[chosen].settings.image ? "Link, without the picture," : "Link");
+  $("from").onclick = () => picture.choose(new File([shown[chosen].blob], "drawn.png", {type: "image/png"}));
+  picture.start(() => form.changed());
   $("dice").onclick = () => { form.roll(); form.lock(true); form.changed(); };
   $("lock").onclick = () => form.lock(!form.locked());
   $("live").onchange = () => form.changed();
@@ -35,6 +38,7 @@ async function load() {
 
 /** Something in the form changed: draw it live, or say that the image is of before. */
 function react(what) {
+  form.showPicture();
   if (what === "models") return;
   stale();
   if (fresh() && shown.length === count()) return;
@@ -59,7 +63,14 @@ async function live() {
   if (waiting) {
     waiting = false;
     live();
-  } else settle = setTimeout(() => shown.length && fresh() && remember(shown), 1500);
+  } else settle = setTimeout(() => shown.length && fresh() && (preview() ? finish() : remember(shown)), preview() ? 500 : 1500);
+}
+
+const preview = () => shown.some((shot) => shot.settings.preview);
+
+/** What was decoded quickly while one typed is drawn again by the model's own decoder, once nobody types. */
+async function finish() {
+  if (await paint(form.request(), {n: count(), embed: $("embed").checked}, false)) remember(shown);
 }
 
 const count = () => Number(picked($("count")) ?? 1);
@@ -78,9 +89,14 @@ async function paint(request, options, loud) {
   $("shots").classList.add("drawing");
   const soon = setTimeout(() => { $("said").textContent = form.state.server?.status === "ready" ? "Drawing" : "Waiting for the models to load"; }, 400);
   try {
-    const shots = await draw(PLACE, request, {...options, onstep: (step, of) => {
+    const how = {...options, onstep: (step, of) => {
       if (of > 1) $("said").textContent = `Step ${step} of ${of}`;
-    }});
+    }};
+    const shots = await draw(PLACE, request, how).catch(async (error) => {
+      // The server keeps few pictures, and none when it starts anew.
+      if (error.field !== "image" || !await picture.again()) throw error;
+      return draw(PLACE, request, how);
+    });
     if (!shots) return false;
     for (const shot of shown) URL.revokeObjectURL(shot.url);
     [shown, chosen] = [shots, 0];
@@ -102,11 +118,12 @@ function show(elapsed) {
   const box = $("shots");
   box.className = `shots ${shown.length === 1 ? "one" : shown.length <= 4 ? "four" : "eight"}`;
   box.replaceChildren(...shown.map((shot, at) => el("button", {
-    class: at === chosen ? "shot chosen" : "shot", "aria-label": `Image ${at + 1} of ${shown.length}, seed ${shot.settings.seed}: enlarge`,
+    class: `shot${at === chosen ? " chosen" : ""}${shot.settings.preview ? " preview" : ""}`, "aria-label": `Image ${at + 1} of ${shown.length}, seed ${shot.settings.seed}${shot.settings.preview ? ", a preview" : ""}: enlarge`,
     onclick: () => { choose(at); enlarge(shot); }, onfocus: () => choose(at),
   }, el("img", {src: shot.url, alt: shot.settings.prompt, draggable: "true"}))));
   const {settings} = shown[0], total = settings.seconds.total * shown.length;
   $("split").hidden = $("actions").hidden = false;
+  $("from").hidden = $("picture-field").hidden;
   split(settings, shown.length, elapsed / 1000);
   choose(0);
   stale();
@@ -117,14 +134,16 @@ function choose(at) {
   chosen = at;
   [...$("shots").children].forEach((shot, i) => shot.classList.toggle("chosen", i === at && shown.length > 1));
   const {settings, url} = shown[at];
+  // A file is of the model's own decoder, or is none.
+  $("save").hidden = Boolean(settings.preview);
   $("save").href = url;
   $("save").download = `stepdistill-${settings.model}-${settings.steps}-${settings.seed}.png`;
 }
 
 /** Where the time of a picture went: a bar of its parts, each with its name and number. */
 function split(settings, images, elapsed) {
-  const {text, denoise, decode, queued} = settings.seconds;
-  const parts = {queue: queued, text: text * images, denoise: denoise * images, decode: decode * images};
+  const {text, encode, denoise, decode, queued} = settings.seconds;
+  const parts = {queue: queued, text: text * images, ...(encode === undefined ? {} : {encode: encode * images}), denoise: denoise * images, decode: decode * images};
   const rest = Math.max(0, elapsed - Object.values(parts).reduce((a, b) => a + b, 0));
   const all = {...parts, "file and network": rest}, total = Object.values(all).reduce((a, b) => a + b, 0) || 1;
   const bar = el("div", {class: "bar", "aria-hidden": "true"});
@@ -134,9 +153,9 @@ function split(settings, images, elapsed) {
     bar.append(part);
   }
   $("split").replaceChildren(
-    el("div", {class: "total"}, el("b", {}, seconds(elapsed)), ` for ${plural(images, "image")} · ${plural(settings.steps, "step")} · seed ${settings.seed}${settings.batch > 1 ? ` · batch ${settings.batch}` : ""}`),
+    el("div", {class: "total"}, el("b", {}, seconds(elapsed)), ` for ${plural(images, "image")} · ${plural(settings.steps, "step")} · seed ${settings.seed}${settings.image ? ` · from a picture, strength ${settings.strength}` : ""}${settings.batch > 1 ? ` · batch ${settings.batch}` : ""}`),
     bar,
-    el("div", {class: "key"}, ...Object.entries(all).map(([name, value]) => el("span", {}, el("i", {class: name.split(" ")[0]}), `${name} ${name === "text" && value < 0.0005 ? "kept" : seconds(value)}`))),
+    el("div", {class: "key"}, ...Object.entries(all).map(([name, value]) => el("span", {}, el("i", {class: name.split(" ")[0]}), `${name} ${["text", "encode"].includes(name) && value < 0.0005 ? "kept" : seconds(value)}`))),
   );
 }
 

@@ -2,7 +2,7 @@
 
 import {Refused, blobOf, lines, post} from "./util.js";
 
-const session = crypto.randomUUID?.() ?? `${Date.now()}-${Math.random()}`.replace(/\D/g, "-");
+export const session = crypto.randomUUID?.() ?? `${Date.now()}-${Math.random()}`.replace(/\D/g, "-");
 let number = 0;
 const running = new Set();
 

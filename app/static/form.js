@@ -1,6 +1,7 @@
 // The form: what is asked for, which model there is, and the link that says it all.
 
-import {$, chips, el, get, picked, plural} from "./util.js";
+import * as picture from "./picture.js";
+import {$, chips, el, get, picked, plural, say} from "./util.js";
 
 export const EXAMPLES = [
   "a small red circle above a large blue square on a yellow background",
@@ -31,7 +32,7 @@ export function request() {
     if ($("negative").value.trim()) asked.negative_prompt = $("negative").value;
     if ($("guidance").value) asked.guidance_scale = Number($("guidance").value);
   }
-  return asked;
+  return {...asked, ...picture.asked()};
 }
 
 export function seed() {
@@ -54,7 +55,8 @@ export function current(settings) {
   const asked = request(), same = (a, b) => (a ?? null) === (b ?? null) || a === undefined || a === null;
   return settings.prompt === tidy(asked.prompt) && settings.model === asked.model && settings.seed === asked.seed
     && same(asked.steps, settings.steps) && same(asked.guidance_scale, settings.guidance_scale)
-    && (settings.negative_prompt ?? "") === tidy(asked.negative_prompt ?? "");
+    && (settings.negative_prompt ?? "") === tidy(asked.negative_prompt ?? "")
+    && (settings.image ?? "") === (asked.image ?? "") && settings.strength === asked.strength;
 }
 
 export const tidy = (text) => text.normalize("NFC").replace(/\s+/g, " ").trim();
@@ -70,6 +72,7 @@ export function restore(settings, withSeed = true) {
   } else roll();
   $("negative").value = settings.negative_prompt ?? "";
   if (settings.guidance_scale) $("guidance").value = settings.guidance_scale;
+  if (!picture.restore(settings)) say("It was drawn from a picture that is not chosen here; choose it, and draw again.", true);
   changed("restored");
 }
 
@@ -82,6 +85,11 @@ export function refreshModel(wanted = null) {
   $("negative-field").hidden = $("guidance-field").hidden = !guided;
   if (guided && !$("guidance").value) $("guidance").value = limits.default_guidance;
   if (guided) $("guidance").max = limits.max_guidance;
+  showPicture();
+}
+
+export function showPicture() {
+  picture.show(modelOf($("model").value)?.limits, Number(picked($("steps")) ?? 1));
 }
 
 export function stepChips(box, name, model, before, listener) {

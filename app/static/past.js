@@ -1,6 +1,8 @@
 // History across reloads, in this browser alone; and a PNG read back.
 
+import {session} from "./draw.js";
 import * as form from "./form.js";
+import * as picture from "./picture.js";
 import {$, blobOf, el, plural, post, say} from "./util.js";
 
 const KEY = "stepdistill-history-1";
@@ -50,7 +52,7 @@ export async function remember(shots) {
     const {seconds: _, about, ...rest} = settings;
     made.push({image: await small(blob), settings: {...rest, about: {sha256: about?.sha256}}, at: Date.now()});
   }
-  const same = (a, b) => ["prompt", "model", "seed", "steps", "guidance_scale", "negative_prompt"].every((name) => a[name] === b[name]);
+  const same = (a, b) => ["prompt", "model", "seed", "steps", "guidance_scale", "negative_prompt", "image", "strength"].every((name) => a[name] === b[name]);
   write([...made, ...entries().filter((old) => !made.some((entry) => same(entry.settings, old.settings)))]);
   list();
 }
@@ -88,10 +90,16 @@ async function read(file) {
       return;
     }
     form.restore(said.settings);
+    const {image, strength} = said.settings;
+    if (image && picture.name() !== image) lines.push(el("p", {}, picture.chooser(image, strength, () => read(file))));
     const url = URL.createObjectURL(file), result = el("p", {}, "Drawing it again");
     const pictures = el("div", {class: "pair small"}, card("the file", url));
     box.replaceChildren(...lines, el("p", {}, `${said.settings.prompt} · ${said.settings.model}, ${plural(said.settings.steps ?? 0, "step")}, seed ${said.settings.seed}`), pictures, result);
-    const again = await post("/api/reproduce", file);
+    if (image && picture.name() !== image) {
+      result.replaceChildren();
+      return;
+    }
+    const again = await post("/api/reproduce", file, {headers: {"content-type": "application/octet-stream", "x-session": session}});
     pictures.append(card("drawn again", URL.createObjectURL(blobOf(again.png))));
     result.replaceChildren(el("b", {class: again.identical ? "good" : "note"}, again.said));
   } catch (error) {

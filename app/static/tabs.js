@@ -118,6 +118,7 @@ export function api(box) {
   const url = location.origin, prompt = "a large green star on a black background";
   const codes = {
     "curl": `curl -s ${url}/v1/images/generations -H 'content-type: application/json' \\\n  -d '{"prompt": "${prompt}", "seed": 7, "steps": 1}' \\\n  | python3 -c 'import sys, json, base64; sys.stdout.buffer.write(base64.b64decode(json.load(sys.stdin)["data"][0]["b64_json"]))' > star.png`,
+    "curl, from a picture": `curl -s ${url}/v1/images/edits -F image=@picture.png -F prompt='${prompt}' -F seed=7 -F steps=2 -F strength=0.75`,
     "openai (Python)": `from openai import OpenAI\nimport base64\n\nclient = OpenAI(base_url="${url}/v1", api_key="none")\nclient.models.retrieve("student")\nmade = client.images.generate(model="student", prompt="${prompt}", response_format="b64_json",\n                              extra_body={"seed": 7, "steps": 1})\nopen("star.png", "wb").write(base64.b64decode(made.data[0].b64_json))`,
     "gradio_client (Python)": `from gradio_client import Client\n\nclient = Client("${url}", httpx_kwargs={"timeout": 60})\nimages, settings = client.predict("${prompt}", "student", 1, 7, 1, "", None, api_name="/generate")\nprint(images[0]["image"], settings[0]["seed"])`,
     "the command line": `python -m app --check`,
@@ -126,5 +127,5 @@ export function api(box) {
     ...Object.entries(codes).flatMap(([name, code]) => [el("div", {class: "row between"}, el("h3", {}, name), el("button", {onclick: () => copy(code, "Code")}, "Copy")), el("pre", {tabindex: "0"}, code)]),
     el("p", {}, el("a", {href: "/gradio/", class: "link"}, "The same models as a Gradio page")),
     el("h3", {}, "Addresses"),
-    el("table", {class: "wide"}, el("tbody", {}, ...[["POST /v1/images/generations", "images, in OpenAI's shape; seed, steps, guidance_scale and negative_prompt beside its fields"], ["GET /v1/models, /v1/models/ID", "what is served"], ["GET /healthz", "200 when ready, 503 until then"], ["GET /metrics", "for Prometheus"], ["/gradio", "Gradio's page; its functions are /generate and /compare"]].map(([a, b]) => el("tr", {}, el("th", {scope: "row"}, a), el("td", {}, b))))));
+    el("table", {class: "wide"}, el("tbody", {}, ...[["POST /v1/images/generations", "images, in OpenAI's shape; seed, steps, guidance_scale and negative_prompt beside its fields"], ["POST /v1/images/edits", "a form with image (PNG, JPEG or WebP) and strength beside the same fields: images drawn from it"], ["GET /v1/models, /v1/models/ID", "what is served"], ["GET /healthz", "200 when ready, 503 until then"], ["GET /metrics", "for Prometheus"], ["/gradio", "Gradio's page; its functions are /generate and /compare"]].map(([a, b]) => el("tr", {}, el("th", {scope: "row"}, a), el("td", {}, b))))));
 }

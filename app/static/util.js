@@ -57,10 +57,11 @@ export async function copy(text, what) {
 }
 
 export class Refused extends Error {
-  constructor(message, type, after) {
+  constructor(message, type, after, field) {
     super(message);
     this.type = type;
     this.after = after;
+    this.field = field;
   }
 }
 
@@ -69,7 +70,7 @@ async function refused(answer) {
   try {
     error = (await answer.json()).error;
   } catch { /* No sentence of ours. */ }
-  return new Refused(error.message, error.type, Number(answer.headers.get("retry-after")) || 0);
+  return new Refused(error.message, error.type, Number(answer.headers.get("retry-after")) || 0, error.param);
 }
 
 export async function get(path) {

@@ -40,6 +40,7 @@ class Family:
         output: what its pipeline calls the images it returns.
         needs_images: its conditions are of images, so that prompts alone train nothing.
         pair_batch: trajectories that are worth computing at once, where a training batch is too small.
+        image_to_image: the pipeline of diffusers that draws from an image what its own draws from noise; "" = none.
         of_codes: x0 is vectors of codes, and only methods `for_codes` train on it.
     """
 
@@ -78,6 +79,7 @@ class Family:
     output: ClassVar[str] = "images"
     needs_images: ClassVar[bool] = False
     pair_batch: ClassVar[int] = 1
+    image_to_image: ClassVar[str] = ""
     of_codes: ClassVar[bool] = False
 
     @classmethod

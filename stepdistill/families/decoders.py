@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stepdistill.errors import UserError, first_line
 from stepdistill.families.base import Family
 from stepdistill.untrusted import read_json
+
+if TYPE_CHECKING:
+    from stepdistill.drawing import Sampler
 
 
 def put_decoder(family: Family, directory: Path) -> None:
@@ -39,3 +44,23 @@ def put_decoder(family: Family, directory: Path) -> None:
             f" latents of {ours[0]} channels for {ours[1]} pixels; give a decoder of the same VAE."
         )
     family.pipeline.register_modules(vae=tiny.eval().requires_grad_(False))
+
+
+def decoded_by(sampler: Sampler, directory: Path) -> Sampler:
+    """A sampler of the same networks that decodes by the AutoencoderTiny in `directory`; the given one stays as it is.
+
+    Raises:
+        UserError: as `put_decoder`, or it is of merged students, into which nothing is plugged.
+    """
+    if getattr(sampler, "parts", ()):
+        raise UserError(
+            f"decoder={directory}: {sampler.path} holds merged students, into which nothing is plugged."
+        )
+    other = copy.copy(sampler)
+    other.family_ = copy.copy(sampler.family_)
+    # That of ONNX files, where it has such.
+    vars(other.family_).pop("decode", None)
+    other.family_.pipeline = other.pipeline = copy.copy(sampler.pipeline)
+    put_decoder(other.family_, directory)
+    other.family_.vae.to(sampler.device, sampler.dtype)
+    return other

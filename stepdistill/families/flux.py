@@ -123,6 +123,7 @@ class Flux(Latent):
 
     name = "flux"
     pipelines = ("FluxPipeline",)
+    image_to_image = "FluxImg2ImgPipeline"
     face = FluxTransformer
     default_guidance = 1.0
     kept = ("max_tokens", "embedded_guidance")
@@ -177,6 +178,7 @@ class Chroma(Flux):
 
     name = "chroma"
     pipelines = ("ChromaPipeline",)
+    image_to_image = "ChromaImg2ImgPipeline"
     face = ChromaTransformer
     default_guidance = 5.0
     kept = ("max_tokens",)

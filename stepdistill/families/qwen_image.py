@@ -62,6 +62,7 @@ class QwenImage(ByChannel):
 
     name = "qwen_image"
     pipelines = ("QwenImagePipeline",)
+    image_to_image = "QwenImageImg2ImgPipeline"
     face = QwenImageTransformer
     default_guidance = 4.0
     empty_prompt = " "

@@ -142,6 +142,7 @@ class SanaSprint(Sana):
 
     name = "sana_sprint"
     pipelines = ("SanaSprintPipeline",)
+    image_to_image = "SanaSprintImg2ImgPipeline"
     face = SprintTransformer
     many_steps = Sampling(steps=(), rule="renoise", guidance="input")
     kept = (*Sana.kept, "embedded_guidance")

@@ -32,6 +32,7 @@ class SD(Latent):
 
     name = "sd"
     pipelines = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
+    image_to_image = "StableDiffusionImg2ImgPipeline"
     face = UNetFace
     default_guidance = 3.0
     init_noises = ("unit", "sigma")

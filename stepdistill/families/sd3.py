@@ -66,6 +66,7 @@ class SD3(Latent):
 
     name = "sd3"
     pipelines = ("StableDiffusion3Pipeline",)
+    image_to_image = "StableDiffusion3Img2ImgPipeline"
     face = SD3Transformer
     default_guidance = 7.0
     passes_sigmas = False

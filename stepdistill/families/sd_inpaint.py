@@ -45,6 +45,7 @@ class SDInpaint(SD):
 
     name = "sd_inpaint"
     pipelines = ("StableDiffusionInpaintPipeline",)
+    image_to_image = ""
     face = InpaintFace
     needs_images = True
 

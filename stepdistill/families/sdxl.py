@@ -45,6 +45,7 @@ class SDXL(Latent):
 
     name = "sdxl"
     pipelines = ("StableDiffusionXLPipeline",)
+    image_to_image = "StableDiffusionXLImg2ImgPipeline"
     face = SDXLUNet
     default_guidance = 5.0
     init_noises = ("unit", "sigma")

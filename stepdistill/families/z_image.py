@@ -61,6 +61,7 @@ class ZImage(Latent):
 
     name = "z_image"
     pipelines = ("ZImagePipeline",)
+    image_to_image = "ZImageImg2ImgPipeline"
     face = ZImageTransformer
     default_guidance = 6.0
     kept = ("max_tokens",)

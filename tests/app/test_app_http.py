@@ -102,6 +102,18 @@ def test_docs_are_off(client):
     assert {client.get(path).status_code for path in ("/docs", "/redoc", "/openapi.json")} == {404}
 
 
+def test_a_full_queue_refuses_before_a_body_is_read(client, engine, monkeypatch):
+    monkeypatch.setattr(engine.batcher, "wait", lambda: 40.0)
+    before = engine.metrics.counts().get("busy", 0)
+    for path in (ROUTE, "/v1/images/edits"):
+        answer = client.post(path, content=b"neither JSON nor a form")
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "10")
+        assert answer.json()["error"]["type"] == "busy" and "images are waiting" in answer.text
+    assert engine.metrics.counts()["busy"] == before + 2
+    # Of the page a newer request may take the place of an older one, so it is read.
+    assert client.post("/api/generate", json={}).status_code == 400
+
+
 # Health and models ------------------------------------------------------------------------------------------
 
 

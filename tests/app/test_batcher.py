@@ -29,6 +29,16 @@ def seeds(jobs):
     return [one.request.seed for one in jobs]
 
 
+def test_whether_there_is_room_can_be_asked_without_a_job():
+    batcher = Batcher()
+    jobs = [Job(Request("a", steps=1)) for _ in range(3)]
+    batcher.add(jobs)
+    assert batcher.full() is None
+    batcher.took(jobs[0].key, 11.0, 1)
+    busy = batcher.full()
+    assert busy.retry_after == 3 and "3 images are waiting" in str(busy)
+
+
 def test_every_sessions_first_comes_before_anybodys_second(clock):
     line = Batcher(lambda key: 3, clock)
     line.add([job(i, "many") for i in range(6)])

@@ -168,6 +168,38 @@ def test_a_dropped_png_is_drawn_again_and_found_identical(tab):
 
 
 @slow
+def test_a_picture_is_dropped_drawn_from_read_back_and_cleared(tab):
+    def drop(where):
+        tab.run(f"""{{
+          const data = new DataTransfer();
+          data.items.add(new File([__files.get({SHOTS}[0].src)], 'a.png', {{type: 'image/png'}}));
+          const how = {{dataTransfer: data, bubbles: true, cancelable: true}};
+          document.querySelector({where!r}).dispatchEvent(new DragEvent('drop', how));
+        }}""")
+
+    hint = "document.querySelector('#picture-hint').textContent"
+    drop("#picture-drop")
+    tab.until("!document.querySelector('#picture-some').hidden && " + FRESH)
+    assert not tab.run("document.querySelector('#create').hidden") and "level 3 of 4: 1 step" in tab.run(hint)
+    first = settings(tab)
+    assert len(first["image"]) == 64 and first["strength"] == 0.75
+    tab.run("document.querySelector('#strength').focus()")
+    for kind in ("keyDown", "keyUp"):
+        tab.send(
+            "Input.dispatchKeyEvent", type=kind, key="ArrowLeft", code="ArrowLeft", windowsVirtualKeyCode=37
+        )
+    tab.until(f"{hint}.includes('level 2 of 4') && " + FRESH)
+    assert settings(tab)["strength"] == 0.5
+    # Beside the picture's place a file is read back, and drawn again from the picture that is chosen.
+    drop("body")
+    tab.until("document.querySelector('#read').textContent.includes('identical')")
+    click(tab, "#tab-create")
+    click(tab, "#picture-clear")
+    tab.until("document.querySelector('#picture-some').hidden && " + FRESH)
+    assert "image" not in settings(tab)
+
+
+@slow
 def test_no_text_becomes_a_script(tab):
     evil = "<img src=x onerror=window.__xss=1>"
     tab.send("Page.navigate", url="about:blank")

@@ -96,6 +96,8 @@ def test_silent_connections_keep_nobody_out(client, live):
 
 
 def test_an_address_that_holds_too_much_is_told_to_wait(client, live):
+    # Gradio is imported when it is first asked for.
+    assert client.get("/config", timeout=240).status_code == 200
     ask = b"GET /gradio_api/heartbeat/a HTTP/1.1\r\nhost: localhost\r\n\r\n"
     with contextlib.ExitStack() as stack:
         links = [
@@ -108,6 +110,27 @@ def test_an_address_that_holds_too_much_is_told_to_wait(client, live):
         refused = [start for start in starts if b" 503 " in start]
         assert len(refused) == 5 and all(b"retry-after: 1" in start for start in refused)
         assert client.get("/healthz", timeout=5).status_code == 200
+
+
+def test_who_is_refused_at_once_may_still_send_and_reads_the_answer(client, live):
+    # Gradio is imported when it is first asked for.
+    assert client.get("/config", timeout=240).status_code == 200
+    ask = b"GET /gradio_api/heartbeat/a HTTP/1.1\r\nhost: localhost\r\n\r\n"
+    with contextlib.ExitStack() as stack:
+        links = [stack.enter_context(connect(live[0], "127.0.0.4")) for _ in range(connections.PER_ADDRESS)]
+        for link in links:
+            link.sendall(ask)
+        for link in links:
+            link.settimeout(30)
+            link.recv(4096)
+        late = stack.enter_context(connect(live[0], "127.0.0.4"))
+        late.sendall(b"POST /api/read HTTP/1.1\r\nhost: localhost\r\ncontent-length: 4000000\r\n\r\n")
+        with contextlib.suppress(OSError):
+            for _ in range(40):
+                late.sendall(b"0" * 100_000)
+        head, _, body = answered(late).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 503") and b"connection: close" in head
+        assert hostile.sentence(body) == "too many connections are open; try again in a moment."
 
 
 def test_a_body_that_is_too_large_is_told_so_and_not_cut_off(client, live):
