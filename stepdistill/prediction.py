@@ -60,12 +60,17 @@ class Prediction:
     schedule: Schedule
 
     @cached_property
-    def _alpha(self) -> Tensor:
-        return expand(self.schedule.alpha(self.t), self.x_t)
+    def _alpha_sigma(self) -> tuple[Tensor, Tensor]:
+        alpha, sigma = self.schedule.alpha_sigma(self.t)
+        return expand(alpha, self.x_t), expand(sigma, self.x_t)
 
-    @cached_property
+    @property
+    def _alpha(self) -> Tensor:
+        return self._alpha_sigma[0]
+
+    @property
     def _sigma(self) -> Tensor:
-        return expand(self.schedule.sigma(self.t), self.x_t)
+        return self._alpha_sigma[1]
 
     @_kept
     def x0(self) -> Tensor:

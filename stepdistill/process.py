@@ -67,6 +67,10 @@ class Schedule:
         """d sigma / dt."""
         raise NotImplementedError
 
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Both at once, which is less work where they come from one table."""
+        return self.alpha(t), self.sigma(t)
+
     def t_of_rho(self, rho: Tensor) -> Tensor:
         """The time at which sigma / alpha equals `rho`; outside the schedule's range, the nearer end."""
         raise NotImplementedError
@@ -100,7 +104,8 @@ class Schedule:
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t = alpha(t) x0 + sigma(t) eps. x0, eps: (B, ...), t: (B,)."""
-        return expand(self.alpha(t), x0) * x0 + expand(self.sigma(t), x0) * eps
+        alpha, sigma = self.alpha_sigma(t)
+        return expand(alpha, x0) * x0 + expand(sigma, x0) * eps
 
     def first_state(self, z: Tensor, t: float) -> Tensor:
         """What a sampler starts from at time t, from unit noise z (B, ...): sigma_t z, unless pipelines of this

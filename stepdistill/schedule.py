@@ -245,6 +245,10 @@ class VP(Schedule):
     def sigma(self, t: Tensor) -> Tensor:
         return torch.sigmoid(2 * self._interpolate(t)[0]).sqrt()
 
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        log_rho = self._interpolate(t)[0]
+        return torch.sigmoid(-2 * log_rho).sqrt(), torch.sigmoid(2 * log_rho).sqrt()
+
     def d_alpha(self, t: Tensor) -> Tensor:
         # alpha = sigmoid(-2 l)^(1/2) with l = log rho, hence d alpha / dl = -alpha sigma^2.
         return -self.alpha(t) * self.sigma(t) ** 2 * self._interpolate(t)[1]

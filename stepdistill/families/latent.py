@@ -321,7 +321,7 @@ class Latent(Leaving):
         # Wherever the decoder is now. diffusers' own properties walk through all modules, a tenth of a small image's time.
         weight = next(self.vae.parameters())
         z = self.denormalised(x0.to(weight.device, weight.dtype))
-        return (self.vae.decode(z).sample / 2 + 0.5).to(x0.device)
+        return (self.vae.decode(z, return_dict=False)[0] / 2 + 0.5).to(x0.device)
 
 
 class ByChannel(Latent):
