@@ -239,7 +239,9 @@ def markdown(rows: dict[str, Any]) -> str:
             scores = " | ".join(f"{row['sw1'][n]:.2f}" if n in row["sw1"] else "" for n in "1248")
             modes = ", ".join(str(value) for value in row["modes"].values())
             off = " | ".join(_first(row.get(measure)) for measure in ("shares", "trace"))
-            tail = f"{modes} | {off} | {row['cpu_seconds']:.0f} | {row['iterations']:,} |"
+            # Not of a row whose run was made by hand.
+            seconds = f"{row['cpu_seconds']:.0f}" if "cpu_seconds" in row else ""
+            tail = f"{modes} | {off} | {seconds} | {row['iterations']:,} |"
             lines.append(f"| {name} | {row['schedule']} | {scores} | {tail}")
         parts.append("\n".join(lines) if group else "")
     return "\n\n".join(part for part in parts if part) + "\n"
