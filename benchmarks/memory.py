@@ -4,7 +4,7 @@
 
 Three teachers: the embedded one, one in SDXL's shape and one in FLUX's, the latter two with random weights and larger
 than their training recipes' ones. What a run takes is how far it raises the resident memory of a process of its own
-above what a run on the toy has left there, so that the libraries are not counted, from its first step on; glibc is told
+above what a short run of the same has left there, so that the libraries are not counted, from its first step on; glibc is told
 to give back what is freed, and a thread looks every millisecond. Results: benchmarks/memory.json.
 """
 
@@ -112,7 +112,7 @@ def child(name: str, folder: Path) -> None:
     from training.run import build
 
     quieten_libraries()
-    warmed_up(CASES[name], folder / "toy")
+    warmed_up(CASES[name], folder)
     wanted = recipe_from(recipe(CASES[name], folder))
     family, sources = build(wanted)
     said = forecast(wanted, family, sources[0])
@@ -120,18 +120,16 @@ def child(name: str, folder: Path) -> None:
     print(json.dumps(found_by(said, raised_by(wanted))))
 
 
-def warmed_up(case: dict[str, Any], out: Path) -> None:
-    """A run on the toy has been, and the libraries are in memory."""
+def warmed_up(case: dict[str, Any], folder: Path) -> None:
+    """A short run of the same recipe has been, so that libraries, and kernels compiled for these shapes, are in memory: of
+    the embedded teacher they are 30 MiB.
+    """
     from training.recipe import recipe_from
-    from training.run import run
 
-    toy = {
-        "family": {"name": "toy", "fit_steps": 1},
-        "method": {"name": "dmd2", "guidance_scale": 1.0},
-        "data": {"name": "toy"},
-    }
-    toy["run"] = {**SHARED["run"], **case.get("run", {}), "out": str(out)}
-    run(recipe_from(toy))
+    said = recipe(case, folder)
+    said["optim"] = said.get("optim", {}) | {"batch_size": 2, "micro_batch_size": 1}
+    said["run"] = said["run"] | {"out": str(folder / "warm")}
+    raised_by(recipe_from(said))
 
 
 class Enough(Exception):
@@ -145,7 +143,7 @@ def raised_by(wanted: Recipe) -> int:
 
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    before, watch, fit = resident(), Watch(), Trainer.fit
+    before, watch, fit, save = resident(), Watch(), Trainer.fit, Trainer.save
 
     def watched(trainer: Trainer) -> Any:
         # What reading the pipeline's files took is over.
@@ -156,8 +154,11 @@ def raised_by(wanted: Recipe) -> int:
         raise Enough
 
     Trainer.fit, Trainer.save = watched, ended
-    with contextlib.suppress(Enough):
-        run(wanted)
+    try:
+        with contextlib.suppress(Enough):
+            run(wanted)
+    finally:
+        Trainer.fit, Trainer.save = fit, save
     return watch.stop() - before
 
 
@@ -190,7 +191,7 @@ def main() -> None:
                 {k: round(v / 2**20) for k, v in found["phases"].items()},
                 flush=True,
             )
-            subprocess.run(["rm", "-rf", str(folder / "run"), str(folder / "toy")], check=True)
+            subprocess.run(["rm", "-rf", str(folder / "run"), str(folder / "warm")], check=True)
     with atomic_write(TABLE) as path:
         path.write_text(
             json.dumps({"commit": git_commit(short=True), "unit": "MiB", "cases": results}, indent=1) + "\n"

@@ -1,9 +1,9 @@
 """The memory that `training.plan` says of two processes beside what each of them then takes, in copies and in shards.
 
-    python -m benchmarks.plan
+    python -m benchmarks.plan [NAME ...]      cases that are not named stay as they were
 
 The cases, and how memory is measured, are those of benchmarks/memory.py; two processes talk by gloo on the CPU, and the
-larger of both is kept. Time cannot be checked without GPUs. Results: benchmarks/plan.json.
+larger of both is kept. Time: benchmarks/plan_time.py. Results: benchmarks/plan.json.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def child(name: str, folder: Path, kind: str) -> None:
     quieten_libraries()
     # It would end what processes talk by, and the second run has nothing.
     Accelerator.end_training = lambda self: None
-    warmed_up(CASES[name], folder / "toy")
+    warmed_up(CASES[name], folder)
     wanted = recipe_from(recipe(CASES[name], folder))
     family, sources = build(wanted)
     said = forecast(wanted, family, sources[0], 2)
@@ -56,26 +56,28 @@ def measured(name: str, folder: Path, kind: str) -> dict[str, Any]:
     place = {"cwd": folder, "env": {**os.environ, **GIVE_BACK, **KINDS[kind], "PYTHONPATH": str(ROOT)}}
     subprocess.run([sys.executable, "-m", *launch], check=True, **place)
     told = [json.loads((folder / f"told.{rank}").read_text()) for rank in (0, 1)]
-    subprocess.run(["rm", "-rf", str(folder / "run"), str(folder / "toy")], check=True)
+    subprocess.run(["rm", "-rf", str(folder / "run"), str(folder / "warm")], check=True)
     mib = {key: round(max(each[key] for each in told) / 2**20, 1) for key in ("planned", "measured")}
     return mib | {"ratio": round(mib["planned"] / mib["measured"], 3)}
 
 
-def main() -> None:
-    results = {}
+def main(names: list[str]) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for shape in ("sdxl", "flux"):
             pipeline(shape, folder / shape)
-        for name in CASES:
+        for name in names or CASES:
             for kind in KINDS:
-                results[f"{kind}: {name}"] = measured(name, folder, kind)
-                print(kind, name, results[f"{kind}: {name}"], flush=True)
-    with atomic_write(TABLE) as path:
-        path.write_text(
-            json.dumps({"commit": git_commit(short=True), "unit": "MiB", "cases": results}, indent=1) + "\n"
-        )
+                row = measured(name, folder, kind) | {"commit": git_commit(short=True)}
+                print(kind, name, row, flush=True)
+                kept = json.loads(TABLE.read_text())["cases"] if TABLE.is_file() else {}
+                with atomic_write(TABLE) as path:
+                    cases = kept | {f"{kind}: {name}": row}
+                    path.write_text(json.dumps({"unit": "MiB", "cases": cases}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    child(sys.argv[1], Path(sys.argv[2]), sys.argv[3]) if len(sys.argv) > 3 else main()
+    if "RANK" in os.environ:
+        child(sys.argv[1], Path(sys.argv[2]), sys.argv[3])
+    else:
+        main(sys.argv[1:])

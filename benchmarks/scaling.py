@@ -16,8 +16,9 @@ from typing import Any
 from stepdistill.errors import atomic_write, quieten_libraries
 from stepdistill.provenance import git_commit
 from training.forecast import Forecast, forecast
+from training.hardware import GPUS
 from training.layouts import PaperSource, on_paper
-from training.plan import GPUS, RESERVE, ways, with_adapters
+from training.plan import RESERVE, ways, with_adapters
 from training.recipe import Recipe, recipe_from
 
 TABLE = Path(__file__).with_suffix(".json")

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from training.hardware import GPU, GPUS, THIS_CPU, this_cpu
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -20,33 +22,8 @@ if TYPE_CHECKING:
     from training.recipe import Recipe
 
 
-@dataclass(frozen=True)
-class GPU:
-    """Of data sheets, per GPU: memory in GB, dense tera-operations a second in half and single precision, memory bandwidth,
-    and how many GB a second it sends within its machine and beyond.
-    """
-
-    memory: float
-    half: float
-    single: float
-    bandwidth: float
-    within: float
-    beyond: float
-
-
-GPUS = {
-    "h100-80g": GPU(80, 989, 67, 3350, 450, 50),
-    "h200-141g": GPU(141, 989, 67, 4800, 450, 50),
-    "b200-192g": GPU(192, 2250, 75, 8000, 900, 50),
-    "a100-80g": GPU(80, 312, 19.5, 2039, 300, 25),
-    "a100-40g": GPU(40, 312, 19.5, 1555, 300, 25),
-    "l40s-48g": GPU(48, 362, 91.6, 864, 32, 12.5),
-    "rtx4090-24g": GPU(24, 165, 82.6, 1008, 32, 3),
-}
 # GPUs of a machine.
 MACHINE = 8
-# Of peak numbers, what well-made training reaches; beside this no run was measured on GPUs.
-EFFICIENCY = 0.45
 # Bytes the libraries, the communication's buffers and unused remainders of blocks take on a GPU.
 RESERVE = 3e9
 # A block's weights: in use, and on their way; its gradient: made, and on its way.
@@ -65,7 +42,7 @@ class Way:
         name: "DDP", "FSDP2", with " + LoRA" behind.
         memory: bytes on each GPU, beside RESERVE.
         sent: bytes each GPU receives in an iteration.
-        seconds: of an iteration, at EFFICIENCY of the roofline.
+        seconds: of an iteration, at what of the roofline is reached.
         samples: drawn in an iteration by all phases, over all GPUs.
     """
 
@@ -199,7 +176,7 @@ def way(name: str, said: Forecast, stage: Recipe, processes: int, gpu: GPU) -> W
     samples = stage.optim.batch_size * sum(each.values())
     most = max(memory(said, shares).values(), default=float(said.lasting))
     # Communication goes on beside passes, as far as there are any.
-    return Way(name, most, within + beyond, max(busy, waited) / EFFICIENCY, samples)
+    return Way(name, most, within + beyond, max(busy, waited) / gpu.efficiency, samples)
 
 
 def forecasts(stage: Recipe, made: tuple[Any, Any], processes: int) -> dict[str, Forecast]:
@@ -272,9 +249,8 @@ def subject(stage: Recipe, layout: str = "") -> tuple[Any, Any]:
     return family, sources[0]
 
 
-def lines(stage: Recipe, found: list[Way], processes: int, gpu: str, price: float) -> list[str]:
+def lines(stage: Recipe, found: list[Way], processes: int, gpu: GPU, price: float) -> list[str]:
     """For people."""
-    sheet = GPUS[gpu]
     rows = [
         f"  {'':<16}{'GB per GPU':>11}{'GB sent':>9}{'s/iteration':>13}{'samples/s':>11}{'GPU hours':>11}"
         + ("{:>11}".format("cost") if price else "")
@@ -285,8 +261,8 @@ def lines(stage: Recipe, found: list[Way], processes: int, gpu: str, price: floa
         row += f"{each.samples / each.seconds:>11.3g}{hours:>11,.0f}" + (
             f"{hours * price:>11,.0f}" if price else ""
         )
-        rows.append(row + ("" if each.fits(sheet) else "  does not fit"))
-    fitting = [each.name for each in found if each.fits(sheet)]
+        rows.append(row + ("" if each.fits(gpu) else "  does not fit"))
+    fitting = [each.name for each in found if each.fits(gpu)]
     rows.append(
         f"  take {fitting[0]}"
         if fitting
@@ -306,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "overrides", nargs="*", metavar="section.key=value", help="replaces a value of the recipe"
     )
     parser.add_argument("--gpus", type=int, default=8, help="how many, machines of eight (default: 8)")
-    parser.add_argument("--gpu", default="h100-80g", help=f"one of {', '.join(GPUS)}")
+    parser.add_argument("--gpu", default="h100-80g", help=f"one of {', '.join(GPUS)}, or {THIS_CPU}")
     parser.add_argument("--layout", default="", help="take the teacher for one of training/layouts.json")
     parser.add_argument("--price", type=float, default=0.0, help="of a GPU for an hour, in any currency")
     from stepdistill.errors import UserError, cli_errors, quieten_libraries
@@ -315,8 +291,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_allow_code(parser)
     with cli_errors():
         given = parser.parse_intermixed_args(arguments)
-        if given.gpu not in GPUS:
-            raise UserError(f"--gpu {given.gpu}: there are {', '.join(GPUS)}.")
+        if given.gpu not in (*GPUS, THIS_CPU):
+            raise UserError(f"--gpu {given.gpu}: there are {', '.join(GPUS)}, and {THIS_CPU}.")
+        if given.gpu == THIS_CPU and given.gpus != 1:
+            raise UserError(f"--gpu {THIS_CPU}: there is one of it; add --gpus 1.")
         if given.gpus < 1 or (given.gpus > MACHINE and given.gpus % MACHINE):
             raise UserError(f"--gpus {given.gpus}: give 1 to {MACHINE}, or a multiple of {MACHINE}.")
         if given.price < 0:
@@ -326,15 +304,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with allowing_code(given.allow_code):
             recipe = load_recipe(given.recipe, given.overrides)
             quieten_libraries()
+            gpu = this_cpu() if given.gpu == THIS_CPU else GPUS[given.gpu]
             for number, stage in enumerate(recipe.stages()):
                 known = forecasts(stage, subject(stage, given.layout), given.gpus)
-                found = ways(stage, known, given.gpus, GPUS[given.gpu])
+                found = ways(stage, known, given.gpus, gpu)
                 print(
                     f"stage {number}: {stage.method.name}, {stage.run.steps:,} iterations on {given.gpus} x {given.gpu}"
                 )
-                print("\n".join(lines(stage, found, given.gpus, given.gpu, given.price)))
+                print("\n".join(lines(stage, found, given.gpus, gpu, given.price)))
             print(
-                f"Time is the roofline at {EFFICIENCY:.0%}; {RESERVE / 1e9:g} GB of each GPU are kept for libraries."
+                f"Time is the roofline at {gpu.efficiency:.0%}; {RESERVE / 1e9:g} GB of each GPU are kept for libraries."
             )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,9 @@ import torch
 from runs import sd
 from torch import nn
 
-from training import plan
+from training import hardware, plan
 from training.forecast import forecast
+from training.hardware import GPUS
 from training.ledger import META, Ledger
 from training.run import build
 
@@ -59,14 +62,27 @@ def test_bytes_sent_are_those_of_rings(planned):
 
 def test_more_of_the_same_takes_less_time_and_what_is_too_large_does_not_fit(planned, capsys):
     stage, said = planned
-    gpu = plan.GPUS["h100-80g"]
+    gpu = GPUS["h100-80g"]
     found = plan.ways(stage, {"": said}, 2, gpu)
     assert [each.name for each in found][:2] == ["DDP", "FSDP2"]
     assert all(each.fits(gpu) and each.seconds > 0 for each in found)
     # A student's update in two iterations, a critic's in each.
     assert found[0].samples == 1.5 * stage.optim.batch_size
     assert not found[0].fits(plan.GPU(3, 989, 67, 3350, 450, 50))
-    assert plan.lines(stage, found, 2, "h100-80g", 2.0)[-1] == "  take DDP"
+    assert plan.lines(stage, found, 2, gpu, 2.0)[-1] == "  take DDP"
+
+
+def test_this_cpu_is_what_it_was_seen_to_do(monkeypatch, planned):
+    monkeypatch.setattr(hardware, "SIDE", 8)
+    monkeypatch.setattr(hardware, "COPIED", 1000)
+    # A second passes whenever it is looked at.
+    cpu = hardware.this_cpu(itertools.count().__next__)
+    assert cpu.single == cpu.half == 2 * 8**3 / 1e12
+    assert cpu.bandwidth == 2 * 4 * 1000 / 1e9 and cpu.efficiency == 1 and cpu.memory > 0.5
+    stage, said = planned
+    (half,) = plan.ways(stage, {"": said}, 1, replace(cpu, single=2 * cpu.single, bandwidth=1e9))
+    (found,) = plan.ways(stage, {"": said}, 1, replace(cpu, bandwidth=1e9))
+    assert found.seconds == pytest.approx(2 * half.seconds, rel=1e-3)
 
 
 def test_products_of_all_kinds_are_counted():
@@ -88,6 +104,7 @@ def test_products_of_all_kinds_are_counted():
     [
         (["--gpu", "abacus"], "--gpu abacus: there are h100-80g"),
         (["--gpus", "12"], "--gpus 12: give 1 to 8, or a multiple of 8"),
+        (["--gpu", "this-cpu", "--gpus", "8"], "there is one of it; add --gpus 1"),
         (["--price", "-1"], "--price -1: give 0 or more"),
         (["--layout", "sd9"], "--layout sd9: there are sdxl"),
         (["optim.batch_size=100"], r"optim\.batch_size=100 must be a multiple of 96"),
