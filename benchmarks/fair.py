@@ -28,7 +28,7 @@ import yaml
 from benchmarks import students
 from benchmarks.budget import budgeted, lengths, parts_of, resized, served
 from benchmarks.fair_table import COLOURS, measured, tabulate
-from benchmarks.metered import account
+from benchmarks.metered import PLAIN, account
 from benchmarks.students import ROOT, read, write
 from stepdistill.config import apply_overrides
 from stepdistill.errors import UserError, cli_errors, nearest
@@ -36,6 +36,9 @@ from stepdistill.provenance import git_commit
 from training.lock import Lock
 
 TABLE = Path(__file__).with_suffix(".json")
+# CPU seconds of a plain pass (`metered`) where nothing else runs; a budget is in CPU minutes of such a core, so that what else a
+# machine does takes nothing from a method.
+PLAIN_SECONDS = 0.1
 # Iterations of each stage in a trial run.
 TRIAL = 12
 # The order in which methods are run; all others follow.
@@ -167,12 +170,14 @@ def planned(mapping: Mapping[str, Any], minutes: float, folder: Path) -> dict[st
     prepare(trial, folder.parents[1])
     write(trial / "recipe.yaml", yaml.safe_dump(resized(mapping, [TRIAL] * len(counts))))
     words = [trial / "recipe.yaml", f"run.out={trial / 'run'}", "run.preview_every=0"]
-    if students.spend("training.train", words, account=trial / "account", cwd=trial):
+    if students.spend("training.train", words, account=trial / "account", cwd=trial, compared=True):
         return None
     cost = account(trial / "account")
-    timed = [cost["stages"][str(number)] for number in range(len(counts))]
-    each = [seconds / count for count, seconds in timed]
-    fixed = cost["cpu_seconds"] - sum(seconds for _, seconds in timed)
+    plain, *timed = [cost["stages"][key] for key in (PLAIN, *map(str, range(len(counts))))]
+    # As on a quiet core.
+    slowed = plain[1] / plain[0] / PLAIN_SECONDS
+    each = [seconds / count / slowed for count, seconds in timed]
+    fixed = (cost["cpu_seconds"] - sum(seconds for _, seconds in (plain, *timed))) / slowed
     # One of a part of the data is run for each part.
     parts = parts_of(mapping)
     iterations = budgeted(60 * minutes / parts, fixed, each, counts)
@@ -182,6 +187,7 @@ def planned(mapping: Mapping[str, Any], minutes: float, folder: Path) -> dict[st
         "planned_minutes": seconds / 60,
         "fixed_seconds": fixed,
         "seconds_an_iteration": each,
+        "slowed": slowed,
         "commit": git_commit(),
     }
     write(folder / "recipe.yaml", yaml.safe_dump(resized(mapping, iterations), sort_keys=False))

@@ -1,10 +1,13 @@
 """Runs a module as `python -m` does and keeps an account of what it takes.
 
-    python -m benchmarks.metered FOLDER MODULE [ARGUMENTS]
+    python -m benchmarks.metered [--compared] FOLDER MODULE [ARGUMENTS]
 
 FOLDER gets one file per process, written again every second, so that a kill loses no more than that of the account: CPU
 seconds, the most memory, and of a training the iterations of each stage with their CPU seconds. Where the process that
 asked for it is gone, the module is asked to end (SIGTERM), so that nothing goes on that nobody waits for.
+
+How much a CPU second does depends on what else the machine does. With --compared a training of a latent family stops after
+every second iteration for a plain forward and backward pass of its teacher, which says how much it was.
 """
 
 from __future__ import annotations
@@ -27,16 +30,19 @@ from stepdistill.errors import atomic_write
 EVERY = 1.0
 # The first iterations of a stage make what later ones find: buffers, kernels' plans, optimiser states.
 SETTLING = 2
+# In the place of a stage, and its batch.
+PLAIN, BATCH = "plain", 16
 
 
 def main() -> None:
-    folder, module, *arguments = sys.argv[1:]
+    compared = sys.argv[1] == "--compared"
+    folder, module, *arguments = sys.argv[1 + compared :]
     path, parent = Path(folder) / f"{time.time_ns()}.json", os.getppid()
     stages: dict[str, list[float]] = {}
     if module == "training.train":
         from training.trainer import Trainer
 
-        Trainer.train_step = timed(Trainer.train_step, stages)
+        Trainer.train_step = timed(Trainer.train_step, stages, compared)
     over = threading.Event()
 
     def watch() -> None:
@@ -57,21 +63,50 @@ def main() -> None:
         write(path, stages)
 
 
-def timed(step: Callable[[Any], None], stages: dict[str, list[float]]) -> Callable[[Any], None]:
+def timed(
+    step: Callable[[Any], None], stages: dict[str, list[float]], compared: bool
+) -> Callable[[Any], None]:
     """`Trainer.train_step` that adds to `stages`, by number: iterations, those of them that are timed, and their CPU seconds."""
+    plain: list[Callable[[], None]] = []
 
     @wraps(step)
     def measured(trainer: Any) -> None:
-        began = time.process_time()
-        step(trainer)
-        spent = time.process_time() - began
-        counts = stages.setdefault(str(trainer.state.stage), [0, 0, 0.0])
-        counts[0] += 1
-        if counts[0] > SETTLING:
-            counts[1] += 1
-            counts[2] += spent
+        _count(stages.setdefault(str(trainer.state.stage), [0, 0, 0.0]), lambda: step(trainer))
+        if compared and trainer.state.step % 2 == 0:
+            if not plain:
+                plain.append(plain_pass(trainer.family))
+            _count(stages.setdefault(PLAIN, [0, 0, 0.0]), plain[0])
 
     return measured
+
+
+def _count(counts: list[float], does: Callable[[], None]) -> None:
+    began = time.process_time()
+    does()
+    spent = time.process_time() - began
+    counts[0] += 1
+    if counts[0] > SETTLING:
+        counts[1] += 1
+        counts[2] += spent
+
+
+def plain_pass(family: Any) -> Callable[[], None]:
+    """A forward and backward pass of a copy of the family's teacher, for all its parameters."""
+    import copy
+
+    import torch
+
+    teacher = copy.deepcopy(family.teacher).requires_grad_(True)
+    made = torch.Generator().manual_seed(0)
+    x_t = torch.randn(BATCH, *family.shape, generator=made)
+    t = torch.full((BATCH,), 0.5 * family.schedule.t_max, dtype=torch.float64)
+    cond = family.uncond(BATCH)
+
+    def run() -> None:
+        teacher(x_t, t, cond).raw.square().mean().backward()
+        teacher.zero_grad(set_to_none=True)
+
+    return run
 
 
 def write(path: Path, stages: dict[str, list[float]]) -> None:

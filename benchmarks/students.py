@@ -74,12 +74,19 @@ def train(recipe: Path, out: Path, overrides: Sequence[str] = (), *, account: Pa
     return spend("training.merge", merged, account=account, cwd=cwd)
 
 
-def spend(module: str, words: Iterable[Any], *, account: Path | None = None, cwd: Path = ROOT) -> int:
+def spend(
+    module: str,
+    words: Iterable[Any],
+    *,
+    account: Path | None = None,
+    cwd: Path = ROOT,
+    compared: bool = False,
+) -> int:
     """Run a module, with an account of it (`metered`) in the folder `account`; its exit status.
 
     Raises Interrupted where a signal asks for an end, which the module is told once and has obeyed by then.
     """
-    metered = [] if account is None else ["benchmarks.metered", str(account)]
+    metered = [] if account is None else ["benchmarks.metered", *["--compared"] * compared, str(account)]
     command = [sys.executable, "-m", *metered, module, *map(str, words)]
     with deferred() as asked:
         # The signals of a terminal come to this process alone.

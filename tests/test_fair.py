@@ -90,9 +90,11 @@ class Runs:
 
     def __init__(self) -> None:
         self.ran: list[str] = []
-        self.stops = False
+        self.stops, self.slowed = False, 1.0
 
-    def __call__(self, module: str, words: Any, *, cwd: Path, account: Path | None = None) -> int:
+    def __call__(
+        self, module: str, words: Any, *, cwd: Path, account: Path | None = None, compared: bool = False
+    ) -> int:
         if account is None:
             # What all have in common, once.
             assert module == "training.precompute" and not (cwd / "cache" / "latents-1").exists()
@@ -105,8 +107,12 @@ class Runs:
         if self.stops and out.parent.name != "trial":
             raise Interrupted(signal.SIGINT)
         counts = lengths(yaml.safe_load(Path(recipe).read_text()))
-        stages = {k: [n, n - 2, 2.0 * (n - 2)] for k, n in enumerate(counts)}
-        said = {"cpu_seconds": 10.0 + 2.0 * sum(counts), "peak_mib": 900.0, "stages": stages}
+        assert compared == (out.parent.name == "trial")
+        each, plain = 2.0 * self.slowed, fair.PLAIN_SECONDS * self.slowed
+        stages = {k: [n, n - 2, each * (n - 2)] for k, n in enumerate(counts)}
+        stages |= {"plain": [22, 20, 20 * plain]} if compared else {}
+        used = 10.0 * self.slowed + each * sum(counts) + 20 * plain * compared
+        said = {"cpu_seconds": used, "peak_mib": 900.0, "stages": stages}
         students.write(account / "1.json", said)
         (out / "checkpoints" / str(sum(counts))).mkdir(parents=True)
         return 0
@@ -141,6 +147,13 @@ def test_a_budget_is_spent(queue):
     assert row["cpu_seconds"] == 10 + 2 * 891 and row["peak_mib"] == 900
     assert queue.runs.ran == ["trial", "sida"] and queue.asked == [("sida", [1], 1000)]
     assert not (queue.folder / "30" / "sida" / "trial").exists()
+
+
+def test_a_busy_machine_takes_nothing_from_a_budget(queue):
+    queue.runs.slowed = 1.7
+    (row,) = queue("--minutes", "30", "--only", "sida")["rows"]
+    assert row["iterations"] == 495 + 396 and abs(row["planned_minutes"] - 30) < 0.1
+    assert abs(row["cpu_seconds"] - 1.7 * (10 + 2 * 891)) < 1e-6
 
 
 def test_what_was_stopped_goes_on_and_what_is_there_stays(queue):
@@ -213,6 +226,21 @@ def test_an_account_is_kept_of_a_training(tmp_path):
     said = account(tmp_path / "account")
     assert said["stages"]["0"][0] == 3 and 0 < said["stages"]["0"][1] < said["cpu_seconds"]
     assert said["peak_mib"] > 100
+
+
+@pytest.mark.slow
+def test_a_training_is_compared_with_a_plain_pass(tmp_path):
+    mapping = resized(fair.recipe_of("sida"), [6, 6])
+    students.write(
+        tmp_path / "recipe.yaml", yaml.safe_dump(mapping | {"data": {"name": "scenes", "size": 64}})
+    )
+    (tmp_path / "assets").symlink_to(students.ROOT / "assets")
+    words = [tmp_path / "recipe.yaml", f"run.out={tmp_path / 'run'}", "run.preview_every=0"]
+    assert not students.spend("training.train", words, account=tmp_path / "a", cwd=tmp_path, compared=True)
+    said = account(tmp_path / "a")["stages"]
+    assert {key: count for key, (count, _) in said.items()} == {"0": 4, "1": 4, "plain": 4}
+    # Two networks are trained in an iteration.
+    assert all(2 * said["plain"][1] < said[key][1] for key in "01")
 
 
 def test_what_nobody_waits_for_is_asked_to_end(tmp_path):
