@@ -36,8 +36,8 @@ from stepdistill.provenance import git_commit
 from training.lock import Lock
 
 TABLE = Path(__file__).with_suffix(".json")
-# CPU seconds of a plain pass (`metered`) where nothing else runs; a budget is in CPU minutes of such a core, so that what else a
-# machine does takes nothing from a method.
+# CPU seconds that a plain pass (`metered`) counts for. Those it takes depend on what else the machine does: 0.16 to 0.26 with
+# twenty processes on two cores. What a budget buys must not, or methods that ran beside others would be the worse for it.
 PLAIN_SECONDS = 0.1
 # Iterations of each stage in a trial run.
 TRIAL = 12
@@ -174,7 +174,6 @@ def planned(mapping: Mapping[str, Any], minutes: float, folder: Path) -> dict[st
         return None
     cost = account(trial / "account")
     plain, *timed = [cost["stages"][key] for key in (PLAIN, *map(str, range(len(counts))))]
-    # As on a quiet core.
     slowed = plain[1] / plain[0] / PLAIN_SECONDS
     each = [seconds / count / slowed for count, seconds in timed]
     fixed = (cost["cpu_seconds"] - sum(seconds for _, seconds in (plain, *timed))) / slowed
