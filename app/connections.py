@@ -4,7 +4,7 @@ uvicorn waits for ever for the first byte of a connection, for the rest of a req
 reads no answer. Here a request has to arrive in `RECEIPT_SECONDS` (longer in proportion to a body it
 announces), a client has to take what it asked for within `STALL_SECONDS`, and one address cannot crowd out
 the others: past `PER_ADDRESS` connections its oldest idle one is closed in favour of the new, or the new one
-is answered 503 where all of them are at work, by bytes that are there already: its request is not even parsed.
+is answered 503 where all of them are at work: as soon as it is accepted, by bytes that are there already.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ class Connection(H11Protocol):
 
     idle_since: float | None = None
     _address = ""
-    # There was no room for it, and it has been told so.
-    _crowded = _refused = False
+    # There was no room for it, and it has been told so; it counts no more.
+    _refused = False
     _timed: Any = None
     _deadline: asyncio.TimerHandle | None = None
     _stall: asyncio.TimerHandle | None = None
@@ -94,27 +94,26 @@ class Connection(H11Protocol):
         self._address = _network(self.client[0]) if self.client else ""
         self.idle_since = time.monotonic()
         self._expect(RECEIPT_SECONDS)
-        everyone = self.connections
-        mine = [other for other in everyone if other._address == self._address]
-        self._crowded = not _make_room(mine, PER_ADDRESS) or not _make_room(list(everyone), IN_ALL)
-        if self._crowded and len(everyone) > 2 * IN_ALL:
-            self.abort()
+        held = [other for other in self.connections if not other._refused]
+        mine = [other for other in held if other._address == self._address]
+        if not _make_room(mine, PER_ADDRESS) or not _make_room(held, IN_ALL):
+            self._refuse()
+            if len(self.connections) > 2 * IN_ALL:
+                self.abort()
 
     def data_received(self, data: bytes) -> None:
-        if self._crowded:
-            self._refuse()
-            return
-        super().data_received(data)
-        self._watch()
+        # Of one that was refused it is dropped: who still sends when a connection closes reads no answer.
+        if not self._refused:
+            super().data_received(data)
+            self._watch()
 
     def _refuse(self) -> None:
-        """Answer that there is no room, and drop what is sent: who still sends when a connection closes reads no answer."""
-        if not self._refused:
-            self._refused = True
-            self.transport.write(CROWDED)
-            if self.transport.can_write_eof():
-                self.transport.write_eof()
-            self._expect(LINGER_SECONDS)
+        """Answer that there is no room, before anything of a request is there, and read on until the client has closed."""
+        self._refused = True
+        self.transport.write(CROWDED)
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self._expect(LINGER_SECONDS)
 
     def on_response_complete(self) -> None:
         self.idle_since = time.monotonic()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import random
+import socket
+import threading
 import time
 
+import httpx
 import pytest
 from app_clients import JOIN, answered, connect, raw
 
@@ -112,25 +116,56 @@ def test_an_address_that_holds_too_much_is_told_to_wait(client, live):
         assert client.get("/healthz", timeout=5).status_code == 200
 
 
-def test_who_is_refused_at_once_may_still_send_and_reads_the_answer(client, live):
-    # Gradio is imported when it is first asked for.
-    assert client.get("/config", timeout=240).status_code == 200
-    ask = b"GET /gradio_api/heartbeat/a HTTP/1.1\r\nhost: localhost\r\n\r\n"
-    with contextlib.ExitStack() as stack:
-        links = [stack.enter_context(connect(live[0], "127.0.0.4")) for _ in range(connections.PER_ADDRESS)]
+@contextlib.contextmanager
+def waiting():
+    """A server whose one route answers when it is let go: its address, and what lets it go."""
+    go = threading.Event()
+
+    async def app(scope, receive, send):
+        if scope["type"] != "http":
+            return
+        while not go.is_set():
+            await asyncio.sleep(0.05)
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+    running = connections.server(app)
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        yield httpx.URL(f"http://127.0.0.1:{listener.getsockname()[1]}"), go
+    finally:
+        go.set()
+        running.should_exit = True
+        thread.join(30)
+
+
+def test_who_is_refused_when_he_is_accepted_may_still_send_and_reads_the_answer():
+    head = b"POST / HTTP/1.1\r\nhost: localhost\r\ncontent-length: "
+    with waiting() as (url, go), contextlib.ExitStack() as stack:
+        links = [stack.enter_context(connect(url)) for _ in range(connections.PER_ADDRESS)]
         for link in links:
-            link.sendall(ask)
-        for link in links:
+            link.sendall(head + b"0\r\n\r\n")
+        time.sleep(0.5)
+        late = [stack.enter_context(connect(url)) for _ in range(20)]
+        for at, link in enumerate(late):
+            # One sends nothing, one a long body, the others a request as everybody's.
+            with contextlib.suppress(OSError):
+                link.sendall(b"" if at == 0 else head + b"0\r\n\r\n" if at > 1 else head + b"4000000\r\n\r\n")
+                for _ in range(40 if at == 1 else 0):
+                    link.sendall(b"0" * 100_000)
+        for link in late:
+            said, _, body = answered(link).partition(b"\r\n\r\n")
+            assert said.startswith(b"HTTP/1.1 503") and b"retry-after: 1" in said
+            assert hostile.sentence(body) == "too many connections are open; try again in a moment."
+        # They count no more, and another address is served as ever.
+        stranger = stack.enter_context(connect(url, "127.0.0.2"))
+        stranger.sendall(head + b"0\r\n\r\n")
+        go.set()
+        for link in (stranger, *links):
             link.settimeout(30)
-            link.recv(4096)
-        late = stack.enter_context(connect(live[0], "127.0.0.4"))
-        late.sendall(b"POST /api/read HTTP/1.1\r\nhost: localhost\r\ncontent-length: 4000000\r\n\r\n")
-        with contextlib.suppress(OSError):
-            for _ in range(40):
-                late.sendall(b"0" * 100_000)
-        head, _, body = answered(late).partition(b"\r\n\r\n")
-        assert head.startswith(b"HTTP/1.1 503") and b"connection: close" in head
-        assert hostile.sentence(body) == "too many connections are open; try again in a moment."
+            assert link.recv(4096).startswith(b"HTTP/1.1 204")
 
 
 def test_a_body_that_is_too_large_is_told_so_and_not_cut_off(client, live):
