@@ -21,6 +21,8 @@ from training.interrupts import deferred
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "training" / "recipes"
 TEACHER = "assets/teacher"
+# What recipes of an embedded teacher begin with.
+PREFIXES = {TEACHER: "scenes_", "assets/transformer": "transformer_"}
 # By glibc's defaults the memory of every large tensor goes back to the system and is asked for again, page by page. Kept, and in
 # large pages, a training step takes 1.4 to 1.6 times less CPU time here. A process holds somewhat more for it.
 MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=4294967296"
@@ -41,19 +43,24 @@ DIVERSITY = "diversity:scenes-v1/of_teacher"
 SEEDS = ["diversity:scenes-v1", "diversity:scenes-v1/se", DIVERSITY, DIVERSITY + "/se"]
 
 
-def mapping_of(name: str) -> dict[str, Any]:
-    """The recipe scenes_<name>.yaml as it is written."""
-    return yaml.safe_load((RECIPES / f"scenes_{name}.yaml").read_text())
+def recipe_of(name: str, teacher: str = TEACHER) -> Path:
+    """scenes_<name>.yaml, or what an embedded teacher's recipes begin with."""
+    return RECIPES / f"{PREFIXES[teacher]}{name}.yaml"
 
 
-def distillations() -> list[str]:
-    """Names of the recipes scenes_<name>.yaml that distil the embedded teacher."""
+def mapping_of(name: str, teacher: str = TEACHER) -> dict[str, Any]:
+    """Such a recipe as it is written."""
+    return yaml.safe_load(recipe_of(name, teacher).read_text())
+
+
+def distillations(teacher: str = TEACHER) -> list[str]:
+    """Names of the recipes that make few-step students of an embedded teacher."""
     found = []
-    for path in sorted(RECIPES.glob("scenes_*.yaml")):
-        name = path.stem.removeprefix("scenes_")
-        mapping = mapping_of(name)
+    for path in sorted(RECIPES.glob(f"{PREFIXES[teacher]}*.yaml")):
+        name = path.stem.removeprefix(PREFIXES[teacher])
+        mapping = mapping_of(name, teacher)
         method = mapping.get("method") or {}
-        if mapping["family"].get("teacher") == TEACHER and method.get("name") != "pretrain":
+        if mapping["family"].get("teacher") == teacher and method.get("name") not in ("pretrain", "ppcl"):
             found.append(name)
     return found
 
@@ -103,10 +110,15 @@ def spend(
 
 
 def measure(
-    students: Sequence[Path], out: Path, n: int, metrics: str, words: Sequence[str] = ()
+    students: Sequence[Path],
+    out: Path,
+    n: int,
+    metrics: str,
+    words: Sequence[str] = (),
+    teacher: str = TEACHER,
 ) -> dict[str, Any]:
     """What one evaluation of students beside the teacher, whose best guidance is 3, says of them."""
-    given = ["run", "--pipeline", *students, "--teacher", TEACHER, "--teacher-guidance", 3]
+    given = ["run", "--pipeline", *students, "--teacher", teacher, "--teacher-guidance", 3]
     if status := spend("evaluation", [*given, "--metrics", metrics, "--n", n, "--out", out, *words]):
         raise UserError(f"the evaluation of {', '.join(map(str, students))} ended with {status}; see above.")
     return read(out / "results.json")
