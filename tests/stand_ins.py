@@ -37,6 +37,8 @@ STAND_INS = {
     "shapes_flux_teacher": "flux-schnell",
     "shapes_sdxl_dmd2": "sdxl",
     "shapes_sdxl_teacher": "sdxl",
+    "transformer_prune_healed": "sd3.5",
+    "transformer_teacher": "sd3.5",
     "wan_dmd2": "wan",
 }
 # Of families told classes, whose size is the network's own.
