@@ -62,7 +62,9 @@ def read_once():
     "path",
     [
         # The methods are the toy's as well, whose networks have few operations to count.
-        pytest.param(path, marks=pytest.mark.slow if path.stem.startswith(("scenes_", "transformer_")) else ())
+        pytest.param(
+            path, marks=pytest.mark.slow if path.stem.startswith(("scenes_", "transformer_")) else ()
+        )
         for path in RECIPES
         if path not in STOOD_IN
     ],

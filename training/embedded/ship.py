@@ -54,7 +54,12 @@ def main() -> None:
     parser.add_argument("source", type=Path, help="the student/ directory of a run")
     parser.add_argument("target", type=Path, help="where it is to lie, such as assets/teacher")
     parser.add_argument(
-        "--share", type=Path, action="append", default=[], metavar="DIR", help="where a file lies already; linked to"
+        "--share",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="where a file lies already; linked to",
     )
     given = parser.parse_args()
     with cli_errors():
