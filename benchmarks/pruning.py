@@ -1,8 +1,8 @@
 """Quality against size and latency of a teacher with intervals of blocks plugged in and out, without training between.
 
-    python -m training.prune prune.yaml                               (docs/pruning.md; leaves runs/scenes_prune)
-    python -m benchmarks.pruning runs/scenes_transformer_teacher/student runs/scenes_prune/student/intervals
-    python -m benchmarks.pruning TEACHER INTERVALS --further runs/scenes_prune_healed/student runs/scenes_prune_dmd2/student
+    python -m training.prune training/recipes/transformer_prune.yaml      (docs/pruning.md; leaves runs/transformer_prune)
+    python -m benchmarks.pruning assets/transformer runs/transformer_prune/student/intervals
+    python -m benchmarks.pruning TEACHER INTERVALS --further runs/transformer_prune_healed/student
 
 Rows: the teacher; each interval by itself; intervals added one after another, those of least harm first; and directories
 that are given as they are, such as a healed network or a one-step student of it. The same captions and seeds for all, and

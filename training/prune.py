@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from training.recipe import Recipe
 
 EPILOG = """\
-examples, with the recipe of docs/pruning.md:
+examples, with the recipe of docs/pruning.md as prune.yaml:
   python -m training.prune prune.yaml --find         (says which blocks would go, trains nothing)
   accelerate launch -m training.prune prune.yaml method.remove=3
   python -m training.prune prune.yaml --export runs/half --plug transformer_blocks.3-5
