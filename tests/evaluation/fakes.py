@@ -99,17 +99,17 @@ class Painter:
         steps = self.default_steps if steps is None else steps
         return Drawer(self, steps, self.default_guidance if guidance is None else guidance, chunk, quantise)
 
-    def draw(self, drawer: Drawer, prompts, seeds, on_step=None, negatives=None, timings=None) -> Tensor:
+    def draw(self, drawer: Drawer, prompts, seeds, on_step=None, negatives=None, timings=None, images=None):
         self.drawn += len(prompts)
-        images = []
+        drawn = []
         for prompt, seed in zip(prompts, seeds, strict=True):
             rng = np.random.default_rng(seed)
             image = scenes.render(scenes.parse_caption(prompt), rng).astype(float)
             amount = 60 / drawer.steps + (0 if self.guidance_free else 60 * abs(drawer.guidance - 2))
-            images.append(np.clip(image + amount * rng.standard_normal(image.shape), 0, 255).astype(np.uint8))
+            drawn.append(np.clip(image + amount * rng.standard_normal(image.shape), 0, 255).astype(np.uint8))
         for name in ("text", "denoise", "decode"):
             timings is not None and timings.update({name: timings.get(name, 0) + 0.001 * drawer.steps})
-        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+        return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2)
 
 
 class ClassPainter(Painter):

@@ -25,7 +25,7 @@ class Sleeper:
     def calls(self, guidance: float) -> int:
         return 1 if guidance == 1 else 2
 
-    def draw(self, drawer: Drawer, prompts, seeds, on_step, negatives, timings) -> Tensor:
+    def draw(self, drawer: Drawer, prompts, seeds, on_step, negatives, timings, images) -> Tensor:
         self.asked.append((tuple(prompts), tuple(seeds), drawer.chunk))
         timings |= {"text": 0.001, "denoise": self.per_call * drawer.nfe, "decode": 0.002}
         return torch.zeros(len(prompts), 3, 8, 8, dtype=torch.uint8)

@@ -6,6 +6,7 @@ import pytest
 import worlds
 from models import family_of
 from runs import sd
+from safetensors.torch import save_file
 
 from stepdistill.errors import UserError
 from stepdistill.families.sd import SD
@@ -46,22 +47,27 @@ def test_adapters_do_not_go_on_as_a_whole_network(tmp_path, tiny_sd, capsys):
     assert (directory.checkpoints / "1/student.safetensors").read_bytes() == kept
 
 
-def test_a_checkpoint_is_only_for_a_network_of_its_make(tiny_sd):
+def test_a_checkpoint_is_only_for_a_network_of_its_make(tiny_sd, tmp_path):
     family = SD(SD.Config(teacher=str(tiny_sd)))
     made = {
         rank: assemble(worlds.method("dmd2"), family, lora=LoraConfig(rank)).student for rank in (0, 1, 2)
     }
     states = {rank: student.state_dict() for rank, student in made.items()}
+
+    def written(state):
+        save_file(state, tmp_path / "student.safetensors")
+        return Checkpoint(tmp_path, 3, ("student",), (), {})
+
     for held, wanted, says in (
         (2, 0, "has adapters for 'student', and this recipe makes a whole network"),
         (0, 2, "has a whole network for 'student', and this recipe makes adapters"),
         (1, 2, "has one of another size or rank for 'student'"),
     ):
         with pytest.raises(UserError, match=f"the checkpoint of step 3 {says}"):
-            Checkpoint(3, {"student": states[held]}, {}, {}).load_into("student", made[wanted])
-        Checkpoint(3, {"student": states[held]}, {}, {}).load_into("student", made[held])
+            written(states[held]).load_into("student", made[wanted])
+        written(states[held]).load_into("student", made[held])
     with pytest.raises(UserError, match="of another size"):
-        Checkpoint(3, {"student": dict(list(states[0].items())[1:])}, {}, {}).load_into("student", made[0])
+        written(dict(list(states[0].items())[1:])).load_into("student", made[0])
 
 
 def test_a_rank_larger_than_a_layer_is_refused_where_it_was_asked_for():

@@ -152,10 +152,15 @@ ENDS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (sign
 @pytest.mark.parametrize(("number", "code"), ENDS)
 def test_a_signal_saves_and_tells_which_it_was(number, code, whole, tmp_path, monkeypatch):
     out = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        stop_in(patch, 2, number)
-        with pytest.raises(SystemExit) as end, cli_errors():
-            running.run(toy(out, "run.save_every=2"))
+    # A run under nohup goes on when its terminal hangs up, and so would the tests.
+    before = signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    try:
+        with monkeypatch.context() as patch:
+            stop_in(patch, 2, number)
+            with pytest.raises(SystemExit) as end, cli_errors():
+                running.run(toy(out, "run.save_every=2"))
+    finally:
+        signal.signal(number, before)
     assert end.value.code == code and RunDirectory(out).latest() == 3
     running.run(toy(out, "run.save_every=2"))
     assert_same_run(whole, out)
