@@ -249,13 +249,17 @@ class Latent(Leaving):
         raise NotImplementedError
 
     def cut(self, prompts: Sequence[str]) -> int:
-        most = getattr(self.config, "max_tokens", math.inf)
-        limits = [(min(each.model_max_length, most), each) for each in self.tokenizers.values()]
+        limits = [(min(each.model_max_length, self.told_tokens), each) for each in self.tokenizers.values()]
         if not limits or not len(prompts):
             return 0
         # The one that reads furthest; another may only give the pooled text.
         limit, tokenizer = max(limits, key=lambda pair: pair[0])
         return sum(len(ids) > limit for ids in tokenizer(self.worded(prompts), truncation=False).input_ids)
+
+    @property
+    def told_tokens(self) -> float:
+        """That a prompt is cut at beside the tokenizers' own limits."""
+        return getattr(self.config, "max_tokens", math.inf)
 
     def worded(self, prompts: Sequence[str]) -> list[str]:
         """Prompts as the tokenizer is given them, with the words that a pipeline puts around each."""

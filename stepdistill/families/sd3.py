@@ -4,6 +4,7 @@ T5.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -97,6 +98,11 @@ class SD3(Latent):
                 f"{self.path} lacks {lacking[0]} but has the other half of T5; add it, or set family.t5=false."
             )
         super().set_pipeline(pipeline)
+
+    @property
+    def told_tokens(self) -> float:
+        # Without T5 they are so many zeros.
+        return super().told_tokens if self.pipeline.tokenizer_3 is not None else math.inf
 
     def largest(self, model: nn.Module) -> tuple[int, int]:
         return (model.config.pos_embed_max_size * model.config.patch_size,) * 2

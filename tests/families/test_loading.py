@@ -122,6 +122,14 @@ def test_prompts_that_are_cut_are_counted():
         assert family.cut(["red", words]) == 1 and family.cut(["red"]) == 0 and family.cut([]) == 0, variant
 
 
+def test_max_tokens_of_a_t5_that_is_not_there_cut_nothing():
+    """StableDiffusion3Pipeline puts that many zeros in its place, and the CLIPs hear the prompt."""
+    family = family_of("sd3-no-t5", max_tokens=1)
+    assert (
+        family.cut(["a small red circle above a large blue square"]) == 0 and family.cut(["red " * 80]) == 1
+    )
+
+
 @pytest.mark.parametrize("variant", ["flux2-klein", "flux2-dev", "qwen-image", "z-image", "lumina2"])
 def test_a_prompt_is_cut_at_the_letter_after_the_last_that_is_heard(variant):
     """With all that its pipeline says around it: what is counted as whole is heard to the end."""
