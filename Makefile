@@ -4,7 +4,7 @@
 # make check         format, lint and fast tests, as CI does
 # make fuzz          thousands of changed files through every loader     make mutants   400 changed lines, each of which a test must notice
 # make soak          kill runs of every method at random, and compare what they end with (half an hour of a core)
-# make assets        train everything in assets/ again (about two hours of two cores)
+# make assets        train everything in assets/ again (some hours of two cores)
 
 PYTHON ?= python3
 SERVE ?= 1
@@ -94,7 +94,7 @@ soak: $(READY)
 # Each step is skipped where its result exists; remove assets/NAME to make it again.
 assets: $(READY) assets/teacher/vae/training.json assets/clip/training.json assets/scenes-v1/training.json \
         assets/teacher/unet/config.json assets/student/stepdistill.json assets/ar/transformer/training.json \
-        assets/tiny_decoder/training.json
+        assets/tiny_decoder/training.json assets/transformer/transformer/config.json
 
 assets/teacher/vae/training.json:
 	$(RUN) -m training.embedded.vae --out runs/vae --steps 12000 --stop 7500
@@ -116,7 +116,12 @@ assets/teacher/unet/config.json: | assets/teacher/vae/training.json assets/clip/
 
 assets/student/stepdistill.json: | assets/teacher/unet/config.json
 	$(LAUNCH)/2cpu.yaml -m training.train training/recipes/scenes_dmd2.yaml
-	$(RUN) -m training.embedded.ship runs/scenes_dmd2/student assets/student
+	$(RUN) -m training.embedded.ship runs/scenes_dmd2/student assets/student --share assets/teacher
+
+assets/transformer/transformer/config.json: | assets/teacher/vae/training.json assets/clip/training.json
+	$(RUN) -m training.embedded.shapes sd3 runs/shapes/sd3
+	$(LAUNCH)/cpu.yaml -m training.train training/recipes/transformer_teacher.yaml
+	$(RUN) -m training.embedded.ship runs/transformer_teacher/student assets/transformer --share assets/teacher
 
 assets/ar/vqvae/training.json: | assets/teacher/vae/training.json
 	$(RUN) -m training.embedded.vq --vae assets/teacher/vae --out assets/ar/vqvae --steps 1500 --stop 1220

@@ -20,10 +20,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.students import MALLOC
 from stepdistill import assets
 from stepdistill.errors import atomic_write, quieten_libraries
 
-HUGE = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=4294967296"
 STEPS = 12
 
 
@@ -78,7 +78,7 @@ def asked(case: str, tuned: bool) -> float:
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
-        "GLIBC_TUNABLES": HUGE if tuned else "",
+        "GLIBC_TUNABLES": MALLOC if tuned else "",
     }
     command = [sys.executable, "-m", "benchmarks.allocator", "--turn", case]
     done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
@@ -106,7 +106,9 @@ def main() -> None:
         print(f"{case:40} {plain:8.1f} ms {tuned:8.1f} ms  {plain / tuned:.2f}x", flush=True)
     about = {"processor": machine("cpu")["cpu"], "commit": git_commit(), "load_average": os.getloadavg()[0]}
     with atomic_write(Path(__file__).with_suffix(".json")) as temporary:
-        temporary.write_text(json.dumps({"tunables": HUGE, "cases": cases, "about": about}, indent=1) + "\n")
+        temporary.write_text(
+            json.dumps({"tunables": MALLOC, "cases": cases, "about": about}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":
