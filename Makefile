@@ -13,7 +13,7 @@ PORT ?= 7860
 BIN := .venv/bin
 READY := .venv/.ready
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
-# glibc keeps what is freed, in huge pages: without, half of a small network's training step is the kernel's, clearing pages.
+# glibc keeps what is freed, in huge pages, which takes up to a fifth off a training step (benchmarks/allocator.json).
 MEMORY := GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=4294967296
 RUN := $(MEMORY) OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python
 LAUNCH := $(MEMORY) OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --config_file training/accelerate

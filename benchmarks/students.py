@@ -24,7 +24,7 @@ TEACHER = "assets/teacher"
 # What recipes of an embedded teacher begin with.
 PREFIXES = {TEACHER: "scenes_", "assets/transformer": "transformer_"}
 # By glibc's defaults the memory of every large tensor goes back to the system and is asked for again, page by page. Kept, and in
-# large pages, a training step takes 1.4 to 1.6 times less CPU time here. A process holds somewhat more for it.
+# large pages, a training step takes up to a fifth less CPU time (benchmarks/allocator.json). A process holds somewhat more for it.
 MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=4294967296"
 ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",

@@ -122,5 +122,5 @@ def test_measured_runs_took_what_was_planned():
     kept = json.loads(MEASURED.read_text())
     assert len(kept["cases"]) >= 4
     for name, case in kept["cases"].items():
-        # What a process takes beside tensors is a part of little.
-        assert case["ratio"] == pytest.approx(1, abs=0.15 if case["measured"] > 256 else 0.2), name
+        # A plan that says too little ends in a run that has no room; too much is the lesser fault.
+        assert 0.85 < case["ratio"] < 1.25, name
