@@ -17,9 +17,12 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from app import pictures, png
+from app.catalog import Entry
 from app.http import create_app
+from app.model import Model
 from app.request import Invalid, Limits, Request, validate
 from app.settings import from_settings
+from stepdistill import assets, load
 
 PROMPT = "a red circle"
 COLOURS = np.random.default_rng(1).integers(0, 256, (40, 60, 3), dtype=np.uint8)
@@ -193,6 +196,17 @@ def test_pictures_of_different_users_share_a_batch_and_others_do_not():
         assert np.array_equal(alone.image, images[0])
     finally:
         engine.close()
+
+
+def test_each_picture_has_latents_of_its_own():
+    """A model remembers what it has encoded."""
+    path = assets.path("student")
+    model = Model(Entry("student", path, "student"), load(path), "auto")
+    request = Request(PROMPT, seed=3, steps=1, guidance_scale=1.0, strength=0.5)
+    one, other = (pictures.opened(file(pixels)) for pixels in (COLOURS, 255 - COLOURS))
+    first, second, again = (model.draw([request], pictures=[each])[0][0] for each in (one, other, one))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, second)
 
 
 def test_pictures_are_bounded_by_session_and_in_all(monkeypatch):
