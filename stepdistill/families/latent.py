@@ -54,6 +54,9 @@ class LatentConfig:
             raise ValueError(
                 f"resolution must be [height, width] in pixels, or [side], got {list(self.resolution)}."
             )
+        # Of those families whose prompts are cut where a recipe says.
+        if (tokens := getattr(self, "max_tokens", 0)) < 0:
+            raise ValueError(f"max_tokens must be 0 or more, got {tokens}.")
 
 
 class Latent(Leaving):

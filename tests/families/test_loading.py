@@ -122,6 +122,12 @@ def test_prompts_that_are_cut_are_counted():
         assert family.cut(["red", words]) == 1 and family.cut(["red"]) == 0 and family.cut([]) == 0, variant
 
 
+@pytest.mark.parametrize("variant", ["sd3-no-t5", "flux-schnell", "pixart-alpha", "lumina2", "qwen-image"])
+def test_less_than_no_tokens_are_refused(variant):
+    with pytest.raises(UserError, match=r"max_tokens must be 0 or more, got -1\."):
+        family_of(variant, max_tokens=-1)
+
+
 def test_max_tokens_of_a_t5_that_is_not_there_cut_nothing():
     """StableDiffusion3Pipeline puts that many zeros in its place, and the CLIPs hear the prompt."""
     family = family_of("sd3-no-t5", max_tokens=1)
