@@ -23,6 +23,8 @@ RECIPES = ROOT / "training" / "recipes"
 TEACHER = "assets/teacher"
 # What recipes of an embedded teacher begin with.
 PREFIXES = {TEACHER: "scenes_", "assets/transformer": "transformer_"}
+# Methods that leave a teacher.
+TEACHERS = ("pretrain", "ppcl", "output_kd")
 # By glibc's defaults the memory of every large tensor goes back to the system and is asked for again, page by page. Kept, and in
 # large pages, a training step takes up to a fifth less CPU time (benchmarks/allocator.json). A process holds somewhat more for it.
 MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=4294967296"
@@ -60,7 +62,7 @@ def distillations(teacher: str = TEACHER) -> list[str]:
         name = path.stem.removeprefix(PREFIXES[teacher])
         mapping = mapping_of(name, teacher)
         method = mapping.get("method") or {}
-        if mapping["family"].get("teacher") == teacher and method.get("name") not in ("pretrain", "ppcl"):
+        if mapping["family"].get("teacher") == teacher and method.get("name") not in TEACHERS:
             found.append(name)
     return found
 

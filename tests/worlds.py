@@ -56,6 +56,7 @@ VARIANTS = [(name, SETTINGS.get(name, {})) for name in (*METHODS, *CODE_METHODS)
     ("disback", {"stage": "degrade"}),
     ("disback", {"path": 3, "interval": 1, "base": {"name": "dmd2", "student_every": 1}}),
     ("lightning", {"predecessor": "teacher", "conditional": False}),
+    ("output_kd", {"task_weight": 0.5}),
     ("compose", {"parts": [{"name": "dmd2", "gan_weight": 1e-2}, {"name": "dmd2", "student_every": 2}]}),
 ]
 EVERY = pytest.mark.parametrize(

@@ -49,8 +49,11 @@ CODE_METHODS = Table(
     {"dd1": "stepdistill.methods.dd1:DD1", "dd2": "stepdistill.methods.dd2:DD2"},
 )
 
-# What makes a network smaller, where it has lists of blocks: no part of a composition, and no student is left by it.
-PRUNERS = Table("stepdistill.methods.base:Method", {"ppcl": "stepdistill.methods.ppcl:PPCL"})
+# What makes a network smaller, where it has lists of blocks, and heals it: no part of a composition, and what is left is a teacher.
+PRUNERS = Table(
+    "stepdistill.methods.base:Method",
+    {"ppcl": "stepdistill.methods.ppcl:PPCL", "output_kd": "stepdistill.methods.output_kd:OutputKD"},
+)
 
 # All that a recipe may name.
 EVERY_METHOD = Table(METHODS.base, METHODS | CODE_METHODS | PRUNERS)

@@ -9,7 +9,7 @@ Nothing of one interval reaches another, so each may be plugged in or left out a
 intervals=...)`). The paper's loss is its first term, which leaves the length free; the second (ours) holds it.
 
 The intervals are found by `python -m training.prune RECIPE`, see `stepdistill/redundancy.py`, or given. What comes out is a
-many-step teacher with fewer blocks: train it on by `pretrain`, distil it by any method.
+many-step teacher with fewer blocks: heal it by `output_kd`, distil it by any method.
 
 Normal ranges: the loss begins at the harm of leaving the blocks out and falls by half in a few hundred iterations;
 cosine ends above 0.95.

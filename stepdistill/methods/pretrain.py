@@ -19,7 +19,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from stepdistill import timesteps
+from stepdistill.denoiser import Cond
 from stepdistill.losses import denoising, moments
 from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase
 
@@ -52,11 +55,15 @@ class Pretrain(Method):
         yield Phase("student", ("student",), ((1.0, self.loss),))
 
     def loss(self, nets: Networks, batch: Batch) -> Losses:
+        x_t, eps, t, cond = self.noised(nets, batch)
+        prediction = nets.student(x_t, t, cond)
+        loss = denoising(prediction, batch.x0, eps, nets.sigma_data)
+        return {"total": loss} | moments(prediction.x0) | moments(batch.x0, "teacher_")
+
+    def noised(self, nets: Networks, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Cond]:
+        """(x_t (B, ...), the eps in it, t (B,), the conditions with some of them dropped)."""
         config, noise = self.config, batch.generator
         shape = {"mean": config.time_mean, "std": config.time_std, "unit": nets.sigma_data}
         t = timesteps.draw(config.time_density, nets.schedule, noise, **shape)
         eps = batch.randn()
-        cond = batch.dropped_cond(config.cond_dropout)
-        prediction = nets.student(nets.schedule.add_noise(batch.x0, eps, t), t, cond)
-        loss = denoising(prediction, batch.x0, eps, nets.sigma_data)
-        return {"total": loss} | moments(prediction.x0) | moments(batch.x0, "teacher_")
+        return nets.schedule.add_noise(batch.x0, eps, t), eps, t, batch.dropped_cond(config.cond_dropout)

@@ -16,7 +16,7 @@ from stepdistill.noise import SampleNoise
 from stepdistill.schedule import TrigFlow
 
 # Their losses drop conditions, or look at none on purpose.
-DROPS = {"pretrain", "tsm", "vsd", "decoupled_dmd", "cdm", "imf", "dmf", "twinflow"}
+DROPS = {"pretrain", "output_kd", "tsm", "vsd", "decoupled_dmd", "cdm", "imf", "dmf", "twinflow"}
 
 # Their networks are asked token by token.
 BY_TOKEN = {"dd1", "dd2"}
