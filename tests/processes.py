@@ -25,6 +25,7 @@ from forks import two_processes
 from runs import GAN, LCM, checkpoint, same
 
 from stepdistill.config import apply_overrides
+from stepdistill.denoiser import unwrap
 from training import run as running
 from training.checkpoint import Checkpoint, RunDirectory
 from training.recipe import Recipe, recipe_from
@@ -125,8 +126,11 @@ def train(
     told.with_suffix(f".{rank}").write_text(json.dumps(sums))
 
 
-def checkpointed(module: torch.nn.Module) -> bool:
-    return any(getattr(each, "is_gradient_checkpointing", False) for each in module.modules())
+def checkpointed(student: torch.nn.Module) -> bool:
+    """Of adapters, their base's network, which is no module of theirs."""
+    return any(
+        getattr(each, "is_gradient_checkpointing", False) for each in unwrap(student).network.modules()
+    )
 
 
 def digest(state: Any) -> str:
