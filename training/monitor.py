@@ -61,6 +61,8 @@ class Monitor:
         self._preview = Preview(method, family, source, self.run.preview_count, self.run.seed)
         self.patience = Patience(self.run.patience if self.run.stop == "patience" else 0)
         self._seeds = Seeds(family, source, taught_guidance(method))
+        # What trains a teacher from data may begin from any, random weights too: no measure of it.
+        self._replaces_teacher = method.leaves_teacher and not method.needs_teacher
         self._measured = directory.checkpoints / "measured.json"
         # The last step at which they were.
         self._drawn_at = -1
@@ -154,7 +156,7 @@ class Monitor:
 
     def _ratios(self, step: int) -> dict[str, float]:
         """What seeds of a few prompts say of saturation and collapse; the run's start has neither. Once a step."""
-        if not step or self._drawn_at == step:
+        if not step or self._drawn_at == step or self._replaces_teacher:
             return {}
         self._drawn_at = step
         return self._seeds.ratios(self.student.sampler(step))

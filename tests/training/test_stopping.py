@@ -108,6 +108,15 @@ def test_a_broken_run_is_told_while_it_goes_on(word, name, tmp_path, monkeypatch
     assert len(seen) == 3 and (seen[-1] < 0.6 if word == "collapse" else seen[-1] > 1.25)
 
 
+def test_what_trains_a_teacher_is_not_measured_by_the_one_it_replaces(tmp_path):
+    run = {"steps": 2, "metric_every": 1, "metric": "sw1", "log_every": 1}
+    recipe = toy(
+        tmp_path / "run", family={"name": "toy", "fit_steps": 1}, run=run, method={"name": "pretrain"}
+    )
+    running.run(recipe)
+    assert not any(name.startswith("samples/") for row in metrics(tmp_path / "run") for name in row)
+
+
 def test_the_spread_of_seeds_is_within_prompts():
     x0 = torch.tensor([[[0.0], [2.0]], [[10.0], [14.0]]])
     assert seeds.seed_spread(x0) == pytest.approx(3)
