@@ -70,7 +70,8 @@ check: $(READY)
 # Both go on where they stopped, and keep their results: tests/fuzz/fuzz.json, tests/mutants/mutants.json.
 # The lowest allowed versions, in an environment of their own, and the tests that touch each of them.
 SMOKE := tests/test_imports.py tests/test_config.py tests/test_lora.py tests/training/test_webdataset.py tests/training/test_trackers.py \
-    tests/families/test_loading.py tests/app/test_app_request.py tests/evaluation/test_evaluate.py tests/security/test_data_files.py
+    tests/families/test_loading.py tests/app/test_app_request.py tests/evaluation/test_evaluate.py tests/security/test_data_files.py \
+    tests/test_onnx_form.py tests/training/test_streamed.py
 
 lowest: $(READY)
 	$(BIN)/uv venv --clear --python $(BIN)/python .venv/lowest
