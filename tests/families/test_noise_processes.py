@@ -101,6 +101,9 @@ def test_eps_where_no_signal_is_left_is_refused_unless_the_student_starts_before
     with pytest.raises(UserError, match=r"rescale_betas_zero_snr.*student\.first_rho"):
         assemble(worlds.method("dmd2"), family)
     assemble(worlds.method("dmd2", first_rho=14.0), family)
+    # The ODE's grid begins at the end all the same.
+    with pytest.raises(UserError, match=r"undefined; give a teacher of v_prediction"):
+        assemble(worlds.method("progressive", first_rho=14.0), family)
     assemble(worlds.method("dmd2"), SD.from_directory(teacher(TEACHERS["zero terminal signal"], "v")))
 
 

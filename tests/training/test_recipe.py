@@ -174,6 +174,32 @@ def test_an_override_that_no_stage_hears_is_refused(tmp_path: Path) -> None:
     assert [stage.optim.networks["fake_score"]["lr"] for stage in recipe.stages()] == [1e-3, 1e-5]
 
 
+def test_a_setting_that_the_rule_of_sampling_ignores_is_refused():
+    """The ODE's grid begins at the schedule's end, whatever is asked for."""
+    base = {"family": {"name": "toy"}, "data": {"name": "toy"}}
+
+    def made(name: str, **student: Any) -> Any:
+        section = {"method": {"name": name}, "student": {"steps": [1, 2], **student}}
+        return recipe_from(base | section | {"run": {"steps": 1, "out": "run"}})
+
+    def staged(every: dict[str, Any], **first: Any) -> Any:
+        stages = [{"method": {"name": name}, "run": {"steps": 1}} for name in ("cdm", "dmd2")]
+        stages[0] |= first
+        return recipe_from(base | {"student": every, "run": {"out": "run"}, "stages": stages})
+
+    says = r"student\.first_rho=1\.0 changes nothing, .* student\.rule=ode"
+    with pytest.raises(UserError, match=says):
+        made("cdm", first_rho=1.0)
+    with pytest.raises(UserError, match=r"stages\.0: " + says):
+        staged({}, student={"first_rho": 1.0})
+    with pytest.raises(UserError, match=r"student\.eta=0\.3 changes nothing, .* student\.rule=renoise"):
+        made("dmd2", eta=0.3)
+    assert made("dmd2", first_rho=1.0).sampling.first_rho == 1.0
+    assert made("dmd2", rule="tcd", eta=0.3).sampling.eta == 0.3
+    # What is said for all stages is for those that look at it.
+    assert staged({"first_rho": 1.0}).stages()[1].sampling.first_rho == 1.0
+
+
 def test_stages_are_laid_over_the_base() -> None:
     recipe = recipe_from(staged())
     one, two = recipe.stages()
