@@ -21,6 +21,7 @@ from typing import Any
 import tiny
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from forks import two_processes
 from runs import GAN, LCM, checkpoint, same
 
@@ -119,6 +120,7 @@ def train(
         # The other process waits for what the main one finds there.
         if name in after and rank == 0:
             from_step(*after[name], Path(each.run.out))
+        AcceleratorState._reset_state()
         try:
             running.run(each)
         finally:
@@ -180,6 +182,8 @@ def measure(names: list[str], folder: Path) -> dict[str, dict[str, Any]]:
     place = {kind: {name: Path(f"{made[name]}-{kind}") for name in names} for kind in ("one", "ddp", "fsdp")}
     recipes = {kind: {name: recipe(name, out) for name, out in place[kind].items()} for kind in place}
     for each in recipes["one"].values():
+        # Which keeps the precision of the run before.
+        AcceleratorState._reset_state()
         running.run(each)
     alike = {kind: in_two(recipes[kind], kind == "fsdp") for kind in ("ddp", "fsdp")}
     rows: dict[str, dict[str, Any]] = {}
