@@ -85,7 +85,7 @@ def jvp(
     """
     with (
         torch.no_grad(),
-        _in_full(primals[0]),
+        in_full(primals[0]),
         sdpa_kernel(SDPBackend.MATH),
         forward_ad.dual_level(),
         _OwnRules(),
@@ -98,7 +98,7 @@ def jvp(
         return value, torch.zeros_like(value) if tangent is None else tangent
 
 
-def _in_full(like: Tensor) -> contextlib.AbstractContextManager:
+def in_full(like: Tensor) -> contextlib.AbstractContextManager:
     """No autocast on the device of `like`, where there is such a thing."""
     device = like.device.type
     known = torch.amp.is_autocast_available(device)
@@ -128,7 +128,7 @@ def difference(
     teacher's ODE, not re-noised data, which would add the conditional velocity's noise, and a bias under
     guidance. Both passes draw the same dropout. step: h, a number or (B,), one per sample.
     """
-    with torch.no_grad(), _in_full(primals[0]):
+    with torch.no_grad(), in_full(primals[0]):
         moved = [_scaled(step, d.to(p.dtype)) for p, d in zip(primals, tangents, strict=True)]
         with same_draws(primals[0]):
             ahead = function(*(p + m for p, m in zip(primals, moved, strict=True)))
@@ -145,7 +145,7 @@ def upwind(
     """f(p) and (f(p) - f(p - h d)) / h, of first order: towards less noise, where a consistency function is
     already known (rCM, arXiv 2510.08431, takes sCM's derivative so).
     """
-    with torch.no_grad(), _in_full(primals[0]):
+    with torch.no_grad(), in_full(primals[0]):
         with same_draws(primals[0]):
             here = function(*primals)
         behind = function(*(p - _scaled(step, d.to(p.dtype)) for p, d in zip(primals, tangents, strict=True)))

@@ -10,8 +10,9 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from stepdistill.jvp import in_full
 
 
 @contextlib.contextmanager
@@ -21,7 +22,7 @@ def second_half_at(unet: nn.Module, t: Tensor, end: Tensor, **told: Any) -> Iter
     told: what its time embedding is called with besides. What classes and sizes add to the embedding stays.
     """
     dtype = next(unet.parameters()).dtype
-    with torch.autocast(t.device.type, enabled=False):
+    with in_full(t):
         begun, ended = (unet.time_embedding(unet.time_proj(time).to(dtype), **told) for time in (t, end))
     moved = ended - begun
 

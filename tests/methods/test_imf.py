@@ -96,6 +96,11 @@ def test_a_converted_unet_is_the_teacher_until_it_jumps(inputs):
         # Untold it is as before: nothing is left behind.
         torch.testing.assert_close(student(x, t, cond, **told).raw, expected, rtol=1e-4, atol=1e-5)
     assert (student.state_dict().keys() == teacher.state_dict().keys()) == (not told)
+    # As --dry-run counts it, on tensors without content.
+    student.to("meta")
+    shadow = [each.to("meta") for each in (x, t, cond, r)]
+    told = {name: each.to("meta") for name, each in told.items()}
+    assert student(*shadow[:3], end=shadow[3], **told).raw.shape == x.shape
 
 
 def test_a_converted_mlp_is_the_teacher_until_it_jumps():
