@@ -27,6 +27,13 @@ MOST_STEPS = 10_000
 
 Predict = Callable[..., Prediction]
 
+# Settings that not every rule looks at: the ODE's grid begins and goes on where the schedule says.
+_HEARD_BY: dict[str, tuple[str, ...]] = {
+    "first_rho": ("renoise", "tcd", "flowmap"),
+    "middle_time": ("renoise", "tcd", "flowmap"),
+    "eta": ("tcd",),
+}
+
 # What a later stage takes over from the stage before, where its method and its recipe say nothing.
 _INHERITED = ("rule", "first_rho", "init_noise", "eta", "finest", "middle_time")
 
@@ -108,6 +115,10 @@ class Sampling:
     def inherited(self) -> dict[str, Any]:
         """What a later stage takes over unless it says otherwise. Inputs and guidance are each method's own."""
         return {name: value for name, value in asdict(self).items() if name in _INHERITED}
+
+    def hears(self, name: str) -> bool:
+        """Whether the setting `name` of a recipe's `student:` section makes a difference to the rule."""
+        return self.rule in _HEARD_BY.get(name, RULES)
 
     @property
     def points(self) -> int:

@@ -156,10 +156,11 @@ def _staged(base: Mapping[str, Any], partials: Sequence[Mapping[str, Any]]) -> l
     for i, partial in enumerate(partials):
         try:
             built.append(_from_mapping(_merged(base, partial), inherited=inherited))
-            _refuse_unsampled(as_section(partial.get("student"), "student"), built[-1].sampling)
+            _refuse_unsampled(partial, [built[-1]])
         except UserError as error:
             raise UserError(f"stages.{i}: {error}") from None
         inherited = {} if built[-1].method.cls.many_steps else built[-1].sampling.inherited()
+    _refuse_unsampled(base, built)
     return built
 
 
@@ -218,20 +219,20 @@ def _from_mapping(
     if method is not None:
         layers = (inherited or {}, method.cls.sampled(method.config), student.sampled())
         sampling = Sampling.of(student.steps, *layers)
-        # A section for all stages may be for some of them.
-        if inherited is None:
-            _refuse_unsampled(as_section(mapping.get("student"), "student"), sampling)
-    return Recipe(student=student, optim=optim, run=run, partials=partials, sampling=sampling, **chosen)
+    recipe = Recipe(student=student, optim=optim, run=run, partials=partials, sampling=sampling, **chosen)
+    if not partials and inherited is None:
+        _refuse_unsampled(mapping, [recipe])
+    return recipe
 
 
-def _refuse_unsampled(student: Mapping[str, Any], sampling: Sampling) -> None:
-    """Settings that a student's rule does not look at would change nothing and say nothing."""
-    ode, tcd = sampling.rule == "ode", sampling.rule == "tcd"
-    for name, unheard in (("first_rho", ode), ("middle_time", ode), ("eta", not tcd)):
-        if unheard and student.get(name):
+def _refuse_unsampled(mapping: Mapping[str, Any], stages: Sequence[Recipe]) -> None:
+    """Settings of sampling that no stage's rule looks at would change nothing and say nothing."""
+    for name, value in as_section(mapping.get("student"), "student").items():
+        if value and not any(stage.sampling.hears(name) for stage in stages):
+            rules = " and ".join(sorted({stage.sampling.rule for stage in stages}))
             raise UserError(
-                f"student.{name}={student[name]} changes nothing, since the student is sampled by"
-                f" student.rule={sampling.rule}, which does not look at it; leave it out."
+                f"student.{name}={value} changes nothing, since the student is sampled by student.rule={rules}, which"
+                " does not look at it; leave it out."
             )
 
 

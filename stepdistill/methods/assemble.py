@@ -203,10 +203,12 @@ def _refuse_guidance(method: Method, family: Family) -> None:
 def _refuse_undefined(method: Method, family: Family, student: Denoiser) -> None:
     """Noise says nothing of an image where there is no signal, so eps from there on is undefined."""
     kinds = {student.kind} | ({family.teacher.kind} if method.needs_teacher and family.teacher else set())
-    # The ODE's grid begins at the schedule's end, whatever first_rho says.
-    ode = method.sampling.rule == "ode"
-    if family.schedule.ends_without_signal and "eps" in kinds and (ode or not method.sampling.first_rho):
-        start = "" if ode else "student.first_rho, the noise level the student starts from, 14 say, or "
+    movable = method.sampling.hears("first_rho")
+    inside = movable and method.sampling.first_rho
+    if family.schedule.ends_without_signal and "eps" in kinds and not inside:
+        start = (
+            "" if not movable else "student.first_rho, the noise level the student starts from, 14 say, or "
+        )
         raise UserError(
             "family.teacher: its scheduler's last step has no signal left (rescale_betas_zero_snr), where epsilon"
             f" prediction is undefined; give {start}a teacher of v_prediction."

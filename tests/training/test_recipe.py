@@ -196,6 +196,10 @@ def test_a_setting_that_the_rule_of_sampling_ignores_is_refused():
         made("dmd2", eta=0.3)
     assert made("dmd2", first_rho=1.0).sampling.first_rho == 1.0
     assert made("dmd2", rule="tcd", eta=0.3).sampling.eta == 0.3
+    with pytest.raises(
+        UserError, match=r"^student\.eta=0\.3 changes nothing, .* student\.rule=ode and renoise"
+    ):
+        staged({"eta": 0.3})
     # What is said for all stages is for those that look at it.
     assert staged({"first_rho": 1.0}).stages()[1].sampling.first_rho == 1.0
 
