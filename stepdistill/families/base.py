@@ -135,7 +135,10 @@ class Family:
 
     def _saved(self, init: str) -> Denoiser:
         """A saved student, along this family's noise process: that of its directory may be its first part."""
-        student = type(self).from_directory(Path(init), self.settings).teacher.clone()
+        try:
+            student = type(self).from_directory(Path(init), self.settings).teacher.clone()
+        except UserError as error:
+            raise UserError(f"student.init={init}: {error}") from None
         if not student.schedule.agrees(self.schedule):
             raise UserError(
                 f"student.init={init}: its scheduler's noise process is another than family.teacher's; start from a"

@@ -137,7 +137,9 @@ def test_wrong_teachers(capsys, tiny_sd):
         spoil(Path(name) / "unet" / "diffusion_pytorch_model.safetensors")
         assert message in stopped(capsys, sd(Path(f"./{name}"), data=prompts()))
     assert "student.init" in stopped(capsys, sd(tiny_sd, data=prompts()), "student.init=random")
-    assert "nowhere does not exist" in stopped(capsys, "sd.yaml", "student.init=./nowhere")
+    assert "student.init=./nowhere: nowhere does not exist" in stopped(
+        capsys, "sd.yaml", "student.init=./nowhere"
+    )
 
 
 def test_data_that_does_not_fit(capsys, tiny_sd, tiny_pixel):
