@@ -112,6 +112,8 @@ def plot(table: dict[str, Any], path: Path) -> None:
         axes.set_yticks(range(len(rows)), [row["method"] for row in rows])
         axes.invert_yaxis()
         axes.set_xscale("log")
+        for ticks in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+            ticks("{x:g}")
         axes.axvline(1.0, color="#71717a", linewidth=1)
         axes.grid(True, color="#e4e4e7")
         axes.set_xlabel(f"FD / teacher's after {minutes:g} CPU minutes")

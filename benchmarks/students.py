@@ -16,6 +16,8 @@ from typing import Any
 import yaml
 
 from stepdistill.errors import Interrupted, UserError, atomic_write
+from stepdistill.methods import EVERY_METHOD
+from stepdistill.registry import resolve
 from training.interrupts import deferred
 
 ROOT = Path(__file__).parents[1]
@@ -23,8 +25,6 @@ RECIPES = ROOT / "training" / "recipes"
 TEACHER = "assets/teacher"
 # What recipes of an embedded teacher begin with.
 PREFIXES = {TEACHER: "scenes_", "assets/transformer": "transformer_"}
-# Methods that leave a teacher.
-TEACHERS = ("pretrain", "ppcl", "output_kd")
 # By glibc's defaults the memory of every large tensor goes back to the system and is asked for again, page by page. Kept, and in
 # large pages, a training step takes up to a fifth less CPU time (benchmarks/allocator.json). A process holds somewhat more for it.
 MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=4294967296"
@@ -61,8 +61,9 @@ def distillations(teacher: str = TEACHER) -> list[str]:
     for path in sorted(RECIPES.glob(f"{PREFIXES[teacher]}*.yaml")):
         name = path.stem.removeprefix(PREFIXES[teacher])
         mapping = mapping_of(name, teacher)
-        method = mapping.get("method") or {}
-        if mapping["family"].get("teacher") == teacher and method.get("name") not in TEACHERS:
+        method = (mapping.get("method") or {}).get("name")
+        leaves_teacher = method is not None and resolve(method, EVERY_METHOD, "method").leaves_teacher
+        if mapping["family"].get("teacher") == teacher and not leaves_teacher:
             found.append(name)
     return found
 
