@@ -125,7 +125,7 @@ class Exported:
         stages = [(stage, stage.new_method()) for stage in recipe.stages()]
         checkpoint = directory.load(directory.chosen(which))
         stage, method = stages[checkpoint.extra["stage"]]
-        family: Family = stage.family.make()
+        family = stage.new_family()
         student = new_student(method, family, stage.student.init, stage.student.lora)
         made = StudentCard(stage, recipe, method, family, _routing(checkpoint, stage))
         checkpoint.load_into("student", student)

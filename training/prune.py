@@ -171,7 +171,7 @@ def export(recipe: Recipe, names: Sequence[str], directory: Path) -> str:
         Interval.parse(name)
         if name not in there:
             raise UserError(f"--plug {name}: {folder} holds {', '.join(there) or 'no intervals yet'}.")
-    family = recipe.family.make()
+    family = recipe.new_family()
     pruned = plug(family.teacher, [folder / f"{name}.safetensors" for name in names])
     card = exports.card_of(family, _told(recipe, names).new_method(), recipe.mapping())
     exports.write(family, pruned.eval(), directory, replace(card, name=directory.name))

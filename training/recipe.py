@@ -20,6 +20,7 @@ from typing import Any
 from stepdistill.config import UnknownKey, apply_overrides, build, plain
 from stepdistill.errors import UserError
 from stepdistill.families import FAMILIES
+from stepdistill.families.base import Family
 from stepdistill.methods import EVERY_METHOD
 from stepdistill.methods.base import Method
 from stepdistill.registry import resolve
@@ -79,6 +80,20 @@ class Recipe:
         base = self.mapping()
         base.pop("stages")
         return _staged(base, self.partials)
+
+    def new_family(self) -> Family:
+        """The family, its teacher read.
+
+        Raises:
+            UserError: it cannot be; what is wrong with a file says whose it is, family.teacher.
+        """
+        try:
+            return self.family.make()
+        except UserError as error:
+            teacher = getattr(self.family.config, "teacher", "")
+            if not teacher or str(error).startswith("family."):
+                raise
+            raise UserError(f"family.teacher={teacher}: {error}") from None
 
     def new_method(self) -> Method:
         """The stage's method, for a student sampled as `sampling` says."""

@@ -225,7 +225,7 @@ def _finish(trainer: Trainer, accelerator: Accelerator) -> None:
 
 def build(recipe: Recipe) -> tuple[Family, list[Source]]:
     """The family and, per stage, the data source, checked against what the methods need."""
-    family: Family = recipe.family.make()
+    family = recipe.new_family()
     made: dict[str, Source] = {}
     sources = []
     for number, stage in enumerate(recipe.stages()):

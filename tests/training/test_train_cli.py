@@ -122,9 +122,11 @@ def test_wrong_recipes(capsys):
 
 
 def test_wrong_teachers(capsys, tiny_sd):
-    assert "nowhere does not exist" in stopped(capsys, sd(Path("./nowhere"), data=prompts()))
+    said = stopped(capsys, sd(Path("./nowhere"), data=prompts()))
+    assert "family.teacher=nowhere: nowhere does not exist" in said
     Path("hollow").mkdir()
-    assert "has no model_index.json" in stopped(capsys, sd(Path("./hollow"), data=prompts()))
+    said = stopped(capsys, sd(Path("./hollow"), data=prompts()))
+    assert "family.teacher=hollow: hollow is not" in said and "has no model_index.json" in said
     for name, spoil, message in (
         ("cut", lambda file: file.write_bytes(file.read_bytes()[:1000]), "corrupt or cut off"),
         (
