@@ -110,6 +110,10 @@ def gaussian_flow_map(
     return mean_s + std_s * (x_t - mean_t) / std_t
 
 
+# The least rho that an MLP is fitted at. Below it the logarithm of the noise tells it nothing that it has learned.
+KNOWN = math.exp(-3.6)
+
+
 class MLP(nn.Module):
     """A small denoiser for points: EDM-preconditioned (sigma_data 1) on the state at unit norm, conditioned
     on log rho.
@@ -151,9 +155,9 @@ class MLP(nn.Module):
         """From the second layer on, the end of a jump in the place of its beginning; a jump of no length is as it was."""
         self.end_by_depth = True
 
-    def _noise_features(self, t: Tensor, like: Tensor) -> Tensor:
+    def _noise_features(self, t: Tensor, like: Tensor, least: float = 1e-3) -> Tensor:
         """log rho / 4 and its sinusoids, (B, 33)."""
-        log_rho = expand(self.schedule.rho(t).clamp(1e-3, 1e3).log() / 4, like)
+        log_rho = expand(self.schedule.rho(t).clamp(least, 1e3).log() / 4, like)
         angles = log_rho * self.frequencies.to(like.dtype)
         return torch.cat((log_rho, angles.sin(), angles.cos()), 1)
 
@@ -188,7 +192,7 @@ class MLP(nn.Module):
             h = h + self.end(self._end_features(end, x_t))
         for i, layer in enumerate(self.hidden):
             if i == 1 and self.end_by_depth and end is not None:
-                moved = self._noise_features(end, x_t) - self._noise_features(t, x_t)
+                moved = self._noise_features(end, x_t, KNOWN) - self._noise_features(t, x_t, KNOWN)
                 h = h + moved @ self.enter.weight[:, -moved.shape[1] :].T
             h = h + layer(h)
         # x0 = (alpha x_t + sigma F) / (alpha^2 + sigma^2)^(1/2) on the unit-norm state: exact at sigma = 0.

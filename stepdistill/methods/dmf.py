@@ -8,11 +8,12 @@ place of t, a trained network is a two-time student with no new weight, and for 
 
 so that all noise levels count alike and a sample that errs by much more than its like counts by its logarithm. (Of images
 all err alike; in few dimensions those few are the trajectories that part. `weight_power` p below MeanFlow's 1 puts
-(x^(1-p) - 1) / (1-p) in the logarithm's place, whose slope is MeanFlow's weight.) t and r are logit-normal each by itself, t
-the later of the two; where r = t another one. A network that is told the logarithm of its noise knows r = 0, where the last
-jump ends, by the least r it was trained with alone: `end_mean` must reach there.
+(x^(1-p) - 1) / (1-p) in the logarithm's place, whose slope is MeanFlow's weight. Of an exact teacher the error has no floor:
+levels that are learned well then outweigh those that are not, and without `learned_weight` the weight is iMF's.) t and r are
+logit-normal each by itself, t the later of the two; where r = t another one. A network that is told the logarithm of its
+noise knows r = 0, where the last jump ends, by the least r it was trained with alone: `end_mean` must reach there.
 
-Normal ranges: "level", s, falls; "error" and "derivative" as in MeanFlow.
+Normal ranges are MeanFlow's.
 """
 
 from __future__ import annotations
@@ -49,12 +50,15 @@ class DMF(IMF):
         # Of t where r = t.
         equal_mean: float = 0.0
         equal_std: float = 1.0
+        # s(t); false = the weight of iMF.
+        learned_weight: bool = True
 
     def networks(self, teacher: Denoiser, student: Denoiser) -> dict[str, nn.Module]:
-        return {"weighting": NoiseWeight()}
+        return {"weighting": NoiseWeight()} if self.config.learned_weight else {}
 
     def phases(self, step: int) -> Iterator[Phase]:
-        yield Phase("student", ("student", "weighting"), ((1.0, self.loss),))
+        trained = ("student", "weighting") if self.config.learned_weight else ("student",)
+        yield Phase("student", trained, ((1.0, self.loss),))
 
     def times(self, nets: Networks, batch: Batch) -> tuple[Tensor, Tensor]:
         t, r = super().times(nets, batch)
@@ -64,6 +68,8 @@ class DMF(IMF):
         return torch.where(t == r, equal, t), torch.where(t == r, equal, r)
 
     def weighed(self, nets: Networks, squared: Tensor, at: Point) -> Tensor:
+        if not self.config.learned_weight:
+            return super().weighed(nets, squared, at)
         s = nets.weighting(Flow().rho(at.t)).to(squared)
         error, power = (
             squared / at.x_t[0].numel() * (-s).exp() + self.config.weight_c,

@@ -12,7 +12,7 @@ from worlds import COUNT, world
 from stepdistill.denoiser import Denoiser
 from stepdistill.errors import UserError
 from stepdistill.families.sd import SD
-from stepdistill.families.toy import MLP
+from stepdistill.families.toy import KNOWN, MLP
 from stepdistill.methods.meanflow import Point
 from stepdistill.schedule import Flow, times_like
 
@@ -111,6 +111,10 @@ def test_a_converted_mlp_is_the_teacher_until_it_jumps():
     net.add_end_by_depth()
     torch.testing.assert_close(net(x, t, end=t), expected, rtol=1e-5, atol=1e-6)
     assert float((net(x, t, end=t / 2) - expected).abs().max()) > 1e-3
+    # Of less noise than it was fitted at it has no notion: there all ends are one, and no jump from there moves it.
+    least = Flow().t_of_rho(torch.full((4,), KNOWN))
+    torch.testing.assert_close(net(x, t, end=0 * t), net(x, t, end=least), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(net(x, least / 2, end=least / 4), net(x, least / 2), rtol=1e-5, atol=1e-6)
 
 
 def test_dmfs_weight_is_the_logarithm_of_the_error_at_its_noise():
@@ -121,6 +125,17 @@ def test_dmfs_weight_is_the_logarithm_of_the_error_at_its_noise():
     torch.testing.assert_close(
         method.weighed(nets, squared, at), (squared + 0.01).log(), rtol=1e-6, atol=1e-6
     )
+
+
+def test_dmf_without_a_learned_weight_has_imfs():
+    settings = {"weight_power": 0.5, "weight_c": 0.1, **PLAIN}
+    method = worlds.method("dmf", learned_weight=False, **settings)
+    nets = nets_of(Flow(), Affine())
+    assert method.networks(nets.teacher, nets.student) == {}
+    assert [phase.trains for phase in method.phases(0)] == [("student",)]
+    at, squared = method.point(nets, batch_of()), torch.linspace(0.1, 2.0, COUNT, dtype=torch.float64)
+    theirs = worlds.method("imf", direction="teacher", **settings).weighed(nets, squared, at)
+    torch.testing.assert_close(method.weighed(nets, squared, at), theirs, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
