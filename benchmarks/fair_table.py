@@ -83,9 +83,22 @@ def _ratios(row: dict[str, Any]) -> list[tuple[int, float, float]]:
 
 
 def markdown(table: dict[str, Any]) -> str:
+    """A line for each method; what it has of several numbers of steps in their order."""
+    counts = [f"{steps} step{'s' * (steps > 1)}" for steps in COLOURS]
+    heads = ["method", *counts, "attributes all, %", "diversity / teacher's", "CLIP score"]
+    heads += ["CPU minutes", "peak MiB", "iterations"]
     parts = []
     for minutes, rows in by_budget(table).items():
-        lines = students.markdown((row["method"], row) for row in rows)
+        lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+        for row in rows:
+            ratios = {steps: f"{ratio:.2f} ± {error:.2f}" for steps, ratio, error in _ratios(row)}
+            each = row["steps"].values()
+            cells = [row["method"], *(ratios.get(steps, "") for steps in COLOURS)]
+            cells += [", ".join(f"{100 * one['attributes/all']:.1f}" for one in each)]
+            cells += [", ".join(f"{one[students.DIVERSITY]:.2f}" for one in each)]
+            cells += [", ".join(f"{one['clip:scenes-v1']:.1f}" for one in each)]
+            cells += [f"{row['cpu_seconds'] / 60:.1f}", f"{row['peak_mib']:,.0f}", f"{row['iterations']:,}"]
+            lines.append(f"| {' | '.join(cells)} |")
         parts.append("\n".join([f"**{minutes:g} CPU minutes of one thread**", "", *lines]))
     return "\n\n".join(parts) + "\n"
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.fair import VARIANTS
 from stepdistill.methods import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,7 +76,7 @@ def test_every_figure_is_in_the_file_it_names():
 def test_every_name_is_of_a_method_or_a_recipe():
     named = {name for name in NAME.findall(PAGE.read_text()) if "_" in name or name in METHODS}
     recipes = {path.stem for path in (ROOT / "training" / "recipes").glob("*.yaml")}
-    settings = {"diversity_weight", "student_every"}
+    settings = {"diversity_weight", "student_every", *VARIANTS}
     for name in named:
         assert name in METHODS or name in recipes or f"scenes_{name}" in recipes or name in settings, name
 
