@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import worlds
-from stock import PROMPT, exported, stock_images
+from stock import PROMPT, assert_comes_back, exported, stock_images
 
 from stepdistill import load
 from stepdistill.errors import UserError
@@ -214,7 +214,7 @@ def test_a_tcd_student_equals_the_stock_pipeline_at_its_eta(tiny_sd, tmp_path, e
     sampler = exported(family, method, directory, {"teacher": str(tiny_sd)})
     for steps in (1, 4):
         ours = sampler([PROMPT], [7], steps=steps, chunk=1)
-        assert torch.equal(load(directory)([PROMPT], [7], steps=steps, chunk=1), ours)
+        assert_comes_back(directory, sampler, [PROMPT], [7], steps=steps, chunk=1)
         stock = stock_images(
             directory, tmp_path, prompt=[PROMPT], num_inference_steps=steps, eta=eta, seeds=[7]
         )
@@ -232,8 +232,7 @@ def test_a_two_time_student_comes_back_as_it_left_and_says_what_stock_pipelines_
         directory = tmp_path / family.name
         sampler = exported(family, worlds.method("meanflow", steps=(1, 2)), directory, {"teacher": ""})
         for steps in (1, 2):
-            ours = sampler([told], [7], steps=steps, chunk=1)
-            assert torch.equal(load(directory)([told], [7], steps=steps, chunk=1), ours)
+            assert_comes_back(directory, sampler, [told], [7], steps=steps, chunk=1)
         readme = (directory / "README.md").read_text()
         assert "No diffusers scheduler tells the network the time its jump ends at" in readme
         code = readme.split("```python")[1].split("```")[0]

@@ -22,11 +22,10 @@ from diffusers import (
 )
 from diffusers.schedulers import CMStochasticIterativeScheduler
 from models import SEEDS, drawn_by_both, family_of, model_world, step_of_each_phase
-from stock import exported, stock_images
+from stock import assert_comes_back, exported, stock_images
 from tiny.sd import build
 from tiny.sdxl import build as build_sdxl
 
-from stepdistill import load
 from stepdistill.errors import UserError
 from stepdistill.families.pixel import Pixel
 from stepdistill.families.sd import SD
@@ -174,7 +173,7 @@ def test_classes_without_one_that_means_none_are_drawn_unguided(without_null, tm
     assert all(step_of_each_phase(model_world(family, "dmd2", guidance_scale=1.0)).values())
     sampler = exported(family, method, tmp_path / "student", {"teacher": ""})
     ours = sampler([9, 0], SEEDS, steps=2, chunk=2)
-    assert torch.equal(load(tmp_path / "student")([9, 0], SEEDS, steps=2, chunk=2), ours)
+    assert_comes_back(tmp_path / "student", sampler, [9, 0], SEEDS, steps=2, chunk=2)
     call = {"class_labels": [9, 0], "batch_size": 2, "num_inference_steps": 2, "seeds": SEEDS}
     stock = stock_images(tmp_path / "student", tmp_path, **call)
     assert np.abs(stock * 255 - ours.permute(0, 2, 3, 1).numpy()).max() <= 1

@@ -8,9 +8,8 @@ import torch
 import worlds
 from diffusers import DiffusionPipeline
 from models import family_of
-from stock import exported
+from stock import assert_comes_back, exported
 
-from stepdistill import load
 from stepdistill.denoiser import guided
 from stepdistill.drawing import Sampler
 from stepdistill.errors import UserError
@@ -59,8 +58,7 @@ def test_a_student_remembers_its_system_prompt(tmp_path):
     sampler = exported(
         family, worlds.method("dmd2", steps=(1,)), tmp_path / "student", {"teacher": "lumina2"}
     )
-    loaded = load(tmp_path / "student")
-    assert torch.equal(loaded([PROMPT], [SEED], chunk=1), sampler([PROMPT], [SEED], chunk=1))
+    assert_comes_back(tmp_path / "student", sampler, [PROMPT], [SEED], chunk=1)
     assert 'system_prompt="draw"' in (tmp_path / "student/README.md").read_text()
 
 
