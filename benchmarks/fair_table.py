@@ -14,6 +14,8 @@ from training.lock import Lock
 
 # Of sampling steps, those that are measured where the student serves them, with their colours.
 COLOURS = {1: "#2563eb", 2: "#d97706", 4: "#16a34a"}
+# Of the picture's distances.
+TICKS = (0.8, 1, 1.25, 1.5, 2, 3, 5, 8, 12, 20)
 
 
 def measured(student: Path, steps: Sequence[int], folder: Path, n: int) -> dict[str, Any]:
@@ -104,15 +106,17 @@ def markdown(table: dict[str, Any]) -> str:
 
 
 def plot(table: dict[str, Any], path: Path) -> None:
-    """The distance of every method by its number of steps, the budgets beside one another."""
+    """The distance of every method by its number of steps, the budgets below one another."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
 
     budgets = by_budget(table)
-    most = max(map(len, budgets.values()))
-    figure = Figure((5.2 * len(budgets), 1.2 + 0.24 * most), dpi=150, layout="constrained")
-    for axes, (minutes, rows) in zip(
-        figure.subplots(1, len(budgets), squeeze=False)[0], budgets.items(), strict=True
-    ):
+    lines = [len(rows) for rows in budgets.values()]
+    figure = Figure((6.5, sum(1.0 + 0.24 * count for count in lines)), dpi=150, layout="constrained")
+    panels = figure.subplots(
+        len(budgets), sharex=True, squeeze=False, height_ratios=[2 + count for count in lines]
+    )
+    for axes, (minutes, rows) in zip(panels[:, 0], budgets.items(), strict=True):
         for steps, colour in COLOURS.items():
             dots = [(r, place) for place, row in enumerate(rows) for r in _ratios(row) if r[0] == steps]
             if dots:
@@ -125,8 +129,8 @@ def plot(table: dict[str, Any], path: Path) -> None:
         axes.set_yticks(range(len(rows)), [row["method"] for row in rows])
         axes.invert_yaxis()
         axes.set_xscale("log")
-        for ticks in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-            ticks("{x:g}")
+        axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.axvline(1.0, color="#71717a", linewidth=1)
         axes.grid(True, color="#e4e4e7")
         axes.set_xlabel(f"FD / teacher's after {minutes:g} CPU minutes")
