@@ -1,6 +1,6 @@
 """How different the images of one caption are: of the teacher, of the shipped student, and of the data itself.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.diversity      (ten CPU minutes; writes diversity.json)
+    OMP_NUM_THREADS=1 python -m benchmarks.diversity      (writes diversity.json)
 
 The protocol scenes-seeds: 100 captions, eight seeds of each, mean distance of two images of a caption in the features
 scenes-v1. The data's are the same captions rendered anew with other places, sizes and shades. "right" counts images
@@ -9,6 +9,7 @@ alone that show all a caption says: wrong ones differ as well, from the right on
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,9 @@ CAPTIONS, SEEDS, GUIDANCE = 100, 8, 3.0
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     quieten_libraries()
     captions = [scenes.scene_at(i, scenes.HELD_OUT_SEED).caption for i in range(CAPTIONS)]
     asked = [caption for caption in captions for _ in range(SEEDS)]

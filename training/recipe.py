@@ -91,7 +91,8 @@ class Recipe:
             return self.family.make()
         except UserError as error:
             teacher = getattr(self.family.config, "teacher", "")
-            if not teacher or str(error).startswith("family."):
+            # What is wrong with another file, a LoRA's say, names that one.
+            if not teacher or not str(error).startswith(str(Path(teacher))):
                 raise
             raise UserError(f"family.teacher={teacher}: {error}") from None
 

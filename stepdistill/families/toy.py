@@ -110,8 +110,9 @@ def gaussian_flow_map(
     return mean_s + std_s * (x_t - mean_t) / std_t
 
 
-# The least rho that an MLP is fitted at. Below it the logarithm of the noise tells it nothing that it has learned.
-KNOWN = math.exp(-3.6)
+# An MLP is fitted where |log rho| < FITTED. Below KNOWN a logarithm of the noise tells it nothing that it has learned.
+FITTED = 3.6
+KNOWN = math.exp(-FITTED)
 
 
 class MLP(nn.Module):
@@ -239,7 +240,7 @@ class ExactTeacher(Denoiser):
                 noise = SampleNoise(range(512), step=step, phase="fit")
                 cond = noise.randint(0, classes + 1) if classes else None
                 x0, eps = mixture.draw(noise, cond), noise.randn(mixture.means.shape[1])
-                t = schedule.t_of_rho((6 * noise.rand() - 3).mul(1.2).exp())
+                t = schedule.t_of_rho((6 * noise.rand() - 3).mul(FITTED / 3).exp())
                 x_t = schedule.add_noise(x0, eps, t)
                 target = mixture(x_t, t, cond)
                 loss = denoising(student(x_t, t, cond), target, eps).mean()

@@ -16,8 +16,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from PIL import Image
+from safetensors.torch import save_file
 
 from training import files
 from training.checkpoint import RunDirectory
@@ -124,6 +126,9 @@ def test_wrong_recipes(capsys):
 def test_wrong_teachers(capsys, tiny_sd):
     said = stopped(capsys, sd(Path("./nowhere"), data=prompts()))
     assert "family.teacher=nowhere: nowhere does not exist" in said
+    save_file({"x": torch.zeros(1)}, "other.safetensors")
+    said = stopped(capsys, sd(tiny_sd, data=prompts()), "family.lora=[other.safetensors]")
+    assert "other.safetensors holds no pairs of LoRA matrices" in said and "family.teacher" not in said
     Path("hollow").mkdir()
     said = stopped(capsys, sd(Path("./hollow"), data=prompts()))
     assert "family.teacher=hollow: hollow is not" in said and "has no model_index.json" in said
