@@ -11,9 +11,10 @@ gives the terms, in flow's times at equal noise:
 
 No gradient reaches x': the second answer alone is taught. The student follows its ODE (DDIM) at any number of steps.
 
-The fake score learns the mixture of the answers at all places of the grid, as the paper has it. Where nothing but DM holds
-them, as without guidance, each place may draw a part of the data, and all together the whole. `tell_place`, which is ours,
-tells the fake score at what time an answer was given: then DM holds every place to the data.
+The fake score learns the mixture of the answers at all places of the grid, as the paper has it. Then DM holds the mixture
+alone to the data. CA pushes early answers, which have the most noise above them, and hardly the late ones: DM, equal for all,
+drives the late ones the other way. Without guidance each place may draw a part of the data, and all together the whole.
+`tell_place`, which is ours, tells the fake score at what time an answer was given: then DM holds every place to the data.
 
 Normal ranges: those of decoupled_dmd; "between", DM at x', near "matching".
 """
