@@ -52,19 +52,17 @@ def main() -> None:
             "steps": STEPS,
             "flow_times": [round(float(flow_time(teacher, t)), 3) for t in times],
             "guidance": [guidance_below(teacher, x0, captions, float(flow_time(teacher, t))) for t in times],
-            "students": {},
+            "rows": [],
         }
         for name, path in pairs:
             words = ["--steps", ",".join(map(str, STEPS))]
             results = students.measure([Path(path)], args.runs / name, args.n, "fd,clip,attributes", words)
             (rows,) = students.rows_of(results).values()
-            facts["students"][name] = {
-                "x0_std": x0_std(load(path), captions, float(x0.std())),
-                "by_steps": {
-                    steps: {key: row[key] for key in students.KEPT if key in row}
-                    for steps, row in rows.items()
-                },
+            row = {"name": name, "x0_std": x0_std(load(path), captions, float(x0.std()))}
+            row["by_steps"] = {
+                steps: {key: one[key] for key in students.KEPT if key in one} for steps, one in rows.items()
             }
+            facts["rows"].append(row)
         facts |= {"protocol": results["protocol"], "commit": git_commit(), "machine": machine("cpu")}
         students.write(OUT, facts)
 
