@@ -84,7 +84,7 @@ def tap_with_gradient(module: nn.Module, names: Sequence[str]) -> Iterator[dict[
 
 
 def block_features(
-    denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, names: Sequence[str]
+    denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, names: Sequence[str], **told: Tensor
 ) -> list[Tensor]:
     """The activations of `names` (in forward order) at (x_t, t, cond), leaving the network after the
     last one.
@@ -102,7 +102,7 @@ def block_features(
     with tap(inner, names) as collected:
         handle = submodules(inner)[names[-1]].register_forward_hook(stop)
         try:
-            passed(x_t, t, cond)
+            passed(x_t, t, cond, **told)
         except _Enough:
             pass
         finally:

@@ -51,6 +51,7 @@ VARIANTS = [(name, SETTINGS.get(name, {})) for name in (*METHODS, *CODE_METHODS)
     ("imf", {"direction": "teacher"}),
     ("sida", {"divergence": "forward_kl"}),
     ("cdm", {"tell_place": True, "critic_pull": 0.0}),
+    ("dmd2", {"tell_place": True, "gan_weight": 1e-2}),
     ("rdm", SETTINGS["rdm"] | {"distance": "fd"}),
     ("reward", SETTINGS["reward"] | {"anchor_weight": 0.5}),
     ("disback", {"stage": "degrade"}),

@@ -23,7 +23,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from stepdistill.errors import UserError
 from stepdistill.methods.base import Batch, Losses, Networks, Phase, addressed
@@ -56,6 +55,11 @@ class AnyFlow(DMD2):
             raise UserError(
                 "method.diversity_weight: a flow map's first answer is where its own jump ends, not the anchor's; set it to 0."
             )
+        if config.tell_place:
+            raise UserError(
+                "method.tell_place=true: an answer here comes of several places of the grid, so there is none to tell; set"
+                " it to false."
+            )
         with addressed("method.flow_map"):
             self.flow_map = IMF(config.flow_map, self.sampling)
 
@@ -78,7 +82,7 @@ class AnyFlow(DMD2):
         losses = self.flow_map.loss(nets, batch)
         return {"total": losses["total"], "flow_map": losses["total"].detach(), "error": losses["error"]}
 
-    def generate(self, nets: Networks, batch: Batch) -> Tensor:
+    def generate(self, nets: Networks, batch: Batch) -> Made:
         """x0 by at most three jumps, each with gradient."""
         places = self.places(nets, batch)
         x = self.sampling.first_input(nets.schedule, batch.randn(), places[0])
@@ -86,9 +90,7 @@ class AnyFlow(DMD2):
         x0 = self.sampling.sample(
             nets.student, x, places, lambda _: noise, batch.cond, t_min=nets.schedule.t_min
         )
-        if self.config.shared_samples and x0.requires_grad:
-            self._made.append(Made(x0.detach(), batch.cond))
-        return x0
+        return self.kept(Made(x0, batch.cond))
 
     def places(self, nets: Networks, batch: Batch) -> list[float]:
         """Times the student is asked at, falling, one draw for the whole global batch."""

@@ -11,10 +11,9 @@ gives the terms, in flow's times at equal noise:
 
 No gradient reaches x': the second answer alone is taught. The student follows its ODE (DDIM) at any number of steps.
 
-The fake score learns the mixture of the answers at all places of the grid, as the paper has it. Then DM holds the mixture
-alone to the data. CA pushes early answers, which have the most noise above them, and hardly the late ones: DM, equal for all,
-drives the late ones the other way. Without guidance each place may draw a part of the data, and all together the whole.
-`tell_place`, which is ours, tells the fake score at what time an answer was given: then DM holds every place to the data.
+The fake score learns the mixture of the answers at all places of the grid, as the paper has it. CA pushes early answers,
+which have the most noise above them, and hardly the late ones; DM, equal for all, drives the late ones the other way. Without
+guidance each place may draw a part of the data, and all together the whole. `tell_place` holds every place by itself.
 
 Normal ranges: those of decoupled_dmd; "between", DM at x', near "matching".
 """
@@ -26,9 +25,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from stepdistill.denoiser import Denoiser
 from stepdistill.errors import UserError
 from stepdistill.methods.base import Batch, Losses, Networks
 from stepdistill.methods.decoupled_dmd import DecoupledDMD
@@ -49,8 +47,6 @@ class CDM(DecoupledDMD):
         grid_high: float = 0.95
         # Of DM at x'; 0 = off.
         between_weight: float = 1.0
-        # Ours: the fake score is told at what time the student answered, so each place must draw all of the data.
-        tell_place: bool = False
 
     def __init__(self, config: Any, sampling: Sampling | None = None):
         super().__init__(config, sampling)
@@ -61,27 +57,6 @@ class CDM(DecoupledDMD):
                 "method.grid_low and method.grid_high must be flow times between 0 and 1 in rising order,"
                 f" got {config.grid_low:g} and {config.grid_high:g}."
             )
-
-        if config.tell_place and (config.critic_pull or config.fake_score_lora):
-            raise UserError(
-                "method.tell_place=true makes the fake score another network than student and teacher are; set"
-                " method.critic_pull and method.fake_score_lora.rank to 0."
-            )
-
-    def networks(self, teacher: Denoiser, student: Denoiser) -> dict[str, nn.Module]:
-        made = super().networks(teacher, student)
-        if self.config.tell_place:
-            network = made["fake_score"].network
-            if "end" not in getattr(network, "extras", {}):
-                raise UserError(
-                    "method.tell_place=true: this family's networks can be told no second time; set it to false."
-                )
-            network.extras["end"]()
-        return made
-
-    def told(self, t: Tensor) -> dict[str, Tensor]:
-        # By the input that tells a flow map where its jump ends.
-        return {"end": t} if self.config.tell_place else {}
 
     @classmethod
     def sampled(cls, config: Any) -> dict[str, Any]:

@@ -35,7 +35,6 @@ from stepdistill.losses import displaced
 from stepdistill.methods.base import Batch, Losses, Networks
 from stepdistill.methods.score import Made, ScoreDistillation, compared
 from stepdistill.prediction import Prediction
-from stepdistill.rollout import simulate
 from stepdistill.sampling import Sampling
 from stepdistill.schedule import Flow, Schedule
 
@@ -58,6 +57,11 @@ class DecoupledDMD(ScoreDistillation):
         super().__init__(config, sampling)
         if config.floor <= 0:
             raise UserError(f"method.floor must be above 0, got {config.floor:g}.")
+        if config.tell_place and config.critic_pull:
+            raise UserError(
+                "method.tell_place=true makes the fake score another network than the student is; set"
+                " method.critic_pull to 0."
+            )
         if not 0 <= config.critic_pull < 1:
             raise UserError(f"method.critic_pull must be at least 0 and below 1, got {config.critic_pull:g}.")
 
@@ -77,18 +81,6 @@ class DecoupledDMD(ScoreDistillation):
         if self.config.critic_pull and "student" in ran:
             track_average(nets.fake_score, nets.student, 1 - self.config.critic_pull)
 
-    def anchor(self, nets: Networks, batch: Batch) -> tuple[Tensor, Tensor]:
-        """A state x_t (B, ...) of the student's own sampling and its time (B,), one for the whole global batch."""
-        return simulate(self.sampling, nets, batch, by=self.config.simulated, first=self.first)[:2]
-
-    def make(self, nets: Networks, batch: Batch) -> Made:
-        x_t, t = self.anchor(nets, batch)
-        return Made(nets.student(x_t, t, batch.cond).x0, batch.cond, self.told(t))
-
-    def told(self, t: Tensor) -> dict[str, Tensor]:
-        """What the fake score is told of answers at the student's time t (B,)."""
-        return {}
-
     def student_loss(self, nets: Networks, batch: Batch) -> Losses:
         return self.at_anchor(nets, batch)[0]
 
@@ -96,8 +88,7 @@ class DecoupledDMD(ScoreDistillation):
         """DM and CA at one of the student's own states, and its answer there."""
         x_t, t = self.anchor(nets, batch)
         said = nets.student(x_t, t, batch.cond)
-        if self.config.shared_samples:
-            self._made.append(Made(said.x0.detach(), batch.cond, self.told(t)))
+        self.kept(Made(said.x0, batch.cond, self.told(t)))
         losses, pull = self.matching(nets, batch, said.x0, t)
         if self.config.augmentation and batch.uncond is not None:
             direction, losses["augmentation"] = self.augmentation(nets, batch, said.x0, t)

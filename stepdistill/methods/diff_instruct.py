@@ -40,9 +40,9 @@ class DiffInstruct(ScoreDistillation):
         return super().sampled(config) | {"first_rho": 1.0, "init_noise": "sigma"}
 
     def student_loss(self, nets: Networks, batch: Batch) -> Losses:
-        x0 = self.generate(nets, batch)
+        x0, _, told = self.generate(nets, batch)
         # The scores are constants.
         with torch.no_grad():
-            real, fake = self.ask(nets, batch, x0)
+            real, fake = self.ask(nets, batch, x0, **told)
         loss = distribution_matching(x0, real.x0, fake.x0, normalise=False)
         return {"total": loss} | compared(x0, real, fake)

@@ -58,10 +58,10 @@ class DMD(ScoreDistillation):
             yield phase
 
     def student_loss(self, nets: Networks, batch: Batch) -> Losses:
-        x0 = self.generate(nets, batch)
+        x0, _, told = self.generate(nets, batch)
         # The scores are constants.
         with torch.no_grad():
-            real, fake = self.ask(nets, batch, x0)
+            real, fake = self.ask(nets, batch, x0, **told)
         matching = distribution_matching(x0, real.x0, fake.x0, self.config.normalise)
         return {"total": matching, "matching": matching} | compared(x0, real, fake)
 

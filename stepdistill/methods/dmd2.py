@@ -50,7 +50,7 @@ class DMD2(Judged):
 
     def student_loss(self, nets: Networks, batch: Batch) -> Losses:
         config = self.config
-        x0 = self.generate(nets, batch)
+        x0, _, told = self.generate(nets, batch)
         x_t, t = self.diffuse(nets, batch, x0)
         # The networks only give the direction, DMD Eq. 7.
         with no_grad():
@@ -59,7 +59,7 @@ class DMD2(Judged):
         gan = config.gan_weight > 0
         blocks = list(self.eye(nets.fake_score)) if gan else []
         with tap_with_gradient(nets.fake_score, blocks) if gan else no_grad() as seen:
-            fake = self.fake_at(nets, batch, x_t, t)
+            fake = self.fake_at(nets, batch, x_t, t, **told)
         logits = self.judge(nets, seen, len(x0)) if gan else None
         weight = self.weight(real, logits)
         matching = distribution_matching(x0, real.x0, fake.x0, config.normalise, weight)

@@ -71,15 +71,17 @@ class Judged(ScoreDistillation):
     def real_logits(self, nets: Networks, batch: Batch, made: Diffused) -> Logits:
         """D at real data, diffused to fresh times of the critic's (DMD2, Sec. 4.3), or as the generated samples were.
 
-        Times and conditions are drawn as those of the generated samples are, or they alone would tell which
-        is which.
+        Times and conditions are drawn as those of the generated samples are, and what else the fake score is told is the
+        same, or they alone would tell which is which.
         """
         if not self.config.gan_paired:
             t, eps = self.critic_times(nets, batch), batch.randn()
-            made = Diffused(made.x0, t, eps, batch.dropped_cond(self.config.critic_dropout))
+            cond = batch.dropped_cond(self.config.critic_dropout)
+            made = made._replace(t=t, eps=eps, cond=cond)
         x_t = nets.schedule.add_noise(batch.x0, made.eps, made.t)
         blocks = list(self.eye(nets.fake_score))
-        return nets.discriminator(block_features(nets.fake_score, x_t, made.t, made.cond, blocks))
+        features = block_features(nets.fake_score, x_t, made.t, made.cond, blocks, **made.told)
+        return nets.discriminator(features)
 
     def eye(self, fake_score: nn.Module) -> dict[str, int]:
         """The blocks of the fake score the discriminator looks at, in forward order, with their channels."""

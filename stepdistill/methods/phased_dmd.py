@@ -73,7 +73,7 @@ class PhasedDMD(ScoreDistillation):
                 f"method.phases={config.phases} deals out the steps of one number of them, as many at least; got"
                 f" student.steps={list(steps)}."
             )
-        for name in ("diversity_weight", "shared_samples", "carry_fake_score"):
+        for name in ("diversity_weight", "shared_samples", "carry_fake_score", "tell_place"):
             if getattr(config, name):
                 raise UserError(f"method.{name} is for methods that end at x0 in every step; leave it out.")
         bounds = [k * steps[0] // config.phases for k in range(config.phases + 1)]

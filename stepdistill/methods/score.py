@@ -5,6 +5,10 @@ time by plain denoising on what the student makes now (Diff-Instruct, arXiv 2305
 SIM do the same). The frozen teacher stands for the data. A method of this kind differs from the next only in
 what it does with the two answers at a diffused sample, which is its `student_loss`.
 
+A student of several steps answers at several places of its sampling, and by the papers one fake score learns the mixture
+of all answers. Where that is right, each place may yet be off, if another makes up for it. `tell_place`, which is ours, tells
+the fake score at what time an answer was given, so every place is held to the data by itself.
+
 Logged by all, with the names a health panel reads: "gap", the mean square distance of the two answers, which
 falls; "scores_cosine", the cosine of the two scores, and "scores_apart", the size of their difference over the
 teacher's, by which a critic's health is told, as its loss does not tell it; "x0_mean", "x0_std" of the student's
@@ -52,10 +56,11 @@ class Diffused(NamedTuple):
     t: Tensor
     eps: Tensor
     cond: Cond
+    told: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Made(NamedTuple):
-    """Samples x0 (B, ...) for the critic, their conditions, and what else the fake score is told of them."""
+    """The student's samples x0 (B, ...), their conditions, and what else the fake score is told of them."""
 
     x0: Tensor
     cond: Cond
@@ -118,6 +123,8 @@ class ScoreDistillation(Method):
         simulated: Simulated = "states"
         # The critic learns on what the student's update was just computed from.
         shared_samples: bool = False
+        # Ours: the fake score is told at what time the student answered, so each place must draw all of the data.
+        tell_place: bool = False
         # Of the diversity anchor; 0 = off. Published: 0.05 (LightX2V), for students of two steps at least.
         diversity_weight: float = 0.0
         # Steps of the guided teacher it takes, of so many.
@@ -137,6 +144,11 @@ class ScoreDistillation(Method):
                     f"method.{low} and method.{high} must be fractions of the schedule in rising order,"
                     f" got {ends[0]:g} and {ends[1]:g}."
                 )
+        if config.tell_place and config.fake_score_lora:
+            raise UserError(
+                "method.tell_place=true makes the fake score another network than the teacher is; set"
+                " method.fake_score_lora.rank to 0."
+            )
         if config.diversity_weight and min(self.sampling.steps) < 2:
             raise UserError(
                 f"method.diversity_weight={config.diversity_weight:g} anchors a student's first step, and one of one step has"
@@ -170,7 +182,15 @@ class ScoreDistillation(Method):
 
     def networks(self, teacher: Denoiser, student: Denoiser) -> dict[str, nn.Module]:
         lora = self.config.fake_score_lora
-        return {"fake_score": lora.over(teacher.backbone()) if lora else teacher.clone()}
+        fake_score = lora.over(teacher.backbone()) if lora else teacher.clone()
+        if self.config.tell_place:
+            network = fake_score.network
+            if "end" not in getattr(network, "extras", {}):
+                raise UserError(
+                    "method.tell_place=true: this family's networks can be told no second time; set it to false."
+                )
+            network.extras["end"]()
+        return {"fake_score": fake_score}
 
     def phases(self, step: int) -> Iterator[Phase]:
         if step % self.config.student_every == 0:
@@ -183,19 +203,27 @@ class ScoreDistillation(Method):
     def student_loss(self, nets: Networks, batch: Batch) -> Losses:
         raise NotImplementedError
 
-    def generate(self, nets: Networks, batch: Batch) -> Tensor:
+    def anchor(self, nets: Networks, batch: Batch) -> tuple[Tensor, Tensor]:
+        """A state x_t (B, ...) of the student's own sampling and its time (B,), one for the whole global batch."""
+        return simulate(self.sampling, nets, batch, by=self.config.simulated, first=self.first)[:2]
+
+    def told(self, t: Tensor) -> dict[str, Tensor]:
+        """What the fake score is told of answers at the student's time t (B,)."""
+        # By the input that tells a flow map where its jump ends.
+        return {"end": t} if self.config.tell_place else {}
+
+    def generate(self, nets: Networks, batch: Batch) -> Made:
         """x0 = G(x_K, t_K) at one of the student's own sampling steps; with gradient through the last
         call only.
         """
-        x_t, t, _ = simulate(self.sampling, nets, batch, by=self.config.simulated, first=self.first)
-        x0 = nets.student(x_t, t, batch.cond).x0
-        if self.config.shared_samples and x0.requires_grad:
-            self._made.append(Made(x0.detach(), batch.cond))
-        return x0
+        x_t, t = self.anchor(nets, batch)
+        return self.kept(Made(nets.student(x_t, t, batch.cond).x0, batch.cond, self.told(t)))
 
-    def make(self, nets: Networks, batch: Batch) -> Made:
-        """What the fake score learns on."""
-        return Made(self.generate(nets, batch), batch.cond)
+    def kept(self, made: Made) -> Made:
+        """The same, which the critic learns on as well where samples are shared."""
+        if self.config.shared_samples and made.x0.requires_grad:
+            self._made.append(made._replace(x0=made.x0.detach()))
+        return made
 
     def diversity_loss(self, nets: Networks, batch: Batch) -> Losses:
         """The student's first answer held to the guided teacher's own way from the same noise.
@@ -265,7 +293,7 @@ class ScoreDistillation(Method):
             batch = replace(batch, cond=cond)
         else:
             with no_grad():
-                x0, _, told = self.make(nets, batch)
+                x0, _, told = self.generate(nets, batch)
         config = self.config
         t, eps = self.critic_times(nets, batch), batch.randn()
         # Of a condition that was dropped the guided answer is the unconditional one.
@@ -273,7 +301,7 @@ class ScoreDistillation(Method):
         x_t = nets.schedule.add_noise(x0, eps, t)
         prediction = guided(nets.fake_score, x_t, t, cond, batch.uncond, scale, **told)
         loss = self.critic_error(prediction, x0, eps, unwrap(nets.fake_score).sigma_data)
-        return {"total": loss, "denoising": loss}, Diffused(x0, t, eps, cond)
+        return {"total": loss, "denoising": loss}, Diffused(x0, t, eps, cond, told)
 
     def critic_error(self, prediction: Prediction, x0: Tensor, eps: Tensor, sigma_data: float) -> Tensor:
         """Per sample, (B,); the network's own kind of error unless a paper has another."""

@@ -40,8 +40,8 @@ class SiD(ScoreImplicit):
 
     def student_loss(self, nets: Networks, batch: Batch) -> Losses:
         config = self.config
-        x0 = self.generate(nets, batch)
+        x0, _, told = self.generate(nets, batch)
         # With gradient, through x_t.
-        real, fake = self.ask(nets, batch, x0)
+        real, fake = self.ask(nets, batch, x0, **told)
         loss = score_identity(x0, real.x0, fake.x0, config.alpha, config.normalise)
         return {"total": loss} | compared(x0, real, fake)

@@ -75,12 +75,12 @@ class SiDA(SiD, Judged):
         config = self.config
         if config.gan_weight == 0:
             return super().student_loss(nets, batch)
-        x0 = self.generate(nets, batch)
+        x0, _, told = self.generate(nets, batch)
         x_t, t = self.diffuse(nets, batch, x0)
         # With gradient, through x_t: into the score's answer and into what the head sees of it.
         real = self.teacher_at(nets, batch, x_t, t)
         with self.watched(nets) as seen:
-            fake = self.fake_at(nets, batch, x_t, t)
+            fake = self.fake_at(nets, batch, x_t, t, **told)
         logits = self.judge(nets, seen, len(x0))
         weights = 1.0, 0.0
         if config.divergence != "reverse_kl":

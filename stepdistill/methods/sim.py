@@ -41,8 +41,8 @@ class SIM(ScoreImplicit):
 
     def student_loss(self, nets: Networks, batch: Batch) -> Losses:
         config = self.config
-        x0 = self.generate(nets, batch)
+        x0, _, told = self.generate(nets, batch)
         # With gradient, through x_t.
-        real, fake = self.ask(nets, batch, x0)
+        real, fake = self.ask(nets, batch, x0, **told)
         c = config.huber_c if config.distance == "pseudo_huber" else 0.0
         return {"total": score_implicit(x0, real.x0, fake.x0, c)} | compared(x0, real, fake)

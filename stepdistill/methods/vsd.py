@@ -52,10 +52,10 @@ class VSD(ScoreDistillation):
         return {"fake_score": lora.LoRA(base, config.lora_rank, config.lora_scale, config.lora_targets)}
 
     def student_loss(self, nets: Networks, batch: Batch) -> Losses:
-        x0 = self.generate(nets, batch)
+        x0, _, told = self.generate(nets, batch)
         # The scores are constants.
         with torch.no_grad():
-            real, fake = self.ask(nets, batch, x0)
+            real, fake = self.ask(nets, batch, x0, **told)
         rho = nets.schedule.rho(real.t)
         # sigma^2 on the difference of eps, as one of x0.
         weight = rho / (1 + rho**2)

@@ -201,14 +201,6 @@ def test_the_fake_score_is_told_when_the_student_answered(shared):
     assert told[-1] == {}
 
 
-def test_a_fake_score_that_is_told_more_is_no_copy_of_the_student():
-    for settings in ({}, {"critic_pull": 0.0, "fake_score_lora": {"rank": 2}}):
-        with pytest.raises(
-            UserError, match=r"method\.tell_place=true .* set method\.critic_pull and .* to 0"
-        ):
-            worlds.method("cdm", tell_place=True, **settings)
-
-
 def test_cdm_refuses_grids_that_are_none():
     for settings, says in (
         ({"most_steps": 0}, r"method\.most_steps"),

@@ -188,7 +188,7 @@ def test_of_a_guided_fake_score_the_conditional_half_is_judged():
     made = world("dmd2", steps=(1,), gan_weight=1.0, fake_guidance_scale=2.0)
     nets, method = made.nets, made.method
     losses, batch = method.student_loss(nets, made.batch()), made.batch()
-    x_t, t = method.diffuse(nets, batch, method.generate(nets, batch))
+    x_t, t = method.diffuse(nets, batch, method.generate(nets, batch).x0)
     blocks = [nets.fake_score.middle]
     conditional, unconditional = (
         gan_generator(*nets.discriminator(block_features(nets.fake_score, x_t, t, cond, blocks)))

@@ -55,7 +55,7 @@ def test_sid_lsg_guides_the_fake_score_while_it_learns():
     made = world("sid", steps=(1,), critic_low=0.02, critic_high=0.98, **settings)
     nets, method = made.nets, made.method
     losses, batch = method.critic_loss(nets, made.batch(phase="critic")), made.batch(phase="critic")
-    x0 = method.generate(nets, batch).detach()
+    x0 = method.generate(nets, batch).x0.detach()
     t = batch.generator.randint(20, 980).double()
     eps = batch.randn()
     dropped = batch.generator.rand() < 0.5

@@ -23,7 +23,7 @@ def sida(**settings):
 def parts(made, phase="student"):
     """x0, x_t, t and the logits of one batch, put together again."""
     batch, nets = made.batch(phase=phase), made.nets
-    x0 = made.method.generate(nets, batch)
+    x0 = made.method.generate(nets, batch).x0
     x_t, t = made.method.diffuse(nets, batch, x0)
     blocks = list(made.method.eye(nets.fake_score))
     logits = nets.discriminator(block_features(nets.fake_score, x_t, t, batch.cond, blocks))
@@ -82,7 +82,7 @@ def test_real_and_generated_samples_are_judged_at_one_level_and_noise():
     assert torch.equal(t_fake, t_real) and torch.equal(c_fake, c_real)
     alpha = nets.schedule.alpha(t_fake)[:, None]
     batch = made.batch(phase="critic")
-    x0 = method.generate(nets, batch).detach()
+    x0 = method.generate(nets, batch).x0.detach()
     # The same noise: the states differ as the data do.
     torch.testing.assert_close(x_real - x_fake, (alpha * (batch.x0 - x0)).float(), rtol=1e-4, atol=1e-4)
     blocks = list(method.eye(nets.fake_score))
