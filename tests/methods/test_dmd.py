@@ -11,7 +11,7 @@ from stepdistill.families.toy import SCHEDULES
 def test_dmd_divides_by_the_distance_to_the_teachers_answer():
     line = Line("dmd", SCHEDULES["edm"]())
     batch = line.batch()
-    x0 = line.method.generate(line.nets, batch)
+    x0 = line.method.generate(line.nets, batch).x0
     with torch.no_grad():
         real, fake = line.method.ask(line.nets, batch, x0)
     pull = (fake.x0 - real.x0) / (x0.detach() - real.x0).abs().clamp(min=1e-5)
