@@ -21,7 +21,7 @@ from benchmarks import students
 from evaluation.results import machine
 from stepdistill import load, scenes
 from stepdistill.drawing import Sampler
-from stepdistill.errors import cli_errors, quieten_libraries
+from stepdistill.errors import UserError, cli_errors, quieten_libraries
 from stepdistill.provenance import git_commit
 from stepdistill.schedule import Flow, times_like
 
@@ -42,6 +42,9 @@ def main() -> None:
     quieten_libraries()
     with cli_errors():
         pairs = [given.partition("=")[::2] for given in args.students]
+        for (name, path), given in zip(pairs, args.students, strict=True):
+            if not name or not path:
+                raise UserError(f"students are given as NAME=DIRECTORY, got {given!r}.")
         found = [scenes.image_at(i, scenes.HELD_OUT_SEED) for i in range(FOLLOWED)]
         captions = [scene.caption for scene, _ in found]
         images = torch.from_numpy(np.stack([image for _, image in found])).permute(0, 3, 1, 2)
