@@ -78,7 +78,13 @@ def test_every_name_is_of_a_method_or_a_recipe():
     recipes = {path.stem for path in (ROOT / "training" / "recipes").glob("*.yaml")}
     # Students of the file that has one method's.
     several = json.loads((ROOT / "benchmarks" / "cdm_steps.json").read_text())["rows"]
-    settings = {"diversity_weight", "student_every", *VARIANTS, *(row["name"] for row in several)}
+    settings = {
+        "diversity_weight",
+        "tell_place",
+        "student_every",
+        *VARIANTS,
+        *(row["name"] for row in several),
+    }
     for name in named:
         assert name in METHODS or name in recipes or f"scenes_{name}" in recipes or name in settings, name
 
