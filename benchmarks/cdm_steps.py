@@ -2,7 +2,7 @@
 
     python -m benchmarks.cdm_steps untold=runs/untold/student told=runs/fair/10/cdm/run/student     (writes cdm_steps.json)
 
-Every student is measured in each number of steps (1,000 samples), and its answers x0 are followed along the ODE of the most
+Every student is measured in each number of steps (1,000 samples), and its answers x0 are followed along the way of the most
 of them: "x0_std" is their standard deviation at each of its times over that of the same captions' images. `guidance` says
 where along flow's time CA has anything to say: the root mean square of teacher(x_tau, c) - teacher(x_tau, no c), tau up to it.
 """
@@ -22,6 +22,7 @@ from evaluation.results import machine
 from stepdistill import load, scenes
 from stepdistill.drawing import Sampler
 from stepdistill.errors import UserError, cli_errors, quieten_libraries
+from stepdistill.prediction import Prediction
 from stepdistill.provenance import git_commit
 from stepdistill.schedule import Flow, times_like
 
@@ -45,6 +46,10 @@ def main() -> None:
         for (name, path), given in zip(pairs, args.students, strict=True):
             if not name or not path:
                 raise UserError(f"students are given as NAME=DIRECTORY, got {given!r}.")
+            if (serves := load(path).steps) and max(serves) < STEPS[-1]:
+                raise UserError(
+                    f"{given}: this student serves {list(serves)} steps, and {STEPS[-1]} are measured."
+                )
         found = [scenes.image_at(i, scenes.HELD_OUT_SEED) for i in range(FOLLOWED)]
         captions = [scene.caption for scene, _ in found]
         images = torch.from_numpy(np.stack([image for _, image in found])).permute(0, 3, 1, 2)
@@ -53,8 +58,8 @@ def main() -> None:
         times = load(pairs[0][1]).times(STEPS[-1])
         facts: dict[str, Any] = {
             "steps": STEPS,
-            "flow_times": [round(float(flow_time(teacher, t)), 3) for t in times],
-            "guidance": [guidance_below(teacher, x0, captions, float(flow_time(teacher, t))) for t in times],
+            "flow_times": [round(flow_time(teacher, t), 3) for t in times],
+            "guidance": [guidance_below(teacher, x0, captions, flow_time(teacher, t)) for t in times],
             "rows": [],
         }
         for name, path in pairs:
@@ -70,9 +75,9 @@ def main() -> None:
         students.write(OUT, facts)
 
 
-def flow_time(sampler: Sampler, t: float) -> Tensor:
+def flow_time(sampler: Sampler, t: float) -> float:
     rho = sampler.denoiser.schedule.rho(torch.tensor(t, dtype=torch.float64))
-    return rho / (1 + rho)
+    return float(Flow().t_of_rho(rho))
 
 
 @torch.no_grad()
@@ -91,16 +96,17 @@ def guidance_below(teacher: Sampler, x0: Tensor, captions: list[str], top: float
 
 @torch.no_grad()
 def x0_std(student: Sampler, captions: list[str], of_data: float) -> list[float]:
-    """At each time of the ODE of the most steps, the answers' standard deviation over the data's."""
-    schedule, times = student.denoiser.schedule, student.times(STEPS[-1])
-    cond = student.family_.encode(captions)
-    x = student.sampling.first_input(schedule, student.noise(range(len(captions)))(0), times[0])
-    stds = []
-    for place, t in enumerate(times):
-        said = student.denoiser(x, times_like(t, x), cond)
+    """At each time of the most steps, the answers' standard deviation over the data's."""
+    sampling, times, stds = student.sampling, student.times(STEPS[-1]), []
+    noise = student.noise(range(len(captions)))
+
+    def predict(*asked: Any) -> Prediction:
+        said = student.denoiser(*asked)
         stds.append(round(float(said.x0.std()) / of_data, 3))
-        if place + 1 < len(times):
-            x = said.at(times_like(times[place + 1], x)).to(x.dtype)
+        return said
+
+    x = sampling.first_input(student.denoiser.schedule, noise(0), times[0])
+    sampling.sample(predict, x, times, noise, student.family_.encode(captions))
     return stds
 
 

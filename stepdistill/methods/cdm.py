@@ -62,6 +62,11 @@ class CDM(DecoupledDMD):
     def sampled(cls, config: Any) -> dict[str, Any]:
         return {"rule": "ode"}
 
+    @property
+    def several(self) -> bool:
+        # Of a fresh grid in every batch, whatever it is sampled by.
+        return True
+
     def grid(self, schedule: Schedule, batch: Batch) -> list[float]:
         """Times of a fresh grid, falling from the schedule's end; the same for the whole global batch."""
         config, noise = self.config, batch.generator

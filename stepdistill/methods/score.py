@@ -144,6 +144,11 @@ class ScoreDistillation(Method):
                     f"method.{low} and method.{high} must be fractions of the schedule in rising order,"
                     f" got {ends[0]:g} and {ends[1]:g}."
                 )
+        if config.tell_place and not self.several:
+            raise UserError(
+                "method.tell_place=true tells the steps of a student apart, and one of one step has no others; set it to"
+                f" false, or give student.steps of 2 or more, got {list(self.sampling.steps)}."
+            )
         if config.tell_place and config.fake_score_lora:
             raise UserError(
                 "method.tell_place=true makes the fake score another network than the teacher is; set"
@@ -170,6 +175,11 @@ class ScoreDistillation(Method):
     def first(self) -> int:
         """The first of the sampling states that score distillation is for; with the anchor, the one after it."""
         return int(self.config.diversity_weight > 0)
+
+    @property
+    def several(self) -> bool:
+        """Whether the student learns at several places of its sampling."""
+        return max(self.sampling.steps) > 1
 
     @property
     def carried(self) -> tuple[str, ...]:

@@ -73,6 +73,7 @@ def test_the_discriminator_is_told_the_same_of_real_and_generated_samples(paired
 @pytest.mark.parametrize(
     ("name", "settings", "says"),
     [
+        ("dmd2", {"steps": (1,)}, r"student\.steps of 2 or more"),
         ("dmd2", {"fake_score_lora": {"rank": 2}}, r"fake_score_lora\.rank"),
         ("cdm", {}, r"set method\.critic_pull to 0"),
         ("anyflow", {}, r"several places"),
