@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -326,23 +326,6 @@ def consistency(prediction: Prediction) -> Tensor:
     # At t_min for all: where no signal is left, the side that is not taken would have no finite gradient.
     alpha = schedule.alpha(prediction.t.clamp(max=schedule.t_min))
     return torch.where(clean, x_t / expand(alpha, x_t), prediction.x0)
-
-
-# Of the loss of two neighbours at t and s of a consistency method.
-LinkWeight = Literal["uniform", "inverse_gap"]
-
-
-def weigh_link(kind: LinkWeight, schedule: Schedule, t: Tensor, s: Tensor) -> Tensor:
-    """(B,): 1, or 1 / (rho_t - rho_s) of the neighbours' noise levels, up to 80 as EDM's end.
-
-    Every point of a trajectory inherits the errors of all links below it. A link of little noise moves its answer
-    little, so under weight 1 its error is nothing beside those of much noise; divided by the gap, links count by
-    what they err per noise (Song & Dhariwal 2023, arXiv 2310.14189, Sec. 3.1).
-    """
-    if kind == "uniform":
-        return torch.ones_like(t)
-    high, low = (schedule.rho(time).clamp(max=80.0) for time in (t, s))
-    return 1 / (high - low).clamp(min=1e-3)
 
 
 def term_name(loss: LossFn) -> str:

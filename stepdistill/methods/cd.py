@@ -7,6 +7,7 @@ The student learns it from pairs of neighbours, the second made from the first b
     boundary     f(x, t_min) = x                                                                    (Sec. 3)
     loss         w(t) d( f_theta(x_t, t), sg f_ema(x_s, s) )                                        (Eq. 7)
 
+The paper weighs all links alike and likes LPIPS best for d, which needs a network of its own.
 t and s are neighbours among `points` noise levels, even in rho^(1/7) (Karras et al. 2022, Eq. 5). Everything
 runs in EDM's terms (alpha = 1, sigma = t): a network of another schedule is asked there at equal noise.
 
@@ -19,50 +20,27 @@ the student averaging over trajectories.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
-from stepdistill.denoiser import Denoiser, unwrap
-from stepdistill.ema import track_average
 from stepdistill.jvp import same_draws
-from stepdistill.losses import moments, mse, pseudo_huber
-from stepdistill.methods.base import (
-    Batch,
-    LinkWeight,
-    Losses,
-    Method,
-    Networks,
-    Phase,
-    consistency,
-    guided_teacher,
-    weigh_link,
-)
+from stepdistill.methods.base import Batch, Losses, Networks, consistency, guided_teacher
+from stepdistill.methods.linked import Linked
 from stepdistill.solvers import SOLVERS
 from stepdistill.timesteps import as_edm
 
 
-class CD(Method):
-    needs_images = True
-
+class CD(Linked):
     @dataclass
-    class Config:
+    class Config(Linked.Config):
         # Noise levels, the paper's N (18 for CIFAR-10, 40 for ImageNet 64).
         points: int = 40
         # Of the teacher's step.
         solver: Literal["heun", "euler"] = "heun"
         # Of the teacher; 1 = off.
         guidance_scale: float = 1.0
-        # d; the paper's best, LPIPS, needs its own network.
-        distance: Literal["l2", "pseudo_huber"] = "l2"
-        huber_c: float = 1e-3
-        # See `weigh_link`; the paper has uniform.
-        link_weight: LinkWeight = "inverse_gap"
-        # Of f_ema; 0 = the student itself.
-        target_ema: float = 0.95
 
         def __post_init__(self) -> None:
             if self.points < 2:
@@ -71,15 +49,6 @@ class CD(Method):
     @classmethod
     def sampled(cls, config: Any) -> dict[str, Any]:
         return {"rule": "renoise", "first_rho": 80.0}
-
-    def networks(self, teacher: Denoiser, student: Denoiser) -> dict[str, nn.Module]:
-        return {"target": unwrap(student).clone()}
-
-    def phases(self, step: int) -> Iterator[Phase]:
-        yield Phase("student", ("student",), ((1.0, self.loss),))
-
-    def after_step(self, nets: Networks, step: int, ran: tuple[str, ...]) -> None:
-        track_average(nets.target, nets.student, self.config.target_ema)
 
     def loss(self, nets: Networks, batch: Batch) -> Losses:
         config, frame = self.config, as_edm(nets.schedule)
@@ -93,9 +62,4 @@ class CD(Method):
             with same_draws(x_t):
                 target = consistency(nets.target(x_s, s, batch.cond, in_schedule=frame))
         online = consistency(nets.student(x_t, t, batch.cond, in_schedule=frame))
-        if config.distance == "l2":
-            distance = mse(online, target)
-        else:
-            distance = pseudo_huber(online, target, config.huber_c)
-        losses = {"total": weigh_link(config.link_weight, frame, t, s).to(distance) * distance}
-        return losses | moments(online) | moments(target, "teacher_")
+        return self.linked(online, target, frame, t, s)

@@ -21,27 +21,26 @@ the target's. Both sinking together is the student averaging over trajectories: 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from stepdistill.denoiser import Denoiser, guided, unwrap
-from stepdistill.ema import track_average
+from stepdistill.denoiser import guided
 from stepdistill.jvp import same_draws
-from stepdistill.losses import moments, pseudo_huber
-from stepdistill.methods.base import Batch, LinkWeight, Losses, Method, Networks, Phase, weigh_link
+from stepdistill.methods.base import Batch, Losses, Networks
+from stepdistill.methods.linked import Linked, LinkWeight
 from stepdistill.prediction import Prediction
 from stepdistill.schedule import Schedule, expand
 
 
-class LCM(Method):
-    needs_images = True
-
+class LCM(Linked):
     @dataclass
-    class Config:
+    class Config(Linked.Config):
+        distance: Literal["l2", "pseudo_huber"] = "pseudo_huber"
+        # The paper's.
+        link_weight: LinkWeight = "uniform"
         # g, drawn uniformly per sample (paper: w in [2, 14]).
         guidance_low: float = 3.0
         guidance_high: float = 15.0
@@ -49,11 +48,6 @@ class LCM(Method):
         tell_guidance: bool = True
         # Points of the teacher's grid, the N of the skipping-step.
         ddim_steps: int = 50
-        # Of f_ema, the target network.
-        target_ema: float = 0.95
-        huber_c: float = 1e-3
-        # See `weigh_link`; the paper has uniform.
-        link_weight: LinkWeight = "uniform"
         sigma_data: float = 0.5
         # In c_skip and c_out; LCMScheduler's default.
         timestep_scaling: float = 10.0
@@ -65,15 +59,6 @@ class LCM(Method):
             return grid
         scale = (config.guidance_low + config.guidance_high) / 2
         return grid | {"inputs": ("guidance",), "guidance": "input", "scale": scale}
-
-    def networks(self, teacher: Denoiser, student: Denoiser) -> dict[str, nn.Module]:
-        return {"target": unwrap(student).clone()}
-
-    def phases(self, step: int) -> Iterator[Phase]:
-        yield Phase("student", ("student",), ((1.0, self.loss),))
-
-    def after_step(self, nets: Networks, step: int, ran: tuple[str, ...]) -> None:
-        track_average(nets.target, nets.student, self.config.target_ema)
 
     def boundary(self, prediction: Prediction) -> Tensor:
         """f = c_skip x + c_out x0; c_skip = 1 at the least noise. On whole VP timesteps it is a switch at t
@@ -108,9 +93,7 @@ class LCM(Method):
             with same_draws(x_t):
                 target = self.boundary(nets.target(x_s, s, batch.cond, **told))
         online = self.boundary(nets.student(x_t, t, batch.cond, **told))
-        distance = pseudo_huber(online, target, config.huber_c)
-        losses = {"total": weigh_link(config.link_weight, nets.schedule, t, s).to(distance) * distance}
-        return losses | moments(online) | moments(target, "teacher_")
+        return self.linked(online, target, nets.schedule, t, s)
 
     def ode_times(self, schedule: Schedule) -> Tensor:
         """The teacher's grid, falling, with the data end appended: (ddim_steps + 1,)."""

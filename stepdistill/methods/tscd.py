@@ -21,49 +21,30 @@ teacher_x0_std; the loss grows when a stage halves the segments and then falls.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from stepdistill.denoiser import Denoiser, unwrap
-from stepdistill.ema import track_average
 from stepdistill.errors import UserError
 from stepdistill.jvp import same_draws
-from stepdistill.losses import moments, mse, pseudo_huber
-from stepdistill.methods.base import (
-    Batch,
-    LinkWeight,
-    Losses,
-    Method,
-    Networks,
-    Phase,
-    guided_teacher,
-    weigh_link,
-)
+from stepdistill.methods.base import Batch, Losses, Networks, guided_teacher
+from stepdistill.methods.linked import Linked
 from stepdistill.sampling import Sampling
 from stepdistill.schedule import Schedule
 from stepdistill.solvers import ddim
 
 
-class TSCD(Method):
-    needs_images = True
-
+class TSCD(Linked):
     @dataclass
-    class Config:
+    class Config(Linked.Config):
         # k, of this stage.
         segments: int = 8
         # Points of the teacher's grid.
         ddim_steps: int = 50
         # Of the teacher; 1 = off.
         guidance_scale: float = 7.5
-        distance: Literal["l2", "pseudo_huber"] = "l2"
-        huber_c: float = 1e-3
-        # See `weigh_link`.
-        link_weight: LinkWeight = "inverse_gap"
-        target_ema: float = 0.95
 
     def __init__(self, config: Any, sampling: Sampling | None = None):
         super().__init__(config, sampling)
@@ -75,15 +56,6 @@ class TSCD(Method):
     @classmethod
     def sampled(cls, config: Any) -> dict[str, Any]:
         return {"rule": "tcd", "eta": 0.3}
-
-    def networks(self, teacher: Denoiser, student: Denoiser) -> dict[str, nn.Module]:
-        return {"target": unwrap(student).clone()}
-
-    def phases(self, step: int) -> Iterator[Phase]:
-        yield Phase("student", ("student",), ((1.0, self.loss),))
-
-    def after_step(self, nets: Networks, step: int, ran: tuple[str, ...]) -> None:
-        track_average(nets.target, nets.student, self.config.target_ema)
 
     def lower_edge(self, schedule: Schedule, t: Tensor) -> Tensor:
         """b(t), (B,): the lower edge of the segment (b, top] that holds t; an edge belongs to the one below it."""
@@ -108,9 +80,4 @@ class TSCD(Method):
                 target = nets.target(x_s, s, batch.cond).at(b)
             target = torch.where((s == b).reshape(-1, *[1] * (x_s.ndim - 1)), x_s, target)
         online = nets.student(x_t, t, batch.cond).at(b)
-        if config.distance == "l2":
-            distance = mse(online, target)
-        else:
-            distance = pseudo_huber(online, target, config.huber_c)
-        losses = {"total": weigh_link(config.link_weight, schedule, t, s).to(distance) * distance}
-        return losses | moments(online) | moments(target, "teacher_")
+        return self.linked(online, target, schedule, t, s)

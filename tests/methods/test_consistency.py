@@ -124,13 +124,25 @@ def test_the_target_is_an_exponential_average(name):
     ]
 
 
+@pytest.mark.parametrize("name", ["lcm", "cd", "tscd"])
+def test_the_targets_spread_is_logged_as_the_teachers(name):
+    made = world(name)
+    before = made.method.loss(made.nets, made.batch())
+    for parameter in made.nets.target.parameters():
+        parameter.data.mul_(0.5)
+    after = made.method.loss(made.nets, made.batch())
+    assert after["x0_std"] == before["x0_std"]
+    assert after["teacher_x0_std"] != before["teacher_x0_std"]
+
+
 @pytest.mark.parametrize("schedule", ["vp", "edm", "flow"])
 @pytest.mark.parametrize("name", ["lcm", "cd", "tscd"])
 def test_a_link_may_count_by_the_inverse_of_the_noise_it_spans(name, schedule):
     """1 / (rho_t - rho_s) of the two noise levels asked about; where the trajectory ends both sides are known."""
     totals, made = {}, None
-    for weight in ("uniform", "inverse_gap"):
-        made, heard = world(name, schedule=schedule, link_weight=weight), {}
+    for weight in ("uniform", "inverse_gap", None):
+        chosen = {"link_weight": weight} if weight else {}
+        made, heard = world(name, schedule=schedule, **chosen), {}
         for role in ("student", "target"):
 
             def forward(
@@ -146,6 +158,8 @@ def test_a_link_may_count_by_the_inverse_of_the_noise_it_spans(name, schedule):
     expected = totals["uniform"] / gap.clamp(min=1e-3).to(totals["uniform"])
     torch.testing.assert_close(totals["inverse_gap"], expected, rtol=1e-4, atol=1e-7)
     assert float(gap.max() / gap.min()) > 3
+    # By measurement on the exact toy; LCM's own is the paper's.
+    torch.testing.assert_close(totals[None], totals["uniform" if name == "lcm" else "inverse_gap"])
 
 
 @pytest.mark.parametrize(
