@@ -52,6 +52,7 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
         "dmd2",
         ("student.steps=[2,4]", *(f"stages.{k}.method.diversity_weight=0.05" for k in range(6))),
     ),
+    "anyflow_told": ("anyflow", ("stages.1.method.tell_place=true",)),
     "dmd2_told": ("dmd2", tuple(f"stages.{k}.method.tell_place=true" for k in range(6))),
 }
 

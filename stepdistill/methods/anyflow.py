@@ -8,7 +8,8 @@ gradient, through three of its own answers at most, and their end is matched to 
     loss      DMD2 at the end  +  flow_map_weight  the flow map's own loss on data
 
 One jump of any length and one fine step stand for the N steps between, so a thousand steps cost three calls. Where places
-coincide, k = 0 or the last, there are two, and for N = 1 one. The fake score learns on the same rollouts without gradient.
+coincide, k = 0 or the last, there are two, and for N = 1 one. The fake score learns on the same rollouts without gradient;
+with `tell_place` it is told where the last jump began.
 
 `flow_map` holds the settings of that loss, those of `imf`; give the stage before's, and the student goes on as it was told.
 Without images, flow_map_weight 0, it is the on-policy part alone.
@@ -30,6 +31,7 @@ from stepdistill.methods.dmd2 import DMD2
 from stepdistill.methods.imf import IMF
 from stepdistill.methods.score import Made
 from stepdistill.sampling import Sampling
+from stepdistill.schedule import times_like
 
 
 def _distilled() -> IMF.Config:
@@ -54,11 +56,6 @@ class AnyFlow(DMD2):
         if config.diversity_weight:
             raise UserError(
                 "method.diversity_weight: a flow map's first answer is where its own jump ends, not the anchor's; set it to 0."
-            )
-        if config.tell_place:
-            raise UserError(
-                "method.tell_place=true: an answer here comes of several places of the grid, so there is none to tell; set"
-                " it to false."
             )
         with addressed("method.flow_map"):
             self.flow_map = IMF(config.flow_map, self.sampling)
@@ -90,7 +87,7 @@ class AnyFlow(DMD2):
         x0 = self.sampling.sample(
             nets.student, x, places, lambda _: noise, batch.cond, t_min=nets.schedule.t_min
         )
-        return self.kept(Made(x0, batch.cond))
+        return self.kept(Made(x0, batch.cond, self.told(times_like(places[-1], x0))))
 
     def places(self, nets: Networks, batch: Batch) -> list[float]:
         """Times the student is asked at, falling, one draw for the whole global batch."""
