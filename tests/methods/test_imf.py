@@ -71,6 +71,26 @@ def test_the_guided_target_is_what_a_network_that_is_right_says():
     assert inside.any() and not inside.all()
 
 
+@pytest.mark.parametrize("name", ["imf", "dmf"])
+def test_the_teachers_velocity_is_guided_by_what_the_student_is_told(name):
+    """u_no + omega (u_c - u_no) inside the interval; a student told nothing has the one omega there is."""
+    told = name == "imf"
+    scales = {"guidance_low": 2.0 if told else 3.0, "guidance_high": 8.0 if told else 3.0, "interval_high": 0.6}
+    made = world(name, direction="teacher", tell_guidance=told, **scales)
+    batch = made.batch()
+    at = made.method.point(made.nets, batch)
+    assert set(at.told) == ({"guidance"} if told else set())
+    assert not told or at.told["guidance"].unique().numel() == COUNT
+    inside = (at.t <= 0.6) & ~at.dropped
+    omega = torch.where(inside, at.told.get("guidance", torch.full_like(at.t, 3.0)), 1.0)
+    with_, without = (
+        made.nets.teacher(at.x_t, at.t, cond, in_schedule=Flow()).flow for cond in (batch.cond, batch.uncond)
+    )
+    right = without + omega[:, None] * (with_ - without)
+    torch.testing.assert_close(made.method.velocity(made.nets, batch, at), right.float(), rtol=1e-4, atol=1e-5)
+    assert inside.any() and not inside.all() and float((with_ - without)[inside].abs().max()) > 1e-2
+
+
 def test_omega_is_an_input_when_it_is_sampled():
     method = worlds.method("imf", guidance_low=2.0, guidance_high=8.0)
     assert method.sampling.inputs == ("guidance", "end") and method.sampling.scale == pytest.approx(4)
