@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import tiny
 import torch
@@ -75,7 +77,11 @@ def test_the_guided_target_is_what_a_network_that_is_right_says():
 def test_the_teachers_velocity_is_guided_by_what_the_student_is_told(name):
     """u_no + omega (u_c - u_no) inside the interval; a student told nothing has the one omega there is."""
     told = name == "imf"
-    scales = {"guidance_low": 2.0 if told else 3.0, "guidance_high": 8.0 if told else 3.0, "interval_high": 0.6}
+    scales = {
+        "guidance_low": 2.0 if told else 3.0,
+        "guidance_high": 8.0 if told else 3.0,
+        "interval_high": 0.6,
+    }
     made = world(name, direction="teacher", tell_guidance=told, **scales)
     batch = made.batch()
     at = made.method.point(made.nets, batch)
@@ -87,7 +93,9 @@ def test_the_teachers_velocity_is_guided_by_what_the_student_is_told(name):
         made.nets.teacher(at.x_t, at.t, cond, in_schedule=Flow()).flow for cond in (batch.cond, batch.uncond)
     )
     right = without + omega[:, None] * (with_ - without)
-    torch.testing.assert_close(made.method.velocity(made.nets, batch, at), right.float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        made.method.velocity(made.nets, batch, at), right.float(), rtol=1e-4, atol=1e-5
+    )
     assert inside.any() and not inside.all() and float((with_ - without)[inside].abs().max()) > 1e-2
 
 
@@ -147,6 +155,16 @@ def test_dmfs_weight_is_the_logarithm_of_the_error_at_its_noise():
     )
 
 
+def test_dmfs_level_is_of_a_mean_over_elements_and_of_the_noise_that_is_left():
+    made = world("dmf")
+    torch.nn.init.normal_(made.nets.weighting.leave.weight)
+    at = made.method.point(made.nets, made.batch())
+    squared, level = torch.linspace(0.1, 2.0, COUNT), made.nets.weighting(Flow().rho(at.t)).detach()
+    right = (squared / 2 * (-level).exp() + 0.01).log() + level
+    torch.testing.assert_close(made.method.weighed(made.nets, squared, at), right, rtol=1e-5, atol=1e-5)
+    assert at.x_t.shape[1:] == (2,) and float(level.std()) > 0.1 and not at.t.equal(at.r)
+
+
 def test_dmf_without_a_learned_weight_has_imfs():
     settings = {"weight_power": 0.5, "weight_c": 0.1, **PLAIN}
     method = worlds.method("dmf", learned_weight=False, **settings)
@@ -168,6 +186,22 @@ def test_dmfs_weight_is_meanflows_with_a_level_of_its_own(power):
     level = torch.tensor(-0.7, dtype=torch.float64).exp()
     expected = (squared.detach() / level + 0.1) ** -power / level
     torch.testing.assert_close(squared.grad, expected, rtol=1e-5, atol=1e-6)
+    # The level rests where the error it is told from is 1, for power 0.
+    risen = (1 - squared.detach() * expected).sum().float()[None]
+    torch.testing.assert_close(nets.weighting.leave.bias.grad, risen, rtol=1e-5, atol=1e-5)
+
+
+def test_points_that_go_nowhere_have_a_density_of_their_own():
+    """r = t, lognormal of equal_mean and equal_std; all others are as imf's."""
+    settings = {"equal_mean": -2.0, "equal_std": 0.1, "time_mean": 2.0, "end_mean": 1.0, **PLAIN}
+    for share, count in ((1.0, 400), (0.5, 400), (0.0, 400)):
+        method = worlds.method("dmf", equal_share=share, **settings)
+        t, r = method.times(nets_of(Flow(), Affine()), batch_of(count))
+        same, rho = t == r, Flow().rho(t)
+        assert abs(float(same.float().mean()) - share) < 0.1
+        assert not same.any() or abs(float(rho[same].log().mean()) + 2) < 0.05
+        assert same.all() or float(rho[~same].log().mean()) > 1.5
+        assert bool((r <= t).all())
 
 
 def test_anyflow_jumps_three_times_at_most_and_each_with_gradient():
@@ -175,7 +209,7 @@ def test_anyflow_jumps_three_times_at_most_and_each_with_gradient():
     seen = []
     made.nets.student.register_forward_hook(lambda *call: seen.append(call[-1].raw))
     grid = made.method.sampling.grid(made.nets.schedule, 8)
-    counts = set()
+    counts, steps = set(), set()
     for step in range(40):
         seen.clear()
         batch = made.batch(step)
@@ -185,7 +219,30 @@ def test_anyflow_jumps_three_times_at_most_and_each_with_gradient():
         assert all(float(slope.abs().sum()) > 0 for slope in slopes)
         places = made.method.places(made.nets, made.batch(step))
         assert len(places) == len(seen) and places[0] == grid[0] and places == sorted(places, reverse=True)
+        # The one before the last jump is a step of the sampler's, in two steps or eight.
+        steps.add(tuple(grid.index(place) for place in places if place in grid))
     assert counts == {1, 2, 3}
+    assert {step for step in steps if len(step) == 3} <= {(0, k, k + 1) for k in range(1, 7)}
+
+
+def test_anyflows_answer_is_where_the_jumps_from_the_batchs_noise_end():
+    made = world("anyflow", steps=(1, 2, 8), schedule="flow")
+    for step in range(6):
+        twin, schedule = made.batch(step), made.nets.schedule
+        places = made.method.places(made.nets, twin)
+        x = made.method.sampling.first_input(schedule, twin.randn(), places[0])
+        for t, end in itertools.pairwise((*places, schedule.t_min)):
+            t, end = times_like(t, x), times_like(end, x)
+            said = made.nets.student(x, t, twin.cond, end=end)
+            x = said.at(end)
+        x0 = made.method.generate(made.nets, made.batch(step)).x0
+        torch.testing.assert_close(x0, said.x0, rtol=1e-5, atol=1e-5)
+
+
+def test_the_flow_maps_loss_counts_as_its_weight_says():
+    method = worlds.method("anyflow", flow_map_weight=0.3)
+    (student, _) = method.phases(0)
+    assert student.terms == ((1.0, method.student_loss), (0.3, method.flow_map_loss))
 
 
 def test_without_the_flow_maps_loss_anyflow_needs_no_images():

@@ -10,7 +10,18 @@ from worlds import world
 from stepdistill.errors import UserError
 from stepdistill.methods import judged
 
-SEVERAL = ("diff_instruct", "dmd", "dmd2", "f_distill", "vsd", "sim", "sid", "sida", "decoupled_dmd", "anyflow")
+SEVERAL = (
+    "diff_instruct",
+    "dmd",
+    "dmd2",
+    "f_distill",
+    "vsd",
+    "sim",
+    "sid",
+    "sida",
+    "decoupled_dmd",
+    "anyflow",
+)
 SETTINGS = {"sida": {"gan_weight": 0.0}, "decoupled_dmd": {"critic_pull": 0.0, "augmentation": 0.0}}
 
 
