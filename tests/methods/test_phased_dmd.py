@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import worlds
-from worlds import world
+from worlds import stir, world
 
 from stepdistill.denoiser import Denoiser
 from stepdistill.errors import UserError
 from stepdistill.families.toy import SCHEDULES, Mixture
+from stepdistill.losses import denoising
 from stepdistill.noise import SampleNoise
 from stepdistill.schedule import Flow, expand, times_like
 
@@ -71,6 +72,62 @@ def test_phases_take_turns_and_end_where_the_next_begins():
             expected = said.at(times_like(grid[2], x_s)) if phase == 0 else said.x0
             torch.testing.assert_close(x_s, expected)
     assert asked == {0: set(grid[:2]), 1: set(grid[2:])}
+
+
+@pytest.mark.parametrize("phase", [0, 1])
+def test_the_students_gradient_is_fake_minus_real_at_the_phases_end(phase):
+    """Of the phase's own fake score, through the last call alone, the scores' answers constants."""
+    made = world("phased_dmd", steps=(4,), schedule="flow", normalise=False, guidance_scale=1.0)
+    method, nets, schedule = made.method, made.nets, made.nets.schedule
+    stir(nets.fake_score)
+    parameters = list(nets.student.parameters())
+    asked = []
+    for network in (nets.teacher, nets.modules["fake_score"], nets.modules["fake_score_1"]):
+        network.register_forward_pre_hook(lambda *_: asked.append(torch.is_grad_enabled()))
+    deep = 0
+    for step in range(6):
+        batch, twin = made.batch(step), made.batch(step)
+        ours = torch.autograd.grad(method.student_loss(nets, batch, phase)["total"].sum(), parameters)
+        said, x_s = method.answer(nets, twin, phase)
+        deep += float(said.t[0]) not in (method.sampling.grid(schedule, 4)[0], method.end(schedule, 0))
+        # From the state it was asked at, a constant.
+        again = nets.student(said.x_t.detach(), said.t, twin.cond)
+        again = again.x0 if phase else again.at(times_like(method.end(schedule, 0), x_s))
+        t = method.times(nets, twin, method.config.t_low, method.config.t_high)
+        eps, s = twin.randn(), None if phase else times_like(method.end(schedule, 0), x_s)
+        with torch.no_grad():
+            at = method.onward(schedule, again, eps, s, t)
+            fake = nets.modules["fake_score_1" if phase else "fake_score"](at.x_t, at.t, twin.cond).x0
+            pull = (fake - nets.teacher(at.x_t, at.t, twin.cond).x0).to(again) / again[0].numel()
+        right = torch.autograd.grad(again, parameters, pull)
+        for one, other in zip(ours, right, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+        assert max(float(one.abs().max()) for one in ours) > 1e-5
+    assert deep and not any(asked)
+
+
+@pytest.mark.parametrize("phase", [0, 1])
+def test_the_fake_score_learns_what_noise_was_added_and_nothing_reaches_the_student(phase):
+    made = world("phased_dmd", steps=(4,), schedule="flow")
+    method, nets, schedule = made.method, made.nets, made.nets.schedule
+    for module in nets.modules.values():
+        module.requires_grad_(True)
+    fake = nets.modules["fake_score_1" if phase else "fake_score"]
+    loss = method.critic_loss(nets, made.batch(3), phase)["total"]
+    reached = torch.autograd.grad(
+        loss.sum(), [*nets.student.parameters()], allow_unused=True, retain_graph=True
+    )
+    assert all(slope is None for slope in reached)
+    twin = made.batch(3)
+    _, x_s = method.answer(nets, twin, phase)
+    t, eps = method.critic_times(nets, twin), twin.randn()
+    s = None if phase else times_like(method.end(schedule, 0), x_s)
+    at = method.onward(schedule, x_s.detach(), eps, s, t)
+    # Weighed, an error of the pair's noise is one of the noise that was added.
+    added = at.eps * expand(at.weight.sqrt(), at.eps)
+    torch.testing.assert_close(added.float(), eps, rtol=1e-4, atol=1e-4)
+    error = denoising(fake(at.x_t, at.t, twin.cond), at.x0, at.eps, fake.sigma_data)
+    torch.testing.assert_close(loss, (at.weight * error).to(loss), rtol=1e-4, atol=1e-6)
 
 
 def test_a_student_whose_law_the_fake_score_knows_as_the_teachers_is_left_alone():
