@@ -106,7 +106,7 @@ class RDM(Method):
 
     @property
     def needs_captions(self) -> bool:
-        return self.config.prompt_weight > 0
+        return self.config.prompt_weight > 0 and any(each.reads_captions for each in self._classes)
 
     def networks(self, teacher: Denoiser | None, student: Denoiser) -> dict[str, nn.Module]:
         if self.config.distance == "mmd":

@@ -12,6 +12,7 @@ from worlds import COUNT, world
 
 from stepdistill import assets
 from stepdistill.errors import UserError
+from stepdistill.eyes import Eye
 from stepdistill.representation import Moments, frechet, mmd
 from training.measure import check_judge
 from training.sections import RunConfig
@@ -93,6 +94,45 @@ def test_cached_chunks_have_the_gradient_of_one_statistic_over_all(distance):
     for a, b in zip(ours, whole, strict=True):
         torch.testing.assert_close(a, b.to(a), rtol=1e-3, atol=1e-5)
     assert max(float((a - b).abs().max()) for a, b in zip(ours, parts, strict=True)) > 1e-4
+
+
+class Looking(Eye):
+    """Points at two places, theirs and the origin's mirror of it twice as far, and captions as one number."""
+
+    widths, prompt_width = (2,), 1
+
+    def features(self, images):
+        return [torch.stack((images, -2 * images), 1)]
+
+    def prompts(self, prompts, device):
+        return torch.tensor([[float(each)] for each in prompts], device=device)
+
+
+def test_features_are_means_over_places_beside_the_weighed_captions():
+    made = world("rdm", prompt_weight=0.25, chunks=2, encoders=[{"name": f"{__name__}:Looking"}])
+    batch = made.batch()
+    (found,) = made.method.features(batch.x0, batch)
+    told = torch.tensor([[0.25 * label] for label in batch.prompts])
+    torch.testing.assert_close(found, torch.cat((-batch.x0 / 2, told), 1))
+    # Classes will do for this eye, and not for CLIP.
+    assert not made.method.needs_captions
+    clip = [{"name": "clip"}]
+    assert worlds.method("rdm", prompt_weight=0.25, encoders=clip).needs_captions
+    assert not worlds.method("rdm", encoders=clip).needs_captions
+
+
+def test_a_step_adds_its_features_to_the_running_moments():
+    made = world("rdm", distance="fd", memory=0.9, chunks=2, encoders=worlds.SETTINGS["rdm"]["encoders"])
+    method, moments = made.method, made.nets.moments
+    held = Moments([2 * 8])
+    for step in range(12):
+        method.loss(made.nets, made.batch(step))
+        held.update(method._seen, 0.9)
+        method.after_step(made.nets, step, ("student",))
+        assert method._seen == []
+    for (_, one), (_, other) in zip(held.named_buffers(), moments.named_buffers(), strict=True):
+        torch.testing.assert_close(one, other)
+    assert float(moments.updates) == 12
 
 
 def judged(metric: str) -> RunConfig:
