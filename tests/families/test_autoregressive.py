@@ -204,6 +204,59 @@ def test_methods_of_codes_learn_the_map(family, name):
     assert before < 0.5 and agreement() > before + 0.25, (before, agreement())
 
 
+def test_dd1s_loss_is_of_the_places_that_are_noise_alone():
+    made = world("dd1", vector_weight=0.25, steps=(2,))
+    nets, counts = made.nets, set()
+    for step in range(4):
+        batch, twin = made.batch(step), made.batch(step)
+        losses = made.method.loss(nets, batch)
+        times = torch.tensor(made.method.times(nets.schedule), dtype=torch.float64)
+        t = times[twin.generator.randint(0, len(times))]
+        x_t = nets.schedule.add_noise(twin.pairs.x0, twin.pairs.z, t)
+        said = nets.student(x_t, t, twin.pairs.cond)
+        right = nets.student.network.nearest(twin.pairs.x0)
+        chosen = said.logits.log_softmax(-1).gather(-1, right[..., None])[..., 0]
+        each = 0.25 * (said.vectors - twin.pairs.x0).square().mean(-1) - chosen
+        expected = torch.stack([row[noisy].mean() for row, noisy in zip(each, said.noisy, strict=True)])
+        torch.testing.assert_close(losses["total"], expected, rtol=1e-5, atol=1e-5)
+        counts |= set(said.noisy.sum(1).tolist())
+    # All of them, and half.
+    assert len(counts) == 2
+
+
+def test_dd2_goes_from_the_fake_laws_mean_to_the_teachers():
+    """Only where there is noise, for codes the student said, the scores constants."""
+    made = world("dd2", imitation_steps=0, steps=(2,), guidance_scale=1.0)
+    nets, student = made.nets, list(made.nets.student.requires_grad_(True).parameters())
+    with torch.no_grad():
+        nets.fake_score.network.head.bias[0] += 2
+    book = nets.teacher.network.book
+    for step in range(4):
+        ours = torch.autograd.grad(
+            made.method.matching(nets, made.batch(step))["total"].sum(), student, allow_unused=True
+        )
+        twin = made.batch(step)
+        said, codes, _ = made.method.generate(nets, twin)
+        with torch.no_grad():
+            laws = [
+                law.float().softmax(-1)
+                for law in (nets.fake_score(codes, twin.cond), nets.teacher.network.logits(codes, twin.cond))
+            ]
+            s = 0.02 + 0.78 * twin.generator.rand(codes.shape[1]).float()
+            noise = twin.randn()
+            x_s = (1 - s)[..., None] * noise + s[..., None] * said.x0
+            # Posterior means of a code under x_s = (1 - s) noise + s code.
+            apart = (x_s[..., None, :] - s[..., None, None] * book).square().sum(-1)
+            likely = (-apart / (2 * (1 - s)[..., None] ** 2)).double()
+            fake, real = ((likely + law.double().log()).softmax(-1).to(book) @ book for law in laws)
+            pull = (fake - real) * said.noisy[..., None] / said.x0[0].numel()
+        right = torch.autograd.grad(said.x0, student, pull, allow_unused=True)
+        seen = [(a, b) for a, b in zip(ours, right, strict=True) if a is not None]
+        assert seen and max(float(a.abs().max()) for a, _ in seen) > 1e-4
+        for one, other in seen:
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
 def test_dd2_has_no_pull_where_the_students_law_is_the_teachers():
     """And where it is not, the pull at x is that of the two laws' means."""
     made = world("dd2", imitation_steps=0, steps=(1,))
