@@ -29,6 +29,8 @@ from stepdistill.sampling import Sampling
 
 # Samples of a world's batch.
 COUNT = 16
+# Of a family of codes.
+CAPTIONS = ["a small red circle on a blue background", "a large cyan star on a white background"]
 
 # Methods that need settings to exist, and variants worth a row; any other registered name runs on defaults.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -97,7 +99,7 @@ class World:
     ) -> Batch:
         family, index = self.family, torch.arange(count)
         images = self.method.needs_images if images is None else images
-        labels = [""] * count if family.of_codes else family.prompts(self.source, range(count))
+        labels = (CAPTIONS * count)[:count] if family.of_codes else family.prompts(self.source, range(count))
         x0 = family.examples(self.source, range(count)) if images else None
         noise = SampleNoise(index, step=step, phase=phase)
         cond = family.encode(labels)

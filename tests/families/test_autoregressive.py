@@ -224,24 +224,24 @@ def test_dd1s_loss_is_of_the_places_that_are_noise_alone():
     assert len(counts) == 2
 
 
-def test_dd2_goes_from_the_fake_laws_mean_to_the_teachers():
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_dd2_goes_from_the_fake_laws_mean_to_the_teachers(scale):
     """Only where there is noise, for codes the student said, the scores constants."""
-    made = world("dd2", imitation_steps=0, steps=(2,), guidance_scale=1.0)
+    made = world("dd2", imitation_steps=0, steps=(2,), guidance_scale=scale)
     nets, student = made.nets, list(made.nets.student.requires_grad_(True).parameters())
     with torch.no_grad():
         nets.fake_score.network.head.bias[0] += 2
     book = nets.teacher.network.book
     for step in range(4):
-        ours = torch.autograd.grad(
-            made.method.matching(nets, made.batch(step))["total"].sum(), student, allow_unused=True
-        )
+        total = made.method.matching(nets, made.batch(step))["total"]
+        ours = torch.autograd.grad(total.sum(), student, allow_unused=True)
         twin = made.batch(step)
         said, codes, _ = made.method.generate(nets, twin)
         with torch.no_grad():
-            laws = [
-                law.float().softmax(-1)
-                for law in (nets.fake_score(codes, twin.cond), nets.teacher.network.logits(codes, twin.cond))
-            ]
+            told, free = (nets.teacher.network.logits(codes, cond) for cond in (twin.cond, twin.uncond))
+            guided_law = free.log_softmax(-1) + scale * (told.log_softmax(-1) - free.log_softmax(-1))
+            laws = [law.softmax(-1) for law in (nets.fake_score(codes, twin.cond), guided_law)]
+            assert float((told - free).abs().max()) > 1e-3
             s = 0.02 + 0.78 * twin.generator.rand(codes.shape[1]).float()
             noise = twin.randn()
             x_s = (1 - s)[..., None] * noise + s[..., None] * said.x0
@@ -250,11 +250,31 @@ def test_dd2_goes_from_the_fake_laws_mean_to_the_teachers():
             likely = (-apart / (2 * (1 - s)[..., None] ** 2)).double()
             fake, real = ((likely + law.double().log()).softmax(-1).to(book) @ book for law in laws)
             pull = (fake - real) * said.noisy[..., None] / said.x0[0].numel()
+            value = pull.square().flatten(1).sum(1) * said.x0[0].numel() / 2
+        torch.testing.assert_close(total, value, rtol=1e-3, atol=1e-6)
         right = torch.autograd.grad(said.x0, student, pull, allow_unused=True)
         seen = [(a, b) for a, b in zip(ours, right, strict=True) if a is not None]
         assert seen and max(float(a.abs().max()) for a, _ in seen) > 1e-4
         for one, other in seen:
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["ode", "renoise"])
+def test_dd2s_codes_are_those_kept_and_those_said(rule):
+    """And the noise beside them is what each place was, or would be, said from."""
+    made = world("dd2", steps=(2,), rule=rule)
+    network, kept = made.nets.student.network, 0
+    for step in range(4):
+        asked = []
+        hook = made.nets.student.register_forward_pre_hook(lambda _, args, asked=asked: asked.append(args[0]))
+        said, codes, z = made.method.generate(made.nets, made.batch(step))
+        hook.remove()
+        x_t, noisy = asked[-1], said.noisy
+        assert codes[noisy].equal(said.logits.argmax(-1)[noisy])
+        assert codes[~noisy].equal(network.nearest(x_t)[~noisy])
+        assert z[noisy].equal(x_t[noisy]) and z[~noisy].equal(made.batch(step).randn()[~noisy])
+        kept += int((~noisy).sum())
+    assert kept
 
 
 def test_dd2_has_no_pull_where_the_students_law_is_the_teachers():
@@ -265,4 +285,4 @@ def test_dd2_has_no_pull_where_the_students_law_is_the_teachers():
     assert made.method.matching(nets, batch)["gap"].max() < 1e-10
     with torch.no_grad():
         nets.fake_score.network.head.bias[0] += 5
-    assert made.method.matching(nets, made.batch(0))["gap"].min() > 1e-4
+    assert made.method.matching(nets, made.batch(0))["gap"].median() > 1e-2
