@@ -259,6 +259,20 @@ def test_dd2_goes_from_the_fake_laws_mean_to_the_teachers(scale):
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
+def test_dd2_imitates_first_and_its_fake_law_learns_what_the_student_says():
+    made = world("dd2", imitation_steps=5)
+    method, nets, step = made.method, made.nets, 7
+    assert [next(method.phases(i)).terms[0][1] for i in (0, 4, 5, 6)] == [
+        *[method.imitation] * 2,
+        *[method.matching] * 2,
+    ]
+    assert [len([*method.phases(i)]) for i in (0, 3, 4, 5)] == [1, 1, 2, 2]
+    loss = method.critic_loss(nets, made.batch(step))["total"]
+    _, codes, _ = method.generate(nets, twin := made.batch(step))
+    law = nets.fake_score(codes, twin.cond).log_softmax(-1)
+    torch.testing.assert_close(loss, -law.gather(-1, codes[..., None])[..., 0].mean(1))
+
+
 @pytest.mark.parametrize("rule", ["ode", "renoise"])
 def test_dd2s_codes_are_those_kept_and_those_said(rule):
     """And the noise beside them is what each place was, or would be, said from."""
