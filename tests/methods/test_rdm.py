@@ -121,6 +121,17 @@ def test_features_are_means_over_places_beside_the_weighed_captions():
     assert not worlds.method("rdm", encoders=clip).needs_captions
 
 
+def test_encoders_count_as_their_weights_say():
+    eyes = [
+        {"name": "fourier", "arguments": {"width": width}, "weight": weight}
+        for width, weight in ((8, 0.25), (4, 3.0))
+    ]
+    made = world("rdm", chunks=2, encoders=eyes)
+    losses = made.method.loss(made.nets, made.batch())
+    right = 0.25 * losses["distance_0"] + 3 * losses["distance_1"]
+    torch.testing.assert_close(losses["total"], right.expand(COUNT))
+
+
 def test_a_step_adds_its_features_to_the_running_moments():
     made = world("rdm", distance="fd", memory=0.9, chunks=2, encoders=worlds.SETTINGS["rdm"]["encoders"])
     method, moments = made.method, made.nets.moments
