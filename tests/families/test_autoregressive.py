@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+import worlds
 from tiny import ar
 from worlds import method, world
 
@@ -22,7 +23,7 @@ from stepdistill.methods.assemble import assemble
 from stepdistill.noise import SampleNoise
 from stepdistill.schedule import Prefix, times_like
 
-CAPTIONS = ["a small red circle on a blue background", "a large cyan star on a white background", ""] * 4
+CAPTIONS = [*worlds.CAPTIONS, ""] * 4
 COUNT = len(CAPTIONS)
 
 

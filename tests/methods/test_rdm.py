@@ -13,6 +13,7 @@ from worlds import COUNT, world
 from stepdistill import assets
 from stepdistill.errors import UserError
 from stepdistill.eyes import Eye
+from stepdistill.methods.base import Networks
 from stepdistill.representation import Moments, frechet, mmd
 from training.measure import check_judge
 from training.sections import RunConfig
@@ -119,6 +120,22 @@ def test_features_are_means_over_places_beside_the_weighed_captions():
     clip = [{"name": "clip"}]
     assert worlds.method("rdm", prompt_weight=0.25, encoders=clip).needs_captions
     assert not worlds.method("rdm", encoders=clip).needs_captions
+
+
+def test_real_and_generated_samples_are_decoded_before_they_are_looked_at(monkeypatch):
+    made, seen = world("rdm", chunks=2, encoders=[{"name": f"{__name__}:Looking"}]), []
+    nets = Networks(made.nets.modules, made.nets.schedule, lambda x0: 3 * x0 + 1)
+    plain = Looking.features
+    monkeypatch.setattr(Looking, "features", lambda eye, x: seen.append(x.detach()) or plain(eye, x))
+    batch = made.batch()
+    made.method.loss(nets, batch)
+    assert seen[0].equal(3 * batch.x0 + 1)
+    first, twin = made.method.sampling.grid(nets.schedule, 1)[0], made.batch()
+    for images in seen[1:]:
+        x = made.method.sampling.first_input(nets.schedule, twin.randn(), first)
+        x0 = nets.student(x, torch.full((COUNT,), first, dtype=torch.float64), twin.cond).x0
+        torch.testing.assert_close(images, 3 * x0 + 1)
+    assert len(seen) == 3
 
 
 def test_encoders_count_as_their_weights_say():
