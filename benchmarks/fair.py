@@ -27,7 +27,7 @@ import yaml
 
 from benchmarks import students
 from benchmarks.budget import budgeted, lengths, parts_of, resized, served
-from benchmarks.fair_table import COLOURS, measured, tabulate
+from benchmarks.fair_table import COLOURS, measured, own_judges, tabulate
 from benchmarks.metered import PLAIN, account
 from benchmarks.students import ROOT, read, write
 from stepdistill.config import apply_overrides
@@ -133,6 +133,8 @@ def make(name: str, minutes: float, folder: Path, n: int) -> bool:
         "commit": plan["commit"],
     }
     steps = [count for count in served(mapping) if count in COLOURS]
+    if own := own_judges(folder / "recipe.yaml"):
+        row["own_judges"] = own
     write(folder / "row.json", row | measured(run / "student", steps, folder, n))
     return True
 

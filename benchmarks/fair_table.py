@@ -9,11 +9,14 @@ from typing import Any
 
 from benchmarks import students
 from benchmarks.students import ROOT, read, write
+from stepdistill import assets
 from stepdistill.errors import atomic_write
 from training.lock import Lock
+from training.recipe import load_recipe
 
 # Of sampling steps, those that are measured where the student serves them, with their colours.
 COLOURS = {1: "#2563eb", 2: "#d97706", 4: "#16a34a"}
+CLIP = "clip:scenes-v1"
 # Of the picture's distances.
 TICKS = (0.8, 1, 1.25, 1.5, 2, 3, 5, 8, 12, 20)
 
@@ -40,6 +43,14 @@ def measured(student: Path, steps: Sequence[int], folder: Path, n: int) -> dict[
     students.draw([("teacher", ROOT / students.TEACHER, None), *shown], folder / "picture.png")
     about = {key: found[key] for key in ("protocol", "machine", "date")}
     return about | {"steps": _kept(found, seeds, "student")}
+
+
+def own_judges(recipe: Path) -> list[str]:
+    """Measures that look through a network the recipe trains on: they say nothing of its student."""
+    seen = {
+        Path(one).resolve() for stage in load_recipe(recipe).stages() for one in stage.new_method().trained_on
+    }
+    return [CLIP] if assets.path("clip").resolve() in seen else []
 
 
 def _kept(found: dict[str, Any], seeds: dict[str, Any], role: str) -> dict[str, dict[str, float]]:
@@ -85,7 +96,7 @@ def _ratios(row: dict[str, Any]) -> list[tuple[int, float, float]]:
 
 
 def markdown(table: dict[str, Any]) -> str:
-    """A line for each method; what it has of several numbers of steps in their order."""
+    """A line for each method; what it has of several numbers of steps in their order, in brackets what its own network says."""
     counts = [f"{steps} step{'s' * (steps > 1)}" for steps in COLOURS]
     heads = ["method", *counts, "attributes all, %", "diversity / teacher's", "CLIP score"]
     heads += ["CPU minutes", "peak MiB", "iterations"]
@@ -98,7 +109,8 @@ def markdown(table: dict[str, Any]) -> str:
             cells = [row["method"], *(ratios.get(steps, "") for steps in COLOURS)]
             cells += [", ".join(f"{100 * one['attributes/all']:.1f}" for one in each)]
             cells += [", ".join(f"{one[students.DIVERSITY]:.2f}" for one in each)]
-            cells += [", ".join(f"{one['clip:scenes-v1']:.1f}" for one in each)]
+            score = ", ".join(f"{one[CLIP]:.1f}" for one in each)
+            cells += [f"({score})" if CLIP in row.get("own_judges", ()) else score]
             cells += [f"{row['cpu_seconds'] / 60:.1f}", f"{row['peak_mib']:,.0f}", f"{row['iterations']:,}"]
             lines.append(f"| {' | '.join(cells)} |")
         parts.append("\n".join([f"**{minutes:g} CPU minutes of one thread**", "", *lines]))

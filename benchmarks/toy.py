@@ -3,6 +3,7 @@
     python -m benchmarks.toy                          all recipes training/recipes/toy_*.yaml, one after another
     python -m benchmarks.toy sim dmd2 --schedule flow the same under another teacher schedule
     python -m benchmarks.toy cd dmd2 --guidance 2     two classes of 4 modes each, guided by that scale
+    python -m benchmarks.toy cd --set method.link_weight=uniform     a trial: the recipe with a setting changed
 
 Samples of 4,096 points, 512 projections, fixed seeds, one thread; the distance is the mean of 4 samples of the student to
 10 of exact points, the floor that of the 10 to each other. "Shares off" is the total variation of the modes' shares from
@@ -25,6 +26,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -96,6 +98,14 @@ def main() -> None:
     parser.add_argument("methods", nargs="*", help="names after toy_ (default: all)")
     parser.add_argument("--schedule", choices=SCHEDULES, help="of the teacher (default: the recipe's)")
     parser.add_argument("--guidance", type=float, help="two classes, and the teacher guided by this scale")
+    parser.add_argument(
+        "--set",
+        dest="settings",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a setting of the recipe",
+    )
     parser.add_argument("--force", action="store_true", help="run rows again that are there")
     args = parser.parse_args()
     names = args.methods or sorted(path.stem.removeprefix("toy_") for path in RECIPES.glob("toy_*.yaml"))
@@ -111,6 +121,9 @@ def main() -> None:
             key = f"{key}/guided"
             overrides += [f"{part}.guidance_scale={args.guidance:g}" for part in ("family", "method")]
             overrides += ["family.classes=2"]
+        if args.settings:
+            key = "?".join((key, *args.settings))
+            overrides += args.settings
         # The family that measures more is this file's own; a recipe's stages are built when they are asked for.
         with allowing_code():
             recipe = load_recipe(path, overrides)
@@ -119,6 +132,7 @@ def main() -> None:
                 print(f"{key}: there already")
                 continue
             row = about(recipe, args.guidance) | run(path, overrides, recipe) | {"identity": identity}
+            row |= {"settings": args.settings} if args.settings else {}
         save(table() | {key: row})
         print(key, json.dumps(row), flush=True)
 
@@ -209,18 +223,30 @@ def save(rows: dict[str, Any]) -> None:
 
 
 def markdown(rows: dict[str, Any]) -> str:
-    """The recipes as they are shipped, under other schedules, with guidance; last, rows of the toy as it was before."""
+    """The recipes as they are shipped, under other schedules, with guidance, trials; last, rows of the toy as it was before."""
     titles = (
         "Sliced W1 over the sampling floor, as shipped",
         "The same recipes under other teacher schedules",
         "Two classes of 4 modes each, guided; the reference is the end of the guided teacher's ODE",
+        "Trials: recipes with a setting changed",
         "Not comparable with the above: modes of equal shares about the origin, by the code of each row's commit",
     )
-    groups: list[list[tuple[str, dict[str, Any]]]] = [[], [], [], []]
+    groups: list[list[tuple[str, dict[str, Any]]]] = [[] for _ in titles]
     for key, row in sorted(rows.items()):
         earlier = "sw1" in row and "shares" not in row
-        groups[3 if earlier else 2 if row["guidance"] != 1 else 1 if "/" in key else 0].append((key, row))
-    for group in (groups[0], groups[3]):
+        place = (
+            4
+            if earlier
+            else 3
+            if "settings" in row
+            else 2
+            if row["guidance"] != 1
+            else 1
+            if "/" in key
+            else 0
+        )
+        groups[place].append((key, row))
+    for group in (groups[0], groups[-1]):
         group.sort(key=lambda item: _least(item[1]))
     parts = []
     for title, group in zip(titles, groups, strict=True):
@@ -232,7 +258,8 @@ def markdown(rows: dict[str, Any]) -> str:
             "|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         for key, row in group:
-            name = key if group is groups[3] else key.partition("/")[0]
+            name = key if group is groups[-1] else re.split("[/?]", key)[0]
+            name += "".join(f", `{setting}`" for setting in row.get("settings", ()))
             if "error" in row:
                 lines.append(f"| {name} | {row['schedule']} | {row['error']} | | | | | | | | |")
                 continue

@@ -26,9 +26,11 @@ class RewardModel:
 
     Attributes:
         reads_captions: prompts must be texts, no classes.
+        directory: where its weights lie, "" = nowhere.
     """
 
     reads_captions: ClassVar[bool] = False
+    directory: str = ""
 
     def __call__(self, images: Tensor, prompts: Sequence) -> Tensor:
         """Scores (B,) of images (B, 3, H, W) in about [0, 1], differentiable in them; higher is better."""
@@ -42,6 +44,7 @@ class ClipReward(RewardModel):
 
     def __init__(self, directory: str = ""):
         self.clip = Clip(directory)
+        self.directory = self.clip.directory
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         clip = self.clip.to(images.device)

@@ -222,6 +222,15 @@ def test_the_table_is_sorted_by_what_the_fewest_steps_reach(tmp_path):
     assert (tmp_path / "t.png").stat().st_size > 5000
 
 
+def test_what_a_student_was_trained_on_does_not_judge_it():
+    own = {name: fair_table.own_judges(students.RECIPES / f"scenes_{name}.yaml") for name in ("dmd2", "rdm", "reward")}
+    assert own == {"dmd2": [], "rdm": [fair_table.CLIP], "reward": [fair_table.CLIP]}
+    row = {"method": "rdm", "minutes": 10, "iterations": 1, "cpu_seconds": 6.0, "peak_mib": 1.0, "steps": {"1": ONE}}
+    for judges, score in ((own["rdm"], "(79.0)"), (own["dmd2"], "79.0")):
+        said = fair_table.markdown({"teacher": {}, "rows": [row | {"own_judges": judges}]})
+        assert f"| 0.90 | {score} | 0.1 |" in said
+
+
 def test_an_account_is_kept_of_a_training(tmp_path):
     recipe = students.RECIPES / "toy_dmd2.yaml"
     words = [

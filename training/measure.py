@@ -72,7 +72,7 @@ def check_metric(run: RunConfig, family: Family, method: Method | None = None) -
 
 
 def check_judge(run: RunConfig, method: Method) -> None:
-    """UserError where the metric looks through a network whose features the method matches: it would only grow better."""
+    """UserError where the metric looks through a network that the method trains on: it would only grow better."""
     if not run.metric_every or not method.trained_on:
         return
     from stepdistill import assets
@@ -83,7 +83,7 @@ def check_judge(run: RunConfig, method: Method) -> None:
     same = [one for one in method.trained_on if seen and Path(one).resolve() == Path(seen).resolve()]
     if same:
         raise UserError(
-            f"run.metric={run.metric} judges by {same[0]}, which method.encoders trains on; choose a metric of another"
+            f"run.metric={run.metric} judges by {same[0]}, which its method trains on; choose a metric of another"
             " network."
         )
 

@@ -82,6 +82,10 @@ class ADD(Method):
         return self._eye
 
     @property
+    def trained_on(self) -> tuple[str, ...]:
+        return (self.eye.directory,) if self.eye.directory else ()
+
+    @property
     def needs_captions(self) -> bool:
         return self.cls.reads_captions
 

@@ -98,6 +98,10 @@ class Compose(Method):
         return any(part.method.needs_images for part in self.parts)
 
     @property
+    def trained_on(self) -> tuple[str, ...]:
+        return tuple(directory for part in self.parts for directory in part.method.trained_on)
+
+    @property
     def carried(self) -> tuple[str, ...]:
         return tuple(f"{part.scope}/{name}" for part in self.parts for name in part.method.carried)
 

@@ -70,6 +70,10 @@ class Reward(Method):
         return self._model
 
     @property
+    def trained_on(self) -> tuple[str, ...]:
+        return (self.model.directory,) if self.model.directory else ()
+
+    @property
     def needs_captions(self) -> bool:
         return self.cls.reads_captions
 

@@ -167,14 +167,28 @@ def judged(metric: str) -> RunConfig:
     return RunConfig(steps=1, out="run", metric=metric, metric_every=10)
 
 
-def test_a_network_that_is_trained_on_is_refused_as_the_judge():
-    method = worlds.method("rdm", encoders=[{"name": "clip"}])
+TRAINED_ON_CLIP = {
+    "rdm": {"encoders": [{"name": "clip"}]},
+    "reward": {},
+    "add": {"eye": "clip"},
+    "compose": {"parts": [{"name": "dmd2"}, {"name": "reward"}]},
+}
+
+
+@pytest.mark.parametrize("name", TRAINED_ON_CLIP)
+def test_a_network_that_is_trained_on_is_refused_as_the_judge(name):
+    method = worlds.method(name, **TRAINED_ON_CLIP[name])
     for metric in ("clip", "clip:scenes-v1", f"fd:{assets.path('clip')}"):
-        with pytest.raises(UserError, match=r"run\.metric=.*method\.encoders"):
+        with pytest.raises(UserError, match=r"run\.metric=.*its method trains on"):
             check_judge(judged(metric), method)
     for metric in ("fd", "fd:scenes-v1", "attributes"):
         check_judge(judged(metric), method)
-    check_judge(judged("clip"), worlds.method("dmd2"))
+
+
+@pytest.mark.parametrize("name", ["dmd2", "rdm", "add"])
+def test_what_a_method_does_not_train_on_may_judge(name):
+    own = {"rdm": {"encoders": [{"name": "fourier"}]}, "add": {"eye": "fourier"}}
+    check_judge(judged("clip"), worlds.method(name, **own.get(name, {})))
 
 
 def test_evaluation_computes_its_distances_itself():
