@@ -19,6 +19,9 @@ HEAD = """# Families and methods
 Each cell was tried on a tiny pipeline of that kind, with random weights: a step of every phase of the method.
 "yes" says that all that the method trains moved; a number says why a pair is refused.
 `lcm` tells its student a guidance scale; with `method.tell_guidance: false` it trains where a network has no place for one.
+`meanflow`, `imf` and, in its `flow_map`, `anyflow` embed the end of a jump.
+With `end_by: depth`, as `dmf` has it, they train on every row.
+There `imf` needs `tell_guidance: false` as well where a network has no place for a scale.
 `PYTHONPATH=.:tests python tests/models_table.py` makes this page again, in some five minutes of one core.
 
 The tests in `tests/families/` hold for every row of the table.
@@ -28,12 +31,13 @@ Exported students draw the same images in their stock pipelines: by both rules, 
 
 """
 TAIL = """
-## Two shapes that draw
+## Shapes that draw
 
-`training/embedded/shapes.py` makes pipelines in the shape of SDXL and of FLUX around the embedded VAE and text encoder.
-The first begins as the embedded teacher and learns its second encoder, pooled text and sizes in 800 iterations.
-The second begins from random weights and has 3,000, so its shapes stay rough.
-Each was then distilled by DMD2, in 250 and 300 iterations of 16; the recipes are `training/recipes/shapes_*.yaml`.
+`training/embedded/shapes.py` makes pipelines in the shape of SDXL, FLUX and SD 3 around the embedded VAE and text encoder.
+That of SD 3 was trained longest and is shipped as `assets/transformer` ([its results](results.md#the-embedded-transformer)).
+SDXL's begins as the embedded teacher and learns its second encoder, pooled text and sizes in 800 iterations.
+FLUX's begins from random weights and has 3,000, so its shapes stay rough.
+These two were then distilled by DMD2, in 250 and 300 iterations of 16; the recipes are `training/recipes/shapes_*.yaml`.
 
 ![A teacher in SDXL's shape and its student](../assets/pictures/shapes_sdxl.png)
 

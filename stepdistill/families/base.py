@@ -125,10 +125,12 @@ class Family:
         else:
             student = self._saved(init)
         for extra in extras:
-            if extra not in getattr(student.network, "extras", {}):
+            known = getattr(student.network, "extras", {})
+            if extra not in known:
+                depth = "set end_by=depth if the method has it, or " if f"{extra}_by_depth" in known else ""
                 raise UserError(
                     f"family.name={self.name}: its networks cannot be told the {extra!r} this method.name needs;"
-                    " choose another method or family."
+                    f" {depth}choose another method or family."
                 )
             student.network.extras[extra]()
         return student

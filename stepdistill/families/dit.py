@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from stepdistill.denoiser import Cond
 from stepdistill.errors import UserError
+from stepdistill.families.depth import ends_late
 from stepdistill.families.faces import TransformerFace, without_variance
 from stepdistill.families.labels import labels_of
 from stepdistill.families.latent import Latent
@@ -24,6 +25,7 @@ class DiTTransformer(TransformerFace):
     def fixed(self, stack: str) -> dict[int, str]:
         return {0: "the first block embeds time and class for the output layer as well"}
 
+    @ends_late
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         raw = self.transformer(
             x_t.to(self.transformer.dtype),

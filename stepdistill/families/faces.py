@@ -178,6 +178,9 @@ class TransformerFace(Face):
         text_only: in a block of two streams, what asks for the text and makes something of it. Of the last block that
             is the only part nobody hears; its keys and values are heard by the image.
         last_stack_only: submodules that make what blocks of the last stack alone are told.
+        refiners: lists of blocks before the first stack, which hear of the time that the first blocks hear of.
+
+    A `forward` that `ends_late` decorates takes the end of a jump, by depth alone: nothing is made ready for it.
     """
 
     inner = "transformer"
@@ -188,6 +191,11 @@ class TransformerFace(Face):
     )  # fmt: skip
 
     last_stack_only: ClassVar[tuple[str, ...]] = ()
+    refiners: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def extras(self) -> dict[str, Callable[[], None]]:
+        return {"end_by_depth": lambda: None} if getattr(self.forward, "ends_late", False) else {}
 
     @property
     def patch(self) -> int:

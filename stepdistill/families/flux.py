@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.denoiser import Cond
+from stepdistill.families.depth import ends_late
 from stepdistill.families.faces import TransformerFace, cast, pack, unpack
 from stepdistill.families.latent import Latent, LatentConfig
 from stepdistill.families.reading import CLIP_TOKENIZERS, T5_TOKENIZERS
@@ -30,13 +31,14 @@ class FluxTransformer(TransformerFace):
 
     @property
     def extras(self) -> dict[str, Callable[[], None]]:
-        return {"guidance": self.add_guidance}
+        return super().extras | {"guidance": self.add_guidance}
 
     def add_guidance(self) -> None:
         """Let a network without one be told a guidance scale, which changes nothing at first."""
         if not self.transformer.config.guidance_embeds:
             self.transformer = _with_guidance(self.transformer).train(self.transformer.training)
 
+    @ends_late
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond, guidance: Tensor | None = None) -> Tensor:
         """guidance: (B,) the scale that is told in place of the condition's."""
         model, (h, w) = self.transformer, x_t.shape[-2:]
@@ -68,6 +70,7 @@ class ChromaTransformer(TransformerFace):
         " another network"
     )
 
+    @ends_late
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         model, (h, w) = self.transformer, x_t.shape[-2:]
         dtype, device = model.dtype, x_t.device

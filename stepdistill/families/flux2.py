@@ -15,6 +15,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from stepdistill.denoiser import Cond
+from stepdistill.families.depth import ends_late
 from stepdistill.families.faces import TransformerFace, pack, unpack
 from stepdistill.families.latent import ByChannel, Latent, LatentConfig
 from stepdistill.families.reading import QWEN_TOKENIZERS, chat
@@ -39,8 +40,10 @@ class Flux2Transformer(TransformerFace):
     @property
     def extras(self) -> dict[str, Callable[[], None]]:
         # Klein's pipeline has no scale to tell.
-        return {"guidance": lambda: None} if self.transformer.config.guidance_embeds else {}
+        told = {"guidance": lambda: None} if self.transformer.config.guidance_embeds else {}
+        return super().extras | told
 
+    @ends_late
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond, guidance: Tensor | None = None) -> Tensor:
         """x_t: (B, 128, h, w). guidance: (B,) the scale that is told in place of the condition's."""
         model, (h, w) = self.transformer, x_t.shape[-2:]

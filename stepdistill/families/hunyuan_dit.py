@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from stepdistill.denoiser import Cond
 from stepdistill.errors import UserError
+from stepdistill.families.depth import ends_late
 from stepdistill.families.faces import TransformerFace, without_variance
 from stepdistill.families.latent import Latent
 from stepdistill.families.reading import CLIP_TOKENIZERS, T5_TOKENIZERS
@@ -28,6 +29,7 @@ class HunyuanTransformer(TransformerFace):
     stacks: ClassVar = {"blocks": "whole"}
     unpruned = "its second half takes what the first leaves, block by block"
 
+    @ends_late
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         model, device = self.transformer, x_t.device
         raw = model(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from stepdistill.denoiser import Cond
 from stepdistill.errors import UserError
+from stepdistill.families.depth import ends_late
 from stepdistill.families.faces import TransformerFace
 from stepdistill.families.latent import Latent, LatentConfig
 from stepdistill.families.reading import GEMMA_TOKENIZERS
@@ -24,6 +25,7 @@ class Lumina2Transformer(TransformerFace):
     stacks: ClassVar = {"layers": "behind each sample's words"}
     prunable: ClassVar = {"layers": "num_layers"}
     tail = ("norm_out",)
+    refiners = ("context_refiner", "noise_refiner")
     # What it computes depends on how long each prompt is.
     traceable = False
 
@@ -31,6 +33,7 @@ class Lumina2Transformer(TransformerFace):
     def width(self) -> int:
         return self.transformer.config.hidden_size
 
+    @ends_late
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """x_t: (B, 16, h, w). Its time grows with the signal, and its output is x0 - eps."""
         dtype, device = self.transformer.dtype, x_t.device

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from stepdistill.denoiser import Cond
 from stepdistill.errors import UserError
+from stepdistill.families.depth import ends_late
 from stepdistill.families.faces import TransformerFace, without_variance
 from stepdistill.families.latent import Latent, LatentConfig
 from stepdistill.families.reading import T5_TOKENIZERS
@@ -23,6 +24,7 @@ class PixArtTransformer(TransformerFace):
 
     prunable: ClassVar = {"transformer_blocks": "num_layers"}
 
+    @ends_late
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         model = self.transformer
         # Sizes stay float32: half precision knows no 1023.

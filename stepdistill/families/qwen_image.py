@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from stepdistill.denoiser import Cond
 from stepdistill.errors import UserError
+from stepdistill.families.depth import ends_late
 from stepdistill.families.faces import TransformerFace, pack, unpack
 from stepdistill.families.latent import ByChannel, Latent, LatentConfig
 from stepdistill.families.reading import QWEN_TOKENIZERS
@@ -24,6 +25,7 @@ class QwenImageTransformer(TransformerFace):
     prunable: ClassVar = {"transformer_blocks": "num_layers"}
     text_only = (*TransformerFace.text_only[:-1], "txt_mlp")
 
+    @ends_late
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """x_t: (B, 16, h, w)."""
         model, (h, w) = self.transformer, x_t.shape[-2:]

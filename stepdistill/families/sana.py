@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from stepdistill.denoiser import Cond
+from stepdistill.families.depth import ends_late
 from stepdistill.families.faces import TransformerFace
 from stepdistill.families.latent import Latent, LatentConfig
 from stepdistill.families.reading import GEMMA_TOKENIZERS
@@ -28,6 +29,7 @@ class SanaTransformer(TransformerFace):
 
     prunable: ClassVar = {"transformer_blocks": "num_layers"}
 
+    @ends_late
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return self.at_time(x_t, 1000 * self.transformer.config.timestep_scale * t, cond)
 
@@ -50,8 +52,9 @@ class SprintTransformer(SanaTransformer):
 
     @property
     def extras(self) -> dict[str, Callable[[], None]]:
-        return {"guidance": lambda: None}
+        return super().extras | {"guidance": lambda: None}
 
+    @ends_late
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond, guidance: Tensor | None = None) -> Tensor:
         """guidance: (B,) the scale that is told in place of the condition's."""
         scale = guidance if guidance is not None else cond["guidance"]

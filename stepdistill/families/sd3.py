@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from stepdistill.denoiser import Cond
 from stepdistill.errors import UserError
+from stepdistill.families.depth import ends_late
 from stepdistill.families.faces import TransformerFace
 from stepdistill.families.latent import Latent, LatentConfig
 from stepdistill.families.reading import CLIP_TOKENIZERS, T5_TOKENIZERS
@@ -39,6 +40,7 @@ class SD3Transformer(TransformerFace):
         places = tuple(new for new, old in enumerate(kept["transformer_blocks"]) if old in dual)
         return super().recounted(kept) | {"dual_attention_layers": places}
 
+    @ends_late
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         model = self.transformer
         return model(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from stepdistill.denoiser import Cond
 from stepdistill.errors import UserError
+from stepdistill.families.depth import ends_late
 from stepdistill.families.faces import TransformerFace
 from stepdistill.families.latent import ByChannel, LatentConfig
 from stepdistill.families.reading import T5_TOKENIZERS
@@ -36,6 +37,7 @@ class WanTransformer(TransformerFace):
     def tokens(self, x_t: Tensor) -> int:
         return x_t[0, 0].numel() // math.prod(self.transformer.config.patch_size)
 
+    @ends_late
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         model = self.transformer
         return model(

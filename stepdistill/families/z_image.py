@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from stepdistill.denoiser import Cond
 from stepdistill.errors import UserError
+from stepdistill.families.depth import ends_late
 from stepdistill.families.faces import TransformerFace
 from stepdistill.families.latent import Latent, LatentConfig
 from stepdistill.families.reading import QWEN_TOKENIZERS, chat
@@ -26,6 +27,7 @@ class ZImageTransformer(TransformerFace):
     stacks: ClassVar = {"layers": "first tokens"}
     prunable: ClassVar = {"layers": "n_layers"}
     tail = ("all_final_layer",)
+    refiners = ("context_refiner", "noise_refiner")
     # What it computes depends on how long each prompt is.
     traceable = False
     patch = 2
@@ -34,6 +36,7 @@ class ZImageTransformer(TransformerFace):
     def width(self) -> int:
         return self.transformer.config.dim
 
+    @ends_late
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """x_t: (B, 16, h, w). Its time grows with the signal, and its output is x0 - eps."""
         dtype, device = self.transformer.dtype, x_t.device

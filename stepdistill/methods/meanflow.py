@@ -80,7 +80,7 @@ class MeanFlow(Method):
         derivative: Literal["forward", "difference", "upwind"] = "forward"
         # Of the differences, of flow time; 0 = as much as moves the network's time by a tenth of a step, at most 1e-3.
         difference_step: float = 0.0
-        # How the student is told r: by an embedding of its own, or, in a UNet, as the time that its second half sees.
+        # How the student is told r: by an embedding of its own, or as the time that its later layers see.
         end_by: Literal["embedding", "depth"] = "embedding"
 
     @classmethod
