@@ -23,6 +23,7 @@ def read(path: Path | None) -> dict[str, Any] | None:
             "reference_n": content.get("reference_n"),
             "reference": str(content.get("reference_sha256") or "")[:12],
             "machine": (content.get("machine") or {}).get("cpu"),
+            "companion": (content.get("companion") or {}).get("protocol"),
             "rows": [_row(row) for row in content["rows"]],
         }  # fmt: skip
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError):
@@ -33,9 +34,7 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
     metrics = {
         name: value
         for name, value in row["metrics"].items()
-        if name.startswith(SHOWN)
-        and name.count("/") <= 1 + name.startswith("attributes")
-        and not name.endswith("ms_p90")
+        if name.startswith(SHOWN) and name.removesuffix("/se").count("/") <= 1 and not name.endswith("ms_p90")
     }
     kept = {key: row.get(key) for key in ("role", "name", "steps", "guidance", "nfe", "n", "sha256")}
     return {**kept, "metrics": {name: value for name, value in metrics.items() if isinstance(value, float)}}

@@ -6,7 +6,7 @@ Beside the teacher, a pass for each code, and its student, two more ways to draw
 independent, each code from another of the teacher's images of that prompt, so that every place has its own law and nothing
 agrees; and the teacher in the loop, which keeps the first half of the student's answer and says the rest itself. "Gap
 closed" is (FD of independent - FD) / (FD of independent - FD of the teacher). Agreement is the share of codes that are
-those of the teacher's map for the same noise.
+those of the teacher's map for the same noise. Diversity is of the protocol's companion, as a ratio to the teacher's.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from stepdistill.scenes import ATTRIBUTES, HELD_OUT_SEED, scene_at
 OUT = Path(__file__).with_suffix(".json")
 # The teacher's images of a prompt that independent codes are taken from, and images of one call of it.
 OTHERS, BATCH = 8, 128
+DIVERSITY = "diversity:scenes-v1"
 X0 = Callable[[Sequence[str], Sequence[int]], Tensor]
 
 
@@ -70,7 +71,7 @@ def in_the_loop(student: Drawer, teacher: Drawer, since: float = 0.5) -> X0:
 
 
 def measured(draw: X0, family: Any, count: int) -> tuple[dict[str, float], Tensor]:
-    """FD and the checker's rates, and the codes of all images."""
+    """FD, the seeds' diversity and the checker's rates, and the codes of the protocol's own images."""
     kept = []
 
     @torch.no_grad()
@@ -79,10 +80,10 @@ def measured(draw: X0, family: Any, count: int) -> tuple[dict[str, float], Tenso
         kept.append(x0)
         return (255 * family.decode(x0).clamp(0, 1)).round().to(torch.uint8)
 
-    found = evaluate(images, "scenes-2k", n=count, metrics=("fd", "attributes"), batch=BATCH)
-    names = ("fd:scenes-v1", "attributes/all", *(f"attributes/{each}" for each in ATTRIBUTES))
+    found = evaluate(images, "scenes-2k", n=count, metrics=("fd", "diversity", "attributes"), batch=BATCH)
+    names = ("fd:scenes-v1", DIVERSITY, "attributes/all", *(f"attributes/{each}" for each in ATTRIBUTES))
     values = {name: found[name] for key in names for name in (key, f"{key}/se") if name in found}
-    return values, torch.cat(kept)
+    return values, torch.cat(kept)[:count]
 
 
 def timed(drawer: Drawer, rounds: int = 3) -> float:
@@ -122,7 +123,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     rows = kept["rows"] if kept.get("settings") == settings else {}
     draws, right = ways(full, students), None
     for name, draw in draws.items():
-        if name == "independent" and name in rows:
+        if name == "independent" and DIVERSITY in rows.get(name, {}):
             continue
         rows[name], codes = measured(draw, family, args.n)
         right = codes if right is None else right
@@ -131,6 +132,8 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     ends = [rows[name]["fd:scenes-v1"] for name in ("independent", "teacher")]
     for row in rows.values():
         row["gap_closed"] = (ends[0] - row["fd:scenes-v1"]) / (ends[0] - ends[1])
+        if DIVERSITY in row:
+            row[f"{DIVERSITY}/of_teacher"] = row[DIVERSITY] / rows["teacher"][DIVERSITY]
         row["of_teachers_rate"] = row["attributes/all"] / max(rows["teacher"]["attributes/all"], 1e-9)
     passes = {"teacher": teacher.at(guidance=args.guidance)}
     passes |= {f"{each.card.method}, {n}": each.at(n) for each in students for n in each.steps}

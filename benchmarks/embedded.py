@@ -1,4 +1,4 @@
-"""Every method on the embedded teacher: FD ratio, attributes, CLIP score, CPU minutes, peak memory.
+"""Every method on the embedded teacher: FD ratio, seed diversity, attributes, CLIP score, CPU minutes, peak memory.
 
     python -m benchmarks.embedded                               two methods per family, then all other recipes
                                                                 training/recipes/scenes_*.yaml, for hours
@@ -86,13 +86,13 @@ class Table:
         names = self.done()
         trained = [self.runs / name / "student" for name in names]
         found = students.measure(
-            trained, self.runs / "results", n, "fd,clip,attributes", teacher=self.teacher
+            trained, self.runs / "results", n, "fd,diversity,clip,attributes", teacher=self.teacher
         )
         rows: dict[str, Any] = {}
         for path, by_steps in students.rows_of(found).items():
             run = Path(path).parent
             kept = {
-                steps: {key: one[key] for key in students.KEPT if key in one}
+                steps: {key: one[key] for key in (*students.KEPT, *students.SEEDS) if key in one}
                 for steps, one in by_steps.items()
             }
             cost = account(run / "account")
@@ -106,7 +106,9 @@ class Table:
             }
         (teacher,) = students.rows_of(found, "teacher").values()
         about = {
-            key: found[key] for key in ("protocol", "n", "machine", "git_commit", "date") if key in found
+            key: found[key]
+            for key in ("protocol", "companion", "n", "machine", "git_commit", "date")
+            if key in found
         }
         self.save({"teacher": next(iter(teacher.values())), "students": rows, "about": about})
         shown = [(name, path, None) for name, path in zip(names, trained, strict=True)]

@@ -137,16 +137,18 @@ def rows_of(results: Mapping[str, Any], role: str = "student") -> dict[str, dict
 
 
 def markdown(students: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
-    """A table of rows with steps, cpu_seconds, peak_mib and iterations."""
+    """A table of rows with steps, cpu_seconds, peak_mib and iterations; of the seeds' diversity where one was measured."""
+    students = list(students)
+    diverse = any(DIVERSITY in metrics for _, row in students for metrics in row["steps"].values())
     heads = ["method", "steps", "FD / teacher's", "attributes all", "CLIP score", "CPU minutes", "peak MiB"]
-    heads += ["iterations"]
+    heads += ["iterations"] + ["diversity / teacher's"] * diverse
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, row in students:
         for steps, metrics in row["steps"].items():
             peak = f"{row['peak_mib']:,.0f}" if row.get("peak_mib") else ""
             cells = [name, steps, _shown(metrics, "fd_ratio"), f"{100 * metrics['attributes/all']:.1f} %"]
             cells += [f"{metrics['clip:scenes-v1']:.2f}", f"{row.get('cpu_seconds', 0) / 60:.1f}", peak]
-            cells += [f"{row['iterations']:,}"]
+            cells += [f"{row['iterations']:,}"] + [_shown(metrics, DIVERSITY)] * diverse
             lines.append(f"| {' | '.join(cells)} |")
     return lines
 

@@ -53,7 +53,8 @@ def evaluate(
             captions, or class numbers where `reference` is a folder or Parquet file and comes without captions.
         protocol: its name, or a `Protocol`.
         n: number of samples; None is the protocol's own. Fewer are marked in the result: "scenes-2k[n=500]".
-        metrics: names in `evaluation.metrics.METRICS`. Latency needs a pipeline directory: see `run`.
+        metrics: names in `evaluation.metrics.METRICS`. Latency needs a pipeline directory: see `run`. Diversity is of
+            the protocol's companion, if it names one, for which more samples are drawn.
         extractor: "scenes-v1", a directory, or an `Extractor`; None is the protocol's.
         reference: where the protocol's named reference is; for a protocol without one, a folder or Parquet
             file of real images instead of it; or statistics made by the same extractor.

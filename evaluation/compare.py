@@ -107,6 +107,11 @@ def _text(runs: Sequence[dict[str, Any]], with_published: bool) -> str:
         names = ", ".join(run["label"] for run in group)
         parts.append(f"{group[0]['protocol']} (hash {group[0]['protocol_hash']}): {names}")
         parts.append(report.table(merged(group)))
+        beside = {run["companion"]["protocol"] for run in group if run.get("companion")}
+        if len(beside) > 1:
+            parts.append(
+                f"warning: the seeds' diversity is of {' and '.join(sorted(beside))}; don't compare it."
+            )
         if entries := differences(group):
             parts.append("\n".join(map(_said, entries)))
         if with_published:

@@ -12,8 +12,9 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from evaluation.companion import Part, parts
 from evaluation.decoding import AS_STORED, Resize
 from evaluation.extractors import Extractor, load_extractor
 from evaluation.facts import Facts, doubts_between, doubts_of
@@ -61,6 +62,22 @@ class Measured:
         """By name, a standard error as "<name>/se"."""
         return flat(self.values)
 
+    def beside(self, *others: Measured) -> Measured:
+        """The same with what was measured under a companion of its protocol: doubts, and values behind the distances, which
+        say what they are of.
+        """
+        theirs = [
+            replace(value, protocol=other.protocol.label(other.n))
+            for other in others
+            for value in other.values
+        ]
+        places = [at for at, value in enumerate(self.values, 1) if value.name.startswith(DISTANCES)]
+        at = max(places, default=0)
+        return replace(
+            self, values=[*self.values[:at], *theirs, *self.values[at:]],
+            doubts=list(dict.fromkeys(doubt for one in (self, *others) for doubt in one.doubts)),
+        )  # fmt: skip
+
 
 class Measurement:
     """A protocol's metrics, ready to be computed of any number of sets of samples.
@@ -100,12 +117,14 @@ class Measurement:
         self.reference_rows = None
         self.images = reference_images or _images_of(own)
         self._refuse_missing(own, available)
+        # As it was loaded, and as all processes share it.
+        self.loaded: Extractor | None = None
         self.extractor: Extractor | None = None
         self._given = reference
         if "extractor" in self.needs:
             if not isinstance(extractor, Extractor):
                 extractor = load_extractor(extractor or protocol.extractor, device, dtype=dtype)
-            self.extractor = self.processes.share(extractor)
+            self.loaded, self.extractor = extractor, self.processes.share(extractor)
             if protocol is not None:
                 self.protocol = replace(protocol, extractor=self.extractor.name)
         if protocol is not None and isinstance(reference, FeatureStats) and "reference" in self.needs:
@@ -227,7 +246,8 @@ def measure(
     extractor: Place | Extractor | None = None, reference: FeatureStats | Images | None = None, clip: Place = "",
     batch: int = 64,
 ) -> Measured:  # fmt: skip
-    """Draw the samples of a protocol, or take those that exist, and measure them.
+    """Draw the samples of a protocol, and of its companion where a metric is of that, or take those that exist, and
+    measure them.
 
     Equal pixels give equal numbers whatever `batch` is. Samples beyond a quarter of a gigabyte wait in a temporary
     folder, so that memory doesn't grow with n.
@@ -240,16 +260,32 @@ def measure(
     """
     protocol = get_protocol(protocol)
     n = checked_n(n, protocol)
-    ready = Measurement(
-        protocol, metrics, n, extractor=extractor, reference=reference, clip=clip, device=_device(draws)
-    )
+    how = {"reference": reference, "clip": clip, "device": _device(draws)}
     if isinstance(draws, Images):
-        return ready.of(draws)
+        return Measurement(protocol, metrics, n, extractor=extractor, **how).of(draws)
     draw = quantised(draws, protocol.quantise)
+    ready = prepared(parts(protocol, metrics, n), extractor, **how)
+    done, *others = (_of_drawn(one, draw, batch) for one in ready)
+    return done.beside(*others)
+
+
+def prepared(
+    parts: Sequence[Part], extractor: Place | Extractor | None = None, **how: Any
+) -> list[Measurement]:
+    """A measurement for each part, all through one network; `how` and what is raised are as in `Measurement`."""
+    ready: list[Measurement] = []
+    for part in parts:
+        ready.append(Measurement(part.protocol, part.metrics, part.n, extractor=extractor, **how))
+        extractor = ready[-1].loaded or extractor
+    return ready
+
+
+def _of_drawn(ready: Measurement, draw: SamplerFn, batch: int) -> Measured:
+    n = ready.n
     prompts, seeds = ready.protocol.prompts(n), ready.protocol.seeds(n)
-    parts = (slice(start, start + batch) for start in range(0, n, batch))
+    slices = (slice(start, start + batch) for start in range(0, n, batch))
     with tempfile.TemporaryDirectory() as folder:
-        images = kept((drawn(draw, prompts[part], seeds[part]) for part in parts), Path(folder))
+        images = kept((drawn(draw, prompts[part], seeds[part]) for part in slices), Path(folder))
         done = ready.of(images)
     return replace(done, inputs=None)
 

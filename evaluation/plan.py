@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from evaluation.companion import Part, parts
 from evaluation.measure import DISTANCES
 from evaluation.processes import ready_device
 from evaluation.protocol import Protocol, checked_n, chosen_protocol, get_protocol
@@ -20,14 +21,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """students: in the order of the report. teacher: for each step count, its own first, the settings to try."""
+    """parts: the protocol with its metrics, and what is measured under its companion. students: in the order of the report.
+    teacher: for each step count, its own first, the settings to try.
+    """
 
-    protocol: Protocol
-    metrics: list[str]
+    parts: list[Part]
     students: list[Drawer]
     teacher: list[list[Drawer]]
-    n: int
     teacher_n: int
+
+    @property
+    def protocol(self) -> Protocol:
+        return self.parts[0].protocol
+
+    @property
+    def n(self) -> int:
+        return self.parts[0].n
 
     @property
     def samplers(self) -> list[Sampler]:
@@ -45,9 +54,10 @@ def planned(settings: Settings, device: str) -> Plan:
     samplers = [load_pipeline(path, device) for path in settings.pipelines]
     teacher = load_pipeline(settings.teacher, device) if settings.teacher is not None else None
     protocol = _protocol(settings, [*samplers, *([teacher] if teacher else [])])
-    n = checked_n(settings.n, protocol)
-    teacher_n = n if settings.teacher_n is None else checked_n(settings.teacher_n, protocol)
     names = list(protocol.metrics if settings.metrics is None else settings.metrics)
+    measured = parts(protocol, names, checked_n(settings.n, protocol))
+    protocol, n = measured[0].protocol, measured[0].n
+    teacher_n = n if settings.teacher_n is None else checked_n(settings.teacher_n, protocol)
     if teacher and not any(name.partition("/")[0] in DISTANCES for name in names):
         raise UserError(
             f"comparing with a teacher needs the metric 'fd' or 'fid', got {', '.join(names)}; add it to --metrics."
@@ -56,8 +66,8 @@ def planned(settings: Settings, device: str) -> Plan:
         raise UserError("the metric 'paired' needs --teacher, and of it no fewer samples than --n.")
     quantise = protocol.quantise
     students = [drawer for sampler in samplers for drawer in _drawers(sampler, settings, quantise)]
-    parts = _teacher_drawers(teacher, students, settings, quantise) if teacher else []
-    return Plan(protocol, names, students, parts, n, teacher_n)
+    tried = _teacher_drawers(teacher, students, settings, quantise) if teacher else []
+    return Plan(measured, students, tried, teacher_n)
 
 
 def load_pipeline(path: Place, device: str) -> Sampler:

@@ -56,7 +56,8 @@ class Protocol:
     `resize`: what is done to a sample before it is measured, as uint8; what the extractor does after that is
     part of its name. `patch`: side of the centre crop, at full resolution, a patch distance is taken of.
     `reference`: None where samples are judged by other means. `metrics`: measured unless others are asked for.
-    `networks`: weights that judging the samples needs beside the extractor and the CLIP model.
+    `companion`: the protocol whose samples metrics of several images of a prompt are measured on, where this one
+    has one image of each. `networks`: weights that judging the samples needs beside the extractor and the CLIP model.
     `resolution`: side of the samples, 0 for the pipeline's own. `clip`: the CLIP model, "" for the embedded one;
     `clip_prefix` is put before every caption; `clip_resize` is what is done to a sample, instead of `resize`, before
     the CLIP model sees it.
@@ -83,6 +84,7 @@ class Protocol:
     clip_prefix: str = field(default="", metadata=LATER)
     clip_resize: Resize = field(default=Resize(), metadata=LATER)
     patch: int = field(default=0, metadata=LATER)
+    companion: str = field(default="", metadata=UNHASHED)
     networks: tuple[str, ...] = field(default=(), metadata=UNHASHED)
     about: str = field(default="", metadata=UNHASHED)
     source: str = field(default="", metadata=UNHASHED)

@@ -116,7 +116,7 @@ def facts(results: dict[str, Any]) -> list[str]:
     sentences = [
         f"protocol `{results['protocol']}` version {results['protocol_version']}, "
         f"hash `{results['protocol_hash']}`; seeds {results['seeds'][0]} to {results['seeds'][1]}",
-        "± is one standard error; for distances and ratios by the jackknife over 10 folds of samples",
+        "± is one standard error; for distances and their ratio by the jackknife over 10 folds of samples",
         f"{where['device']}, {where['cpu']}, {where['cores']} cores, {where['threads']} threads; "
         f"torch {results['versions']['torch']}, diffusers {results['versions']['diffusers']}",
         f"commit `{results['git_commit']}`, {results['date']}, {results['seconds']:.0f} s:",
@@ -128,6 +128,13 @@ def facts(results: dict[str, Any]) -> list[str]:
             1,
             f"features `{extractor['name']}`, sha256 `{extractor['sha256'][:16]}`"
             + ("" if is_fid else " (this is not FID)"),
+        )
+    if beside := results.get("companion"):
+        kinds = dict.fromkeys(n.partition("/")[0] for n, value in readings(results).items() if value.protocol)
+        sentences.insert(
+            1,
+            f"{', '.join(f'`{kind}`' for kind in kinds)}: protocol `{beside['protocol']}`, hash "
+            f"`{beside['protocol_hash']}`; seeds {beside['seeds'][0]} to {beside['seeds'][1]}",
         )
     if any("latency/ms" in row["metrics"] for row in results["rows"]):
         sentences.append(

@@ -31,9 +31,12 @@ SHOWN = 8
 
 
 def results_of(
-    rows: Sequence[Row], measurement: Measurement, *, batch: int, device: str, seconds: float, warnings: Sequence[str],
+    rows: Sequence[Row], parts: Sequence[Measurement], *, batch: int, device: str, seconds: float, warnings: Sequence[str],
 ) -> dict[str, Any]:  # fmt: skip
-    """Everything results.json holds, of rows measured under one protocol."""
+    """Everything results.json holds, of rows measured under one protocol, and under its companion if there is a second
+    part.
+    """
+    measurement, *others = parts
     protocol, n, net = measurement.protocol, measurement.n, measurement.extractor
     seeds = protocol.seeds(n)
     names = pipeline_names([row.path for row in rows])
@@ -45,6 +48,7 @@ def results_of(
         "protocol_definition": protocol.describe(),
         "protocol_n": protocol.n,
         "protocol_source": protocol.source,
+        "companion": _companion(*others),
         "reference_sha256": protocol.reference.sha256() if protocol.reference else None,
         "reference_n": measurement.reference.n if measurement.reference is not None else None,
         "captions_sha256": protocol.captions.sha256() if protocol.captions else None,
@@ -62,6 +66,21 @@ def results_of(
         **provenance(device),
         "seconds": round(seconds, 1),
         "warnings": [*warnings, *_sample_warnings(rows, names)],
+    }
+
+
+def _companion(measurement: Measurement | None = None) -> dict[str, Any] | None:
+    """The protocol of the values that name it, and of how many samples they are."""
+    if measurement is None:
+        return None
+    protocol, n = measurement.protocol, measurement.n
+    seeds = protocol.seeds(n)
+    return {
+        "protocol": protocol.label(n),
+        "protocol_hash": protocol.hash,
+        "protocol_definition": protocol.describe(),
+        "n": n,
+        "seeds": [min(seeds), max(seeds)],
     }
 
 

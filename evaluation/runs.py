@@ -23,7 +23,7 @@ from evaluation.facts import Facts
 from evaluation.folds import frechet_ratio_with_error
 from evaluation.generate import Configuration, Shards, generate, pipeline_sha256
 from evaluation.images import Images
-from evaluation.measure import DISTANCES, Measured, Measurement
+from evaluation.measure import DISTANCES, Measured, Measurement, prepared
 from evaluation.metrics.fd import FrechetDistance
 from evaluation.metrics.latency import latencies
 from evaluation.plan import Plan, planned
@@ -35,6 +35,7 @@ from evaluation.weights import pipeline_name
 from stepdistill.errors import UserError
 
 if TYPE_CHECKING:
+    from evaluation.protocol import Protocol
     from stepdistill.drawing import Drawer
 
 # Samples a sweep over many scales chooses by, and from how many scales on it does.
@@ -56,7 +57,8 @@ class Row:
     seed: int = 0
     sha256: str = ""
     values: list[Value] = field(default_factory=list)
-    measured: Measured | None = None
+    # Under each part of the plan.
+    measured: list[Measured] = field(default_factory=list)
     folds: dict[str, list[float]] = field(default_factory=dict)
     facts: Facts | None = None
     sweep: dict[str, Any] | None = None
@@ -83,12 +85,12 @@ def run(settings: Settings, bar: Callable[..., Any] | None = None) -> dict[str, 
     device = processes.device(settings.device)
     plan = planned(settings, device)
     report.check_writable(out)
-    ready = Measurement(
-        plan.protocol, plan.metrics, plan.n, extractor=settings.extractor, clip=settings.clip or "", device=device,
-        dtype=settings.dtype, processes=processes, available=frozenset({"teacher", "timed"}),
+    ready = prepared(
+        plan.parts, settings.extractor, clip=settings.clip or "", device=device, dtype=settings.dtype,
+        processes=processes, available=frozenset({"teacher", "timed"}),
     )  # fmt: skip
     # What is wrong with the reference ends the run before anything is drawn.
-    _ = ready.reference
+    _ = ready[0].reference
     session = Session(ready, plan, settings, device, bar if processes.first else None)
     session.check_disk()
     try:
@@ -98,24 +100,26 @@ def run(settings: Settings, bar: Callable[..., Any] | None = None) -> dict[str, 
         if session.rows and processes.first:
             report.write(session.results(time.time() - began, complete=False), out)
         raise
-    if "latency" in ready.metrics:
+    if "latency" in ready[0].metrics:
         session.time()
     results = processes.from_first(lambda: session.results(time.time() - began))
     if processes.first:
         report.write(
-            results, out, [list(next(iter(row.measured.inputs.images.first(SHOWN)))) for row in rows]
+            results, out, [list(next(iter(row.measured[0].inputs.images.first(SHOWN)))) for row in rows]
         )
     processes.wait()
     return results
 
 
 class Session:
-    """What the rows of one run share: the plan, the measurement, and where samples are kept."""
+    """What the rows of one run share: the plan, the measurement of each of its parts, and where samples are kept."""
 
     def __init__(
-        self, ready: Measurement, plan: Plan, settings: Settings, device: str, bar: Callable[..., Any] | None = None
+        self, parts: list[Measurement], plan: Plan, settings: Settings, device: str,
+        bar: Callable[..., Any] | None = None,
     ) -> None:  # fmt: skip
-        self.ready, self.plan, self.settings, self.device = ready, plan, settings, device
+        self.parts, self.ready = parts, parts[0]
+        self.plan, self.settings, self.device = plan, settings, device
         self.folder, self.bar = Path(settings.out) / "samples", bar or partial(tqdm, disable=True)
         self.hashes: dict[Path, str] = {}
         # By key, as far as this run has come.
@@ -144,13 +148,13 @@ class Session:
             row.values += over_seeds([row.values, *(repeat.values for repeat in row.repeats)])
         return self.rows
 
-    def samples(self, row: Row, n: int) -> Images:
-        """The first n samples of a row, drawn or found."""
+    def samples(self, row: Row, n: int, protocol: Protocol | None = None) -> Images:
+        """The first n samples of a row under a protocol, by default the plan's, drawn or found."""
         if row.path not in self.hashes:
             self.hashes[row.path] = pipeline_sha256(row.path)
         row.sha256, draw = self.hashes[row.path], row.drawer
         # Kept under the hash of the protocol as it was named: samples don't depend on the extractor in use.
-        protocol = self.plan.protocol
+        protocol = protocol or self.plan.protocol
         if row.seed:
             protocol = replace(protocol, first_seed=protocol.first_seed + row.seed * protocol.n)
         configuration = Configuration.of(draw, protocol, row.sha256)
@@ -169,11 +173,15 @@ class Session:
     def measure(self, row: Row, teacher: Row | None = None) -> Row:
         """Draw the row's samples and compute every metric but latency; `teacher`: what it is paired with."""
         began = time.time()
-        done = self.ready.of(self.samples(row, row.n), row.n, teacher and teacher.measured)
-        row.measured, row.values, row.facts = done, done.values, done.inputs.images.facts
-        # The teacher's rows of features serve the students; a student's serve nobody.
-        if row.role != "teacher":
-            vars(done.inputs).pop("features", None)
+        for at, (ready, part) in enumerate(zip(self.parts, self.plan.parts, strict=True)):
+            n = part.n if at else row.n
+            done = ready.of(self.samples(row, n, part.protocol), n, teacher and teacher.measured[at])
+            # The teacher's rows of features serve the students; a student's serve nobody.
+            if row.role != "teacher":
+                vars(done.inputs).pop("features", None)
+            row.measured.append(done)
+        done, *others = row.measured
+        row.values, row.facts = done.beside(*others).values, done.inputs.images.facts
         if self.ready.distance:
             name = next(value.name for value in done.values if value.name.startswith(DISTANCES))
             row.folds[name] = list(done.inputs.distances.left_out)
@@ -213,7 +221,7 @@ class Session:
         """Add the ratio of the row's distance to the teacher's, on samples both have."""
         count = min(row.n, teacher.n)
         sides = [
-            one.measured.inputs if one.n == count else self.ready.inputs(self.samples(one, count), count)
+            one.measured[0].inputs if one.n == count else self.ready.inputs(self.samples(one, count), count)
             for one in (row, teacher)
         ]
         ratio = frechet_ratio_with_error(sides[0].folds, sides[1].folds, self.ready.reference)
@@ -235,7 +243,7 @@ class Session:
         if not complete:
             doubts.append("the run ended early; the same command goes on where it was.")
         results = results_of(
-            self.rows, self.ready, batch=self.settings.batch, device=self.device, seconds=seconds, warnings=doubts,
+            self.rows, self.parts, batch=self.settings.batch, device=self.device, seconds=seconds, warnings=doubts,
         )  # fmt: skip
         return results | {"complete": complete}
 
@@ -245,7 +253,8 @@ class Session:
         pixels = [(plan.n, drawer) for drawer in plan.students]
         pixels += [(plan.teacher_n, drawer) for drawers in plan.teacher for drawer in drawers]
         pixels += [(plan.n, drawer) for drawer in plan.students] * (len(list(self.settings.seeds)) - 1)
-        needed = sum(n * 3 * math.prod(drawer.sampler.resolution) for n, drawer in pixels)
+        share = sum(part.n for part in plan.parts) / plan.n
+        needed = share * sum(n * 3 * math.prod(drawer.sampler.resolution) for n, drawer in pixels)
         have = sum(file.stat().st_size for file in self.folder.glob("*/*.safetensors"))
         free = shutil.disk_usage(self.folder.parent).free
         if needed - have + DISK_MARGIN > free:
@@ -268,7 +277,10 @@ class Session:
         for row in self.rows:
             doubts += [
                 doubt
-                for doubt in (*self.ready.doubts(row.facts, row.n), *row.measured.doubts)
+                for doubt in (
+                    *self.ready.doubts(row.facts, row.n),
+                    *(doubt for done in row.measured for doubt in done.doubts),
+                )
                 if doubt not in doubts
             ]
         return doubts

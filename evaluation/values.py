@@ -19,6 +19,7 @@ class Value:
     name: "kid:scenes-v1/subsets" is the value `subsets` of the metric `kid` on features of `scenes-v1`; a metric
     declares it as "kid/subsets". se: its standard error, NaN where there are too few samples, None where none is
     known. better: which way is better; "none" for what only explains another number. main: shown first, plotted.
+    protocol: what its samples are of, with their number, where that is not the protocol of the numbers beside it.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Value:
     se: float | None = None
     better: Better = "none"
     main: bool = False
+    protocol: str = ""
 
 
 def measured(
@@ -61,17 +63,25 @@ def declared_name(name: str) -> str:
 
 
 def readings(results: Mapping[str, Any]) -> dict[str, Value]:
-    """How every number of a results file is read, in the order measured, without standard errors.
+    """How every number of a results file is read, in the order measured, without standard errors. What only some rows
+    have stands behind what comes before it there.
 
     Files of earlier versions don't say it; there, a value that is declared by a metric of METRICS is read as that
     metric says, and any other one only explains.
     """
     said = results.get("values") or {}
-    names = dict.fromkeys(name for row in results["rows"] for name in row["metrics"])
+    names: list[str] = []
+    for row in results["rows"]:
+        at = 0
+        for name in row["metrics"]:
+            if name not in names:
+                names.insert(at, name)
+            at = names.index(name) + 1
     read = {}
     for name in names:
         if name in said:
-            read[name] = Value(name, better=said[name]["better"], main=said[name]["main"])
+            one = said[name]
+            read[name] = Value(name, better=one["better"], main=one["main"], protocol=one.get("protocol", ""))
         elif not name.endswith("/se"):
             read[name] = _declared().get(declared_name(name), Value(name))
     return read
@@ -79,7 +89,11 @@ def readings(results: Mapping[str, Any]) -> dict[str, Value]:
 
 def written(values: Sequence[Value]) -> dict[str, dict[str, Any]]:
     """What `readings` reads from a results file."""
-    return {value.name: {"better": value.better, "main": value.main} for value in values}
+    return {
+        value.name: {"better": value.better, "main": value.main}
+        | ({"protocol": value.protocol} if value.protocol else {})
+        for value in values
+    }
 
 
 @functools.cache

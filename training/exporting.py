@@ -74,20 +74,22 @@ class ExportedStudent:
     @contextlib.contextmanager
     def weights(self) -> Iterator[None]:
         """The network carries the exported weights, in eval mode, for the length of the block."""
-        was_training = self.student.training
+        trained = [module for module in self.student.modules() if module.training]
         self.student.eval()
         average = self.ema.applied(self.student) if self.card.average else contextlib.nullcontext()
         try:
             with average:
                 yield
         finally:
-            self.student.train(was_training)
+            # Dropout layers may be the only ones.
+            for module in trained:
+                module.training = True
 
     def put(self) -> Denoiser:
-        """The network, carrying the exported weights for good."""
+        """The network, carrying the exported weights, in eval mode, for good."""
         if self.card.average:
             self.ema.put(self.student)
-        return self.student
+        return self.student.eval()
 
     def sampler(self, step: int) -> Sampler:
         """Draws with the network as it is now; use it inside `weights` or after `put`."""
@@ -168,16 +170,18 @@ def _results(path: Path, places: Sequence[Path]) -> dict[str, str]:
         results = json.loads(path.read_text(encoding="utf-8"))
         contents = {pipeline_sha256(place) for place in places}
         rows = [row for row in results["rows"] if row["sha256"] in contents]
-        main = [name for name, value in readings(results).items() if value.main]
+        main = [reading for reading in readings(results).values() if reading.main]
         found = {}
         for row in rows:
-            where = (
-                f" at {row['steps']} step{'s' * (row['steps'] > 1)} (n = {row['n']}, {results['protocol']})"
-            )
-            for name in main:
-                value, error = row["metrics"].get(name), row["metrics"].get(f"{name}/se")
+            steps = f"{row['steps']} step{'s' * (row['steps'] > 1)}"
+            for reading in main:
+                value, error = row["metrics"].get(reading.name), row["metrics"].get(f"{reading.name}/se")
                 if value is not None:
-                    found[name + where] = f"{value:.4g}" + (f" ± {error:.2g}" if error else "")
+                    # A companion's protocol says its own number of samples.
+                    drawn = reading.protocol or f"n = {row['n']}, {results['protocol']}"
+                    found[f"{reading.name} at {steps} ({drawn})"] = f"{value:.4g}" + (
+                        f" ± {error:.2g}" if error else ""
+                    )
         return found
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(

@@ -15,6 +15,7 @@ from stepdistill.methods.base import Method
 from training.sections import RunConfig
 
 if TYPE_CHECKING:
+    from evaluation.companion import Part
     from evaluation.metrics.base import Metric
     from evaluation.protocol import Protocol
     from evaluation.values import Value
@@ -61,12 +62,10 @@ def check_metric(run: RunConfig, family: Family, method: Method | None = None) -
     if method is not None:
         check_judge(run, method)
     if not family.metrics:
-        from evaluation.measure import Measurement
-        from evaluation.protocol import checked_n
+        from evaluation.measure import prepared
 
-        protocol, wanted, settings = _settings(run, family, run.metric)
-        samples = checked_n(run.metric_samples, protocol)
-        Measurement(protocol, [wanted.name.partition("/")[0]], samples, **settings)
+        drawn, settings = _parts(run, family)
+        prepared(drawn, **settings)
     elif run.metric not in family.metrics:
         raise _refusal(run.metric, family, list(family.metrics))
 
@@ -92,8 +91,18 @@ def metric_prompts(run: RunConfig, family: Family) -> list[str]:
     """What the run's metric draws for; [] where nothing is measured, or not for prompts."""
     if not run.metric_every or family.metrics or family.conditions != "prompt":
         return []
-    protocol, _, _ = _settings(run, family, run.metric)
-    return protocol.prompts(run.metric_samples)
+    drawn, _ = _parts(run, family)
+    return [prompt for part in drawn for prompt in part.protocol.prompts(part.n)]
+
+
+def _parts(run: RunConfig, family: Family) -> tuple[list[Part], dict[str, Any]]:
+    """Of the run's metric: what is drawn of which protocol, and what to measure it with."""
+    from evaluation.companion import parts
+    from evaluation.protocol import checked_n
+
+    protocol, wanted, settings = _settings(run, family, run.metric)
+    samples = checked_n(run.metric_samples, protocol)
+    return parts(protocol, [wanted.name.partition("/")[0]], samples), settings
 
 
 def _settings(run: RunConfig, family: Family, metric: str) -> tuple[Protocol, Value, dict[str, Any]]:

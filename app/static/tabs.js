@@ -41,14 +41,16 @@ const tile = (value, name) => el("div", {class: "tile"}, el("b", {}, String(valu
 
 function measured(results) {
   const quality = Object.keys(results.rows[0]?.metrics ?? {}).find((name) => /^(fd:|fid)/.test(name) && !/\/(se|infinity)/.test(name));
-  const columns = [quality, ...["clip:scenes-v1", "attributes/all", "latency/ms"].filter((name) => results.rows.some((row) => name in row.metrics))].filter(Boolean);
+  const has = (name) => results.rows.some((row) => name in row.metrics);
+  const diversity = results.rows.flatMap((row) => Object.keys(row.metrics)).filter((name) => /^diversity:[^/]*(\/of_teacher)?$/.test(name)).sort().at(-1);
+  const columns = [quality, diversity, ...["clip:scenes-v1", "attributes/all", "latency/ms"].filter(has)].filter(Boolean);
   const served = new Map(form.state.models.map((model) => [model.about.sha256, model.id]));
   const table = el("table", {class: "wide"},
     el("thead", {}, el("tr", {}, ...["model", "steps", "guidance", ...columns, "N"].map((name) => el("th", {scope: "col"}, name)))),
     el("tbody", {}, ...results.rows.map((row) => el("tr", {class: served.has(row.sha256) ? "here" : ""},
       el("th", {scope: "row"}, `${row.role}: ${row.name}`), el("td", {}, row.steps), el("td", {}, row.guidance === 1 ? "none" : row.guidance),
-      ...columns.map((name) => el("td", {}, number(row.metrics[name]), row.metrics[`${name}/se`] ? el("small", {}, ` ± ${number(row.metrics[`${name}/se`])}`) : "")), el("td", {}, row.n)))));
-  const about = `${results.protocol}, reference ${results.reference} (${results.reference_n ?? "?"} images), seeds ${results.seeds?.[0]} to ${results.seeds?.[1]}, ${results.dtype}, ${results.machine}, ${results.date?.slice(0, 10)}. Bold: served here.`;
+      ...columns.map((name) => el("td", {}, name in row.metrics ? number(row.metrics[name]) : "", row.metrics[`${name}/se`] ? el("small", {}, ` ± ${number(row.metrics[`${name}/se`])}`) : "")), el("td", {}, row.n)))));
+  const about = `${results.protocol}${results.companion ? `, diversity ${results.companion}` : ""}, reference ${results.reference} (${results.reference_n ?? "?"} images), seeds ${results.seeds?.[0]} to ${results.seeds?.[1]}, ${results.dtype}, ${results.machine}, ${results.date?.slice(0, 10)}. Bold: served here.`;
   return el("div", {}, el("h2", {}, "Measured"), quality ? plot(results.rows, quality) : "", el("div", {class: "scroll"}, table), el("p", {class: "hint"}, about),
     ...(results.warnings ?? []).map((text) => el("p", {class: "note"}, text)));
 }

@@ -38,6 +38,7 @@ def do(args: argparse.Namespace) -> None:
     shown = protocol.describe() | {
         "hash": protocol.hash,
         "metrics": list(protocol.metrics),
+        **({"companion": protocol.companion} if protocol.companion else {}),
         "about": protocol.about,
         "source": protocol.source,
         "needs": needs(protocol),

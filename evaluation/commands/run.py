@@ -19,7 +19,9 @@ what it does:
   Draws the protocol's samples with every pipeline, always with the same prompts and noise, and measures them.
   Samples are kept under OUT/samples, so a run that was stopped goes on where it was when the same command is
   given again. With --teacher, the teacher's guidance is swept and its least distance taken ("teacher FD");
-  the teacher is also measured at the students' step counts, which is where distillation started. OUT gets
+  the teacher is also measured at the students' step counts, which is where distillation started. How different
+  the seeds of a prompt are (diversity) is measured under the protocol's companion, if it names one: 8 seeds of
+  some of its prompts, 2 samples for each 5 of scenes-2k; --metrics without it leaves that out. OUT gets
   results.json (everything), results.md, results.html (tables, plot, samples; one file) and pareto.png.
   Under `accelerate launch` the processes share the work and come to the same numbers, bit for bit.
 

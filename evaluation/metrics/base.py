@@ -92,10 +92,12 @@ class Metric:
 
     needs: names of fields of `Inputs`, "features" where the rows themselves are looked at and not only their statistics,
     "timed" for what is of no set. values: what it gives, as `Value`s without numbers (see `evaluation.values.measured`).
+    several: whether it looks at several images of a prompt.
     """
 
     needs: frozenset[str]
     values: tuple[Value, ...]
+    several: bool = False
 
     def check(self, inputs: Inputs, n: int) -> None:
         """Raises UserError for what this cannot be computed from, before the n samples are drawn.

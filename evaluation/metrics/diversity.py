@@ -22,6 +22,7 @@ class Diversity(Metric):
     """
 
     needs = frozenset({"images", "extractor", "features"})
+    several = True
     values = (
         Value("diversity", better="higher", main=True),
         Value("diversity/share", better="higher"),
@@ -33,7 +34,7 @@ class Diversity(Metric):
         members(inputs, n)
 
     def compute(self, inputs: Inputs) -> list[Value]:
-        """Raises UserError as `check` does, and when the teacher draws one picture per prompt."""
+        """Raises UserError as `check` does. A teacher that draws one picture per prompt leaves a doubt, and no ratio."""
         groups = members(inputs, len(inputs.images))
         parts = [np.asarray(inputs.features[index], np.float64) for index in groups]
         distances = np.array([mean_distance(rows) for rows in parts])
@@ -48,9 +49,10 @@ class Diversity(Metric):
             others = inputs.teacher_features
             theirs = np.array([mean_distance(np.asarray(others[index], np.float64)) for index in groups])
             if not theirs.mean():
-                raise UserError(
-                    "the teacher draws one image per prompt, so there is nothing to compare with."
+                inputs.doubts.append(
+                    "the teacher draws one image per prompt, so there is no diversity to compare with."
                 )
+                return measured(self.values, numbers, inputs.extractor.name)
             ratio = distances.mean() / theirs.mean()
             # Of a ratio of means, to first order (the delta method); prompts are independent.
             error = _error((distances - ratio * theirs) / theirs.mean())
@@ -73,7 +75,7 @@ def members(inputs: Inputs, count: int) -> list[np.ndarray]:
     if not groups:
         raise UserError(
             "diversity needs several images of a prompt, and every prompt here has one; use a protocol with "
-            "images_per_prompt, or more samples."
+            "images_per_prompt or a companion, or more samples."
         )
     return groups
 

@@ -200,6 +200,33 @@ def test_a_picture_is_dropped_drawn_from_read_back_and_cleared(tab):
 
 
 @slow
+def test_diversity_stands_beside_the_distance_with_its_protocol(tab):
+    fd, ratio = "fd:scenes-v1", "diversity:scenes-v1/of_teacher"
+    rows = [
+        {"role": "teacher", "name": "t", "metrics": {fd: 4.0, "diversity:scenes-v1": 3.2}},
+        {"role": "student", "name": "s", "metrics": {fd: 5.0, "diversity:scenes-v1": 2.8, ratio: 0.875, f"{ratio}/se": 0.06}},
+    ]  # fmt: skip
+    said = {"protocol": "scenes-2k[n=500]", "companion": "scenes-seeds[n=200]", "rows": rows}
+    tab.run(f"window.__said = {json.dumps(said)}")
+    tab.run("""{
+      const ask = window.fetch;
+      window.fetch = async (path, ...rest) => {
+        const answer = await ask(path, ...rest);
+        return path === "/api/metrics" ? Response.json({...await answer.json(), results: window.__said}) : answer;
+      };
+    }""")
+    click(tab, "#tab-metrics")
+    cells = "[...document.querySelectorAll('#metrics tr')].map(row => [...row.cells].map(cell => cell.textContent))"
+    tab.until(f"({cells}).length === 3")
+    heads, *lines = tab.run(cells)
+    assert heads[3:5] == [fd, ratio]
+    assert [line[3:5] for line in lines] == [["4.00", ""], ["5.00", "0.875 ± 0.0600"]]
+    assert "scenes-2k[n=500], diversity scenes-seeds[n=200]" in tab.run(
+        "document.querySelector('#metrics').textContent"
+    )
+
+
+@slow
 def test_no_text_becomes_a_script(tab):
     evil = "<img src=x onerror=window.__xss=1>"
     tab.send("Page.navigate", url="about:blank")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,6 @@ from stepdistill.errors import UserError
 
 
 def test_evaluate_a_perfect_and_a_bad_sampler(tmp_path, monkeypatch) -> None:
-    from dataclasses import replace
-
     monkeypatch.setenv("STEPDISTILL_CACHE", str(tmp_path))
     protocol = replace(PROTOCOLS["scenes-2k"], reference=SceneReference(n=250))
     asked: list[int] = []
@@ -106,6 +105,7 @@ def test_what_a_metric_cannot_be_computed_from_is_said_before_anything_is_drawn(
     def sampler(prompts, seeds) -> Tensor:
         raise AssertionError("a sample was drawn")
 
+    alone = replace(PROTOCOLS["scenes-2k"], companion="")
     for metric, n, reason in (
         ("fid", 20, "FID is defined by the extractor inception-2015, and scenes-v1 is in use"),
         ("is", 20, "needs a classifier"),
@@ -113,7 +113,7 @@ def test_what_a_metric_cannot_be_computed_from_is_said_before_anything_is_drawn(
         ("diversity", 3, "every prompt here has one"),
     ):
         with pytest.raises(UserError, match=reason):
-            evaluation.evaluate(sampler, n=n, metrics=(metric,))
+            evaluation.evaluate(sampler, alone, n=n, metrics=(metric,))
     with pytest.raises(UserError, match=r"preprocessor_config\.json cannot be read"):
         evaluation.evaluate(sampler, n=20, metrics=("clip",), clip=Path(__file__).parent)
 
@@ -123,8 +123,6 @@ def test_what_a_metric_cannot_be_computed_from_is_said_before_anything_is_drawn(
     reason="needs assets/scenes-v1 and assets/clip",
 )
 def test_embedded_networks_tell_right_from_wrong(tmp_path, monkeypatch) -> None:
-    from dataclasses import replace
-
     monkeypatch.setenv("STEPDISTILL_CACHE", str(tmp_path))
     protocol = replace(PROTOCOLS["scenes-2k"], reference=SceneReference(n=250))
 

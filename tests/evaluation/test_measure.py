@@ -77,7 +77,8 @@ def test_grey_levels_are_rounded_as_the_protocol_says(quantise, tiny_sd, monkeyp
             seen.append(torch.cat(list(inputs.images)))
             return measured(self.values, {"keep": 0.0})
 
-    monkeypatch.setattr("evaluation.measure.get_metrics", lambda names: {"keep": Keep()})
+    for module in ("companion", "measure"):
+        monkeypatch.setattr(f"evaluation.{module}.get_metrics", lambda names: {"keep": Keep()})
     for draws in (sampler, sampler.at(steps=3)):
         measure(draws, protocol, ["keep"], n=3)
     truth = sampler.at(steps=3, quantise=quantise)(protocol.prompts(3), protocol.seeds(3))

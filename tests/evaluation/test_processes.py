@@ -26,11 +26,14 @@ from stepdistill.errors import UserError
 pytestmark = pytest.mark.usefixtures("no_plots")
 
 ROOT = Path(__file__).resolve().parents[2]
-# Three shards, the last one short.
-SHARD, N = 32, 75
+# Three shards, the last one short; two beside them.
+SHARD, N, BESIDE = 32, 75, 40
 PROTOCOL = """\
 {name: tiny, version: 1, n: 75, conditions: scenes, quantise: edm, resize: {size: 24, filter: bicubic},
- metrics: [fd], reference: {kind: scenes, n: 60}}
+ metrics: [fd, diversity], companion: SEEDS, reference: {kind: scenes, n: 60}}
+"""
+SEEDS = """\
+{name: seeds, version: 1, n: 40, conditions: scenes, images_per_prompt: 2, quantise: edm, metrics: [diversity], reference: null}
 """
 
 
@@ -38,7 +41,8 @@ PROTOCOL = """\
 def setting(tmp_path_factory, tiny_sd) -> dict[str, str]:
     """A pipeline, a protocol and a feature net, all tiny, and the options that name them."""
     folder = tmp_path_factory.mktemp("setting")
-    (folder / "tiny.yaml").write_text(PROTOCOL)
+    (folder / "tiny.yaml").write_text(PROTOCOL.replace("SEEDS", str(folder / "seeds.yaml")))
+    (folder / "seeds.yaml").write_text(SEEDS)
     torch.manual_seed(0)
     FeatureNet("tiny", 32, 16, {"label": ["a", "b"]}).save(folder / "net")
     options = {"pipeline": tiny_sd, "protocol": folder / "tiny.yaml", "extractor": folder / "net"}
@@ -64,6 +68,7 @@ def numbers(out: Path) -> tuple[dict, dict, str]:
 def alone(setting, tmp_path_factory) -> tuple[dict, dict, str]:
     out = tmp_path_factory.mktemp("alone")
     main(command(setting, out))
+    assert {"fd:tiny", "diversity:tiny"} <= numbers(out)[0].keys()
     return numbers(out)
 
 
@@ -99,10 +104,10 @@ def test_accelerate_launch(setting, alone, tmp_path) -> None:
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(setting, alone, tmp_path, monkeypatch) -> None:
     asked: list[int] = []
-    drawn = generate.drawn
+    drawn, limit = generate.drawn, SHARD + 16
 
     def counted(sample, prompts, seeds) -> Tensor:
-        if len(asked) >= SHARD + 16:
+        if len(asked) >= limit:
             raise KeyboardInterrupt
         asked.extend(seeds)
         return drawn(sample, prompts, seeds)
@@ -112,9 +117,10 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(setting, alone, tmp
         main(command(setting, tmp_path / "out", "--io-batch", 16))
     assert stopped.value.code == 130 and not (tmp_path / "out" / "results.json").exists()
     asked.clear()
+    limit = N + BESIDE
     main(command(setting, tmp_path / "out"))
     # The shard that was finished is not drawn again.
-    assert asked == list(range(SHARD, N))
+    assert asked == [*range(SHARD, N), *range(BESIDE)]
     assert numbers(tmp_path / "out") == alone
 
 

@@ -93,6 +93,13 @@ def test_diversity_tells_collapse_from_variety() -> None:
     assert flat(Diversity().compute(captions)) == both
 
 
+def test_a_teacher_without_diversity_is_said_and_gives_no_ratio() -> None:
+    inputs = given(rows(8), groups=[0, 0, 1, 1, 2, 2, 3, 3], teacher=rows(4).repeat(2, 0))
+    found = flat(Diversity().compute(inputs))
+    assert found["diversity:tiny"] > 0 and not any("of_teacher" in name for name in found)
+    assert "one image per prompt" in inputs.doubts[0]
+
+
 def test_diversity_needs_prompts_with_several_images() -> None:
     with pytest.raises(UserError, match="every prompt here has one"):
         flat(Diversity().compute(given(rows(4), groups=range(4))))

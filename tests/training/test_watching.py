@@ -104,6 +104,7 @@ def test_attributes_are_measured_on_the_exported_student(tmp_path, tiny_sd):
     ("metric", "better"),
     [
         ("prdc:scenes-v1/recall", "higher"),
+        ("diversity:scenes-v1", "higher"),
         ("kid", "lower"),
         ("clip:scenes-v1", "higher"),
         ("fd:NET/infinity", "lower"),
