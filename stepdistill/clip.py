@@ -70,7 +70,8 @@ class Clip(nn.Module):
         """Images (B, 3, H, W) in about [0, 1] at the model's size, normalised. Not clamped, which would
         stop gradients.
         """
-        side = self.model.config.vision_config.image_size
+        # Decoders may give half precision, in which CPUs cannot resize.
+        images, side = images.float(), self.model.config.vision_config.image_size
         if images.shape[-2:] != (side, side):
             images = nnf.interpolate(images, (side, side), mode="bicubic", antialias=True)
         return (images - self.mean) / self.std

@@ -107,6 +107,8 @@ class DinoEye(Eye):
         if self.mean.device != images.device:
             self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
             self.model.to(images.device)
+        # Decoders may give half precision, in which CPUs cannot resize.
+        images = images.float()
         if images.shape[-2:] != (self.side, self.side):
             images = nnf.interpolate(images, (self.side, self.side), mode="bicubic", antialias=True)
         seen = self.model(pixel_values=(images - self.mean) / self.std, output_hidden_states=True)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import perceptual
 import tiny
 from models import SETTINGS
 from runs import labelled_images
@@ -21,15 +22,20 @@ STAND_INS = {
     "cifar10_dmd2": "cifar10_teacher",
     "cifar10_teacher": "",
     "dit_imagenet_scm": "dit",
+    "edm_imagenet64_cd": "cifar10_teacher",
     "flux_dmd2_lora": "flux-dev",
     "pixart_sim": "pixart-alpha",
+    "pixel_cifar10_cd": "cifar10_teacher",
+    "pixel_cifar10_ect": "cifar10_teacher",
     "qwen_image_dmd2_lora": "qwen-image",
     "sana_sprint": "sana",
     "sd15_dmd2_1step": "sd15",
+    "sd15_f_distill": "sd15",
     "sd15_lcm_lora": "sd15",
     "sd15_sid_lsg": "sd15",
     "sd21_swiftbrush": "sd15",
     "sd35_ladd": "sd3.5",
+    "sdxl_add": "sdxl",
     "sdxl_dmd2_4step": "sdxl",
     "sdxl_hyper_lora": "sdxl",
     "sdxl_lightning": "sdxl",
@@ -41,6 +47,8 @@ STAND_INS = {
     "transformer_teacher": "sd3.5",
     "wan_dmd2": "wan",
 }
+# What is said of a teacher and is not true of its stand-in.
+OWN = ("revision", "variant", "resolution", "null_class")
 # Of families told classes, whose size is the network's own.
 CLASSES = {"pixel": 10, "dit": 1000}
 SIDE = 32
@@ -56,31 +64,36 @@ SMALL = {
 RANKS = ("rank", "lora_rank")
 
 
-def small(path: Path, folder: Path) -> Recipe:
+def small(path: Path, folder: Path, precision: str = "") -> Recipe:
     """The recipe with its stand-in's teacher and data in `folder`; every stage is one iteration, in which each of its
-    phases has a turn.
+    phases has a turn. precision: in place of its own, "" = its own.
     """
     folder.mkdir(exist_ok=True)
     mapping = _reduced(read_yaml(path))
     family = mapping["family"]
     name = family["name"]
-    family = {key: value for key, value in family.items() if key not in ("revision", "variant", "resolution")}
+    family = {key: value for key, value in family.items() if key not in OWN}
     size = {} if name in CLASSES else {"resolution": [SIDE]}
-    mapping["family"] = family | size | SETTINGS.get(name, {}) | _teacher(path, folder)
+    mapping["family"] = family | size | SETTINGS.get(name, {})
     mapping["data"] = _data(name, mapping["data"], folder)
+    if "method" in mapping:
+        mapping["method"] = _seeing(mapping["method"], folder)
     mapping["run"] |= {"out": str(folder / "run"), "trackers": []}
+    mapping["run"] |= {"precision": precision} if precision else {}
+    mapping["family"] |= _teacher(path, folder, mapping["run"].get("precision", "no"))
     for stage in mapping.get("stages", [mapping]):
         stage["run"] = stage["run"] | {"steps": 1}
     return recipe_from(mapping)
 
 
-def _teacher(path: Path, folder: Path) -> dict[str, str]:
+def _teacher(path: Path, folder: Path, precision: str) -> dict[str, str]:
+    """precision: which accelerate fixes once in a process."""
     stand_in = STAND_INS[path.stem]
     if not stand_in:
         return {}
     if stand_in in tiny.VARIANTS:
         return {"teacher": str(tiny.directory(stand_in))}
-    before = small(path.with_stem(stand_in), folder / stand_in)
+    before = small(path.with_stem(stand_in), folder / stand_in, precision)
     run(before)
     return {"teacher": str(RunDirectory(before.run.out).student)}
 
@@ -102,5 +115,16 @@ def _data(family: str, section: Mapping[str, Any], folder: Path) -> dict[str, An
         return {"name": "prompts", "path": str(path)}
     if family in CLASSES:
         images = labelled_images(folder / "images", CLASSES[family], each=1, size=SIDE)
-        return {"name": "folder", "path": str(images), "resolution": SIDE}
+        mirrored = {"flip": section["flip"]} if "flip" in section else {}
+        return {"name": "folder", "path": str(images), "resolution": SIDE, **mirrored}
     return {"name": "scenes", "size": 8, "resolution": SIDE}
+
+
+def _seeing(method: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """With a frozen network of random weights for each that a loss looks through."""
+    made = dict(method)
+    if made.get("lpips_weights"):
+        made["lpips_weights"] = str(perceptual.written(folder / "lpips.safetensors"))
+    if made.get("eye") == "dino":
+        made["arguments"] = {"directory": str(perceptual.dino(folder / "dino")), "side": perceptual.DINO_SIDE}
+    return made

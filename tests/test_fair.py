@@ -223,9 +223,19 @@ def test_the_table_is_sorted_by_what_the_fewest_steps_reach(tmp_path):
 
 
 def test_what_a_student_was_trained_on_does_not_judge_it():
-    own = {name: fair_table.own_judges(students.RECIPES / f"scenes_{name}.yaml") for name in ("dmd2", "rdm", "reward")}
+    own = {
+        name: fair_table.own_judges(students.RECIPES / f"scenes_{name}.yaml")
+        for name in ("dmd2", "rdm", "reward")
+    }
     assert own == {"dmd2": [], "rdm": [fair_table.CLIP], "reward": [fair_table.CLIP]}
-    row = {"method": "rdm", "minutes": 10, "iterations": 1, "cpu_seconds": 6.0, "peak_mib": 1.0, "steps": {"1": ONE}}
+    row = {
+        "method": "rdm",
+        "minutes": 10,
+        "iterations": 1,
+        "cpu_seconds": 6.0,
+        "peak_mib": 1.0,
+        "steps": {"1": ONE},
+    }
     for judges, score in ((own["rdm"], "(79.0)"), (own["dmd2"], "79.0")):
         said = fair_table.markdown({"teacher": {}, "rows": [row | {"own_judges": judges}]})
         assert f"| 0.90 | {score} | 0.1 |" in said

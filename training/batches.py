@@ -100,6 +100,8 @@ class Batches:
         if family.needs_images:
             examples, images = self._readable(examples, bucket, self.source.images)
         examples, x0 = self._real(examples, bucket) if self.needs_images else (examples, None)
+        if x0 is not None and getattr(self.source.config, "flip", False):
+            x0 = mirrored(x0, noise.rand() < 0.5)
         prompts = family.prompts(self.source, examples, uses)
         cond, uncond = self._moved(family.encode(prompts)), self._moved(family.uncond(len(examples)))
         if family.needs_images:
@@ -158,3 +160,8 @@ class Batches:
 
     def _moved(self, cond: Cond) -> Cond:
         return map_cond(lambda c: c.to(self.device), cond)
+
+
+def mirrored(x0: Tensor, which: Tensor) -> Tensor:
+    """Images (B, ..., width), those of `which` (B,) bool from right to left."""
+    return torch.where(which.reshape(-1, *[1] * (x0.ndim - 1)), x0.flip(-1), x0)

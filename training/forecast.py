@@ -21,13 +21,12 @@ from stepdistill.methods.base import Batch, Method, Networks, Pairs, Phase
 from stepdistill.noise import SampleNoise
 from training.data import Source
 from training.ledger import META, Ledger, bytes_of, counted, without_content
+from training.optimizers import state_bytes
 from training.precompute import answers
 from training.recipe import Recipe
 
 # Iterations among which every phase of a method has its turn.
 LOOKED_AT = 64
-# Of Adam and those like it, per parameter.
-MOMENTS = 2
 
 
 @dataclass
@@ -109,16 +108,15 @@ def forecast(stage: Recipe, family: Family, source: Source, processes: int = 1) 
     method, micro = stage.new_method(), stage.optim.split(processes)
     shadow = _shadow(family)
     wanted = stage.student
-    made = assemble(
-        method, shadow, wanted.init, lora=wanted.lora, gradient_checkpointing=wanted.gradient_checkpointing
-    )
+    how = {"gradient_checkpointing": wanted.gradient_checkpointing, "dropout": wanted.dropout}
+    made = assemble(method, shadow, wanted.init, lora=wanted.lora, **how)
     modules = {name: module.to(META) for name, module in made.modules.items()}
     nets = Networks(modules, family.schedule, shadow.decode)
     lasting = {"decoder": shadow.vae} if hasattr(shadow, "vae") else {}
     trained = trained_by(method, stage.run.steps)
     for name, module in modules.items():
         module.requires_grad_(name in trained)
-    said = Forecast(_networks(modules, trained, wanted.ema), _helpers(stage, method, family, source))
+    said = Forecast(_networks(modules, trained, stage), _helpers(stage, method, family, source))
     said.modules = modules
     if family.teacher is not None and "teacher" not in said.networks:
         # Kept for previews, or as what adapters adapt.
@@ -139,14 +137,14 @@ def forecast(stage: Recipe, family: Family, source: Source, processes: int = 1) 
     return said
 
 
-def _networks(modules: dict[str, nn.Module], trained: list[str], ema: float) -> dict[str, NetworkMemory]:
+def _networks(modules: dict[str, nn.Module], trained: list[str], stage: Recipe) -> dict[str, NetworkMemory]:
     found = {}
     for name, module in modules.items():
         learning = bytes_of(module, lambda p: p.requires_grad) if name in trained else 0
         count = sum(p.numel() for p in module.parameters() if p.requires_grad) if learning else 0
+        moments = state_bytes(module, stage.optim.for_network(name).optimizer) if learning else 0
         found[name] = NetworkMemory(
-            parameter_count(module), count, bytes_of(module), learning, MOMENTS * learning,
-            4 * count if name == "student" else 0,
+            parameter_count(module), count, bytes_of(module), learning, moments, 4 * count if name == "student" else 0
         )  # fmt: skip
     return found
 

@@ -57,7 +57,7 @@ class Monitor:
     ) -> None:
         self.run, self.optim, self.accelerator = recipe.run, recipe.optim, accelerator
         self.family, self.directory, self.state, self.student = family, directory, state, student
-        self.meters, self.health = Meters(), Health(method)
+        self.meters, self.health = Meters(), Health(method, self.run.log_every)
         self._preview = Preview(method, family, source, self.run.preview_count, self.run.seed)
         self.patience = Patience(self.run.patience if self.run.stop == "patience" else 0)
         self._seeds = Seeds(family, source, taught_guidance(method))

@@ -8,13 +8,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from training.came import CAME, fresh
 from training.recipe import OptimConfig
 from training.sharding import full, sharded
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "radam": torch.optim.RAdam}
+OPTIMIZERS = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "radam": torch.optim.RAdam,
+    "came": CAME,
+}
+# Those with one kernel for all parameters.
+FUSED = ("adamw", "adam")
 
 
 class NetworkOptimizer:
@@ -77,12 +85,19 @@ class NetworkOptimizer:
 def _optimizer(module: nn.Module, settings: OptimConfig, fused: bool) -> torch.optim.Optimizer:
     """fused: one kernel for all parameters where the optimiser has one, half the time of a step and more."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    extra = {"fused": True} if fused and settings.optimizer != "radam" else {}
+    extra = {"fused": True} if fused and settings.optimizer in FUSED else {}
+    if settings.optimizer != "came":
+        # CAME's are its own.
+        extra["eps"] = settings.eps
     return OPTIMIZERS[settings.optimizer](
-        parameters,
-        lr=settings.lr,
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        **extra,
+        parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, **extra
     )
+
+
+def state_bytes(module: nn.Module, optimizer: str) -> int:
+    """What an optimiser of that name keeps of the parameters that require a gradient now."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if optimizer != "came":
+        # Two moments.
+        return sum(2 * parameter.nbytes for parameter in trained)
+    return sum(kept.nbytes for parameter in trained for kept in fresh(parameter.to("meta")).values())

@@ -272,13 +272,18 @@ def check(recipe: Recipe, family: Family, source: Source) -> None:
 
 
 def _check_sizes(method: Method, family: Family, source: Source) -> None:
-    """UserError where images have sizes, or videos a length, that the family does not take."""
+    """UserError where images have sizes or are mirrored, or videos have a length, as the family does not take them."""
     frames = getattr(getattr(family, "config", None), "frames", 1)
     seen = (method.needs_images or family.needs_images) and source.has_images
     if seen and source.frames != frames:
         raise UserError(
             f"data: {source.noun} of {source.frames} frame{'s' * (source.frames > 1)} are not what the family"
             f" {family.name!r} takes, which is {frames}; set data.frames of the source `frames`, or family.frames."
+        )
+    if seen and getattr(source.config, "flip", False) and family.latent:
+        raise UserError(
+            f"data.flip=true: the latents of the family {family.name!r} are computed once, of images as they are; leave it out,"
+            " or mirror half of the images yourself."
         )
     if source.bucketed:
         for bucket in source.buckets:

@@ -37,6 +37,8 @@ class StudentConfig:
         lora: train adapters of this rank over the network, not the network: see `LoraConfig`.
         ema: decay of the average of its weights per update of the student, in [0, 1); 0 = off.
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
+        dropout: the share of activations that its dropout layers, and those of copies of it, drop while it trains; 0 =
+            leave them as they are, which is off where it begins as the teacher.
     """
 
     steps: tuple[int, ...] = (1,)
@@ -44,6 +46,7 @@ class StudentConfig:
     lora: LoraConfig = NO_LORA
     ema: float = 0.999
     gradient_checkpointing: bool = False
+    dropout: float = 0.0
     rule: Rule | None = None
     first_rho: float | None = None
     init_noise: InitNoise | None = None
@@ -57,6 +60,7 @@ class StudentConfig:
         _require(good, "steps", list(steps), "be different whole numbers of at least 1")
         _require(bool(self.init), "init", "nothing", "be teacher, random or a directory")
         _require(0 <= self.ema < 1, "ema", self.ema, "be at least 0 and below 1")
+        _require(0 <= self.dropout < 1, "dropout", self.dropout, "be at least 0 and below 1")
 
     def sampled(self) -> dict[str, Any]:
         """What is said of its sampling beside `steps`, by name; None where nothing is."""
@@ -69,6 +73,9 @@ class OptimConfig:
     """Optimisers, batches and the learning rate; for one network `optim.<network>.<key>` overrides the common key.
 
     Attributes:
+        optimizer: "came" keeps about half of what the others do (`training.came`).
+        betas: two; of came three, the last of its instability, 0.9999 where it is left out.
+        eps: of all but came, which has its own.
         max_grad_norm: each network's gradient is clipped to this norm by itself; 0 = no clipping.
         batch_size: global, over all processes and accumulation passes.
         micro_batch_size: of one process in one pass; 0 = batch_size / processes.
@@ -80,8 +87,8 @@ class OptimConfig:
     """
 
     lr: float = 1e-4
-    optimizer: Literal["adamw", "adam", "radam"] = "adamw"
-    betas: tuple[float, float] = (0.9, 0.999)
+    optimizer: Literal["adamw", "adam", "radam", "came"] = "adamw"
+    betas: tuple[float, ...] = (0.9, 0.999)
     weight_decay: float = 0.0
     eps: float = 1e-8
     max_grad_norm: float = 1.0
@@ -95,9 +102,14 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _require(0 < self.lr < math.inf, "lr", self.lr, "be above 0")
-        _require(all(0 <= beta < 1 for beta in self.betas), "betas", list(self.betas), "be in [0, 1)")
+        came = self.optimizer == "came"
+        count, most = len(self.betas), "two or three numbers" if came else "two numbers"
+        good = count in (2, 3)[: 1 + came] and all(0 <= beta < 1 for beta in self.betas)
+        _require(good, "betas", list(self.betas), f"be {most} in [0, 1) with optimizer={self.optimizer}")
         _require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "be 0 or more")
         _require(0 < self.eps < math.inf, "eps", self.eps, "be above 0")
+        unheard = came and self.eps != OptimConfig.eps
+        _require(not unheard, "eps", self.eps, "be left out with optimizer=came, which has its own")
         _require(self.max_grad_norm >= 0, "max_grad_norm", self.max_grad_norm, "be 0 (no clipping) or more")
         _require(
             1 <= self.batch_size <= MOST_SAMPLES,

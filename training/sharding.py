@@ -199,6 +199,12 @@ def check_sharded(recipe: Recipe, method: Method, student: nn.Module) -> None:
             f"method.name={recipe.method.name} trains a few blocks of a teacher held by reference, which FSDP would cut twice;"
             " launch it with training/accelerate/8gpu.yaml."
         )
+    chosen = [recipe.optim.optimizer, *(own.get("optimizer") for own in recipe.optim.networks.values())]
+    if "came" in chosen:
+        raise UserError(
+            "optim.optimizer=came averages over a matrix's rows and columns, which shards cut; use adamw, or launch it with"
+            " training/accelerate/8gpu.yaml."
+        )
     exact = getattr(method.config, "r1", "") == "exact" and getattr(method.config, "r1_weight", 0) > 0
     if exact:
         raise UserError(

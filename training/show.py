@@ -90,7 +90,7 @@ def _health(recipe: Recipe, lines: list[dict[str, Any]]) -> list[tuple[str, str]
         if lines[-1]["step"] <= offset + each.run.steps:
             break
         offset += each.run.steps
-    health, latest = Health(stage.new_method()), {}
+    health, latest = Health(stage.new_method(), stage.run.log_every), {}
     for line in lines:
         if line["step"] > offset:
             health.check({name: math.nan if value is None else value for name, value in line.items()})

@@ -77,14 +77,12 @@ class Trainer:
         # Fresh weights, the same in every process.
         torch.manual_seed(self.run.seed + stage)
         wanted = recipe.student
-        checkpointing = {"gradient_checkpointing": wanted.gradient_checkpointing}
+        how = {"gradient_checkpointing": wanted.gradient_checkpointing, "dropout": wanted.dropout}
         if self.sharding and family.teacher is not None:
             # All of every network lies in main memory until it is cut; its checksum is of the whole.
             family.teacher.to("cpu")
             self.origin.remember()
-        self._prepare(
-            assemble(method, family, wanted.init, lora=wanted.lora, before=student, **checkpointing)
-        )
+        self._prepare(assemble(method, family, wanted.init, lora=wanted.lora, before=student, **how))
         # A later stage without them goes on from a checkpoint, which brings the weights.
         if extras is not None or stage == 0:
             take_over(method, self.modules, extras or {}, f"stages.{stage}")

@@ -25,6 +25,7 @@ def assemble(
     lora: LoraConfig = NO_LORA,
     before: Denoiser | None = None,
     gradient_checkpointing: bool = False,
+    dropout: float = 0.0,
 ) -> Networks:
     """The student, what the method makes beside it, and the family's teacher where the method needs one.
 
@@ -35,9 +36,10 @@ def assemble(
         lora: with a rank, the student is adapters over that network, which for "teacher" is the teacher itself.
         before: a student whose weights this one takes over, wherever both have them: the stage before's.
         gradient_checkpointing: recompute the student's activations, and those of copies of it, in backward.
+        dropout: the share of activations that the student's dropout layers, and those of copies of it, drop from now on.
 
     Raises:
-        UserError: the family has no such student or teacher, or cannot checkpoint its gradients.
+        UserError: the family has no such student or teacher, or cannot checkpoint its gradients, or has no dropout.
     """
     if method.needs_captions and family.conditions != "prompt":
         raise UserError(
@@ -54,6 +56,8 @@ def assemble(
         _start_from(before, student)
     if gradient_checkpointing:
         _checkpoint_gradients(student)
+    if dropout:
+        _drop_out(student, dropout)
     teacher = family.teacher if method.needs_teacher else None
     modules: dict[str, nn.Module] = {"student": student, **method.networks(teacher, student)}
     if teacher is not None:
@@ -225,3 +229,17 @@ def _checkpoint_gradients(student: Denoiser) -> None:
             return
     why = why or "this family's network cannot do it"
     raise UserError(f"student.gradient_checkpointing=true: {why}; set it to false.")
+
+
+def _drop_out(student: Denoiser, share: float) -> None:
+    """These layers alone are set to train: what else a model draws while it does, such as labels left out, is no method's."""
+    if isinstance(student, (LoRA, Pruned)):
+        raise UserError(
+            "student.dropout: this student holds the teacher's own layers, which would drop activations too; set it to 0."
+        )
+    layers = [layer for layer in student.modules() if isinstance(layer, nn.Dropout)]
+    if not layers:
+        raise UserError("student.dropout: this family's network has no dropout layers; set it to 0.")
+    for layer in layers:
+        layer.p = share
+        layer.train()

@@ -7,7 +7,8 @@ The student learns it from pairs of neighbours, the second made from the first b
     boundary     f(x, t_min) = x                                                                    (Sec. 3)
     loss         w(t) d( f_theta(x_t, t), sg f_ema(x_s, s) )                                        (Eq. 7)
 
-The paper weighs all links alike and likes LPIPS best for d, which needs a network of its own.
+The paper weighs all links alike and likes LPIPS best for d (`distance: lpips`, of what the family decodes), whose
+network is read from a file of one's own (stepdistill/lpips.py).
 t and s are neighbours among `points` noise levels, even in rho^(1/7) (Karras et al. 2022, Eq. 5). Everything
 runs in EDM's terms (alpha = 1, sigma = t): a network of another schedule is asked there at equal noise.
 
@@ -24,8 +25,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
 
+from stepdistill.denoiser import Denoiser
 from stepdistill.jvp import same_draws
+from stepdistill.lpips import LPIPS
 from stepdistill.methods.base import Batch, Losses, Networks, consistency, guided_teacher
 from stepdistill.methods.linked import Linked
 from stepdistill.solvers import SOLVERS
@@ -35,6 +39,11 @@ from stepdistill.timesteps import as_edm
 class CD(Linked):
     @dataclass
     class Config(Linked.Config):
+        distance: Literal["l2", "pseudo_huber", "lpips"] = "l2"
+        # A safetensors file.
+        lpips_weights: str = ""
+        # The paper's code has "average" on ImageNet and LSUN.
+        lpips_pooling: Literal["max", "average"] = "max"
         # Noise levels, the paper's N (18 for CIFAR-10, 40 for ImageNet 64).
         points: int = 40
         # Of the teacher's step.
@@ -45,10 +54,30 @@ class CD(Linked):
         def __post_init__(self) -> None:
             if self.points < 2:
                 raise ValueError(f"points must be at least 2, got {self.points}.")
+            if bool(self.lpips_weights) != (self.distance == "lpips"):
+                raise ValueError(
+                    f"lpips_weights must name a file with distance=lpips and nothing otherwise, got {self.lpips_weights!r} with"
+                    f" distance={self.distance}."
+                )
 
     @classmethod
     def sampled(cls, config: Any) -> dict[str, Any]:
         return {"rule": "renoise", "first_rho": 80.0}
+
+    @property
+    def needs_decoder(self) -> bool:
+        return self.config.distance == "lpips"
+
+    def networks(self, teacher: Denoiser, student: Denoiser) -> dict[str, nn.Module]:
+        if self.config.distance == "lpips":
+            # Now, so that a wrong file does not end a run at its first step. It is no network of the run, which are saved.
+            self.lpips = LPIPS(self.config.lpips_weights, self.config.lpips_pooling)
+        return super().networks(teacher, student)
+
+    def distance(self, nets: Networks, online: Tensor, target: Tensor) -> Tensor:
+        if self.config.distance != "lpips":
+            return super().distance(nets, online, target)
+        return self.lpips.to(online.device)(nets.decode(online), nets.decode(target))
 
     def loss(self, nets: Networks, batch: Batch) -> Losses:
         config, frame = self.config, as_edm(nets.schedule)
@@ -62,4 +91,4 @@ class CD(Linked):
             with same_draws(x_t):
                 target = consistency(nets.target(x_s, s, batch.cond, in_schedule=frame))
         online = consistency(nets.student(x_t, t, batch.cond, in_schedule=frame))
-        return self.linked(online, target, frame, t, s)
+        return self.linked(nets, online, target, frame, t, s)

@@ -30,6 +30,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from stepdistill.discriminator import Logits, logit
@@ -86,7 +87,7 @@ class FDistill(DMD2):
                 f" got {config.time_bins} and {config.bin_decay:g}."
             )
         # Of no ratio yet.
-        self._means: list[float] = [0.0] * config.time_bins
+        self._means = torch.zeros(config.time_bins, dtype=torch.float64)
 
     def weight(self, real: Prediction, logits: Logits | None) -> Tensor:
         """h(r) at the diffused samples, (B,), a constant."""
@@ -104,16 +105,20 @@ class FDistill(DMD2):
             return ratio.mean()
         level = Flow().t_of_rho(real.schedule.rho(real.t)).to(ratio.device)
         part = (level * bins).long().clamp(max=bins - 1)
-        for k in part.unique().tolist():
-            now, before = float(ratio[part == k].mean()), self._means[k]
-            self._means[k] = now + (before - now) * self.config.bin_decay if before else now
-        return ratio.new_tensor(self._means)[part]
+        inside = part[:, None] == torch.arange(bins, device=ratio.device)
+        count = inside.sum(0)
+        now = (inside * ratio.double()[:, None]).sum(0) / count.clamp(min=1)
+        before = self._means.to(ratio.device)
+        blended = torch.where(before > 0, now + (before - now) * self.config.bin_decay, now)
+        self._means = torch.where(count > 0, blended, before)
+        return self._means.to(ratio)[part]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"ratio_means": list(self._means)} if self._means else {}
+        return {"ratio_means": self._means.tolist()} if self.config.time_bins else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._means = list(state.get("ratio_means", self._means))
+        if "ratio_means" in state:
+            self._means = torch.tensor(state["ratio_means"], dtype=torch.float64)
 
     def log_ratio(self, real: Prediction, logits: Logits) -> Tensor:
         """log p_data / p_student at (x_t, t), which is what an optimal discriminator's logit is; (B,)."""

@@ -93,7 +93,7 @@ class LCM(Linked):
             with same_draws(x_t):
                 target = self.boundary(nets.target(x_s, s, batch.cond, **told))
         online = self.boundary(nets.student(x_t, t, batch.cond, **told))
-        return self.linked(online, target, nets.schedule, t, s)
+        return self.linked(nets, online, target, nets.schedule, t, s)
 
     def ode_times(self, schedule: Schedule) -> Tensor:
         """The teacher's grid, falling, with the data end appended: (ddim_steps + 1,)."""

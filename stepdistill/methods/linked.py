@@ -52,14 +52,18 @@ class Linked(Method):
     def loss(self, nets: Networks, batch: Batch) -> Losses:
         raise NotImplementedError
 
-    def linked(self, online: Tensor, target: Tensor, schedule: Schedule, t: Tensor, s: Tensor) -> Losses:
+    def distance(self, nets: Networks, online: Tensor, target: Tensor) -> Tensor:
+        """d of two answers (B, ...), one per sample."""
+        if self.config.distance == "l2":
+            return mse(online, target)
+        return pseudo_huber(online, target, self.config.huber_c)
+
+    def linked(
+        self, nets: Networks, online: Tensor, target: Tensor, schedule: Schedule, t: Tensor, s: Tensor
+    ) -> Losses:
         """The loss of f_theta at t and f_ema at s, (B, ...) both, and what is logged beside it."""
-        config = self.config
-        if config.distance == "l2":
-            distance = mse(online, target)
-        else:
-            distance = pseudo_huber(online, target, config.huber_c)
-        losses = {"total": weigh_link(config.link_weight, schedule, t, s).to(distance) * distance}
+        distance = self.distance(nets, online, target)
+        losses = {"total": weigh_link(self.config.link_weight, schedule, t, s).to(distance) * distance}
         return losses | moments(online) | moments(target, "teacher_")
 
 

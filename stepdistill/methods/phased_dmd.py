@@ -15,7 +15,7 @@ has the weight b^2 / sigma_t^2, 1 where s = 0. Levels of noise are drawn as by a
 between s and all in flow's time: t = s + (1 - s) drawn. One network serves all phases here; the paper has one, or a LoRA, for
 each. Only the first phase decides the layout, which is what keeps seeds apart.
 
-Normal ranges: "gap" falls in every phase; "denoising" differs from phase to phase, so its growth is not judged.
+Normal ranges: those of score.py, over the phases in turn; "denoising_0" and on are the phases' own, each of another size.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,10 +51,6 @@ class Onward(NamedTuple):
 
 class PhasedDMD(ScoreDistillation):
     rules = ("ode",)
-    # Of phases that take turns no loss has a beginning to grow from.
-    health: ClassVar[dict[str, tuple[float, float, str]]] = {
-        name: normal for name, normal in ScoreDistillation.health.items() if name != "critic/denoising_growth"
-    }
 
     @dataclass
     class Config(ScoreDistillation.Config):

@@ -9,16 +9,16 @@ A student of several steps answers at several places of its sampling, and by the
 of all answers. Where that is right, each place may yet be off, if another makes up for it. `tell_place`, which is ours, tells
 the fake score at what time an answer was given, so every place is held to the data by itself.
 
-Logged by all, with the names a health panel reads: "gap", the mean square distance of the two answers, which
-falls; "scores_cosine", the cosine of the two scores, and "scores_apart", the size of their difference over the
-teacher's, by which a critic's health is told, as its loss does not tell it; "x0_mean", "x0_std" of the student's
-samples beside "teacher_x0_mean", "teacher_x0_std" of the teacher's answers to them; and "denoising", the fake
-score's loss. A student that leaves the teacher in mean or std (brightness drift, collapse) has outrun its fake score.
+Logged by all, with the names a health panel reads: "gap", the mean square distance of the two answers;
+"scores_cosine", the cosine of the two scores, and "scores_apart", the size of their difference over the teacher's, by
+which a critic's health is told; "x0_mean", "x0_std" of the student's samples beside "teacher_x0_mean",
+"teacher_x0_std" of the teacher's answers to them; and "denoising", the fake score's loss, which says nothing of its
+health. A student that leaves the teacher in mean or std (brightness drift, collapse) has outrun its fake score.
 
-Normal ranges, on data of unit variance: "gap" below 1, and falling (on the embedded teacher 0.05 to 0.1 late in
-runs of Diff-Instruct, DMD2 and f-distill, 0.1 to 0.3 in those of SIM and SiD, 0.3 to 0.4 where DMD and VSD lag);
-x0_std between 0.8 and 1.1 of teacher_x0_std; "denoising" falls, by up to a half of its start, after a rise in the
-first fifty iterations that may double it where rates are high.
+Normal ranges, on data of unit variance, by means over 200 iterations (stepdistill/methods/ranges.py): "gap" below 1, and
+falling (on the embedded teacher 0.05 to 0.1 late in runs of Diff-Instruct, DMD2 and f-distill, 0.1 to 0.3 in those of SIM
+and SiD, 0.3 to 0.4 where DMD and VSD lag); "scores_cosine" falls from 1 in the first fifty iterations, to 0.7 or more, and
+rises slowly from there; "scores_apart" mirrors it, below 1; x0_std between 0.8 and 1.1 of teacher_x0_std.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from stepdistill.errors import UserError
 from stepdistill.lora import NO_LORA, LoraConfig
 from stepdistill.losses import denoising, moments, mse
 from stepdistill.methods.base import Batch, Losses, LossFn, Method, Networks, Phase
+from stepdistill.methods.ranges import SCORES
 from stepdistill.prediction import Prediction
 from stepdistill.rollout import Simulated, simulate
 from stepdistill.sampling import Sampling
@@ -70,26 +71,7 @@ class Made(NamedTuple):
 class ScoreDistillation(Method):
     """Base of methods with a fake score; `student_loss` is theirs."""
 
-    health: ClassVar[dict[str, tuple[float, float, str]]] = {
-        "student/gap": (
-            0.0,
-            1.0,
-            "the teacher and the fake score disagree by more than the data's own spread: the student has left"
-            " the data, or the fake score lags; lower optim.student.lr or raise method.student_every",
-        ),
-        "critic/denoising_growth": (
-            0.0,
-            2.5,
-            "fake-score lag: it falls behind what the student makes; raise method.student_every or"
-            " optim.fake_score.lr, or lower optim.student.lr",
-        ),
-        # Of methods with a GAN.
-        "critic/accuracy": (
-            0.2,
-            0.98,
-            "the discriminator has won: lower method.gan_critic_weight",
-        ),
-    }
+    health: ClassVar[dict[str, tuple[float, float, str]]] = SCORES
 
     @dataclass
     class Config:

@@ -80,4 +80,4 @@ class TSCD(Linked):
                 target = nets.target(x_s, s, batch.cond).at(b)
             target = torch.where((s == b).reshape(-1, *[1] * (x_s.ndim - 1)), x_s, target)
         online = nets.student(x_t, t, batch.cond).at(b)
-        return self.linked(online, target, schedule, t, s)
+        return self.linked(nets, online, target, schedule, t, s)

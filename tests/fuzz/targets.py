@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import perceptual
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tiny
@@ -40,6 +41,7 @@ from evaluation.stats import FeatureStats, Source
 from stepdistill import assets
 from stepdistill import card as cards
 from stepdistill.clip import Clip
+from stepdistill.lpips import LPIPS
 from training import saved
 from training.data.decoding import decoded
 from training.recipe import load_recipe
@@ -341,6 +343,12 @@ TARGETS = {
     "pipeline.json": Target(pipeline("sd15"), drawn, ("*.json",), 0.6),
     "pipeline.flow": Target(pipeline("sd3"), stepdistill.load, ("*.json",), 0.15),
     "pipeline.weights": Target(pipeline("sd15"), stepdistill.load, ("*.safetensors",), 0.3),
+    # Of 59 MB.
+    "lpips": Target(
+        lambda folder: perceptual.written(folder / "lpips.safetensors"),
+        lambda folder: LPIPS(folder / "lpips.safetensors"),
+        share=0.02,
+    ),
     "clip": Target(tokens, clip, ("*.json", "*.safetensors"), 0.3),
     "features": Target(
         lambda folder: shutil.copytree(assets.path("scenes-v1"), folder, dirs_exist_ok=True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import perceptual
 import pytest
 import torch
 from worlds import COUNT, world
@@ -107,14 +108,7 @@ def test_the_clip_eye_shows_every_layer_of_the_image_tower():
 
 @pytest.fixture(scope="module")
 def dino(tmp_path_factory):
-    from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
-
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("dino")
-    sizes = {"hidden_size": 16, "num_hidden_layers": 6, "num_attention_heads": 2, "intermediate_size": 16}
-    Dinov2Model(Dinov2Config(**sizes, image_size=28, patch_size=7)).save_pretrained(path)
-    BitImageProcessor(image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.3, 0.4]).save_pretrained(path)
-    return path
+    return perceptual.dino(tmp_path_factory.mktemp("dino"))
 
 
 def test_the_dino_eye_shows_layers_of_the_stock_model(dino):

@@ -104,6 +104,10 @@ def test_ratios_are_divided_by_the_running_mean_of_their_part_of_the_noise():
     for one in (method, again):
         # A quarter of the way to 4 and to 2.
         torch.testing.assert_close(asked(one, 4.0, 4.0, 2.0, 2.0), torch.tensor([2.5, 2.5, 5.0, 5.0]))
+    # Of a batch without the upper part, its mean stays.
+    ratio = torch.full((4, 1), 2.5)
+    method.mean(Prediction(ratio, "x0", ratio, t * 0 + 0.1, schedule), ratio[:, 0])
+    assert method.state_dict() == {"ratio_means": pytest.approx([2.5, 5.0])}
     assert Line("f_distill", SCHEDULES["flow"]()).method.state_dict() == {}
     with pytest.raises(UserError, match=r"method\.time_bins"):
         Line("f_distill", SCHEDULES["flow"](), time_bins=-1)
@@ -119,3 +123,10 @@ def test_parts_of_the_noise_are_of_levels_and_not_of_a_schedules_times():
     )
     said = method.mean(Prediction(ratio[:, None], "x0", ratio[:, None], t, schedule), ratio)
     torch.testing.assert_close(said, torch.tensor([2.0, 2.0, 6.0, 6.0]))
+
+
+def test_a_forecast_may_ask_of_tensors_without_content():
+    method = Line("f_distill", SCHEDULES["flow"](), time_bins=3, gan_weight=1e-3).method
+    t, ratio = torch.ones(4, dtype=torch.float64, device="meta"), torch.ones(4, device="meta")
+    said = method.mean(Prediction(ratio[:, None], "x0", ratio[:, None], t, Flow()), ratio)
+    assert said.shape == (4,) and said.is_meta

@@ -116,7 +116,10 @@ def test_lr_schedule() -> None:
         ("optim.learning_rate=1", "unknown key optim.learning_rate; did you mean optim.lr?"),
         ("optim.lr=abc", "optim.lr: expected a number, got 'abc'"),
         ("optim.lr=0", "optim.lr must be above 0, got 0.0."),
-        ("optim.betas=[0.9,1]", "optim.betas must be in [0, 1), got [0.9, 1.0]."),
+        (
+            "optim.betas=[0.9,1]",
+            "optim.betas must be two numbers in [0, 1) with optimizer=adamw, got [0.9, 1.0].",
+        ),
         ("optim.micro_batch_size=7", "optim.micro_batch_size must be 0 or divide batch_size=64, got 7."),
         ("optim.fake_score.lr=-1", "optim.fake_score.lr must be above 0, got -1.0."),
         ("optim.fake_score.rl=1", "unknown key optim.fake_score.rl"),

@@ -278,8 +278,9 @@ def because(dropped: dict[str, int]) -> str:
 
 
 def facts(config: Any) -> str:
-    """The settings that change what an example is; where it lies and how much is cached do not."""
-    values = {key: value for key, value in asdict(config).items() if key not in ("path", "memory_gb")}
+    """The settings that change what an example is; where it lies, how much is cached and how it is shown do not."""
+    shown = ("path", "memory_gb", "flip")
+    values = {key: value for key, value in asdict(config).items() if key not in shown}
     return json.dumps(values, sort_keys=True, default=str)
 
 

@@ -50,6 +50,7 @@ class Files(Partition):
             greatest side, 0 = half and twice that of a square of that area.
         aspect_ratio_buckets: [height, width] of each bucket, in place of those.
         min_size: images whose shorter side is below this are dropped; 0 = keep and enlarge.
+        flip: in every use an image is mirrored, left to right, or not, each half of the times.
         memory_gb: up to this (GiB), decoded images stay in memory. Beyond it a batch is read and decoded when it is
             asked for; a shuffled batch of a Parquet file then reads whole row groups, so encode such data to
             latents first.
@@ -63,6 +64,7 @@ class Files(Partition):
     max_bucket_reso: int = 0
     aspect_ratio_buckets: tuple[Size, ...] = ()
     min_size: int = 0
+    flip: bool = False
     memory_gb: float = 2.0
 
     def __post_init__(self) -> None:
