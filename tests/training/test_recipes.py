@@ -138,6 +138,19 @@ def test_reward_goes_on_where_dmd2_ends(monkeypatch):
     assert reward[:-1] == dmd2 and reward[-1].method.name == "compose"
 
 
+@pytest.mark.parametrize("name", ["toy_rcm", "scenes_rcm"])
+def test_rcm_is_scm_without_what_it_lacks(name, monkeypatch):
+    """arXiv 2510.08431: one tangent for all times, without sCM's prior and learned weight, and DMD's gradient beside it."""
+    monkeypatch.chdir(ROOT)
+    flow_map, matching = (
+        part.method for part in load_recipe(ROOT / "training" / "recipes" / f"{name}.yaml").new_method().parts
+    )
+    assert (flow_map.config.prior, flow_map.config.learned_weight) == (False, False)
+    assert (
+        type(matching).__name__ == "DMD2" and flow_map.config.guidance_scale == matching.config.guidance_scale
+    )
+
+
 def test_recipes_are_there():
     assert {"toy_dmd2", "toy_lcm"} <= {path.stem for path in RECIPES}
 
