@@ -42,7 +42,7 @@ import yaml
 from torch import Tensor
 
 from stepdistill.denoiser import guided
-from stepdistill.errors import atomic_write
+from stepdistill.errors import atomic_write, cli_errors
 from stepdistill.families.toy import SCHEDULES, Toy
 from stepdistill.methods.base import Method
 from stepdistill.noise import SampleNoise
@@ -125,7 +125,7 @@ def main() -> None:
             key = "?".join((key, *args.settings))
             overrides += args.settings
         # The family that measures more is this file's own; a recipe's stages are built when they are asked for.
-        with allowing_code():
+        with cli_errors(), allowing_code():
             recipe = load_recipe(path, overrides)
             identity = fingerprint(path, overrides, recipe)
             if not args.force and table().get(key, {}).get("identity") == identity:

@@ -184,13 +184,13 @@ class Measurement:
         """
         doubts, protocol, reference = [], self.protocol, self.reference
         if protocol is not None and n != protocol.n:
+            biased = "a distance of fewer is biased upwards and compares" if self.distance else "compare them"
             doubts.append(
-                f"{n} images where {protocol.name} has {protocol.n}: a distance of fewer is biased upwards and compares "
-                "only with others of as many."
+                f"{n} images where {protocol.name} has {protocol.n}: {biased} only with others of as many."
             )
         others = others or (reference.n if reference is not None else 0)
         compared = self.extractor is not None and (reference is not None or self.images is not None)
-        if compared and min(n, others or n) <= self.extractor.dim:
+        if self.distance and compared and min(n, others or n) <= self.extractor.dim:
             doubts.append(
                 f"no more images than the {self.extractor.dim} features: the covariance has no full rank and the "
                 "distance is biased far upwards."

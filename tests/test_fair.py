@@ -241,6 +241,20 @@ def test_what_a_student_was_trained_on_does_not_judge_it():
         assert f"| 0.90 | {score} | 0.1 |" in said
 
 
+def test_the_seeds_diversity_stands_where_one_was_measured():
+    row = {"cpu_seconds": 60.0, "iterations": 10}
+    plain, diverse = (
+        row | {"steps": {"1": {k: v for k, v in ONE.items() if keep or k != students.DIVERSITY}}}
+        for keep in (0, 1)
+    )
+    diverse["steps"]["1"] = diverse["steps"]["1"] | {f"{students.DIVERSITY}/se": 0.04}
+    head, _, line = students.markdown([("a", plain)])
+    assert "diversity" not in head and line.endswith("| 10 |")
+    head, _, first, second = students.markdown([("a", plain), ("b", diverse)])
+    assert head.endswith("| diversity / teacher's |")
+    assert first.endswith("| 10 |  |") and second.endswith("| 10 | 0.90 ± 0.04 |")
+
+
 def test_an_account_is_kept_of_a_training(tmp_path):
     recipe = students.RECIPES / "toy_dmd2.yaml"
     words = [

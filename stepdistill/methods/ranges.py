@@ -12,18 +12,19 @@ is not seen by this.
 
 from __future__ import annotations
 
-# Measured by means over 200 iterations. Healthy: 21 runs of 14 methods on the embedded teacher, and the toy recipes of eight.
-# Broken: toy_dmd2 and scenes_diff_instruct with one learning rate far off, and runs that have collapsed by themselves.
+# Measured by means over 200 iterations (benchmarks/health.json). Healthy: the runs of ten minutes on the embedded teacher, and
+# toy recipes at their length. Broken: toy_dmd2 and scenes_diff_instruct with one learning rate far off, and runs that have
+# collapsed by themselves.
 SCORES: dict[str, tuple[float, float, str]] = {
-    # Healthy at most 0.6, though single lines of DMD, VSD and Phased DMD pass 1; SiD at alpha 1.2, adrift: 1.02.
+    # Healthy at most 0.6, though single lines of DMD, VSD and Phased DMD pass 1.
     "student/gap_recent": (
         0.0,
         1.0,
         "the teacher and the fake score disagree by more than the data's own spread: the student has left"
         " the data, or the fake score lags; lower optim.student.lr or raise method.student_every",
     ),
-    # Healthy 0.70 (Phased DMD, as it begins) to 0.984 (the same on the toy, as it ends). The student's rate ten times too
-    # high: 0.35, on the toy 0.63; the fake score's ten to fifty times: 0.11 to 0.45; collapse of f-distill 0.36, of SiD 0.53.
+    # Healthy 0.70 (DisBack and Phased DMD, as they begin) to 0.984 (Phased DMD on the toy, as it ends). The student's rate ten
+    # times too high: 0.35, on the toy 0.63; the fake score's ten to fifty times: 0.11 to 0.45; collapse of f-distill 0.36.
     # The fake score's rate a hundred times too low 0.993, on the toy two thousand times 0.994; there, two hundred times, 0.985
     # at most, are not told.
     "student/scores_cosine_recent": (

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -178,3 +179,11 @@ def random_state(seed: int = 0) -> dict[str, Tensor]:
         return 0.1 * drawn
 
     return {name: fill(name, like) for name, like in Inception().state_dict().items()}
+
+
+def run_command(folder: Path, net: Path, *more: object, out: Path | None = None) -> dict[str, Any]:
+    """results.json of the command `run` on the student and the teacher in a folder."""
+    out = out or folder / "out"
+    words = ["run", "--pipeline", folder / "student", "--teacher", folder / "teacher", "--teacher-steps", 8]
+    main([str(word) for word in (*words, "--extractor", net, "--out", out, *more)])
+    return json.loads((out / "results.json").read_text())

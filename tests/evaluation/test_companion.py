@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from fakes import tiny_extractor
+from fakes import run_command, tiny_extractor
 from torch import Tensor
 
 from app import results as app_results
@@ -88,46 +88,23 @@ def test_evaluate_draws_for_both_and_gives_the_numbers_of_each() -> None:
     assert alone == beside and alone["protocol"] == "scenes-seeds[n=24, extractor=tiny]"
 
 
-def run(tmp_path, net, *more: object) -> dict:
-    command = [
-        "run",
-        "--pipeline",
-        tmp_path / "student",
-        "--teacher",
-        tmp_path / "teacher",
-        "--teacher-steps",
-        8,
-    ]
-    command += ["--steps", 1, "--extractor", net, *more]
-    main([str(part) for part in command])
-    return json.loads((more[more.index("--out") + 1] / "results.json").read_text())
-
-
 @pytest.fixture
 def results(tmp_path, painters, net, no_plots, monkeypatch) -> dict:
     """With a sweep of the teacher's guidance, and a repeat of the student's noise."""
     small = replace(SEEDS, reference=SceneReference(n=100))
     monkeypatch.setitem(protocols.PROTOCOLS, "scenes-seeds", small)
     more = ["--teacher-guidance", "1,2", "--n", 40, "--metrics", "fd,diversity,attributes"]
-    return run(tmp_path, net, *more, "--seeds", "0,1", "--out", tmp_path / "out")
+    return run_command(tmp_path, net, "--steps", 1, *more, "--seeds", "0,1")
 
 
 def test_a_run_has_the_numbers_of_both_protocols_in_one_row(results, painters, tmp_path, net) -> None:
     # Two scales at 8 steps and at 1, and the student twice; 16 more of each that is shown or repeated.
     assert (painters["teacher"].drawn, painters["student"].drawn) == (4 * 40 + 2 * 16, 2 * 40 + 2 * 16)
     teacher, few, student = results["rows"]
-    apart = run(
-        tmp_path,
-        net,
-        "--teacher-guidance",
-        2,
-        "--protocol",
-        "scenes-seeds",
-        "--n",
-        16,
-        "--out",
-        tmp_path / "seeds",
-    )
+    apart = run_command(
+        tmp_path, net, "--steps", 1, "--teacher-guidance", 2, "--protocol", "scenes-seeds", "--n", 16,
+        out=tmp_path / "seeds",
+    )  # fmt: skip
     assert teacher["guidance"] == few["guidance"] == 2
     # The companion's own run gives the same.
     for row, other in zip(results["rows"], apart["rows"], strict=True):
@@ -190,3 +167,11 @@ def test_what_some_rows_have_stands_behind_what_comes_before_it_there() -> None:
     rows = [{"metrics": {"a": 1, "b": 1, "z": 1}}, {"metrics": {"a": 1, "a2": 1, "b": 1, "c": 1, "z": 1}}]
     assert list(readings({"rows": rows})) == ["a", "a2", "b", "c", "z"]
     assert list(readings({"rows": rows[::-1]})) == ["a", "a2", "b", "c", "z"]
+
+
+def test_without_a_distance_nothing_is_said_of_its_bias(painters, tmp_path, net) -> None:
+    words = ("run", "--pipeline", tmp_path / "student", "--steps", 1, "--metrics", "diversity", "--n", 5)
+    main([*map(str, (*words, "--extractor", net, "--out", tmp_path / "out"))])
+    warnings = json.loads((tmp_path / "out" / "results.json").read_text())["warnings"]
+    assert any("compare them only with others of as many" in warning for warning in warnings)
+    assert not any("biased" in warning for warning in warnings)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fakes import Painter, refused, save_scenes, without_plots
+from fakes import Painter, refused, run_command, save_scenes, without_plots
 from torch import Tensor
 
 from evaluation import protocol as protocols
@@ -25,18 +25,8 @@ from stepdistill import scenes
 
 
 def run(tmp_path: Path, net: Path, *more: object) -> dict:
-    command = [
-        "run",
-        "--pipeline",
-        tmp_path / "student",
-        "--teacher",
-        tmp_path / "teacher",
-        "--teacher-steps",
-        8,
-    ]
-    command += ["--metrics", "fd,attributes,latency", "--extractor", net, "--out", tmp_path / "out"]
-    main([str(part) for part in (*command, "--latency-images", 2, *more)])
-    return json.loads((tmp_path / "out" / "results.json").read_text())
+    timed = ("--metrics", "fd,attributes,latency", "--latency-images", 2)
+    return run_command(tmp_path, net, *timed, *more)
 
 
 def test_run_compares_students_with_their_teacher(tmp_path, painters, net, capsys, monkeypatch) -> None:

@@ -142,10 +142,13 @@ def test_numbers_measured_on_just_this_student_stand_on_its_card(tmp_path, tiny_
         log.write(json.dumps({"step": 2, "metric/fd:scenes-v1": 12.345678}) + "\n" + '{"step": 2, "met')
     (run / "results").mkdir()
     row = {"steps": 1, "n": 500, "metrics": {"fd:mine": 3.14159, "fd:mine/se": 0.271, "attributes/all": 0.5}}
+    row["metrics"]["diversity:mine"] = 2.5
+    beside = {"better": "higher", "main": True, "protocol": "scenes-seeds[n=200]"}
     results = {
         "protocol": "scenes-2k[n=500]",
         "rows": [row | {"sha256": pipeline_sha256(run / "student")}, row | {"sha256": "of another"}],
-        "values": {"fd:mine": {"better": "lower", "main": True}, "attributes/all": {"better": "higher", "main": False}},
+        "values": {"fd:mine": {"better": "lower", "main": True}, "attributes/all": {"better": "higher", "main": False},
+                   "diversity:mine": beside},
     }  # fmt: skip
     (run / "results/results.json").write_text(json.dumps(results))
     # Again and again, by another commit as well.
@@ -156,6 +159,7 @@ def test_numbers_measured_on_just_this_student_stand_on_its_card(tmp_path, tiny_
         readme = (run / "student/README.md").read_text()
         assert "| fd:scenes-v1 | 12.35 |" in readme
         assert "| fd:mine at 1 step (n = 500, scenes-2k[n=500]) | 3.142 ± 0.27 |" in readme
+        assert "| diversity:mine at 1 step (scenes-seeds[n=200]) | 2.5 |" in readme
         assert "attributes/all" not in readme
         assert (run / "student/stepdistill.json").read_bytes() == content
     export.main([str(run), "--checkpoint", "1", "-o", str(tmp_path / "early")])

@@ -17,11 +17,14 @@ from worlds import EVERY, world
 from stepdistill.methods import METHODS
 from stepdistill.methods.base import Method
 from stepdistill.methods.dmd2 import DMD2
+from stepdistill.methods.ranges import SCORES
 from training import run as running
 from training.health import COMMON, RECENT, Health
 from training.recipe import load_recipe
 
 pytestmark = pytest.mark.usefixtures("short_runs")
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Watched(Method):
@@ -255,3 +258,21 @@ def test_the_run_warns_logs_and_draws_it(tmp_path, monkeypatch, capsys):
     assert later.shape[0] > first.shape[0]
     red = (later[..., 0] > 200) & (later[..., 1] < 80) & (later[..., 2] < 80)
     assert red[first.shape[0] :].any()
+
+
+def test_ranges_hold_what_was_measured_of_runs_that_ended_well():
+    """benchmarks/health.json: each run of ten minutes on the embedded teacher, whatever its method."""
+    measured = json.loads((ROOT / "benchmarks" / "health.json").read_text())
+    healthy = {name: rows for name, rows in measured.items() if name.startswith("runs/fair/10/")}
+    assert len(healthy) > 12
+    for name, rows in healthy.items():
+        for row in rows:
+            assert row["said"] == [], name
+            for value, (low, high, _) in SCORES.items():
+                least, most = row.get(value, (low, high))
+                assert low <= least <= most <= high, (name, value)
+    (collapsed,) = measured["runs/fair/120/f_distill/run"]
+    assert collapsed["student/scores_cosine_recent"][0] < SCORES["student/scores_cosine_recent"][0]
+    assert [said.split(":")[1].strip().split(" = ")[0] for said in collapsed["said"]] == [
+        "student/scores_cosine_recent"
+    ]
