@@ -18,7 +18,7 @@ from training.recipe import load_recipe
 COLOURS = {1: "#2563eb", 2: "#d97706", 4: "#16a34a"}
 CLIP = "clip:scenes-v1"
 # Of the picture's distances.
-TICKS = (0.8, 1, 1.25, 1.5, 2, 3, 5, 8, 12, 20)
+TICKS = (0.8, 1, 1.25, 1.6, 2, 3, 5, 8, 12, 20)
 
 
 def measured(student: Path, steps: Sequence[int], folder: Path, n: int) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def plot(table: dict[str, Any], path: Path) -> None:
                 label = f"{steps} step{'s' * (steps > 1)}"
                 axes.errorbar(values, places, xerr=errors, fmt="o", color=colour, markersize=5, label=label)
         axes.set_yticks(range(len(rows)), [row["method"] for row in rows])
-        axes.invert_yaxis()
+        axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xscale("log")
         axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
         axes.xaxis.set_minor_locator(NullLocator())

@@ -17,6 +17,7 @@ from evaluation.values import Value, readings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 COSTS = {"nfe": "NFE (denoiser calls an image)", "latency/ms": "ms an image, batch of one"}
 COLOURS = ("#2563eb", "#dc2626", "#16a34a", "#9333ea", "#d97706", "#0891b2", "#be185d", "#4d7c0f")
@@ -91,16 +92,13 @@ def draw(axes: Axes, dots: Sequence[Point], metric: str, cost: str, lower: bool)
 
     Every artist of series i has the id "s<i>"; returns what each dot, by its own id, says when pointed at.
     """
-    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
-
     values = [p.value for p in dots]
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.xaxis.set_minor_locator(NullLocator())
+    _in_ones_twos_fives(axes.xaxis)
     if min(p.value - p.error for p in dots) > 0 and max(values) > _SPAN * min(values):
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        _in_ones_twos_fives(axes.yaxis)
+    axes.spines[:].set_visible(False)
     axes.set_title(f"{metric} ({'lower' if lower else 'higher'} is better)", loc="left", fontsize=9)
     axes.set_xlabel(COSTS[cost], fontsize=9)
     axes.grid(True, color=_GRID)
@@ -123,6 +121,15 @@ def draw(axes: Axes, dots: Sequence[Point], metric: str, cost: str, lower: bool)
             says[name] = f"{point.label}\n{metric} {point.value:.4g}{error}\n{COSTS[cost]}: {point.cost:.4g}"
             axes.plot([point.cost], [point.value], "o", color=colour, markersize=6, gid=name)
     return says
+
+
+def _in_ones_twos_fives(axis: Axis) -> None:
+    """The ticks of a logarithmic axis, as plain numbers."""
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def to_svg(dots: Sequence[Point], metric: str, cost: str, lower: bool = True) -> str:

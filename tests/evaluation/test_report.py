@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -90,13 +91,20 @@ def test_a_plot_keeps_the_numbers_and_its_frontier() -> None:
     assert colours[0] != colours[1] == colours[2]
 
 
-@pytest.mark.parametrize("values", [(1.0, 1.0), (2.0, 300.0), (-1.0, 1.0), (0.0, 0.5), (1e-6, 2e-6)])
+@pytest.mark.parametrize(
+    "values", [(1.0, 1.0), (2.0, 300.0), (2.4, 73.0), (-1.0, 1.0), (0.0, 0.5), (1e-6, 2e-6)]
+)
 def test_axes_show_any_values(values) -> None:
     found = [pareto.Point("s", "p", 10.0 ** (3 * i), value, 0.1) for i, value in enumerate(values)]
     axes, _ = drawn(found)
     (low, high), (left, right) = axes.get_ylim(), axes.get_xlim()
     assert all(low < value < high for value in values) and left < 1 and right > 1000
     assert len(axes.get_yticks()) >= 2 and len(axes.get_xticks()) >= 2
+    FigureCanvasAgg(axes.figure).draw()
+    for axis in (axes.xaxis, axes.yaxis):
+        # Plain numbers alone: no powers of ten between them.
+        assert all(not label.get_text() for label in axis.get_minorticklabels())
+        assert not any("10^" in label.get_text() for label in axis.get_majorticklabels())
 
 
 def test_svg_is_well_formed_and_says_what_its_dots_are() -> None:
