@@ -29,7 +29,7 @@ from training.files import flush, remove
 from training.launch import is_main, together
 from training.lock import Lock
 from training.notices import notice
-from training.recipe import Recipe
+from training.recipe import Recipe, recipe_from
 from training.run_files import RunFiles
 from training.saved import Checkpoint, Damaged
 
@@ -180,7 +180,11 @@ class RunDirectory(RunFiles):
         """
         if not self.recipe.exists():
             return
-        fixed, free = identity.changes(read_yaml(self.recipe), yaml.safe_load(dump(recipe)))
+        before = read_yaml(self.recipe)
+        # What an older version did not write has its default; where one wrote what is no setting any more, that stands as it is.
+        with contextlib.suppress(UserError):
+            before = yaml.safe_load(dump(recipe_from(before)))
+        fixed, free = identity.changes(before, yaml.safe_load(dump(recipe)))
         identity.refuse(self.path, fixed)
         if change := identity.said(free):
             self.notes.append(notice("W02", change))

@@ -33,8 +33,7 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[Change
             continue
         if _FIXED.match(name):
             fixed.append((name, a, b))
-        # A setting that an older version did not have says nothing.
-        elif not (a is None and name.startswith("run.")):
+        else:
             free.append((name, a, b))
     # Stages may be added at the end, and none may go.
     fixed += [(f"stages.{i}", "a stage", None) for i in range(second, first)]

@@ -251,7 +251,12 @@ def test_changes() -> None:
     new = {"student": {"ema": 0.9}, "optim": {"lr": 1}, "data": {"name": "toy"}, "run": {"new": 1}}
     assert changes(old, new | {"stages": [*old["stages"], {"method": {"name": "lcm"}}]}) == (
         [("student.ema", 0.5, 0.9)],
-        [("optim.score.lr", 2, None), ("data.name", None, "toy"), ("stages.1", None, "a stage")],
+        [
+            ("optim.score.lr", 2, None),
+            ("data.name", None, "toy"),
+            ("run.new", None, 1),
+            ("stages.1", None, "a stage"),
+        ],
     )
     fixed, _ = changes(old, new)
     assert ("stages.0", "a stage", None) in fixed

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from runs import LCM, TOY, assert_same_run, checkpoint, interrupt_in, metrics, sd, toy
 from torch import Tensor
 
@@ -144,3 +145,31 @@ def test_the_stage_before_may_not_change_its_length(tmp_path, monkeypatch):
         running.run(staged(tmp_path / "run"))
     with pytest.raises(UserError, match="stage 1 began at step 3, and this recipe's begins at 5"):
         running.run(staged(tmp_path / "run", "stages.0.run.steps=5"))
+
+
+def test_a_run_of_an_older_version_goes_on(tmp_path):
+    """A setting that did not exist then has its default: only another value is a change."""
+    out = tmp_path / "run"
+    running.run(toy(out, "run.steps=2"))
+    written = out / "recipe.yaml"
+    older = yaml.safe_load(written.read_text())
+    for section, name in (
+        ("student", "dropout"),
+        ("student", "first_rho"),
+        ("optim", "eps"),
+        ("run", "patience"),
+    ):
+        del older[section][name]
+    written.write_text(yaml.safe_dump(older))
+    directory = RunDirectory(out)
+    directory.check(toy(out, "run.steps=2"))
+    assert directory.notes == []
+    directory.check(toy(out, "run.steps=2", "optim.eps=1e-3"))
+    (note,) = directory.notes
+    assert "optim.eps was 1e-08 and is 0.001" in note
+    with pytest.raises(UserError, match=r"a run with student\.first_rho=nothing, and this recipe has 7\.0"):
+        directory.check(toy(out, "run.steps=2", "student.first_rho=7.0"))
+    # A setting that there is no more: the file stands as it is, and says which.
+    written.write_text(yaml.safe_dump(older | {"method": older["method"] | {"gone": 3}}))
+    with pytest.raises(UserError, match=r"a run with method\.gone=3, and this recipe has nothing"):
+        directory.check(toy(out, "run.steps=2"))
