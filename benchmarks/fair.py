@@ -53,6 +53,16 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
         ("student.steps=[2,4]", *(f"stages.{k}.method.diversity_weight=0.05" for k in range(6))),
     ),
     "anyflow_told": ("anyflow", ("stages.1.method.tell_place=true",)),
+    # Less of Diff-Instruct, at half its rate: where a run is long, that loses the seeds' diversity.
+    "sida_long": (
+        "sida",
+        (
+            "stages.0.run.steps=150",
+            "stages.0.optim.lr=5e-4",
+            "stages.1.run.steps=500",
+            "stages.1.optim.student.lr=2e-4",
+        ),
+    ),
     "dmd2_told": ("dmd2", tuple(f"stages.{k}.method.tell_place=true" for k in range(6))),
 }
 
