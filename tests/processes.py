@@ -23,7 +23,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from forks import two_processes
-from runs import GAN, LCM, checkpoint, same
+from runs import GAN, LCM, checkpoint, labelled_images, same
+from stand_ins import CLASSES
 
 from stepdistill.config import apply_overrides
 from stepdistill.denoiser import unwrap
@@ -70,13 +71,23 @@ OTHERS: dict[str, tuple[str, Mapping[str, Any], Sections]] = {
         name: ("sd3", {"name": name}, {})
         for name in ("sim", "diff_instruct", "f_distill", "decoupled_dmd", "cdm", "disback")
     },
+    # Whose output layer asks a part of the first block.
+    "dit, dmf": ("dit", {"name": "dmf"}, {}),
 }  # fmt: skip
 CASES = RESUMED | OTHERS
 
 
 def recipe(name: str, out: Path, *overrides: str) -> Recipe:
     teacher, method, sections = CASES[name]
-    family = {"name": tiny.VARIANTS[teacher][0], "teacher": str(tiny.directory(teacher)), "resolution": [32]}
+    family = {"name": tiny.VARIANTS[teacher][0], "teacher": str(tiny.directory(teacher))}
+    data = {"name": "scenes", "size": 24}
+    if family["name"] in CLASSES:
+        images = out.parent / "images"
+        if not images.is_dir():
+            labelled_images(images, CLASSES[family["name"]], each=1, size=32)
+        data = {"name": "folder", "path": str(images)}
+    else:
+        family["resolution"] = [32]
     run = {
         "precompute": "never",
         "check_teacher": False,
@@ -87,7 +98,7 @@ def recipe(name: str, out: Path, *overrides: str) -> Recipe:
     }
     made = {
         "family": family, "student": {"steps": [1, 2], "ema": 0.5, **sections.get("student", {})},
-        "data": {"name": "scenes", "size": 24, "resolution": 32}, "optim": {"lr": 1e-3, "batch_size": 4, "eps": 1e-3},
+        "data": {**data, "resolution": 32}, "optim": {"lr": 1e-3, "batch_size": 4, "eps": 1e-3},
         "run": {**run, **sections.get("run", {}), "out": str(out)},
     }  # fmt: skip
     if "stages" in sections:

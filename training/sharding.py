@@ -140,8 +140,8 @@ class Sharding:
 
 
 def units(root: nn.Module) -> list[nn.Module]:
-    """Parts of a network that are fetched one at a time: what diffusers' model says it repeats, and a UNet's residual blocks;
-    or else the blocks that can be tapped.
+    """Parts of a network that are fetched one at a time, inner ones first: what diffusers' model says it repeats, and a UNet's
+    residual blocks; or else the blocks that can be tapped; and what of a block is also called without it.
     """
     model = getattr(root, "model", None)
     kinds = {"ResnetBlock2D", *(getattr(model, "_repeated_blocks", None) or ())}
@@ -149,7 +149,8 @@ def units(root: nn.Module) -> list[nn.Module]:
     if not found:
         inside = dict(root.named_modules())
         found = [inside[name] for name in getattr(root, "blocks", {})]
-    return [each for each in found if any(True for _ in each.parameters())]
+    alone = [root.get_submodule(f"{root.inner}.{name}") for name in getattr(root, "called_alone", ())]
+    return [each for each in (*alone, *found) if any(True for _ in each.parameters())]
 
 
 class _Passage:

@@ -21,6 +21,7 @@ class DiTTransformer(TransformerFace):
 
     tail = ("norm_out", "proj_out_1", "proj_out_2")
     prunable: ClassVar = {"transformer_blocks": "num_layers"}
+    called_alone = ("transformer_blocks.0.norm1.emb",)
 
     def fixed(self, stack: str) -> dict[int, str]:
         return {0: "the first block embeds time and class for the output layer as well"}

@@ -179,6 +179,7 @@ class TransformerFace(Face):
             is the only part nobody hears; its keys and values are heard by the image.
         last_stack_only: submodules that make what blocks of the last stack alone are told.
         refiners: lists of blocks before the first stack, which hear of the time that the first blocks hear of.
+        called_alone: parts of blocks that the model calls from outside of them as well, which shards must know.
 
     A `forward` that `ends_late` decorates takes the end of a jump, by depth alone: nothing is made ready for it.
     """
@@ -192,6 +193,7 @@ class TransformerFace(Face):
 
     last_stack_only: ClassVar[tuple[str, ...]] = ()
     refiners: ClassVar[tuple[str, ...]] = ()
+    called_alone: ClassVar[tuple[str, ...]] = ()
 
     @property
     def extras(self) -> dict[str, Callable[[], None]]:

@@ -10,15 +10,16 @@ from typing import Any
 
 import processes
 import pytest
+import tiny
 import torch
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from forks import two_processes
-from runs import checkpoint, same, sd, toy
+from runs import GAN, checkpoint, same, sd, toy
 
 from stepdistill.errors import UserError
+from training import precompute, sharding
 from training import run as running
-from training import sharding
 from training.batches import Batches
 from training.checkpoint import RunDirectory
 from training.recipe import Recipe
@@ -111,6 +112,19 @@ def test_many_methods_in_copies_and_in_shards(tmp_path):
                     assert value > 100 * TOLERANCE, name
                 elif isinstance(value, float):
                     assert value < within, (name, kind)
+
+
+@pytest.mark.slow
+def test_every_family_in_shards(tmp_path, monkeypatch):
+    """A pass of the student, of the teacher and through the fake score's taps, whatever a model calls of its blocks."""
+    monkeypatch.setattr(precompute, "CACHE", tmp_path / "cache")
+    recipes = {}
+    for variant, (family, *_) in tiny.VARIANTS.items():
+        monkeypatch.setitem(processes.CASES, variant, (variant, {**GAN, "student_every": 1}, {}))
+        frames = ("family.frames=1",) if family == "wan" else ()
+        made = tmp_path / variant / "run"
+        recipes[variant] = processes.recipe(variant, made, "run.steps=1", "student.steps=[1]", *frames)
+    assert processes.in_two(recipes, True) == dict.fromkeys(recipes, True)
 
 
 def _launched(config: Path, monkeypatch: pytest.MonkeyPatch) -> int:
