@@ -111,6 +111,18 @@ def _based(module: nn.Module) -> nn.Module:
     return getattr(module, "network", module)
 
 
+def _sizes(parts: list[nn.Module]) -> list[int]:
+    """Bytes of each; what lies in one that came before counts there."""
+    from training.ledger import bytes_of
+
+    sizes: list[int] = []
+    counted: set[int] = set()
+    for part in parts:
+        sizes.append(bytes_of(part, lambda weight: id(weight) not in counted))
+        counted.update(map(id, part.parameters()))
+    return sizes
+
+
 def _fetched(said: Forecast, work: Work) -> float:
     """The most that is whole at a time: everything around blocks, and a few blocks."""
     from training.ledger import bytes_of
@@ -120,7 +132,7 @@ def _fetched(said: Forecast, work: Work) -> float:
     for root in {
         id(r): r for r in (_based(said.modules[n]) for n in work.calls if n in said.modules)
     }.values():
-        sizes = [bytes_of(unit) for unit in units(root)]
+        sizes = _sizes(units(root))
         around += bytes_of(root) - sum(sizes)
         largest = max(largest, *sizes, 0)
     return around + IN_FLIGHT * largest

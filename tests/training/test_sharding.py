@@ -15,6 +15,7 @@ import torch
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from forks import two_processes
+from models import family_of
 from runs import GAN, checkpoint, same, sd, toy
 
 from stepdistill.errors import UserError
@@ -22,6 +23,7 @@ from training import precompute, sharding
 from training import run as running
 from training.batches import Batches
 from training.checkpoint import RunDirectory
+from training.plan import _sizes
 from training.recipe import Recipe
 
 CONFIGURATIONS = sorted((Path(running.__file__).parent / "accelerate").glob("*.yaml"))
@@ -125,6 +127,15 @@ def test_every_family_in_shards(tmp_path, monkeypatch):
         made = tmp_path / variant / "run"
         recipes[variant] = processes.recipe(variant, made, "run.steps=1", "student.steps=[1]", *frames)
     assert processes.in_two(recipes, True) == dict.fromkeys(recipes, True)
+
+
+def test_what_a_model_calls_of_a_block_is_a_unit_before_the_block():
+    face = family_of("dit").teacher.network
+    blocks = list(face.transformer.transformer_blocks)
+    units = sharding.units(face)
+    assert units == [blocks[0].norm1.emb, *blocks]
+    # The plan counts it once.
+    assert sum(_sizes(units)) == sum(p.nbytes for p in face.transformer.transformer_blocks.parameters())
 
 
 def _launched(config: Path, monkeypatch: pytest.MonkeyPatch) -> int:
