@@ -2,8 +2,9 @@
 #                    TEACHER=transformer takes the embedded transformer in place of the UNet)
 # make test          set up and run the tests        make test-slow   the long ones as well
 # make check         format, lint and fast tests, as CI does
-# make fuzz          thousands of changed files through every loader     make mutants   500 changed lines, each of which a test must notice
+# make fuzz          thousands of changed files through every loader     make mutants   493 changed lines, each of which a test must notice
 # make soak          kill runs of every method at random, and compare what they end with (half an hour of a core)
+# make lowest        the lowest allowed versions of all packages, and tests that touch each     make advisories   their known weaknesses
 # make assets        train everything in assets/ again (some hours of two cores)
 
 PYTHON ?= python3
@@ -67,7 +68,6 @@ check: $(READY)
 	$(BIN)/ruff check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-# Both go on where they stopped, and keep their results: tests/fuzz/fuzz.json, tests/mutants/mutants.json.
 # The lowest allowed versions, in an environment of their own, and the tests that touch each of them.
 SMOKE := tests/test_imports.py tests/test_config.py tests/test_lora.py tests/training/test_webdataset.py tests/training/test_trackers.py \
     tests/families/test_loading.py tests/app/test_app_request.py tests/evaluation/test_evaluate.py tests/security/test_data_files.py \
@@ -82,6 +82,7 @@ lowest: $(READY)
 advisories: $(READY)
 	$(BIN)/python tests/advisories.py
 
+# Both go on where they stopped, and keep their results: tests/fuzz/fuzz.json, tests/mutants/mutants.json.
 fuzz: $(READY)
 	$(RUN) tests/fuzz
 

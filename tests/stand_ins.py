@@ -81,6 +81,10 @@ def small(path: Path, folder: Path, precision: str = "") -> Recipe:
     mapping["run"] |= {"out": str(folder / "run"), "trackers": []}
     mapping["run"] |= {"precision": precision} if precision else {}
     mapping["family"] |= _teacher(path, folder, mapping["run"].get("precision", "no"))
+    student = mapping.get("student") or {}
+    if student.get("init", "teacher") not in ("teacher", "random"):
+        # What another run leaves: here a student that is its teacher.
+        student["init"] = mapping["family"]["teacher"]
     for stage in mapping.get("stages", [mapping]):
         stage["run"] = stage["run"] | {"steps": 1}
     return recipe_from(mapping)

@@ -128,7 +128,12 @@ def search(recipe: Recipe, family: Any, source: Any, accelerator: Any) -> tuple[
     batches = prepare(recipe, method, family, source, accelerator)
     # Every process finds the same: each looks at the whole calibration set.
     batches.processes, batches.process = 1, 0
-    nets, state, samples, count = Networks({}, family.schedule), TrainState(recipe.run.seed), [], 0
+    nets, state, samples, count = (
+        Networks({"teacher": family.teacher}, family.schedule),
+        TrainState(recipe.run.seed),
+        [],
+        0,
+    )
     with torch.no_grad():
         while count < config.calibration:
             for batch in batches.draw("calibration", state):

@@ -8,6 +8,8 @@ The critic's eye is a frozen image network, which must be shown pixels; the teac
     L_dist  c(t) |x_hat - sg x0_teacher( alpha_t sg x_hat + sigma_t eps', t )|^2,  c(t) = alpha_t      (Eq. 4)
     loss    L_adv + 2.5 L_dist                                                                         (Eq. 1)
 
+alpha_t is a VP schedule's; under another one it is taken at equal noise, alpha / (alpha^2 + sigma^2)^1/2.
+
 The teacher judges a re-noised x_hat, so L_dist is a score distillation, not a regression to the data.
 
 The eye is pluggable (`eye`, stepdistill/eyes.py). The paper's DINOv2 ViT-S is `dino`, from a directory of its own;

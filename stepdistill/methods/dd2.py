@@ -12,7 +12,7 @@ chain rule of the divergence. The published generator and its second network beg
 has learnt the teacher's scores; without that they fail. Here both begin as the teacher, whose laws are exact already, and
 for `imitation_steps` iterations the student learns where its own noise leads behind its own codes,
 
-    CE(logits_i, flow(eps_i; p(. | q_<i))),
+    CE(logits_i, flow(eps_i; p(. | q_<i))) + |z_i - q_i|^2,  as in `dd1`,
 
 of which the map of `dd1` is the only fixed point: the first place is right at once, and each other once those before are.
 

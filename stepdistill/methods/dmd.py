@@ -6,6 +6,8 @@ denoisers give: mu_fake, trained by denoising on what G makes now, and the froze
     grad = E_t,z,eps [ w_t alpha_t (s_fake(x_t) - s_real(x_t)) dG/dtheta ]                                  (Eq. 7)
     w_t = sigma_t^2 / alpha_t  *  1 / mean |x0 - mu_real(x_t)|                                              (Eq. 8)
 
+In x0-space that is (mu_fake - mu_real) / mean |x0 - mu_real|, times alpha_t, which is left out here.
+
 The KL alone may drop modes, so G is also held to its teacher's own trajectories, computed once:
 
     L_reg = l(G(z_ref), y_ref),   y_ref the end of the guided teacher's ODE from z_ref                      (Eq. 9)

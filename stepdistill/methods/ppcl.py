@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from stepdistill import timesteps
-from stepdistill.denoiser import Denoiser
+from stepdistill.denoiser import Denoiser, unwrap
 from stepdistill.errors import UserError
 from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase
 from stepdistill.pruning import Interval, Pruned, recording
@@ -53,7 +53,7 @@ class PPCL(Method):
         # Share of samples without their condition.
         cond_dropout: float = 0.1
         time_density: timesteps.Density = "uniform"
-        time_mean: float = -1.2
+        time_mean: float = timesteps.EDM_MEAN
         time_std: float = 1.2
         # Used by previews and written on the card; training does not see it.
         guidance_scale: float = 2.0
@@ -79,9 +79,10 @@ class PPCL(Method):
     def noised(self, nets: Networks, batch: Batch) -> tuple[Tensor, Tensor, Any]:
         """x_t, t and condition of what the teacher is looked at with."""
         config, noise = self.config, batch.generator
-        t = timesteps.draw(
-            config.time_density, nets.schedule, noise, mean=config.time_mean, std=config.time_std
-        )
+        # The blocks are found before there is a student.
+        unit = unwrap(nets.teacher).sigma_data
+        shape = {"mean": config.time_mean, "std": config.time_std, "unit": unit}
+        t = timesteps.draw(config.time_density, nets.schedule, noise, **shape)
         x_t = nets.schedule.add_noise(batch.x0, batch.randn(), t)
         return x_t, t, batch.dropped_cond(config.cond_dropout)
 

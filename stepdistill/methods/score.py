@@ -10,8 +10,8 @@ of all answers. Where that is right, each place may yet be off, if another makes
 the fake score at what time an answer was given, so every place is held to the data by itself.
 
 Logged by all, with the names a health panel reads: "gap", the mean square distance of the two answers;
-"scores_cosine", the cosine of the two scores, and "scores_apart", the size of their difference over the teacher's, by
-which a critic's health is told; "x0_mean", "x0_std" of the student's samples beside "teacher_x0_mean",
+"scores_cosine", the cosine of the two scores, as velocities eps - x0, and "scores_apart", the size of their difference
+over the teacher's, by which a critic's health is told; "x0_mean", "x0_std" of the student's samples beside "teacher_x0_mean",
 "teacher_x0_std" of the teacher's answers to them; and "denoising", the fake score's loss, which says nothing of its
 health. A student that leaves the teacher in mean or std (brightness drift, collapse) has outrun its fake score.
 

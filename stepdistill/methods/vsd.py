@@ -19,16 +19,19 @@ which shows as a "denoising" loss that grows while x0_std runs away.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stepdistill import lora
 from stepdistill.denoiser import Denoiser
+from stepdistill.errors import UserError
 from stepdistill.losses import distribution_matching, mse
 from stepdistill.methods.base import Batch, Losses, Networks
 from stepdistill.methods.score import ScoreDistillation, compared
 from stepdistill.prediction import Prediction
+from stepdistill.sampling import Sampling
 
 
 class VSD(ScoreDistillation):
@@ -45,6 +48,19 @@ class VSD(ScoreDistillation):
         lora_scale: float = 108.0
         # paper: to_q, to_v.
         lora_targets: list[str] = field(default_factory=lambda: list(lora.TARGETS))
+
+    def __init__(self, config: Any, sampling: Sampling | None = None):
+        if config.tell_place:
+            raise UserError(
+                "method.tell_place=true makes the fake score another network than the teacher is, and here it is an adapter"
+                " over it; set it to false."
+            )
+        if config.fake_score_lora:
+            raise UserError(
+                "method.fake_score_lora: here the fake score is always an adapter; set method.lora_rank, lora_scale and"
+                " lora_targets instead."
+            )
+        super().__init__(config, sampling)
 
     def networks(self, teacher: Denoiser, student: Denoiser) -> dict[str, nn.Module]:
         config = self.config

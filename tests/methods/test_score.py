@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import worlds
 from quadrature import EVERY_SCHEDULE, RHO, TWO_STUDENTS, Line, close
 from torch import Tensor, nn
 from worlds import Doubles, world
@@ -278,3 +279,9 @@ def test_what_is_logged_beside_the_students_samples_is_the_teachers():
     seen = compared(torch.zeros(4, 2), real, fake)
     assert float(seen["teacher_x0_mean"]) == 3 and float(seen["x0_mean"]) == 0
     assert seen["gap"].tolist() == [4.0] * 4
+
+
+def test_vsd_has_adapters_of_its_own():
+    """Those of the other score methods would be passed over."""
+    with pytest.raises(UserError, match=r"method\.fake_score_lora.*set method\.lora_rank"):
+        worlds.method("vsd", fake_score_lora={"rank": 2})

@@ -15,7 +15,6 @@ SEVERAL = (
     "dmd",
     "dmd2",
     "f_distill",
-    "vsd",
     "sim",
     "sid",
     "sida",
@@ -88,6 +87,7 @@ def test_the_discriminator_is_told_the_same_of_real_and_generated_samples(paired
         ("dmd2", {"fake_score_lora": {"rank": 2}}, r"fake_score_lora\.rank"),
         ("cdm", {}, r"set method\.critic_pull to 0"),
         ("phased_dmd", {}, r"leave it out"),
+        ("vsd", {}, r"an adapter over it; set it to false"),
     ],
 )
 def test_where_there_is_nothing_to_tell_it_is_refused(name, settings, says):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -41,11 +42,18 @@ def test_a_shipped_recipe_is_valid(path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def read_once():
-    """A teacher that many recipes name is read from disk once; a forecast changes none of its weights."""
+def found() -> dict[str, Any]:
+    return {}
+
+
+@pytest.fixture
+def read_once(found, monkeypatch):
+    """A teacher that many recipes name is read from disk once; a forecast changes none of its weights, and other tests read
+    their own.
+    """
     from diffusers import DiffusionPipeline
 
-    read, found = DiffusionPipeline.from_pretrained, {}
+    read = DiffusionPipeline.from_pretrained
 
     def cached(*given, **settings):
         key = repr((given, settings))
@@ -53,9 +61,7 @@ def read_once():
             found[key] = read(*given, **settings)
         return found[key]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DiffusionPipeline, "from_pretrained", cached)
-        yield
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", cached)
 
 
 @pytest.mark.parametrize(
