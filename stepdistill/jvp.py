@@ -121,19 +121,27 @@ def difference(
     primals: Sequence[Tensor],
     tangents: Sequence[Tensor],
     step: float | Tensor = LONGEST,
+    room: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(f(p + h d) - f(p - h d)) / 2h and the mean of the two, which is f(p) up to O(h^2).
 
     Both points are on the line through the primals along `tangents`: for a distilled trajectory that is the
     teacher's ODE, not re-noised data, which would add the conditional velocity's noise, and a bias under
     guidance. Both passes draw the same dropout. step: h, a number or (B,), one per sample.
+
+    room: how far there is to go ahead and behind, (B,) each. Beyond that a network knows no time, so h is cut on that side
+    alone: at an end the difference is one-sided, of first order.
     """
+    far, near = (
+        (step, step) if room is None else (each.clamp(0, None).minimum(_like(step, each)) for each in room)
+    )
     with torch.no_grad(), in_full(primals[0]):
-        moved = [_scaled(step, d.to(p.dtype)) for p, d in zip(primals, tangents, strict=True)]
         with same_draws(primals[0]):
-            ahead = function(*(p + m for p, m in zip(primals, moved, strict=True)))
-        behind = function(*(p - m for p, m in zip(primals, moved, strict=True)))
-        return (ahead + behind) / 2, _scaled(0.5 / step, ahead - behind)
+            ahead = function(
+                *(p + _scaled(far, d.to(p.dtype)) for p, d in zip(primals, tangents, strict=True))
+            )
+        behind = function(*(p - _scaled(near, d.to(p.dtype)) for p, d in zip(primals, tangents, strict=True)))
+        return (ahead + behind) / 2, _scaled(1 / (far + near), ahead - behind)
 
 
 def upwind(
@@ -158,11 +166,18 @@ def directional(
     primals: Sequence[Tensor],
     tangents: Sequence[Tensor],
     step: float | Tensor = LONGEST,
+    room: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`jvp` ("forward" mode), `difference` (central) or `upwind`, by one of the names in `DERIVATIVES`."""
+    """`jvp` ("forward" mode), `difference` (central, but for its `room`) or `upwind`, by one of the names in `DERIVATIVES`."""
     if how == "forward":
         return jvp(function, primals, tangents)
-    return {"difference": difference, "upwind": upwind}[how](function, primals, tangents, step)
+    if how == "upwind":
+        return upwind(function, primals, tangents, step)
+    return difference(function, primals, tangents, step, room)
+
+
+def _like(step: float | Tensor, other: Tensor) -> Tensor:
+    return torch.as_tensor(step, dtype=other.dtype, device=other.device).expand_as(other)
 
 
 def _scaled(by: float | Tensor, x: Tensor) -> Tensor:

@@ -203,8 +203,14 @@ class Trainer:
             self._train(phase)
             ran.append(phase.name)
         settle((self.frozen | self.modules).values())
-        self.method.after_step(self._networks(()), self.state.step, tuple(ran))
+        nets = self._networks(())
+        self.method.after_step(nets, self.state.step, tuple(ran))
+        if self.accelerator.num_processes > 1:
+            self.method.averaged(nets, self._average)
         self.state.step += 1
+
+    def _average(self, value: Tensor) -> Tensor:
+        return self.accelerator.reduce(value.to(self.accelerator.device), "mean").to(value.device)
 
     def _train(self, phase: Phase) -> None:
         """One optimiser step: every term of every pass back-propagated in turn, then clip and update."""

@@ -57,6 +57,11 @@ class AnyFlow(DMD2):
             raise UserError(
                 "method.diversity_weight: a flow map's first answer is where its own jump ends, not the anchor's; set it to 0."
             )
+        if config.simulated != "states":
+            raise UserError(
+                f"method.simulated={config.simulated} chooses among states of the student's sampling, and this method draws the"
+                " places of its jumps itself; leave it out."
+            )
         with addressed("method.flow_map"):
             self.flow_map = IMF(config.flow_map, self.sampling)
 
@@ -87,7 +92,7 @@ class AnyFlow(DMD2):
         x0 = self.sampling.sample(
             nets.student, x, places, lambda _: noise, batch.cond, t_min=nets.schedule.t_min
         )
-        return self.kept(Made(x0, batch.cond, self.told(times_like(places[-1], x0))))
+        return self.kept(batch, Made(x0, batch.cond, self.told(times_like(places[-1], x0))))
 
     def places(self, nets: Networks, batch: Batch) -> list[float]:
         """Times the student is asked at, falling, one draw for the whole global batch."""

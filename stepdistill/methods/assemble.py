@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -15,6 +16,16 @@ from stepdistill.pruning import Pruned
 
 # Iterations whose turns `trained_by` looks at.
 LOOKED_AT, WINDOWS = 32_768, 32
+# What settings are where nothing is guided, the first of them in messages; by the end of their names.
+UNGUIDED = {
+    "guidance_scale": (1,),
+    "guidance_low": (1,),
+    "guidance_high": (1,),
+    "kappa": (0,),
+    "augmentation": (0,),
+    # 0 is the method's guidance_scale.
+    "diversity_guidance": (0, 1),
+}
 
 
 def assemble(
@@ -195,13 +206,33 @@ def _refuse_untold(method: Method, family: Family) -> None:
 
 
 def _refuse_guidance(method: Method, family: Family) -> None:
-    scales = {name: value for name, value in vars(method.config).items() if name.endswith("guidance_scale")}
-    for name, value in scales.items():
-        if not family.guidable and value != 1:
-            raise UserError(
-                f"method.{name}={value:g}: the teacher has no class that means none (family.null_class=false), so it"
-                f" cannot be guided; set method.{name}=1."
-            )
+    """Guided calls would stop a run at its first step, and what asks for `uncond` first would do without and say nothing."""
+    if family.guidable:
+        return
+    found, off = [], []
+    for where, config in _configs(method):
+        for name, value in vars(config).items():
+            unguided = next((UNGUIDED[end] for end in UNGUIDED if name.endswith(end)), None)
+            if unguided is not None and value not in unguided:
+                found.append(f"{where}.{name}={value:g}")
+                off.append(f"{where}.{name}={unguided[0]}")
+    if found:
+        raise UserError(
+            f"{' and '.join(found)}: the teacher has no class that means none (family.null_class=false), so it"
+            f" cannot be guided; set {' and '.join(off)}."
+        )
+
+
+def _configs(method: Method, where: str = "method") -> Iterator[tuple[str, Any]]:
+    """The settings of a method and of all that it is made of, each with its place in the recipe."""
+    yield where, method.config
+    for section in vars(method.config):
+        # A method inside goes by the name of its section; a composition's are each in a list.
+        held = vars(method).get(section)
+        if isinstance(held, Method):
+            yield from _configs(held, f"{where}.{section}")
+    for number, part in enumerate(getattr(method, "parts", ())):
+        yield from _configs(part.method, f"{where}.parts.{number}")
 
 
 def _refuse_undefined(method: Method, family: Family, student: Denoiser) -> None:

@@ -131,10 +131,15 @@ class Batch:
         if not share or self.uncond is None:
             return self.cond, torch.zeros_like(self.index, dtype=torch.bool)
         drop = self.generator.rand() < share
-        cond = map_cond(
+        return self.without(drop), drop
+
+    def without(self, drop: Tensor) -> Cond:
+        """`cond` with `uncond` in the place of those samples' that `drop` (B,) bool names."""
+        if self.uncond is None:
+            return self.cond
+        return map_cond(
             lambda c, u: c.where(~drop.reshape(-1, *[1] * (c.ndim - 1)), u), self.cond, self.uncond
         )
-        return cond, drop
 
 
 class Networks:
@@ -272,6 +277,11 @@ class Method:
 
     def after_step(self, nets: Networks, step: int, ran: tuple[str, ...]) -> None:
         """Curriculum: called after every iteration with the names of the phases that ran."""
+
+    def averaged(self, nets: Networks, average: Callable[[Tensor], Tensor]) -> None:
+        """Running statistics, of which each of several processes has its own samples', become one: the checkpoint holds those
+        of the first. Called after `after_step`; average: a tensor's mean over processes.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """Whatever a curriculum must remember, as plain values that JSON can hold."""

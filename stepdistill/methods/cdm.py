@@ -13,7 +13,8 @@ No gradient reaches x': the second answer alone is taught. The student follows i
 
 The fake score learns the mixture of the answers at all places of the grid, as the paper has it. CA pushes early answers,
 which have the most noise above them, and hardly the late ones; DM, equal for all, drives the late ones the other way. Without
-guidance each place may draw a part of the data, and all together the whole. `tell_place` holds every place by itself.
+guidance each place may draw a part of the data, and all together the whole. `tell_place` holds every place by itself; t' is
+then drawn in [grid_low, grid_high], since of places outside of the grids the fake score has been told none.
 
 Normal ranges: those of decoupled_dmd; "between", DM at x', near "matching".
 """
@@ -57,6 +58,11 @@ class CDM(DecoupledDMD):
                 "method.grid_low and method.grid_high must be flow times between 0 and 1 in rising order,"
                 f" got {config.grid_low:g} and {config.grid_high:g}."
             )
+        if config.simulated != "states":
+            raise UserError(
+                f"method.simulated={config.simulated} chooses among the grids of student.steps, and this method draws a grid of"
+                " its own for every batch; leave it out."
+            )
 
     @classmethod
     def sampled(cls, config: Any) -> dict[str, Any]:
@@ -99,9 +105,14 @@ class CDM(DecoupledDMD):
 
     @torch.no_grad()
     def between(self, nets: Networks, batch: Batch, said: Prediction) -> tuple[Tensor, Tensor]:
-        """x' and its time, uniform in flow's, on the line of the student's answer; clear of the ends, where it says nothing."""
+        """x' and its time, uniform in flow's, on the line of the student's answer; clear of the ends, where it says nothing,
+        and where the fake score is told of it, within the grids' range.
+        """
         schedule, config = nets.schedule, self.config
-        share = config.t_low + (config.t_high - config.t_low) * batch.generator.rand()
+        low, high = config.t_low, config.t_high
+        if config.tell_place:
+            low, high = config.grid_low, config.grid_high
+        share = low + (high - low) * batch.generator.rand()
         t = schedule.t_of_rho(Flow().rho(share))
         t = t.round() if schedule.discrete else t
         return said.at(t).to(said.x_t.dtype), t

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from stepdistill import config as configuration
 from stepdistill.denoiser import Denoiser
@@ -140,6 +140,10 @@ class Compose(Method):
     def after_step(self, nets: Networks, step: int, ran: tuple[str, ...]) -> None:
         for scope, _, part in self.parts:
             part.after_step(nets.scoped(scope), step, tuple(name.removeprefix(f"{scope}/") for name in ran))
+
+    def averaged(self, nets: Networks, average: Callable[[Tensor], Tensor]) -> None:
+        for scope, _, part in self.parts:
+            part.averaged(nets.scoped(scope), average)
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -88,7 +88,7 @@ class DecoupledDMD(ScoreDistillation):
         """DM and CA at one of the student's own states, and its answer there."""
         x_t, t = self.anchor(nets, batch)
         said = nets.student(x_t, t, batch.cond)
-        self.kept(Made(said.x0, batch.cond, self.told(t)))
+        self.kept(batch, Made(said.x0, batch.cond, self.told(t)))
         losses, pull = self.matching(nets, batch, said.x0, t)
         if self.config.augmentation and batch.uncond is not None:
             direction, losses["augmentation"] = self.augmentation(nets, batch, said.x0, t)

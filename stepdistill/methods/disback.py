@@ -9,9 +9,9 @@ somewhere else. DisBack first walks from the teacher to the student, and leads t
                    each and the last to the end; its fake score starts as s'_N                         (Sec. 4.2)
 
 Written as two `stages:` with the same `path` (N) and `base`, the base method's own section; the second takes
-over what the first recorded, key by key. The recorded networks have never seen guidance, so the base's
-guidance_scale holds for the last target alone. The first stage learns at the base's own noise levels; the
-record is even in iterations.
+over what the first recorded, key by key. The recorded networks have never seen guidance, so whatever guides in
+the base (its scales, the augmentation of decoupled_dmd) holds for the last target alone. The first stage learns
+at the base's own noise levels; the record is even in iterations.
 
 Normal ranges: the first stage's "denoising" falls, by a quarter on the embedded teacher, and levels off, which
 shows that the walk has arrived; the second's are the base's.
@@ -30,14 +30,23 @@ from torch import nn
 from stepdistill import config as configuration
 from stepdistill.denoiser import Denoiser, unwrap
 from stepdistill.errors import UserError
+from stepdistill.lora import LoRA
 from stepdistill.methods.base import Batch, Losses, LossFn, Method, Networks, PairSettings, Phase, addressed
+from stepdistill.methods.phased_dmd import PhasedDMD
 from stepdistill.methods.score import ScoreDistillation
 from stepdistill.registry import resolve
 from stepdistill.sampling import RULES, Sampling
 from stepdistill.schedule import Schedule
 
-# Of targets that have never seen guidance.
-UNGUIDED = ("guidance_scale", "fake_guidance_scale", "critic_guidance_scale")
+# Of targets that have never seen guidance, in bases that have these settings. The diversity anchor stays, and takes the
+# target's own plain trajectory: without it the scores would act on a step that the fake score was never shown.
+UNGUIDED = {
+    "guidance_scale": 1.0,
+    "fake_guidance_scale": 1.0,
+    "critic_guidance_scale": 1.0,
+    "diversity_guidance": 1.0,
+    "augmentation": 0.0,
+}
 
 
 class DisBack(Method):
@@ -61,7 +70,7 @@ class DisBack(Method):
         cls, own = _base(config)
         with addressed("method.base"):
             self.base: ScoreDistillation = cls(own, self.sampling)
-        self.on_the_way = cls(replace(own, **dict.fromkeys(UNGUIDED, 1.0)), self.sampling)
+        self.on_the_way = cls(_unguided(own), self.sampling)
         # In the other stage no student learns.
         if config.stage == "backtrack":
             self.health = self.base.health
@@ -89,33 +98,43 @@ class DisBack(Method):
         return self.base.pairs(schedule) if self.config.stage == "backtrack" else None
 
     def networks(self, teacher: Denoiser, student: Denoiser) -> dict[str, nn.Module]:
-        made = {"fake_score": teacher.clone()}
-        if self.config.stage == "backtrack":
-            made = self.base.networks(teacher, student)
-            if not isinstance(made.get("fake_score"), Denoiser):
-                raise UserError(
-                    "method.base must have a whole network as its fake score, as dmd2 and sid have."
-                )
+        made = self.base.networks(teacher, student)
+        # In both stages, or the second would refuse what the first has learnt.
+        if not isinstance(made.get("fake_score"), Denoiser) or isinstance(made["fake_score"], LoRA):
+            raise UserError(
+                f"method.base={self.config.base.get('name')}: its fake score must be a whole network, which can stand in the"
+                " teacher's place, as those of dmd2 and sid are without a fake_score_lora."
+            )
+        if self.config.stage == "degrade":
+            made = {"fake_score": made["fake_score"]}
         return made | {name: teacher.clone() for name in self._records}
 
     def phases(self, step: int) -> Iterator[Phase]:
         if self.config.stage == "degrade":
             yield Phase("record", ("fake_score",), ((1.0, self.record),))
             return
-        # Index of s' on the path.
-        target = max(self.config.path - 1 - step // self.config.interval, 0)
-        method = self.on_the_way if target else self.base
+        target, method = self._asked(step)
         for phase in method.phases(step):
             terms = tuple((weight, _towards(loss, target)) for weight, loss in phase.terms)
             yield Phase(phase.name, phase.trains, terms)
 
+    def _asked(self, step: int) -> tuple[int, ScoreDistillation]:
+        """Index of s' on the path, 0 = the teacher, and the method whose teacher it is."""
+        target = max(self.config.path - 1 - step // self.config.interval, 0)
+        method = self.on_the_way if target else self.base
+        return target, method
+
     def record(self, nets: Networks, batch: Batch) -> Losses:
         """Denoising on G0's samples (Sec. 4.1); the fake score's first walk, with the student standing still."""
-        return self.base.denoise(nets, batch)[0]
+        return self.on_the_way.denoise(nets, batch)[0]
 
     def after_step(self, nets: Networks, step: int, ran: tuple[str, ...]) -> None:
         if self.config.stage == "backtrack":
-            self.base.after_step(nets, step, ran)
+            _, method = self._asked(step)
+            method.after_step(nets, step, ran)
+            if method is self.on_the_way:
+                # What it has learnt, f_distill's mean ratios say, is of student and data, whichever the target.
+                self.base.load_state_dict(method.state_dict())
             if step == 0:
                 self._check_recorded(nets)
             return
@@ -140,7 +159,8 @@ class DisBack(Method):
         return self.base.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.base.load_state_dict(state)
+        for method in (self.base, self.on_the_way):
+            method.load_state_dict(state)
 
 
 def _base(config: Any) -> tuple[type[ScoreDistillation], Any]:
@@ -153,7 +173,29 @@ def _base(config: Any) -> tuple[type[ScoreDistillation], Any]:
         raise UserError(
             f"method.base must be a method with a fake score, such as dmd2 or sid, not {cls.__name__}."
         )
-    return cls, configuration.build(cls.Config, section, "method.base")
+    if issubclass(cls, PhasedDMD):
+        raise UserError(
+            f"method.base.name={config.base['name']}: it has a fake score for each phase, of which disback would record and"
+            " carry the first alone; set it to dmd2, or use phased_dmd without disback."
+        )
+    own = configuration.build(cls.Config, section, "method.base")
+    # Ours, and of no teacher: a record that learnt by places would be asked as the teacher is, of none.
+    if own.tell_place:
+        raise UserError(
+            "method.base.tell_place=true: disback's records stand in the teacher's place, and a teacher is told no time of"
+            " an answer; set it to false."
+        )
+    return cls, own
+
+
+def _unguided(own: Any) -> Any:
+    """The base's configuration for recorded targets."""
+    plain = {name: value for name, value in UNGUIDED.items() if hasattr(own, name)}
+    flow_map = getattr(own, "flow_map", None)
+    # anyflow's, which asks the target as well; from data it asks none.
+    if flow_map is not None and flow_map.direction == "teacher":
+        plain["flow_map"] = replace(flow_map, guidance_low=1.0, guidance_high=1.0)
+    return replace(own, **plain)
 
 
 def _towards(loss: LossFn, target: int) -> LossFn:

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from stepdistill.discriminator import Logits, logit
 from stepdistill.errors import UserError
+from stepdistill.methods.base import Networks
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.prediction import Prediction
 from stepdistill.sampling import Sampling
@@ -52,6 +53,15 @@ WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
     "jeffreys": lambda r: r + 1,
     "neyman": lambda r: 2 / r,
 }
+
+
+def weighable(divergence: Divergence, count: int) -> None:
+    """UserError where `count` samples of a pass cannot be weighed against one another."""
+    if count < 2 and divergence != "reverse_kl":
+        raise UserError(
+            f"method.divergence={divergence} weighs the samples of a pass against their mean, and one of one sample weighs 1; set"
+            " optim.micro_batch_size to at least 2, better 8 or more."
+        )
 
 
 class FDistill(DMD2):
@@ -94,6 +104,7 @@ class FDistill(DMD2):
         config = self.config
         ratio = self.log_ratio(real, logits).exp().clamp(config.ratio_low, config.ratio_high)
         if config.normalise_weight:
+            weighable(config.divergence, len(ratio))
             ratio = ratio / self.mean(real, ratio)
         weight = WEIGHTS[config.divergence](ratio)
         return weight / weight.mean() if config.normalise_weight else weight
@@ -112,6 +123,11 @@ class FDistill(DMD2):
         blended = torch.where(before > 0, now + (before - now) * self.config.bin_decay, now)
         self._means = torch.where(count > 0, blended, before)
         return self._means.to(ratio)[part]
+
+    def averaged(self, nets: Networks, average: Callable[[Tensor], Tensor]) -> None:
+        # Of those processes that have met a part.
+        known = average((self._means > 0).double())
+        self._means = average(self._means) / known.clamp(min=1e-12)
 
     def state_dict(self) -> dict[str, Any]:
         return {"ratio_means": self._means.tolist()} if self.config.time_bins else {}

@@ -91,7 +91,8 @@ class IMF(MeanFlow):
         inside = (at.t >= config.interval_low) & (at.t <= config.interval_high) & ~at.dropped
         told = at.told.get("guidance", torch.full_like(at.t, config.guidance_high))
         omega = torch.where(inside, told, 1.0)
-        unguided = batch.uncond is None or bool((omega == 1).all())
+        # By the settings, not by what was drawn: every process makes the same passes, as shards need.
+        unguided = batch.uncond is None or config.guidance_low == config.guidance_high == 1
         if config.direction == "teacher":
             asked = guided_teacher(nets, batch, 1 if unguided else omega, Flow())
             return asked(at.x_t, at.t).flow.to(at.x_t.dtype)

@@ -32,7 +32,7 @@ class Judged(ScoreDistillation):
         gan_critic_weight: float = 1e-2
         # Of the fake score, a head on each: the middle one, half, or all.
         gan_blocks: Blocks = "middle"
-        # Real samples are judged at the noise, the level and the condition of the generated ones, not at their own.
+        # Real samples are judged at the noise and the level of the generated ones, not at their own.
         gan_paired: bool = False
 
     @property
@@ -71,16 +71,20 @@ class Judged(ScoreDistillation):
     def real_logits(self, nets: Networks, batch: Batch, made: Diffused) -> Logits:
         """D at real data, diffused to fresh times of the critic's (DMD2, Sec. 4.3), or as the generated samples were.
 
-        Times and conditions are drawn as those of the generated samples are, and what else the fake score is told is the
-        same, or they alone would tell which is which.
+        Times are drawn, and conditions dropped, as those of the generated samples are, and what else the fake score is told
+        is the same, or they alone would tell which is which. The conditions are the data's own, or D would learn that real
+        samples are those beside their captions.
         """
+        t, eps, dropped = made.t, made.eps, made.dropped
         if not self.config.gan_paired:
             t, eps = self.critic_times(nets, batch), batch.randn()
-            cond = batch.dropped_cond(self.config.critic_dropout)
-            made = made._replace(t=t, eps=eps, cond=cond)
-        x_t = nets.schedule.add_noise(batch.x0, made.eps, made.t)
+            dropped = batch.dropped(self.config.critic_dropout)[1]
+        elif eps.shape != batch.x0.shape:
+            # Samples shared across phases, of another image size.
+            eps = batch.randn()
+        x_t = nets.schedule.add_noise(batch.x0, eps, t)
         blocks = list(self.eye(nets.fake_score))
-        features = block_features(nets.fake_score, x_t, made.t, made.cond, blocks, **made.told)
+        features = block_features(nets.fake_score, x_t, t, batch.without(dropped), blocks, **made.told)
         return nets.discriminator(features)
 
     def eye(self, fake_score: nn.Module) -> dict[str, int]:

@@ -86,10 +86,12 @@ class LCM(Linked):
         t, s = grid[i], grid[i + 1]
         g = config.guidance_low + (config.guidance_high - config.guidance_low) * noise.rand()
         told = {"guidance": g} if config.tell_guidance else {}
+        # A number, where there is nothing to guide.
+        scale = 1 if config.guidance_low == config.guidance_high == 1 else g
         x_t = nets.schedule.add_noise(batch.x0, batch.randn(), t)
         # Teacher step and target, Eq. 14.
         with torch.no_grad():
-            x_s = guided(nets.teacher, x_t, t, batch.cond, batch.uncond, g).at(s).to(x_t.dtype)
+            x_s = guided(nets.teacher, x_t, t, batch.cond, batch.uncond, scale).at(s).to(x_t.dtype)
             with same_draws(x_t):
                 target = self.boundary(nets.target(x_s, s, batch.cond, **told))
         online = self.boundary(nets.student(x_t, t, batch.cond, **told))

@@ -142,7 +142,12 @@ class MeanFlow(Method):
 
         config, tangents = self.config, (along, torch.ones_like(at.t))
         step = config.difference_step or fine_step(student.native, flow, at.t, tangents[1])
-        return directional(config.derivative, u, (at.x_t, at.t), tangents, step)[1]
+        # The last time a network knows is drawn as often as all noise beyond would be.
+        native = student.native
+        ends = native.rho(torch.tensor([native.t_min, native.t_max], dtype=torch.float64)).clamp(max=1e9)
+        first, last = flow.t_of_rho(ends).to(at.t)
+        room = last - at.t, at.t - first
+        return directional(config.derivative, u, (at.x_t, at.t), tangents, step, room)[1]
 
     def velocity(self, nets: Networks, batch: Batch, at: Point) -> Tensor:
         """dx_t/dt, guided (Sec. 4.2 in the training form, where samples that lost their condition keep v itself)."""

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from stepdistill.denoiser import Denoiser, unwrap
+from stepdistill.denoiser import Denoiser, guided, unwrap
 from stepdistill.errors import UserError
 from stepdistill.losses import distribution_matching
 from stepdistill.methods.base import Batch, Losses, Networks, Phase
@@ -72,6 +72,11 @@ class PhasedDMD(ScoreDistillation):
         for name in ("diversity_weight", "shared_samples", "carry_fake_score", "tell_place"):
             if getattr(config, name):
                 raise UserError(f"method.{name} is for methods that end at x0 in every step; leave it out.")
+        if config.simulated != "states":
+            raise UserError(
+                f"method.simulated={config.simulated} chooses among numbers of steps, and this method's student has one, whose"
+                " phases take turns; leave it out."
+            )
         bounds = [k * steps[0] // config.phases for k in range(config.phases + 1)]
         # Places in the grid, by phase.
         self.places = [range(low, high) for low, high in itertools.pairwise(bounds)]
@@ -140,7 +145,9 @@ class PhasedDMD(ScoreDistillation):
         t, eps = self.critic_times(nets, batch), batch.randn()
         at = self.onward(nets.schedule, x_s, eps, self.start(nets.schedule, phase, t), t)
         batch = replace(batch, cond=batch.dropped_cond(config.critic_dropout))
-        error = self.critic_error(fake(at.x_t, at.t, batch.cond), at.x0, at.eps, unwrap(fake).sigma_data)
+        # Of a condition that was dropped the guided answer is the unconditional one.
+        said = guided(fake, at.x_t, at.t, batch.cond, batch.uncond, config.critic_guidance_scale)
+        error = self.critic_error(said, at.x0, at.eps, unwrap(fake).sigma_data)
         loss = at.weight.to(error) * error
         return {"total": loss, f"denoising_{phase}": loss}
 

@@ -21,7 +21,7 @@ Normal ranges: "distance" falls, and for mmd passes below 0 where student and da
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -88,8 +88,8 @@ class RDM(Method):
             for i, each in enumerate(self.encoders)
         ]
         self._eyes: list[Eye] = []
-        # Of the last batch, for the running moments.
-        self._seen: list[tuple[Tensor, Tensor]] = []
+        # Of the iteration's passes, by encoder, for the running moments.
+        self._seen: list[list[tuple[Tensor, Tensor]]] = []
 
     @property
     def eyes(self) -> list[Eye]:
@@ -120,24 +120,40 @@ class RDM(Method):
 
     def after_step(self, nets: Networks, step: int, ran: tuple[str, ...]) -> None:
         if self._seen and self.config.distance == "fd":
-            nets.moments.update(self._seen, self.config.memory)
+            whole = [
+                tuple(torch.cat(each) for each in zip(*passes, strict=True))
+                for passes in zip(*self._seen, strict=True)
+            ]
+            nets.moments.update(whole, self.config.memory)
         self._seen = []
 
+    def averaged(self, nets: Networks, average: Callable[[Tensor], Tensor]) -> None:
+        if self.config.distance == "fd":
+            for kept in nets.moments.buffers():
+                kept.copy_(average(kept))
+
     def loss(self, nets: Networks, batch: Batch) -> Losses:
+        # The kernel's width is of real samples' distances; `chunks` makes more of generated ones alone.
+        if self.config.distance == "mmd" and len(batch.index) < 2:
+            raise UserError(
+                "method.distance=mmd compares the real samples of a pass with one another, and this pass has one; set"
+                " optim.micro_batch_size to at least 2, or method.distance to fd."
+            )
         with torch.no_grad():
             real = self.features(nets.decode(batch.x0), batch)
         drawn = [self.chunk(nets, batch) for _ in range(self.config.chunks)]
         x0 = torch.cat([each[0] for each in drawn]).detach()
-        total, losses, self._seen = x0.new_zeros(()), {}, []
+        total, losses, seen = x0.new_zeros(()), {}, []
         for i, each in enumerate(self.encoders):
             ours = torch.cat([features[i] for _, features in drawn])
             if self.config.distance == "fd":
                 distance = frechet(*nets.moments.blended(i, ours, real[i], self.config.memory))
             else:
                 distance = mmd(ours, real[i])
-            self._seen.append((ours.detach(), real[i]))
+            seen.append((ours.detach(), real[i]))
             losses[f"distance_{i}"] = distance.detach().float()
             total = total + each.weight * distance.float()
+        self._seen.append(seen)
         count = len(batch.index)
         # One number of the whole batch, which the trainer averages over samples.
         losses |= {"total": total.expand(count), "distance": total.detach()}

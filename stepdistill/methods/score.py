@@ -49,14 +49,14 @@ from stepdistill.timesteps import Density
 
 
 class Diffused(NamedTuple):
-    """Generated samples x0 (B, ...), a constant, the times (B,) and unit noise (B, ...) that diffuse them, and what the
-    fake score is told of them.
+    """Generated samples x0 (B, ...), a constant, the times (B,) and unit noise (B, ...) that diffuse them, which of them
+    lost their condition, (B,) bool, and what else the fake score is told of them.
     """
 
     x0: Tensor
     t: Tensor
     eps: Tensor
-    cond: Cond
+    dropped: Tensor
     told: Mapping[str, Tensor] = MappingProxyType({})
 
 
@@ -147,7 +147,7 @@ class ScoreDistillation(Method):
                 f" got {config.diversity_steps} and {config.diversity_grid}."
             )
         # Of the student's phase, for the critic's after it.
-        self._made: deque[Made] = deque()
+        self._made: deque[tuple[Made, Cond]] = deque()
 
     @classmethod
     def sampled(cls, config: Any) -> dict[str, Any]:
@@ -209,12 +209,12 @@ class ScoreDistillation(Method):
         call only.
         """
         x_t, t = self.anchor(nets, batch)
-        return self.kept(Made(nets.student(x_t, t, batch.cond).x0, batch.cond, self.told(t)))
+        return self.kept(batch, Made(nets.student(x_t, t, batch.cond).x0, batch.cond, self.told(t)))
 
-    def kept(self, made: Made) -> Made:
+    def kept(self, batch: Batch, made: Made) -> Made:
         """The same, which the critic learns on as well where samples are shared."""
         if self.config.shared_samples and made.x0.requires_grad:
-            self._made.append(made._replace(x0=made.x0.detach()))
+            self._made.append((made._replace(x0=made.x0.detach()), batch.uncond))
         return made
 
     def diversity_loss(self, nets: Networks, batch: Batch) -> Losses:
@@ -281,19 +281,20 @@ class ScoreDistillation(Method):
         """The critic's denoising loss and what it was taken on."""
         # One forward pass of the student less.
         if self._made:
-            x0, cond, told = self._made.popleft()
-            batch = replace(batch, cond=cond)
+            # Of the student's phase, whose captions and, with several image sizes, shape were others.
+            (x0, cond, told), uncond = self._made.popleft()
+            batch = replace(batch, cond=cond, uncond=uncond, shape=tuple(x0.shape[1:]))
         else:
             with no_grad():
                 x0, _, told = self.generate(nets, batch)
         config = self.config
         t, eps = self.critic_times(nets, batch), batch.randn()
         # Of a condition that was dropped the guided answer is the unconditional one.
-        cond, scale = batch.dropped_cond(config.critic_dropout), config.critic_guidance_scale
+        (cond, dropped), scale = batch.dropped(config.critic_dropout), config.critic_guidance_scale
         x_t = nets.schedule.add_noise(x0, eps, t)
         prediction = guided(nets.fake_score, x_t, t, cond, batch.uncond, scale, **told)
         loss = self.critic_error(prediction, x0, eps, unwrap(nets.fake_score).sigma_data)
-        return {"total": loss, "denoising": loss}, Diffused(x0, t, eps, cond, told)
+        return {"total": loss, "denoising": loss}, Diffused(x0, t, eps, dropped, told)
 
     def critic_error(self, prediction: Prediction, x0: Tensor, eps: Tensor, sigma_data: float) -> Tensor:
         """Per sample, (B,); the network's own kind of error unless a paper has another."""

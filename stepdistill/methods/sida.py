@@ -37,7 +37,7 @@ from stepdistill.discriminator import logit
 from stepdistill.errors import UserError
 from stepdistill.losses import score_identity
 from stepdistill.methods.base import Batch, Losses, Networks
-from stepdistill.methods.f_distill import WEIGHTS, Divergence
+from stepdistill.methods.f_distill import WEIGHTS, Divergence, weighable
 from stepdistill.methods.judged import Judged
 from stepdistill.methods.score import compared
 from stepdistill.methods.sid import SiD
@@ -93,6 +93,7 @@ class SiDA(SiD, Judged):
     def weights(self, log_ratio: Tensor) -> tuple[Tensor, Tensor]:
         """h and r h' of log r (B,), both with gradient, over the batch's mean of h."""
         config = self.config
+        weighable(config.divergence, len(log_ratio))
         log_ratio = log_ratio.clamp(math.log(config.ratio_low), math.log(config.ratio_high))
         h = WEIGHTS[config.divergence](log_ratio.exp())
         (slope,) = torch.autograd.grad(h.sum(), log_ratio, create_graph=True)

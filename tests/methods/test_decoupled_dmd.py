@@ -201,10 +201,42 @@ def test_the_fake_score_is_told_when_the_student_answered(shared):
     assert told[-1] == {}
 
 
+@pytest.mark.parametrize("schedule", ["vp", "flow"])
+def test_the_fake_score_is_asked_of_no_place_between_that_it_learns_nothing_of(schedule):
+    """Untold it knows all places alike, and x' lies anywhere; told, within the range of the grids it learns on."""
+    ends = {}
+    for told in (False, True):
+        made = world(
+            "cdm",
+            schedule=schedule,
+            tell_place=told,
+            critic_pull=0.0,
+            grid_low=0.4,
+            grid_high=0.7,
+            augmentation=0.0,
+        )
+        nets, asked = made.nets, []
+        nets.student.register_forward_pre_hook(lambda _, args, asked=asked: asked.append(args[1]))
+        heard = []
+        nets.fake_score.register_forward_pre_hook(
+            lambda _, args, kwargs, heard=heard: heard.append(kwargs.get("end")), with_kwargs=True
+        )
+        for step in range(6):
+            made.method.student_loss(nets, made.batch(step))
+            if told:
+                assert torch.equal(heard[-1], asked[-1])
+            flow = Flow().t_of_rho(nets.schedule.rho(asked[-1]))
+            ends[told] = [*ends.get(told, []), float(flow.min()), float(flow.max())]
+    # Whole times of a table lie a little beside.
+    assert 0.395 < min(ends[True]) < 0.43 and 0.67 < max(ends[True]) < 0.705
+    assert min(ends[False]) < 0.1 and max(ends[False]) > 0.9
+
+
 def test_cdm_refuses_grids_that_are_none():
     for settings, says in (
         ({"most_steps": 0}, r"method\.most_steps"),
         ({"grid_low": 0.95}, r"method\.grid_low"),
+        ({"simulated": "counts"}, r"method\.simulated=counts .* leave it out"),
     ):
         with pytest.raises(UserError, match=says):
             worlds.method("cdm", **settings)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import worlds
@@ -157,3 +159,108 @@ def test_degradation_learns_at_the_noise_levels_of_its_base():
         phase.terms[0][1](made.nets, made.batch(0, phase.name))
         seen[density] = made.family.schedule.rho(asked[0]).log()
     assert (seen["lognormal"] + 3).abs().max() < 0.2 < (seen["uniform"] + 3).abs().max()
+
+
+GUIDING = [
+    {"name": "decoupled_dmd"},
+    {"name": "cdm"},
+    {"name": "dmd2", "diversity_weight": 0.05, "diversity_guidance": 3.0},
+    {"name": "anyflow", "flow_map": {"direction": "teacher", "guidance_low": 3.0, "guidance_high": 3.0, "tell_guidance": False}},
+    {"name": "sid", "guidance_scale": 3.0, "fake_guidance_scale": 3.0, "critic_guidance_scale": 3.0},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("base", GUIDING, ids=lambda base: base["name"])
+def test_nothing_of_the_base_guides_before_the_last_target(base):
+    """Records know no empty condition, so on the way none is asked for; at the teacher the base guides as ever."""
+    made = world("disback", steps=(2,), path=2, interval=1, base=base | {"student_every": 1})
+
+    def empty(step: int) -> set[str]:
+        """Networks that are asked for the empty condition in this iteration."""
+        found = set()
+
+        class Ear(nn.Module):
+            def __init__(self, name, inner):
+                super().__init__()
+                self.name, self.inner = name, inner
+
+            def __getattr__(self, name):
+                return super().__getattr__(name) if name in ("name", "inner") else getattr(self.inner, name)
+
+            def forward(self, x_t, t, cond=None, **told):
+                if (cond == nothing).any():
+                    found.add(self.name)
+                return self.inner(x_t, t, cond, **told)
+
+        nets = Networks(
+            {name: Ear(name, module) for name, module in made.nets.modules.items()}, made.nets.schedule
+        )
+        for phase in made.method.phases(step):
+            batch = made.batch(step, phase.name)
+            nothing = batch.uncond.flatten()[0]
+            for _, loss in phase.terms:
+                loss(nets, batch)
+        return found
+
+    assert empty(0) == set()
+    assert "teacher" in empty(1)
+
+
+def test_a_record_learns_plain_scores_whatever_guides_the_bases_critic():
+    """SiD-LSG's critic denoises by its guided answer; asked plainly, such a record would say something else."""
+    base = {"name": "sid", "critic_guidance_scale": 3.0}
+    made = disback(stage="degrade", base=base)
+    asked = []
+    made.nets.fake_score.register_forward_pre_hook(lambda _, args: asked.append(len(args[0])))
+    (phase,) = made.method.phases(0)
+    made.backward(phase)
+    assert asked == [COUNT]
+
+
+@pytest.mark.parametrize(
+    ("base", "says"),
+    [
+        ({"name": "phased_dmd"}, r"^method\.base\.name=phased_dmd: .* set it to dmd2"),
+        ({"name": "dmd2", "tell_place": True}, r"^method\.base\.tell_place=true: .* set it to false\.$"),
+        ({"name": "cdm", "tell_place": True, "critic_pull": 0.0}, r"^method\.base\.tell_place=true"),
+        ({"name": "vsd"}, r"^method\.base=vsd: its fake score must be a whole network"),
+        (
+            {"name": "dmd2", "fake_score_lora": {"rank": 2}},
+            r"^method\.base=dmd2: .* without a fake_score_lora",
+        ),
+    ],
+    ids=lambda value: value["name"] if isinstance(value, dict) else "",
+)
+@pytest.mark.parametrize("stage", ["degrade", "backtrack"])
+def test_what_cannot_be_recorded_and_carried_is_refused_before_the_first_stage(base, says, stage):
+    with pytest.raises(UserError, match=says):
+        world("disback", steps=(2,), stage=stage, base=base)
+
+
+def test_what_the_base_has_learnt_on_the_way_outlives_a_checkpoint_and_the_last_turn():
+    """f-distill's mean ratios: a run taken up anywhere goes on as one that was never left."""
+    base = {"name": "f_distill", "time_bins": 2, "bin_decay": 0.75, "student_every": 1}
+
+    def run(made, steps) -> list[float]:
+        losses = []
+        for step in steps:
+            phase = next(iter(made.method.phases(step)))
+            losses.append(float(phase.terms[0][1](made.nets, made.batch(step))["total"].mean().detach()))
+            made.method.after_step(made.nets, step, (phase.name,))
+        return losses
+
+    whole = disback(path=2, interval=3, base=base)
+    expected = run(whole, range(2))
+    # In JSON and back, as in a checkpoint.
+    at_2 = json.loads(json.dumps(whole.method.state_dict()))
+    expected = run(whole, range(2, 3))
+    at_3 = whole.method.state_dict()
+    expected += run(whole, range(3, 5))
+    assert any(at_2["ratio_means"]) and any(at_3["ratio_means"])
+    # From on the way, and from where the teacher's turn begins.
+    for state, first in ((at_2, 2), (at_3, 3)):
+        resumed = disback(path=2, interval=3, base=base)
+        resumed.method.load_state_dict(state)
+        assert run(resumed, range(first, 5)) == expected[first - 2 :]
+        fresh = disback(path=2, interval=3, base=base)
+        assert run(fresh, range(first, first + 1)) != expected[first - 2 : first - 1]

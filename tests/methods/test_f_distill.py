@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import worlds
 from quadrature import Line, close
 from torch import Tensor
 
@@ -130,3 +131,14 @@ def test_a_forecast_may_ask_of_tensors_without_content():
     t, ratio = torch.ones(4, dtype=torch.float64, device="meta"), torch.ones(4, device="meta")
     said = method.mean(Prediction(ratio[:, None], "x0", ratio[:, None], t, Flow()), ratio)
     assert said.shape == (4,) and said.is_meta
+
+
+def test_processes_share_their_running_means():
+    """A part of the noise levels that one alone has met counts as that one has it."""
+    first, second = (worlds.method("f_distill", time_bins=3, gan_weight=0.1) for _ in range(2))
+    first.load_state_dict({"ratio_means": [1.0, 2.0, 0.0]})
+    second.load_state_dict({"ratio_means": [3.0, 0.0, 0.0]})
+    theirs: list[Tensor] = []
+    second.averaged(None, lambda value: theirs.append(value) or value)
+    first.averaged(None, lambda value: (value + theirs.pop(0)) / 2)
+    assert first.state_dict()["ratio_means"] == [2.0, 2.0, 0.0]

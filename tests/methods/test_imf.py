@@ -250,3 +250,23 @@ def test_without_the_flow_maps_loss_anyflow_needs_no_images():
     assert not worlds.method("anyflow", flow_map_weight=0.0).needs_images
     with pytest.raises(UserError, match=r"method\.flow_map\.guidance_low"):
         worlds.method("anyflow", flow_map={"guidance_low": 9.0, "guidance_high": 8.0, "tell_guidance": False})
+
+
+def test_anyflow_draws_its_places_itself():
+    with pytest.raises(UserError, match=r"method\.simulated=passes .* leave it out"):
+        worlds.method("anyflow", simulated="passes")
+
+
+@pytest.mark.parametrize("direction", ["teacher", "data"])
+def test_every_process_makes_the_same_passes(direction):
+    """Whatever omega its samples drew: with networks in shards the others wait in each."""
+    made, passes = world("imf", direction=direction), []
+    for network in made.nets.modules.values():
+        network.register_forward_pre_hook(lambda *_: passes.append(1))
+    counts = set()
+    for step in range(40):
+        passes.clear()
+        at = made.method.point(made.nets, batch := made.batch(step, count=1))
+        made.method.velocity(made.nets, batch, at)
+        counts.add(len(passes))
+    assert len(counts) == 1

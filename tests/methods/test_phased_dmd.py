@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import worlds
@@ -130,6 +132,25 @@ def test_the_fake_score_learns_what_noise_was_added_and_nothing_reaches_the_stud
     torch.testing.assert_close(loss, (at.weight * error).to(loss), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("phase", [0, 1])
+def test_the_fake_scores_guided_answer_is_what_must_denoise(phase):
+    """Where it lost its condition that is the unconditional one, whatever the scale."""
+    made = world("phased_dmd", steps=(4,), schedule="flow", critic_guidance_scale=3.0, critic_dropout=0.5)
+    method, nets, schedule = made.method, made.nets, made.nets.schedule
+    fake = nets.modules["fake_score_1" if phase else "fake_score"]
+    loss, twin = method.critic_loss(nets, made.batch(3), phase)["total"], made.batch(3)
+    _, x_s = method.answer(nets, twin, phase)
+    t, eps = method.critic_times(nets, twin), twin.randn()
+    s = None if phase else times_like(method.end(schedule, 0), x_s)
+    at, (_, dropped) = method.onward(schedule, x_s, eps, s, t), twin.dropped(0.5)
+    assert 0 < int(dropped.sum()) < len(dropped)
+    told, untold = (fake(at.x_t, at.t, cond) for cond in (twin.cond, twin.uncond))
+    share = torch.where(dropped, 0.0, 3.0)[:, None]
+    said = replace(told, raw=untold.raw + share * (told.raw - untold.raw))
+    error = denoising(said, at.x0, at.eps, fake.sigma_data)
+    torch.testing.assert_close(loss, (at.weight * error).to(loss), rtol=1e-4, atol=1e-5)
+
+
 def test_a_student_whose_law_the_fake_score_knows_as_the_teachers_is_left_alone():
     made = world("phased_dmd", schedule="flow", classes=1)
     made.nets.modules["fake_score"] = made.nets.modules["fake_score_1"] = made.nets.teacher
@@ -140,7 +161,15 @@ def test_a_student_whose_law_the_fake_score_knows_as_the_teachers_is_left_alone(
         assert max(float(slope.abs().max()) for slope in slopes) < 1e-7
 
 
-@pytest.mark.parametrize("wrong", [{"steps": (1, 2)}, {"steps": (2,), "phases": 3}, {"shared_samples": True}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"steps": (1, 2)},
+        {"steps": (2,), "phases": 3},
+        {"shared_samples": True},
+        {"steps": (4,), "simulated": "longest"},
+    ],
+)
 def test_what_it_cannot_do_is_refused(wrong):
-    with pytest.raises(UserError, match=r"method\.(phases|shared_samples)"):
+    with pytest.raises(UserError, match=r"method\.(phases|shared_samples|simulated=longest .* leave it out)"):
         worlds.method("phased_dmd", **wrong)

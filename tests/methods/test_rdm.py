@@ -155,7 +155,8 @@ def test_a_step_adds_its_features_to_the_running_moments():
     held = Moments([2 * 8])
     for step in range(12):
         method.loss(made.nets, made.batch(step))
-        held.update(method._seen, 0.9)
+        (passed,) = method._seen
+        held.update(passed, 0.9)
         method.after_step(made.nets, step, ("student",))
         assert method._seen == []
     for (_, one), (_, other) in zip(held.named_buffers(), moments.named_buffers(), strict=True):
@@ -199,7 +200,41 @@ def test_evaluation_computes_its_distances_itself():
         assert not [name for name in named if "representation" in name or name.endswith(".rdm")], path
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_one_real_sample_is_refused_where_reals_are_compared(count):
+    """And is enough, however few, where the past's moments stand beside it."""
+    for distance in ("mmd", "fd"):
+        made = world("rdm", **worlds.SETTINGS["rdm"], distance=distance)
+        if (count, distance) == (1, "mmd"):
+            with pytest.raises(UserError, match=r"set optim\.micro_batch_size to at least 2"):
+                made.method.loss(made.nets, made.batch(count=1))
+        else:
+            total = made.method.loss(made.nets, made.batch(count=count))["total"]
+            slopes = torch.autograd.grad(total.mean(), list(made.nets.student.parameters()))
+            assert all(bool(torch.isfinite(slope).all()) for slope in slopes)
+
+
 @pytest.mark.parametrize("wrong", [{"steps": (1, 2)}, {"chunks": 0}, {"encoders": []}])
 def test_what_it_cannot_do_is_refused(wrong):
     with pytest.raises(UserError, match=r"student\.steps|method\.(chunks|encoders)"):
         worlds.method("rdm", **wrong)
+
+
+def test_the_moments_are_of_all_passes_and_processes():
+    """Of an iteration; those of halves, in passes or on two processes, are those of the whole."""
+    settings = {"distance": "fd", "encoders": [{"name": "fourier", "arguments": {"width": 8}}], "chunks": 1}
+
+    def after(*halves, average=None):
+        made = world("rdm", **settings)
+        features = drawn(16, made.nets.moments.real_0.shape[0] - 1)
+        for rows in halves:
+            made.method._seen.append([(features[rows], 2 * features[rows])])
+        made.method.after_step(made.nets, 0, ("student",))
+        if average:
+            made.method.averaged(made.nets, average)
+        return list(made.nets.moments.buffers())
+
+    first, second, both = slice(0, 8), slice(8, 16), slice(0, 16)
+    whole, theirs = after(both), after(second)
+    torch.testing.assert_close(after(first, second), whole)
+    torch.testing.assert_close(after(first, average=lambda value: (value + theirs.pop(0)) / 2), whole)

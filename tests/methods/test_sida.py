@@ -134,3 +134,47 @@ def test_the_reverse_kl_is_sida_itself_and_others_need_the_discriminator():
     torch.testing.assert_close(a, b, rtol=0, atol=0)
     with pytest.raises(UserError, match=r"method\.divergence=forward_kl"):
         sida(gan_weight=0.0, divergence="forward_kl")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+@pytest.mark.parametrize("shared", [False, True])
+def test_real_samples_are_judged_beside_their_own_conditions(shared, share):
+    """Shared samples bring the student's captions into the critic's turn, whose images have others; as many are dropped."""
+    made = sida(shared_samples=shared, gan_weight=0.3, critic_dropout=share)
+    nets, method, told = made.nets, made.method, []
+    method.student_loss(nets, made.batch())
+    batch = made.batch(phase="critic")
+    student, batch.cond = batch.cond, batch.cond.flip(0)
+    assert not torch.equal(student, batch.cond)
+    nets.fake_score.register_forward_pre_hook(lambda _, given: told.append(given[2]))
+    method.critic_loss(nets, batch)
+    fake, real = told[0], told[-1]
+    dropped = fake == batch.uncond
+    assert (int(dropped.sum()) > 0) == (share > 0)
+    assert torch.equal(real, batch.cond.where(~dropped, batch.uncond))
+    assert torch.equal(fake, (student if shared else batch.cond).where(~dropped, batch.uncond))
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_the_critic_learns_on_shared_samples_of_another_size_than_its_images(paired):
+    """Each phase draws a bucket of its own."""
+    made = world("dmd2", steps=(1,), shared_samples=True, gan_weight=0.1, gan_paired=paired)
+    made.method.student_loss(made.nets, made.batch())
+    batch, seen = made.batch(phase="critic"), []
+    # The toy's networks know one size: what they are asked of is enough.
+    made.nets.fake_score.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape))
+    batch.shape = (2, 1)
+    batch.x0 = batch.x0[:, :, None]
+    with pytest.raises(RuntimeError):
+        made.method.critic_loss(made.nets, batch)
+    assert seen == [(16, 2), (16, 2, 1)]
+
+
+@pytest.mark.parametrize("name", ["sida", "f_distill"])
+def test_one_sample_cannot_be_weighed_against_others(name):
+    made = world(name, steps=(1,), divergence="forward_kl", gan_weight=0.1)
+    made.method.student_loss(made.nets, made.batch(count=2))
+    with pytest.raises(UserError, match=r"method\.divergence=forward_kl .* set optim\.micro_batch_size"):
+        made.method.student_loss(made.nets, made.batch(count=1))
+    made = world(name, steps=(1,), divergence="reverse_kl", gan_weight=0.1)
+    made.method.student_loss(made.nets, made.batch(count=1))
