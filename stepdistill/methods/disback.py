@@ -20,12 +20,12 @@ shows that the walk has arrived; the second's are the base's.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stepdistill import config as configuration
 from stepdistill.denoiser import Denoiser, unwrap
@@ -154,6 +154,10 @@ class DisBack(Method):
                     f"method.path={self.config.path}: the degrade stage recorded no {name}; give it run.steps of at"
                     f" least {least} (better {least + self.config.interval}) at method.interval={self.config.interval}."
                 )
+
+    def averaged(self, nets: Networks, average: Callable[[Tensor], Tensor]) -> None:
+        self.base.averaged(nets, average)
+        self.on_the_way.load_state_dict(self.base.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         return self.base.state_dict()

@@ -250,7 +250,7 @@ def test_what_the_base_has_learnt_on_the_way_outlives_a_checkpoint_and_the_last_
         return losses
 
     whole = disback(path=2, interval=3, base=base)
-    expected = run(whole, range(2))
+    run(whole, range(2))
     # In JSON and back, as in a checkpoint.
     at_2 = json.loads(json.dumps(whole.method.state_dict()))
     expected = run(whole, range(2, 3))
