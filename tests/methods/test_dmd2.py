@@ -196,3 +196,18 @@ def test_of_a_guided_fake_score_the_conditional_half_is_judged():
     )
     torch.testing.assert_close(losses["gan"], conditional)
     assert not torch.allclose(conditional, unconditional, rtol=1e-3)
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_the_critic_learns_on_shared_samples_of_another_size_than_its_images(paired):
+    """Each phase draws a bucket of its own."""
+    made = world("dmd2", steps=(1,), shared_samples=True, gan_weight=0.1, gan_paired=paired)
+    made.method.student_loss(made.nets, made.batch())
+    batch, seen = made.batch(phase="critic"), []
+    # The toy's networks know one size: what they are asked of is enough.
+    made.nets.fake_score.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape))
+    batch.shape = (2, 1)
+    batch.x0 = batch.x0[:, :, None]
+    with pytest.raises(RuntimeError):
+        made.method.critic_loss(made.nets, batch)
+    assert seen == [(16, 2), (16, 2, 1)]

@@ -155,21 +155,6 @@ def test_real_samples_are_judged_beside_their_own_conditions(shared, share):
     assert torch.equal(fake, (student if shared else batch.cond).where(~dropped, batch.uncond))
 
 
-@pytest.mark.parametrize("paired", [False, True])
-def test_the_critic_learns_on_shared_samples_of_another_size_than_its_images(paired):
-    """Each phase draws a bucket of its own."""
-    made = world("dmd2", steps=(1,), shared_samples=True, gan_weight=0.1, gan_paired=paired)
-    made.method.student_loss(made.nets, made.batch())
-    batch, seen = made.batch(phase="critic"), []
-    # The toy's networks know one size: what they are asked of is enough.
-    made.nets.fake_score.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape))
-    batch.shape = (2, 1)
-    batch.x0 = batch.x0[:, :, None]
-    with pytest.raises(RuntimeError):
-        made.method.critic_loss(made.nets, batch)
-    assert seen == [(16, 2), (16, 2, 1)]
-
-
 @pytest.mark.parametrize("name", ["sida", "f_distill"])
 def test_one_sample_cannot_be_weighed_against_others(name):
     made = world(name, steps=(1,), divergence="forward_kl", gan_weight=0.1)
