@@ -23,6 +23,7 @@ from training.batches import Batches
 from training.checkpoint import Checkpoint
 from training.recipe import Recipe
 from training.state import TrainState
+from training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("short_runs")
 
@@ -235,3 +236,32 @@ def test_a_gradient_that_is_not_finite_reaches_no_weight(tmp_path, monkeypatch):
         running.run(toy(tmp_path / "run", "run.save_every=1"))
     found = checkpoint(tmp_path / "run")
     assert found.step == 2 and all(t.isfinite().all() for t in found.tensors["student"].values())
+
+
+def test_running_statistics_are_averaged_over_processes_after_each_iteration(tmp_path, monkeypatch):
+    """A process of two, whose other one is met in `reduce` alone."""
+    asked: list[tuple[tuple[int, ...], str]] = []
+
+    class Two:
+        num_processes = 2
+
+        def __init__(self, one):
+            self.one = one
+
+        def __getattr__(self, name):
+            return getattr(self.one, name)
+
+        def reduce(self, value, how):
+            asked.append((tuple(value.shape), how))
+            return value
+
+    def step(self):
+        one, self.accelerator = self.accelerator, Two(self.accelerator)
+        original(self)
+        self.accelerator = one
+
+    original = Trainer.train_step
+    monkeypatch.setattr(Trainer, "train_step", step)
+    method = {"name": "f_distill", "gan_weight": 0.1, "time_bins": 3, "student_every": 1}
+    running.run(toy(tmp_path / "run", "run.steps=2", "student.steps=[1]", method=method))
+    assert asked.count(((3,), "mean")) == 2 * 2
