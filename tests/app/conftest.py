@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import httpx
 import pytest
-from app_fakes import engine_of, served
+from app_fakes import FakeSampler, engine_of, served
 
 
 @pytest.fixture(scope="module")
@@ -30,3 +30,14 @@ def client(live):
         yield client
         assert client.get("/healthz").status_code == 200
     assert "Traceback" not in log.read_text()
+
+
+@pytest.fixture()
+def pair():
+    student, teacher = FakeSampler("student"), FakeSampler("teacher")
+    engine = engine_of(student, teacher)
+    yield engine, student, teacher
+    student.gate.set()
+    teacher.gate.set()
+    engine.close()
+    assert not engine._thread.is_alive()
