@@ -53,7 +53,7 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
         ("student.steps=[2,4]", *(f"stages.{k}.method.diversity_weight=0.05" for k in range(6))),
     ),
     "anyflow_told": ("anyflow", ("stages.1.method.tell_place=true",)),
-    # Less of Diff-Instruct, at half its rate: where a run is long, that loses the seeds' diversity.
+    # Less of Diff-Instruct, at half its rate: in a long run of f_distill that rate lost the seeds' diversity.
     "sida_long": (
         "sida",
         (

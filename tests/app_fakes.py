@@ -218,6 +218,13 @@ def served(folder, *, receipt=None, step=0.0):
         process.stdout.close()
 
 
+def until(condition, seconds=5.0):
+    end = time.perf_counter() + seconds
+    while not condition():
+        assert time.perf_counter() < end, "waited too long"
+        time.sleep(0.002)
+
+
 if __name__ == "__main__":
     from app import __main__, connections
 
@@ -225,10 +232,3 @@ if __name__ == "__main__":
     connections.RECEIPT_SECONDS = given["receipt"] or connections.RECEIPT_SECONDS
     made = engine_of(teacher=FakeSampler("teacher", delay=given["step"]))
     __main__.serve(made, __main__._listen("127.0.0.1", 0), "127.0.0.1", [])
-
-
-def until(condition, seconds=5.0):
-    end = time.perf_counter() + seconds
-    while not condition():
-        assert time.perf_counter() < end, "waited too long"
-        time.sleep(0.002)
