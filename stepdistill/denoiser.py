@@ -140,6 +140,43 @@ class Denoiser(nn.Module):
         return (twin.float() if halves else twin).requires_grad_(True)
 
 
+class Overlay(Denoiser):
+    """`base` with parameters over it, as its subclass has them; it says what `network` does, by default that of the base.
+
+    Its parameters and its state are those over the base alone: the base is held by reference and belongs to whoever
+    made it, so freezing, training, saving and moving this module never touch the base's.
+    """
+
+    def __init__(self, base: Denoiser):
+        nn.Module.__init__(self)
+        # In a list, so as not to count as this module's own parameters.
+        self._base = [base]
+
+    @property
+    def base(self) -> Denoiser:
+        return self._base[0]
+
+    @property
+    def network(self) -> nn.Module:
+        return self.base.network
+
+    @property
+    def kind(self) -> str:
+        return self.base.kind
+
+    @property
+    def native(self) -> Schedule:
+        return self.base.native
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.base.schedule
+
+    def merged(self) -> Denoiser:
+        """A whole denoiser of its own that says the same."""
+        raise NotImplementedError
+
+
 def guided(
     denoiser: Callable[..., Prediction],
     x_t: Tensor,

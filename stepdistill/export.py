@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from stepdistill import __version__
 from stepdistill import card as cards
 from stepdistill.card import Card
-from stepdistill.denoiser import Denoiser, unwrap
+from stepdistill.denoiser import Denoiser, Overlay, unwrap
 from stepdistill.drawing import DEFAULT_TEACHER_STEPS
 from stepdistill.errors import UserError, atomic_write, full_disk
 from stepdistill.families.base import Family
@@ -71,7 +71,7 @@ def write(
     """
     student = unwrap(student)
     _refuse_not_finite(student, card)
-    whole = student.merged() if isinstance(student, (LoRA, Pruned)) else student
+    whole = student.merged() if isinstance(student, Overlay) else student
     with atomic_write(directory) as temporary:
         try:
             family.export(whole, temporary, card)

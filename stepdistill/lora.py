@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from stepdistill.denoiser import Cond, Denoiser
+from stepdistill.denoiser import Cond, Denoiser, Overlay
 from stepdistill.errors import UserError
-from stepdistill.schedule import Schedule
 
 # Layers adapted by default, by any component of their dotted name: attention in transformers and UNets, and
 # the toy's MLP.
@@ -66,11 +65,8 @@ class LoraConfig:
 NO_LORA = LoraConfig()
 
 
-class LoRA(Denoiser):
+class LoRA(Overlay):
     """`base` with adapters on its `targets`. At first it says exactly what the base says.
-
-    Its parameters and its state are the adapters' alone: the base is held by reference and belongs to whoever
-    made it, so freezing, training, saving and moving this module never touch the base's.
 
     Args:
         base: any denoiser; the trainer keeps it frozen and on the device.
@@ -83,11 +79,9 @@ class LoRA(Denoiser):
     """
 
     def __init__(self, base: Denoiser, rank: int = 64, scale: float = 108.0, targets: Sequence[str] = ()):
-        nn.Module.__init__(self)
+        super().__init__(base)
         if rank < 1:
             raise UserError(f"the rank of a LoRA must be at least 1, got {rank}.")
-        # In a list, so as not to count as this module's own parameters.
-        self._base = [base]
         targets = tuple(targets) or tuple(getattr(base.network, "lora_targets", TARGETS))
         self.rank, self.scale, self.targets = rank, scale, targets
         unheard = tuple(f"{name}." for name in getattr(base.network, "unheard", ()))
@@ -106,29 +100,9 @@ class LoRA(Denoiser):
         )
 
     @property
-    def base(self) -> Denoiser:
-        return self._base[0]
-
-    @property
     def ranks(self) -> dict[str, int]:
         """Of each adapted layer's update: the smaller side of a layer is the most."""
         return {name.replace("/", "."): down.weight.shape[0] for name, (down, _) in self.adapters.items()}
-
-    @property
-    def network(self) -> nn.Module:
-        return self.base.network
-
-    @property
-    def kind(self) -> str:
-        return self.base.kind
-
-    @property
-    def native(self) -> Schedule:
-        return self.base.native
-
-    @property
-    def schedule(self) -> Schedule:
-        return self.base.schedule
 
     def clone(self) -> Denoiser:
         """Adapters of its own over the same base."""

@@ -22,10 +22,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from stepdistill.denoiser import Denoiser
+from stepdistill.denoiser import Denoiser, Overlay
 from stepdistill.errors import UserError, atomic_write, first_line
 from stepdistill.prediction import Prediction
-from stepdistill.schedule import Schedule
 
 # How far the lengths of a teacher's parameters may be from those an interval was distilled from: half precision rounds.
 SAME = 0.02
@@ -183,17 +182,15 @@ def recording(denoiser: Denoiser, intervals: Iterable[Interval]) -> Iterator[dic
             handle.remove()
 
 
-class Pruned(Denoiser):
+class Pruned(Overlay):
     """`base` with one block in the place of each interval, a copy of the interval's first at the beginning.
-
-    Its parameters and its state are the replacements' alone: the base is held by reference, as that of a LoRA.
 
     Raises:
         UserError: as `check` does.
     """
 
     def __init__(self, base: Denoiser, intervals: Sequence[Interval]) -> None:
-        nn.Module.__init__(self)
+        super().__init__(base)
         self.intervals = tuple(sorted(intervals))
         check(base.network, self.intervals)
         blocks = {each: base.network.model.get_submodule(each.stack)[each.first] for each in self.intervals}
@@ -201,32 +198,16 @@ class Pruned(Denoiser):
         self.replacements = nn.ModuleDict(
             {str(each).replace(".", "/"): copy.deepcopy(block).float() for each, block in blocks.items()}
         ).requires_grad_(True)
-        # In a list, so as not to count as this module's own parameters.
-        self._base = [base, with_blocks(base.network, self.by_interval)]
-
-    @property
-    def base(self) -> Denoiser:
-        return self._base[0]
+        # In a list, as the base is.
+        self._network = [with_blocks(base.network, self.by_interval)]
 
     @property
     def network(self) -> nn.Module:
-        return self._base[1]
+        return self._network[0]
 
     @property
     def by_interval(self) -> dict[Interval, nn.Module]:
         return dict(zip(self.intervals, self.replacements.values(), strict=True))
-
-    @property
-    def kind(self) -> str:
-        return self.base.kind
-
-    @property
-    def native(self) -> Schedule:
-        return self.base.native
-
-    @property
-    def schedule(self) -> Schedule:
-        return self.base.schedule
 
     def requires_grad_(self, requires_grad: bool = True) -> Pruned:
         self.replacements.requires_grad_(requires_grad)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from stepdistill.denoiser import Denoiser, unwrap
+from stepdistill.denoiser import Denoiser, Overlay, unwrap
 from stepdistill.errors import UserError
 from stepdistill.families.base import Family
 from stepdistill.lora import NO_LORA, LoRA, LoraConfig, checkpointed
@@ -264,7 +264,7 @@ def _checkpoint_gradients(student: Denoiser) -> None:
 
 def _drop_out(student: Denoiser, share: float) -> None:
     """These layers alone are set to train: what else a model draws while it does, such as labels left out, is no method's."""
-    if isinstance(student, (LoRA, Pruned)):
+    if isinstance(student, Overlay):
         raise UserError(
             "student.dropout: this student holds the teacher's own layers, which would drop activations too; set it to 0."
         )
