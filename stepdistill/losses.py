@@ -54,7 +54,12 @@ def pseudo_huber(prediction: Tensor, target: Tensor, c: float) -> Tensor:
 
 
 def distribution_matching(
-    x0: Tensor, teacher_x0: Tensor, fake_x0: Tensor, normalise: bool = True, weight: Tensor | None = None
+    x0: Tensor,
+    teacher_x0: Tensor,
+    fake_x0: Tensor,
+    normalise: bool = True,
+    weight: Tensor | None = None,
+    answer: Tensor | None = None,
 ) -> Tensor:
     """The surrogate whose gradient is DMD's (Yin et al. 2023, arXiv 2311.18828, Eqs. 7 and 8).
 
@@ -62,6 +67,7 @@ def distribution_matching(
     when `normalise`, w = mean |x0 - teacher_x0| over the sample. Fake minus real in x0-space is the reverse-
     KL descent direction sigma^2 / alpha (s_fake - s_real). Only the direction carries information, so G is a
     constant: the paper stops the gradient at both networks, and so do we. weight: (B,), multiplies G.
+    answer: stands for x0 in w, where what is matched is no clean sample.
     """
     with torch.no_grad():
         gradient = fake_x0 - teacher_x0
@@ -69,7 +75,7 @@ def distribution_matching(
             gradient = gradient * expand(weight, x0)
         if normalise:
             # The floor only matters where student and teacher agree to all digits.
-            scale = (x0 - teacher_x0).abs().flatten(1).mean(1).clamp(min=1e-5)
+            scale = ((x0 if answer is None else answer) - teacher_x0).abs().flatten(1).mean(1).clamp(min=1e-5)
             gradient = gradient / expand(scale, x0)
     return displaced(x0, -gradient)
 
@@ -134,8 +140,8 @@ def gan_generator(fake_logits: Tensor, real_logits: Tensor | None = None) -> Ten
 
 
 def gan_discriminator(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """softplus(D(fake)) + softplus(-D(real)); log 4 when both logits are 0."""
-    return (nnf.softplus(fake_logits) + nnf.softplus(-real_logits)).flatten(1).mean(1)
+    """softplus(D(fake)) + softplus(-D(real)); log 4 when both logits are 0. The two may have different places."""
+    return sum(nnf.softplus(each).flatten(1).mean(1) for each in (fake_logits, -real_logits))
 
 
 def hinge_generator(fake_logits: Tensor, real_logits: Tensor | None = None) -> Tensor:
@@ -144,8 +150,8 @@ def hinge_generator(fake_logits: Tensor, real_logits: Tensor | None = None) -> T
 
 
 def hinge_discriminator(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """relu(1 - D(real)) + relu(1 + D(fake)); flat where both are beyond the margin."""
-    return (nnf.relu(1 - real_logits) + nnf.relu(1 + fake_logits)).flatten(1).mean(1)
+    """relu(1 - D(real)) + relu(1 + D(fake)); flat where both are beyond the margin. Places as above."""
+    return sum(nnf.relu(1 + each).flatten(1).mean(1) for each in (fake_logits, -real_logits))
 
 
 def relativistic_generator(fake_logits: Tensor, real_logits: Tensor) -> Tensor:

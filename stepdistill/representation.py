@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from stepdistill.jvp import in_full
+
 
 class Moments(nn.Module):
     """Running means and second moments of generated and real features, float64, by encoder; widths: of their features."""
@@ -37,11 +39,12 @@ class Moments(nn.Module):
 
     @torch.no_grad()
     def update(self, seen: Sequence[tuple[Tensor, Tensor]], memory: float) -> None:
-        """seen: generated and real features (N, width) by encoder."""
+        """seen: generated and real features (N, width) by encoder. What is not finite changes nothing."""
         share = self.share(memory)
         for i, both in enumerate(seen):
             for whose, features in zip(("generated", "real"), both, strict=True):
-                getattr(self, f"{whose}_{i}").lerp_(_raw_moments(features), share)
+                kept, new = getattr(self, f"{whose}_{i}"), _raw_moments(features)
+                kept.lerp_(torch.where(new.isfinite().all(), new, kept), share)
         self.updates += 1
 
 
@@ -55,12 +58,14 @@ def frechet(mean: Tensor, covariance: Tensor, real_mean: Tensor, real_covariance
     """|m - m_r|^2 + tr S + tr S_r - 2 tr (S_r^1/2 S S_r^1/2)^1/2, with a finite gradient in m and S.
 
     Directions without spread, of which there are as many as features outnumber samples, have a root of no slope: they are
-    left out before the root is taken. (To clamp first and take the root then makes inf 0 = NaN of their gradient.)
+    left out before the root is taken. (To clamp first and take the root then makes inf 0 = NaN of their gradient.) NaN where
+    a moment is not finite, of which no eigenvalues can be taken.
     """
+    finite = covariance.isfinite().all() & real_covariance.isfinite().all()
     with torch.no_grad():
-        values, vectors = torch.linalg.eigh(real_covariance)
+        values, vectors = torch.linalg.eigh(torch.where(finite, real_covariance, 0.0))
         half = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    inner = half @ covariance @ half
+    inner = half @ torch.where(finite, covariance, 0.0) @ half
     values = torch.linalg.eigvalsh((inner + inner.T) / 2)
     kept = values > 1e-10 * values.detach().max().clamp(min=1e-30)
     roots = torch.where(kept, values, 1.0).sqrt() * kept
@@ -70,8 +75,14 @@ def frechet(mean: Tensor, covariance: Tensor, real_mean: Tensor, real_covariance
 
 def mmd(generated: Tensor, real: Tensor) -> Tensor:
     """The unbiased estimate of MMD^2 of (N, width) and (M, width) under exp(-d^2 / 2 s^2), s the median distance of reals:
-    0 in expectation where both are of one distribution, and so below 0 at times.
+    0 in expectation where both are of one distribution, and so below 0 at times. Distances are differences of large products,
+    so autocast is off.
     """
+    with in_full(generated):
+        return _mmd(generated, real)
+
+
+def _mmd(generated: Tensor, real: Tensor) -> Tensor:
     apart = torch.cdist(real, real).square()
     # Without the diagonal; no mask, whose size is not known without content.
     size = len(real)

@@ -149,6 +149,9 @@ def test_vsd_holds_the_teachers_weights_once(tiny_sd):
 
     assert fake().network is family.teacher.network
     assert set(fake(lora_targets=["to_q", "to_v"]).adapters) < set(fake().adapters)
+    # Unless they are named, what the family says.
+    family.teacher.network.lora_targets = ("to_k",)
+    assert fake().targets == ("to_k",)
     assert parameter_count(fake()) < parameter_count(family.teacher) / 5
 
 

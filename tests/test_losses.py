@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import softplus
 
 from stepdistill.families.toy import Mixture
 from stepdistill.losses import (
@@ -14,6 +15,7 @@ from stepdistill.losses import (
     distribution_matching,
     gan_discriminator,
     gan_generator,
+    hinge_discriminator,
     mse,
     pseudo_huber,
     score_identity,
@@ -208,6 +210,14 @@ def test_gan_losses_at_zero_and_far_logits():
     right, wrong = torch.full((3, 5), 50.0), torch.full((3, 5), -50.0)
     assert float(gan_discriminator(right, wrong).max()) < 1e-6 < float(gan_discriminator(wrong, right).min())
     assert float(gan_generator(right).max()) < 1e-6 < float(gan_generator(wrong).min())
+
+
+def test_real_and_generated_samples_may_have_different_places():
+    """Images of two sizes: each side's places are averaged by themselves."""
+    real, fake = torch.randn(3, 6), torch.randn(3, 2)
+    for loss, whole in ((gan_discriminator, softplus), (hinge_discriminator, lambda x: (1 + x).relu())):
+        torch.testing.assert_close(loss(real, fake), whole(-real).mean(1) + whole(fake).mean(1))
+    torch.testing.assert_close(gan_discriminator(fake, fake), (softplus(fake) + softplus(-fake)).mean(1))
 
 
 def test_gan_gradients_pull_apart():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -83,7 +84,8 @@ class OptimConfig:
         decay_from: fraction of the run after which "cosine" and "linear" begin to fall.
         warmup_steps: iterations of a linear rise before the full rate.
         final_lr: fraction of lr reached at the end of the decay.
-        networks: settings of single networks by name, written as optim.<network>.lr.
+        networks: settings of single networks by name, written as optim.<network>.lr; those of "fake_score" hold for
+            "fake_score_1" and so on as well, which may have their own on top.
     """
 
     lr: float = 1e-4
@@ -131,8 +133,11 @@ class OptimConfig:
         object.__setattr__(self, "networks", typed)
 
     def for_network(self, name: str) -> OptimConfig:
-        """The settings of one network: the common ones with `optim.<name>.*` on top."""
-        overrides = self.networks.get(name, {})
+        """The settings of one network: the common ones with `optim.<name>.*` on top.
+
+        Of several of one kind, "fake_score_1" after "fake_score", each has the first one's below its own.
+        """
+        overrides = {**self.networks.get(re.sub(r"_\d+$", "", name), {}), **self.networks.get(name, {})}
         for shared in ("batch_size", "micro_batch_size", "networks"):
             if shared in overrides:
                 raise UserError(f"optim.{name}.{shared} cannot be set for one network; set optim.{shared}.")

@@ -207,13 +207,17 @@ class CodeStudent(CodeDenoiser):
         network, kept = self.network, self.schedule.kept(t)
         logits, moved = network(x_t, kept, cond)
         logits, book = logits.float(), network.book
-        vectors = logits.softmax(-1) @ book + moved.float()
+        mean = logits.softmax(-1) @ book
         likeliest = book[logits.argmax(-1)]
-        # Straight through: what is drawn is a code, what learns is the mean.
-        drawn = likeliest + (vectors - vectors.detach())
+        # Straight through: what is drawn is a code, what learns is the mean. That says nothing of where a vector is moved to,
+        # but data-parallel training waits for every parameter's gradient.
+        through = mean + 0 * moved.float()
+        drawn = likeliest + (through - through.detach())
         noisy = torch.arange(x_t.shape[1], device=x_t.device) >= kept.to(x_t.device)[:, None]
         x0 = torch.where(noisy[..., None], drawn, x_t)
-        return Coded(x0, self.kind, x_t, t, self.schedule, logits=logits, vectors=vectors, noisy=noisy)
+        return Coded(
+            x0, self.kind, x_t, t, self.schedule, logits=logits, vectors=mean + moved.float(), noisy=noisy
+        )
 
 
 class CodeLaw(nn.Module):

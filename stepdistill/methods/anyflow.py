@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -34,8 +34,13 @@ from stepdistill.sampling import Sampling
 from stepdistill.schedule import times_like
 
 
-def _distilled() -> IMF.Config:
-    return IMF.Config(direction="teacher", guidance_low=1.0, guidance_high=1.0, tell_guidance=False)
+@dataclass
+class FlowMap(IMF.Config):
+    """iMF's settings as this stage has them, distilled and of one scale."""
+
+    direction: Literal["teacher", "data"] = "teacher"
+    guidance_high: float = 1.0
+    tell_guidance: bool = False
 
 
 class AnyFlow(DMD2):
@@ -45,7 +50,7 @@ class AnyFlow(DMD2):
     class Config(DMD2.Config):
         # lambda, of the flow map's loss.
         flow_map_weight: float = 1.0
-        flow_map: IMF.Config = field(default_factory=_distilled)
+        flow_map: FlowMap = field(default_factory=FlowMap)
 
     def __init__(self, config: Any, sampling: Sampling | None = None):
         super().__init__(config, sampling)

@@ -81,6 +81,10 @@ class DecoupledDMD(ScoreDistillation):
         if self.config.critic_pull and "student" in ran:
             track_average(nets.fake_score, nets.student, 1 - self.config.critic_pull)
 
+    def guidance(self, batch: Batch) -> float:
+        # CA and DM together are DMD's direction under this.
+        return self.config.guidance_scale + (self.config.augmentation if batch.uncond is not None else 0)
+
     def student_loss(self, nets: Networks, batch: Batch) -> Losses:
         return self.at_anchor(nets, batch)[0]
 

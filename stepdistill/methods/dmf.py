@@ -4,11 +4,12 @@ A denoiser's first half reads x_t, its second makes the answer of a noise level.
 place of t, a trained network is a two-time student with no new weight, and for r = t the teacher itself
 (stepdistill/families/depth.py). Training is iMF's (stepdistill/methods/imf.py), half of it at r = t, with the loss
 
-    log( |V - v|^2 / D / e^s + c ) + s,    s(t) learned: the logarithm of the mean error at that noise level
+    log( |V - v|^2 / D / e^s + c ) + s = log( |V - v|^2 / D + c e^s ),    s(t) learned
 
-so that all noise levels count alike and a sample that errs by much more than its like counts by its logarithm. (Of images
-all err alike; in few dimensions those few are the trajectories that part. `weight_power` p below MeanFlow's 1 puts
-(x^(1-p) - 1) / (1-p) in the logarithm's place, whose slope is MeanFlow's weight. Of an exact teacher the error has no floor:
+so that every sample counts by the logarithm of its error. s only moves the floor c and has no rest: it falls, and in time no
+floor is left. (Of images all err alike; in few dimensions those few that err more are the trajectories that part.
+`weight_power` p below MeanFlow's 1 puts (x^(1-p) - 1) / (1-p) in the logarithm's place, whose slope is MeanFlow's weight; s
+then rests at the logarithm of the mean error, and noise levels count alike. Of an exact teacher the error has no floor either:
 levels that are learned well then outweigh those that are not, and without `learned_weight` the weight is iMF's.) t and r are
 logit-normal each by itself, t the later of the two; where r = t another one. A network that is told the logarithm of its
 noise knows r = 0, where the last jump ends, by the least r it was trained with alone: `end_mean` must reach there.

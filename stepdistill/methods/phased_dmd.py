@@ -135,7 +135,7 @@ class PhasedDMD(ScoreDistillation):
             at = self.onward(nets.schedule, x_s, batch.randn(), self.start(nets.schedule, phase, t), t)
             real = self.teacher_at(nets, batch, at.x_t, at.t)
             fake = self.fake_at(_of_phase(nets, phase), batch, at.x_t, at.t)
-        matching = distribution_matching(x_s, real.x0, fake.x0, self.config.normalise)
+        matching = distribution_matching(x_s, real.x0, fake.x0, self.config.normalise, answer=said.x0)
         return {"total": matching, "matching": matching} | compared(said.x0, real, fake)
 
     def critic_loss(self, nets: Networks, batch: Batch, phase: int = 0) -> Losses:

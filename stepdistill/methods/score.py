@@ -112,7 +112,7 @@ class ScoreDistillation(Method):
         # Steps of the guided teacher it takes, of so many.
         diversity_steps: int = 5
         diversity_grid: int = 30
-        # Of the teacher there; 0 = guidance_scale.
+        # Of the teacher there; 0 = as the method guides it.
         diversity_guidance: float = 0.0
 
     def __init__(self, config: Any, sampling: Sampling | None = None):
@@ -217,6 +217,10 @@ class ScoreDistillation(Method):
             self._made.append((made._replace(x0=made.x0.detach()), batch.uncond))
         return made
 
+    def guidance(self, batch: Batch) -> float:
+        """The scale of the guided teacher that the student as a whole goes towards."""
+        return self.config.guidance_scale
+
     def diversity_loss(self, nets: Networks, batch: Batch) -> Losses:
         """The student's first answer held to the guided teacher's own way from the same noise.
 
@@ -230,7 +234,7 @@ class ScoreDistillation(Method):
         later = [t for t in schedule.teacher_grid(config.diversity_grid) if t < first][
             : config.diversity_steps
         ]
-        scale = config.diversity_guidance or config.guidance_scale
+        scale = config.diversity_guidance or self.guidance(batch)
         with torch.no_grad():
             x = x_first
             for t, s in itertools.pairwise([first, *later]):

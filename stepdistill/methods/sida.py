@@ -8,7 +8,8 @@ through the fake score's own encoder, trained along with it, at real data:
 
 D is a head on the encoder's last activations, at the pass the score is taken from: what it adds to SiD is that head
 and, in the critic's turn, half a pass of the fake score. Its loss is a mean over places as SiD's is one over elements;
-the published weights, 0.01 against 100, then stand 1e-4 to 1. With `alpha` 1, as published, the score's part is SIM's L2
+the published weights, 0.01 against 100, then stand 1e-4 to 1 (Uni-Instruct's code divides it by SiD's w as well; here it is
+not divided). With `alpha` 1, as published, the score's part is SIM's L2
 (arXiv 2410.16794).
 
 Uni-Instruct (arXiv 2505.20755) is the same for any f-divergence D_f(data || student), by `divergence`. Diffusion turns it

@@ -18,7 +18,7 @@ which shows as a "denoising" loss that grows while x0_std runs away.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,8 +46,8 @@ class VSD(ScoreDistillation):
         lora_rank: int = 64
         # LoRA's alpha; updates are multiplied by lora_scale / lora_rank.
         lora_scale: float = 108.0
-        # paper: to_q, to_v.
-        lora_targets: list[str] = field(default_factory=lambda: list(lora.TARGETS))
+        # () = the network's own, as with other adapters; paper: to_q, to_v.
+        lora_targets: tuple[str, ...] = ()
 
     def __init__(self, config: Any, sampling: Sampling | None = None):
         if config.tell_place:

@@ -46,6 +46,22 @@ def test_it_is_the_velocity_to_where_the_guided_teacher_is_after_five_of_thirty_
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["dmd2", "decoupled_dmd", "cdm"])
+def test_unless_it_is_set_it_is_guided_as_the_student_is(name):
+    """What CA adds is guidance too: told + a (told - untold), with DM's teacher unguided."""
+    settings = {"augmentation": 2.5} if name != "dmd2" else {"guidance_scale": 3.5}
+    both = []
+    for own in (0.0, 3.5):
+        made = world(
+            name, steps=(2, 4), schedule="flow", diversity_weight=0.05, diversity_guidance=own, **settings
+        )
+        both.append(made.method.diversity_loss(made.nets, made.batch())["anchor"])
+    assert torch.equal(*both)
+    batch = made.batch()
+    batch.uncond = None
+    assert made.method.guidance(batch) == (3.5 if name == "dmd2" else 1.0)
+
+
 @pytest.mark.parametrize("schedule", ["vp", "edm", "flow", "trig"])
 def test_a_student_that_steps_as_the_teacher_does_has_no_anchor_loss(schedule):
     made = world(

@@ -252,6 +252,14 @@ def test_without_the_flow_maps_loss_anyflow_needs_no_images():
         worlds.method("anyflow", flow_map={"guidance_low": 9.0, "guidance_high": 8.0, "tell_guidance": False})
 
 
+def test_what_a_flow_maps_section_leaves_out_is_anyflows_own():
+    """Not iMF's, which learns from data, told the scale."""
+    for given in ({}, {"weight_power": 0.5}):
+        flow_map = worlds.method("anyflow", flow_map=given).flow_map.config
+        assert (flow_map.direction, flow_map.guidance_low, flow_map.guidance_high) == ("teacher", 1.0, 1.0)
+        assert not flow_map.tell_guidance
+
+
 def test_anyflow_draws_its_places_itself():
     with pytest.raises(UserError, match=r"method\.simulated=passes .* leave it out"):
         worlds.method("anyflow", simulated="passes")

@@ -108,6 +108,26 @@ def test_the_students_gradient_is_fake_minus_real_at_the_phases_end(phase):
     assert deep and not any(asked)
 
 
+@pytest.mark.parametrize("schedule", ["vp", "flow", "edm"])
+@pytest.mark.parametrize("phase", [0, 1])
+def test_the_normaliser_is_of_the_students_answer_and_not_of_the_noised_state(phase, schedule):
+    """x_s still has noise in it, whose size would say how far the student is from the teacher."""
+    losses = []
+    for normalise in (True, False):
+        made = world("phased_dmd", steps=(4,), schedule=schedule, normalise=normalise)
+        stir(made.nets.fake_score)
+        losses.append(made.method.student_loss(made.nets, made.batch(), phase)["matching"])
+    batch, method, nets = made.batch(), made.method, made.nets
+    with torch.no_grad():
+        said, x_s = method.answer(nets, batch, phase)
+        t = method.times(nets, batch, method.config.t_low, method.config.t_high)
+        at = method.onward(nets.schedule, x_s, batch.randn(), method.start(nets.schedule, phase, t), t)
+        real = method.teacher_at(nets, batch, at.x_t, at.t).x0
+    # The loss is half of a mean square, its direction over w.
+    w = (said.x0 - real).abs().flatten(1).mean(1)
+    torch.testing.assert_close(losses[0] * w**2, losses[1], rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize("phase", [0, 1])
 def test_the_fake_score_learns_what_noise_was_added_and_nothing_reaches_the_student(phase):
     made = world("phased_dmd", steps=(4,), schedule="flow")

@@ -52,6 +52,33 @@ def test_directions_without_spread_have_a_finite_gradient():
     assert bool(torch.isfinite(x.grad).all()) and float(x.grad.abs().sum()) > 0
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_features_that_are_not_finite_make_the_distance_nan_and_are_forgotten(wrong):
+    """So that `run.on_nonfinite` decides, and what was seen before stays."""
+    held, good, bad = Moments([3]), drawn(), drawn(seed=1)
+    held.update([(good, good)], memory=0.9)
+    bad[2, 1] = wrong
+    assert (
+        frechet(*held.blended(0, bad, good, 0.9)).isnan()
+        and frechet(*held.blended(0, good, bad, 0.9)).isnan()
+    )
+    before = held.generated_0.clone(), held.real_0.clone()
+    held.update([(bad, bad)], memory=0.9)
+    assert torch.equal(held.generated_0, before[0]) and torch.equal(held.real_0, before[1])
+    held.update([(bad, drawn(seed=2))], memory=0.9)
+    assert torch.equal(held.generated_0, before[0]) and not torch.equal(held.real_0, before[1])
+
+
+def test_autocast_leaves_mmd_alone():
+    """Its distances are differences of products that are larger than they are."""
+    x, real = (5 + drawn(16, seed=i).float() for i in range(2))
+    plain = mmd(x.requires_grad_(), real)
+    (slope,) = torch.autograd.grad(plain, x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = mmd(x, real)
+    assert torch.equal(cast, plain) and torch.equal(torch.autograd.grad(cast, x)[0], slope)
+
+
 def test_mmd_is_unbiased_and_grows_with_a_shift():
     same = torch.stack([mmd(drawn(32, seed=2 * i), drawn(32, seed=2 * i + 1)) for i in range(60)])
     assert abs(float(same.mean())) < 4 * float(same.std()) / 60**0.5

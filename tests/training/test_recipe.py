@@ -66,6 +66,10 @@ def test_optim_of_one_network() -> None:
     fake = optim.for_network("fake_score")
     assert (fake.lr, fake.betas, fake.eps) == (2e-4, (0.0, 0.99), optim.eps)
     assert optim.for_network("student").lr == 1e-4
+    assert optim.for_network("fake_score_1") == fake != optim.for_network("student_1")
+    own = recipe_from(apply_overrides(BASE, ["optim.fake_score_1.betas=[0, 0.5]"])).optim
+    second = own.for_network("fake_score_1")
+    assert (second.lr, second.betas) == (2e-4, (0.0, 0.5))
     optim.check_networks(["student", "fake_score"])
     with pytest.raises(
         UserError, match=r"optim\.fake_score names no network of this run; this run trains student\."
