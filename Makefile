@@ -2,7 +2,7 @@
 #                    TEACHER=transformer takes the embedded transformer in place of the UNet)
 # make test          set up and run the tests        make test-slow   the long ones as well
 # make check         format, lint and fast tests, as CI does
-# make fuzz          thousands of changed files through every loader     make mutants   493 changed lines, each of which a test must notice
+# make fuzz          thousands of changed files through every loader     make mutants   531 changed lines, each of which a test must notice
 # make soak          kill runs of every method at random, and compare what they end with (half an hour of a core)
 # make lowest        the lowest allowed versions of all packages, and tests that touch each     make advisories   their known weaknesses
 # make assets        train everything in assets/ again (some hours of two cores)
