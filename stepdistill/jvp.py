@@ -129,12 +129,15 @@ def difference(
     teacher's ODE, not re-noised data, which would add the conditional velocity's noise, and a bias under
     guidance. Both passes draw the same dropout. step: h, a number or (B,), one per sample.
 
-    room: how far there is to go ahead and behind, (B,) each. Beyond that a network knows no time, so h is cut on that side
-    alone: at an end the difference is one-sided, of first order.
+    room: how far there is to go ahead and behind, (B,) each. Beyond that a network knows no time, so the two points, 2h
+    apart, move away from an end together: there the difference is of first order, and as smooth as elsewhere.
     """
-    far, near = (
-        (step, step) if room is None else (each.clamp(0, None).minimum(_like(step, each)) for each in room)
-    )
+    far = near = step
+    if room is not None:
+        most_far, most_near = (each.clamp(0, None) for each in room)
+        step = _like(step, most_far)
+        far = torch.minimum(step + (step - most_near).clamp(0, None), most_far)
+        near = torch.minimum(step + (step - most_far).clamp(0, None), most_near)
     with torch.no_grad(), in_full(primals[0]):
         with same_draws(primals[0]):
             ahead = function(

@@ -44,6 +44,28 @@ def test_both_agree_with_a_closed_form():
         )
 
 
+@pytest.mark.parametrize(
+    ("ahead", "behind", "first", "last"),
+    [
+        (1.0, 1.0, 0.4, 0.6),
+        (0.0, 1.0, 0.3, 0.5),
+        (0.02, 1.0, 0.32, 0.52),
+        (1.0, 0.05, 0.45, 0.65),
+        (-0.3, 1.0, 0.3, 0.5),
+        # Less than the window is there.
+        (0.04, 0.05, 0.45, 0.54),
+    ],
+)
+def test_a_differences_points_move_away_from_an_end_together(ahead, behind, first, last):
+    """The slope of t^2 between two times is their sum, so it says where they are: 2h = 0.2 apart, wherever there is room."""
+    t = torch.tensor([0.5], dtype=torch.float64)
+    room = torch.full_like(t, ahead), torch.full_like(t, behind)
+    for step in (0.1, torch.full_like(t, 0.1)):
+        value, slope = difference(torch.square, (t,), (torch.ones_like(t),), step, room)
+        assert float(slope) == pytest.approx(first + last, rel=1e-12)
+        assert float(value) == pytest.approx((first**2 + last**2) / 2, rel=1e-12)
+
+
 def test_a_constant_has_a_zero_derivative_and_expanded_times_are_fine():
     x = torch.randn(4, 2)
     # One number in memory.
