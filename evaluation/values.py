@@ -20,6 +20,7 @@ class Value:
     declares it as "kid/subsets". se: its standard error, NaN where there are too few samples, None where none is
     known. better: which way is better; "none" for what only explains another number. main: shown first, plotted.
     protocol: what its samples are of, with their number, where that is not the protocol of the numbers beside it.
+    compares: with the teacher's, so it is there only where that is measured as well.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Value:
     better: Better = "none"
     main: bool = False
     protocol: str = ""
+    compares: bool = False
 
 
 def measured(

@@ -128,6 +128,11 @@ class FourierEye(Eye):
         self.phases = 2 * math.pi * torch.rand(width, generator=generator)
 
     def features(self, points: Tensor) -> list[Tensor]:
-        """(B, dims) -> (B, 1, width) per layer."""
+        """(B, dims) -> (B, 1, width) per layer. Raises UserError for images."""
+        if points.ndim != 2:
+            raise UserError(
+                f"the eye fourier looks at points, and this family makes images of {tuple(points.shape[1:])}; choose clip or"
+                " dino."
+            )
         waves = [(points @ each.to(points) + self.phases.to(points)).cos() for each in self.frequencies]
         return [math.sqrt(2) * each[:, None] for each in waves]

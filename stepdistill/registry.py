@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import inspect
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
@@ -84,6 +85,15 @@ def resolve(name: Any, table: Table, what: str, *, where: str = "", registered_o
             f"{where} {name!r}: {class_name} is no {what}; derive it from {table.base.replace(':', '.')}."
         )
     return found
+
+
+def made(found: type, arguments: Mapping[str, Any], name: str, where: str = "method") -> Any:
+    """`found(**arguments)`, of what `resolve` found by `name`. Raises UserError naming `where`.arguments that do not fit."""
+    try:
+        inspect.signature(found).bind(**arguments)
+    except TypeError as error:
+        raise UserError(f"{where}.arguments do not fit {name}: {error}.") from None
+    return found(**arguments)
 
 
 def _is_target(name: str) -> bool:

@@ -139,7 +139,7 @@ def _parsed(metric: str, family: Family) -> tuple[type[Metric], str, Value]:
         for name, metric_class in classes.items()
         if metric_class.needs <= here
         for value in metric_class.values
-        if value.better != "none" and value.name.startswith(name)
+        if value.better != "none" and not value.compares
     }
     kind, colon, rest = metric.partition(":")
     # A directory may have slashes of its own, so the longest part that is known is cut off its end.

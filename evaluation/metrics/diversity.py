@@ -26,7 +26,7 @@ class Diversity(Metric):
     values = (
         Value("diversity", better="higher", main=True),
         Value("diversity/share", better="higher"),
-        Value("diversity/of_teacher", better="higher", main=True),
+        Value("diversity/of_teacher", better="higher", main=True, compares=True),
     )
 
     def check(self, inputs: Inputs, n: int) -> None:

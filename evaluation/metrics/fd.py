@@ -19,8 +19,8 @@ class FrechetDistance(Metric):
         Value("fd", better="lower", main=True),
         Value("fd/infinity", better="lower", main=True),
         # A student's over its teacher's, where both were measured, and of how many samples.
-        Value("fd_ratio", better="lower", main=True),
-        Value("fd_ratio/n"),
+        Value("fd_ratio", better="lower", main=True, compares=True),
+        Value("fd_ratio/n", compares=True),
     )
 
     def compute(self, inputs: Inputs) -> list[Value]:

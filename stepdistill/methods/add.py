@@ -44,7 +44,7 @@ from stepdistill.discriminator import (
 from stepdistill.eyes import EYES, Eye
 from stepdistill.losses import moments, mse
 from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase
-from stepdistill.registry import resolve
+from stepdistill.registry import made, resolve
 from stepdistill.sampling import Sampling
 from stepdistill.schedule import expand
 
@@ -80,7 +80,7 @@ class ADD(Method):
     @property
     def eye(self) -> Eye:
         if self._eye is None:
-            self._eye = self.cls(**self.config.arguments)
+            self._eye = made(self.cls, self.config.arguments, self.config.eye)
         return self._eye
 
     @property

@@ -93,6 +93,11 @@ def new_student(method: Method, family: Family, init: str, lora: LoraConfig) -> 
         raise UserError(
             "student.lora adapts weights that are there; with student.init=random set its rank to 0."
         )
+    if method.for_codes:
+        raise UserError(
+            "student.lora: a student of codes hears noise, through layers its teacher lacks and no LoRA file holds; set"
+            " student.lora.rank to 0."
+        )
     if method.sampling.inputs:
         raise UserError(
             f"student.lora: {type(method).__name__} tells its student {', '.join(method.sampling.inputs)}, through"

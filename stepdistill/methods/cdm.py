@@ -51,8 +51,8 @@ class CDM(DecoupledDMD):
 
     def __init__(self, config: Any, sampling: Sampling | None = None):
         super().__init__(config, sampling)
-        if config.most_steps < 1:
-            raise UserError(f"method.most_steps must be at least 1, got {config.most_steps}.")
+        if not 1 <= config.most_steps <= 1000:
+            raise UserError(f"method.most_steps must be from 1 to 1000, got {config.most_steps}.")
         if not 0 < config.grid_low < config.grid_high < 1:
             raise UserError(
                 "method.grid_low and method.grid_high must be flow times between 0 and 1 in rising order,"

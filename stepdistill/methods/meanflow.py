@@ -83,6 +83,16 @@ class MeanFlow(Method):
         # How the student is told r: by an embedding of its own, or as the time that its later layers see.
         end_by: Literal["embedding", "depth"] = "embedding"
 
+        def __post_init__(self) -> None:
+            for name in ("equal_share", "cond_dropout"):
+                if not 0 <= getattr(self, name) <= 1:
+                    raise ValueError(f"{name} must be a share from 0 to 1, got {getattr(self, name):g}.")
+            for name in ("time_std", "end_std", "difference_step"):
+                if getattr(self, name) < 0:
+                    raise ValueError(f"{name} must be at least 0, got {getattr(self, name):g}.")
+            if self.weight_c <= 0:
+                raise ValueError(f"weight_c must be above 0, got {self.weight_c:g}.")
+
     @classmethod
     def sampled(cls, config: Any) -> dict[str, Any]:
         return {"rule": "flowmap", "inputs": (ENDS[config.end_by],)}

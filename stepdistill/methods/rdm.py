@@ -34,8 +34,8 @@ from stepdistill.denoiser import Denoiser
 from stepdistill.errors import UserError
 from stepdistill.eyes import EYES, Eye
 from stepdistill.losses import moments
-from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase
-from stepdistill.registry import resolve
+from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase, addressed
+from stepdistill.registry import made, resolve
 from stepdistill.representation import Moments, frechet, mmd
 from stepdistill.sampling import Sampling
 from stepdistill.schedule import times_like
@@ -95,9 +95,9 @@ class RDM(Method):
     def eyes(self) -> list[Eye]:
         """Made when they are first asked for."""
         if not self._eyes:
-            self._eyes = [
-                cls(**each.arguments) for cls, each in zip(self._classes, self.encoders, strict=True)
-            ]
+            for i, (found, each) in enumerate(zip(self._classes, self.encoders, strict=True)):
+                with addressed(f"method.encoders.{i}"):
+                    self._eyes.append(made(found, each.arguments, each.name))
         return self._eyes
 
     @property

@@ -31,7 +31,7 @@ from stepdistill.denoiser import Denoiser, unwrap
 from stepdistill.errors import UserError
 from stepdistill.losses import moments, mse
 from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase
-from stepdistill.registry import resolve
+from stepdistill.registry import made, resolve
 from stepdistill.rewards import REWARDS, RewardModel, scores
 from stepdistill.rollout import simulate
 from stepdistill.sampling import Sampling
@@ -63,10 +63,7 @@ class Reward(Method):
     def model(self) -> RewardModel:
         """Made when it is first asked: a recipe is checked without loading it."""
         if self._model is None:
-            try:
-                self._model = self.cls(**self.config.arguments)
-            except TypeError as error:
-                raise UserError(f"method.arguments do not fit {self.config.reward}: {error}.") from None
+            self._model = made(self.cls, self.config.arguments, self.config.reward)
         return self._model
 
     @property

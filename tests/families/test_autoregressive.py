@@ -19,6 +19,7 @@ from stepdistill.errors import UserError
 from stepdistill.families.autoregressive import Autoregressive
 from stepdistill.families.code_denoisers import CodeStudent, relayed
 from stepdistill.families.toy import Toy
+from stepdistill.lora import LoraConfig
 from stepdistill.methods.assemble import assemble
 from stepdistill.noise import SampleNoise
 from stepdistill.schedule import Prefix, times_like
@@ -262,6 +263,13 @@ def test_dd2_goes_from_the_fake_laws_mean_to_the_teachers(scale):
         assert seen and max(float(a.abs().max()) for a, _ in seen) > 1e-4
         for one, other in seen:
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dd1", "dd2"])
+def test_adapters_are_refused_for_students_of_codes(name, family):
+    """A teacher hears no noise, so what adapts it would not either."""
+    with pytest.raises(UserError, match=r"student\.lora: .* set student\.lora\.rank to 0"):
+        assemble(method(name), family, lora=LoraConfig(rank=2))
 
 
 def test_dd2_imitates_first_and_its_fake_law_learns_what_the_student_says():

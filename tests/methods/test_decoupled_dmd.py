@@ -235,6 +235,8 @@ def test_the_fake_score_is_asked_of_no_place_between_that_it_learns_nothing_of(s
 def test_cdm_refuses_grids_that_are_none():
     for settings, says in (
         ({"most_steps": 0}, r"method\.most_steps"),
+        # A grid of so many times is never walked to its end.
+        ({"most_steps": 10**8}, r"method\.most_steps"),
         ({"grid_low": 0.95}, r"method\.grid_low"),
         ({"simulated": "counts"}, r"method\.simulated=counts .* leave it out"),
     ):

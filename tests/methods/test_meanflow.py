@@ -9,6 +9,7 @@ from gaussians import EVERY_SCHEDULE, MEAN, STD, Affine, Oracle, batch_of, gradi
 from worlds import COUNT, world
 
 from stepdistill.denoiser import Denoiser
+from stepdistill.errors import UserError
 from stepdistill.families.toy import gaussian_flow_map
 from stepdistill.methods.meanflow import Point
 from stepdistill.sampling import Sampling
@@ -160,3 +161,22 @@ def test_the_identity_holds_by_differences_where_a_network_knows_no_later_time(s
     # All at one place, that of the most noise.
     assert len(method.times(nets, batch_of())[0].unique()) == 1
     assert float(method.loss(nets, batch)["error"].max()) < 1e-3
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"weight_c": 0.0},
+        {"equal_share": 1.5},
+        {"cond_dropout": -0.1},
+        {"time_std": -1.0},
+        {"end_std": -1.0},
+        {"difference_step": -1e-3},
+    ],
+)
+@pytest.mark.parametrize("name", ["meanflow", "imf", "dmf", "anyflow"])
+def test_settings_out_of_range_are_refused(name, wrong):
+    (key,) = wrong
+    place = rf"^method\.{'flow_map.' if name == 'anyflow' else ''}{key} must be "
+    with pytest.raises(UserError, match=place):
+        worlds.method(name, **({"flow_map": wrong} if name == "anyflow" else wrong))

@@ -12,7 +12,7 @@ from worlds import COUNT, world
 
 from stepdistill import assets
 from stepdistill.errors import UserError
-from stepdistill.eyes import Eye
+from stepdistill.eyes import Eye, FourierEye
 from stepdistill.methods.base import Networks
 from stepdistill.representation import Moments, frechet, mmd
 from training.measure import check_judge
@@ -245,6 +245,24 @@ def test_one_real_sample_is_refused_where_reals_are_compared(count):
 def test_what_it_cannot_do_is_refused(wrong):
     with pytest.raises(UserError, match=r"student\.steps|method\.(chunks|encoders)"):
         worlds.method("rdm", **wrong)
+
+
+@pytest.mark.parametrize("name", ["rdm", "add"])
+def test_arguments_that_no_eye_takes_are_named(name):
+    given = {"name": "fourier", "arguments": {"foo": 1}}
+    settings = (
+        {"encoders": [{"name": "fourier"}, given]}
+        if name == "rdm"
+        else {"eye": "fourier", "arguments": {"foo": 1}}
+    )
+    where = r"method\.encoders\.1" if name == "rdm" else "method"
+    with pytest.raises(UserError, match=rf"^{where}\.arguments do not fit fourier: .*'foo'"):
+        _ = worlds.method(name, **settings).trained_on
+
+
+def test_the_eye_of_points_refuses_images():
+    with pytest.raises(UserError, match=r"images of \(3, 8, 8\); choose clip or dino"):
+        FourierEye().features(torch.rand(2, 3, 8, 8))
 
 
 def test_the_moments_are_of_all_passes_and_processes():

@@ -171,6 +171,9 @@ def test_classes_are_measured_against_a_reference(tmp_path, tiny_pixel):
         ("prdc:scenes-v1/recal", "", "cannot be measured on the family 'sd'"),
         ("latency", "", "cannot be measured on the family 'sd'"),
         ("paired/distance", "", "cannot be measured on the family 'sd'"),
+        # No teacher is measured in a run.
+        ("diversity/of_teacher", "", "cannot be measured on the family 'sd'"),
+        ("fd_ratio", "", "cannot be measured on the family 'sd'; choose one of fd,"),
         ("kid:scenes-v1/subset_size", "", "cannot be measured on the family 'sd'"),
         ("attributes:scenes-v1", "", "cannot be measured on the family 'sd'"),
         ("fd:scene-v1", "", "there is no extractor 'scene-v1'"),
