@@ -66,7 +66,8 @@ class ClipEye(Eye):
         self.widths, self.prompt_width = (self.clip.width,) * len(self.layers), self.clip.dim
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """images (B, 3, H, W) in [0, 1] -> (B, places, C) per layer, with gradient."""
+        """images (B, 3, H, W) in [0, 1] -> (B, places, C) per layer, with gradient. Raises UserError for what are none."""
+        _refuse_points(images, "clip")
         return self.clip.to(images.device).hidden_states(images, self.layers)
 
     def prompts(self, prompts: Sequence[str], device: torch.device) -> Tensor:
@@ -103,7 +104,8 @@ class DinoEye(Eye):
         self.side, self.widths = side, (config.hidden_size,) * len(self.layers)
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """images (B, 3, H, W) in [0, 1] -> (B, 1 + patches, C) per layer, with gradient."""
+        """images (B, 3, H, W) in [0, 1] -> (B, 1 + patches, C) per layer, with gradient. Raises UserError for what are none."""
+        _refuse_points(images, "dino")
         if self.mean.device != images.device:
             self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
             self.model.to(images.device)
@@ -128,11 +130,20 @@ class FourierEye(Eye):
         self.phases = 2 * math.pi * torch.rand(width, generator=generator)
 
     def features(self, points: Tensor) -> list[Tensor]:
-        """(B, dims) -> (B, 1, width) per layer. Raises UserError for images."""
-        if points.ndim != 2:
+        """(B, dims) -> (B, 1, width) per layer. Raises UserError for images, and points of other dimensions."""
+        dims = self.frequencies[0].shape[0]
+        if points.shape[1:] != (dims,):
             raise UserError(
-                f"the eye fourier looks at points, and this family makes images of {tuple(points.shape[1:])}; choose clip or"
-                " dino."
+                f"the eye fourier looks at points of {dims} numbers, and this family makes {tuple(points.shape[1:])}; give"
+                " its arguments dims, or for images choose clip or dino."
             )
         waves = [(points @ each.to(points) + self.phases.to(points)).cos() for each in self.frequencies]
         return [math.sqrt(2) * each[:, None] for each in waves]
+
+
+def _refuse_points(images: Tensor, name: str) -> None:
+    if images.ndim != 4:
+        raise UserError(
+            f"the eye {name} looks at images (3, H, W), and this family makes {tuple(images.shape[1:])}; for points choose"
+            " fourier."
+        )

@@ -12,7 +12,7 @@ from worlds import COUNT, world
 
 from stepdistill import assets
 from stepdistill.errors import UserError
-from stepdistill.eyes import Eye, FourierEye
+from stepdistill.eyes import ClipEye, Eye, FourierEye
 from stepdistill.methods.base import Networks
 from stepdistill.representation import Moments, frechet, mmd
 from training.measure import check_judge
@@ -260,9 +260,17 @@ def test_arguments_that_no_eye_takes_are_named(name):
         _ = worlds.method(name, **settings).trained_on
 
 
-def test_the_eye_of_points_refuses_images():
-    with pytest.raises(UserError, match=r"images of \(3, 8, 8\); choose clip or dino"):
+def test_eyes_refuse_what_they_cannot_look_at():
+    with pytest.raises(UserError, match=r"makes \(3, 8, 8\); .* for images choose clip or dino"):
         FourierEye().features(torch.rand(2, 3, 8, 8))
+    with pytest.raises(
+        UserError, match=r"points of 3 numbers, and this family makes \(2,\); give its arguments dims"
+    ):
+        FourierEye(dims=3).features(torch.rand(4, 2))
+    with pytest.raises(
+        UserError, match=r"the eye clip looks at images .* makes \(2,\); for points choose fourier"
+    ):
+        ClipEye().features(torch.rand(4, 2))
 
 
 def test_the_moments_are_of_all_passes_and_processes():
