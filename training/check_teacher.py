@@ -60,6 +60,10 @@ def subject_of(given: str, overrides: Sequence[str], images: str) -> Subject:
         family, card = _open(given, overrides)
     if family.teacher is None:
         raise UserError(f"{given} has no teacher, it trains one; there is nothing to check.")
+    if family.of_codes:
+        raise UserError(
+            f"{given} says codes one after another, and what is checked here is how a teacher denoises; draw with it instead."
+        )
     return Subject(given, family, _images(images, family) if images else source, recipe, card)
 
 

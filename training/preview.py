@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import nn
 
-from stepdistill.denoiser import Denoiser, map_cond
+from stepdistill.denoiser import Denoiser, map_cond, unwrap
 from stepdistill.drawing import Sampler, teacher_card
 from stepdistill.families.base import Family
 from stepdistill.methods.base import Method
@@ -52,17 +52,23 @@ class Preview:
         drawn = [draw.x0(self.prompts, seeds) for draw in draws]
         rows: Rows = [(draw.label, family.picture(x0)) for draw, x0 in zip(draws, drawn, strict=True)]
         if self.method.needs_teacher:
-            rows.append((f"teacher, {TEACHER_STEPS} steps", self._teachers(sampler.device)))
+            rows.append((f"teacher, {self._steps} steps", self._teachers(sampler.device)))
         for name, module in networks.items():
-            if name.split("/")[-1] == "fake_score":
+            # Of codes it is a law, which believes no image.
+            if name.split("/")[-1] == "fake_score" and isinstance(unwrap(module), Denoiser):
                 believed = family.picture(self._believed(module, drawn[0]))
                 rows.append((f"{name}: x0 of the student's images at half the noise", believed))
         return grid(rows, notes)
 
+    @property
+    def _steps(self) -> int:
+        """Of the teacher; one of codes has its own number."""
+        return max(self.family.many_steps.steps, default=TEACHER_STEPS)
+
     def _teachers(self, device: torch.device) -> np.ndarray:
         if self._teacher is None:
             teacher = teacher_sampler(self.family, taught_guidance(self.method), device)
-            x0 = teacher.at(TEACHER_STEPS, chunk=self.chunk).x0(self.prompts, range(self.count))
+            x0 = teacher.at(self._steps, chunk=self.chunk).x0(self.prompts, range(self.count))
             self._teacher = self.family.picture(x0)
         return self._teacher
 

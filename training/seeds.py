@@ -37,7 +37,7 @@ class Seeds:
             return {}
         if self._teachers is None:
             teacher = teacher_sampler(self.family, self.guidance, sampler.device)
-            self._teachers = self._measured(teacher, TEACHER_STEPS)
+            self._teachers = self._measured(teacher, max(teacher.steps or (), default=TEACHER_STEPS))
         std, spread = self._measured(sampler, min(sampler.steps or (TEACHER_STEPS,)))
         return {
             "samples/std_ratio": std / max(self._teachers[0], 1e-12),

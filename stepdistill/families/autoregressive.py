@@ -124,7 +124,7 @@ class Autoregressive(Family):
     def fresh(self) -> Denoiser:
         twin = self.teacher.clone() if isinstance(self.teacher, CodeTeacher) else self.teacher
         network = CodeTransformer(twin.network.shape)
-        network.book.copy_(twin.network.book)
+        network.book = twin.network.book.clone()
         return CodeStudent(network, "x0", self.schedule)
 
     def encode(self, prompts: Sequence[str]) -> Cond:

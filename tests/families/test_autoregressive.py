@@ -23,6 +23,10 @@ from stepdistill.lora import LoraConfig
 from stepdistill.methods.assemble import assemble
 from stepdistill.noise import SampleNoise
 from stepdistill.schedule import Prefix, times_like
+from training import run as running
+from training.check_teacher import subject_of
+from training.recipe import load_recipe
+from training.train import main
 
 CAPTIONS = [*worlds.CAPTIONS, ""] * 4
 COUNT = len(CAPTIONS)
@@ -313,3 +317,21 @@ def test_dd2_has_no_pull_where_the_students_law_is_the_teachers():
     with torch.no_grad():
         nets.fake_score.network.head.bias[0] += 5
     assert made.method.matching(nets, made.batch(0))["gap"].median() > 1e-2
+
+
+def test_a_run_of_codes_draws_previews_and_is_counted_from_random_weights(tmp_path, capsys):
+    """Its teacher has one number of steps, and its fake score is a law, which believes no image."""
+    settings = [
+        f"family.teacher={ar.directory()}", "data.size=8", "run.steps=2", "optim.batch_size=2", "run.preview_every=1",
+        "run.preview_count=1", "method.imitation_steps=1", f"run.out={tmp_path / 'run'}", "run.check_teacher=false",
+    ]  # fmt: skip
+    recipe = load_recipe("training/recipes/scenes_dd2.yaml", settings)
+    running.run(recipe)
+    assert len(list((tmp_path / "run" / "previews").glob("*.png"))) == 3
+    main(["training/recipes/scenes_dd2.yaml", *settings, "student.init=random", "--dry-run"])
+    assert "in phase 'student'" in capsys.readouterr().out
+
+
+def test_a_teacher_of_codes_is_not_checked_by_denoising():
+    with pytest.raises(UserError, match="says codes one after another"):
+        subject_of(str(ar.directory()), [], "")
