@@ -39,13 +39,18 @@ class Moments(nn.Module):
 
     @torch.no_grad()
     def update(self, seen: Sequence[tuple[Tensor, Tensor]], memory: float) -> None:
-        """seen: generated and real features (N, width) by encoder. What is not finite changes nothing."""
+        """seen: generated and real features (N, width) by encoder. A batch that is not finite changes nothing."""
         share = self.share(memory)
-        for i, both in enumerate(seen):
-            for whose, features in zip(("generated", "real"), both, strict=True):
-                kept, new = getattr(self, f"{whose}_{i}"), _raw_moments(features)
-                kept.lerp_(torch.where(new.isfinite().all(), new, kept), share)
-        self.updates += 1
+        new = {
+            f"{whose}_{i}": _raw_moments(features)
+            for i, both in enumerate(seen)
+            for whose, features in zip(("generated", "real"), both, strict=True)
+        }
+        finite = torch.stack([each.isfinite().all() for each in new.values()]).all()
+        for name, each in new.items():
+            kept = getattr(self, name)
+            kept.lerp_(torch.where(finite, each, kept), share)
+        self.updates += finite
 
 
 def _raw_moments(features: Tensor) -> Tensor:

@@ -52,7 +52,9 @@ class Preview:
         drawn = [draw.x0(self.prompts, seeds) for draw in draws]
         rows: Rows = [(draw.label, family.picture(x0)) for draw, x0 in zip(draws, drawn, strict=True)]
         if self.method.needs_teacher:
-            rows.append((f"teacher, {self._steps} steps", self._teachers(sampler.device)))
+            rows.append(
+                (f"teacher, {teacher_steps(family, TEACHER_STEPS)} steps", self._teachers(sampler.device))
+            )
         for name, module in networks.items():
             # Of codes it is a law, which believes no image.
             if name.split("/")[-1] == "fake_score" and isinstance(unwrap(module), Denoiser):
@@ -60,15 +62,11 @@ class Preview:
                 rows.append((f"{name}: x0 of the student's images at half the noise", believed))
         return grid(rows, notes)
 
-    @property
-    def _steps(self) -> int:
-        """Of the teacher; one of codes has its own number."""
-        return max(self.family.many_steps.steps, default=TEACHER_STEPS)
-
     def _teachers(self, device: torch.device) -> np.ndarray:
         if self._teacher is None:
             teacher = teacher_sampler(self.family, taught_guidance(self.method), device)
-            x0 = teacher.at(self._steps, chunk=self.chunk).x0(self.prompts, range(self.count))
+            steps = teacher_steps(self.family, TEACHER_STEPS)
+            x0 = teacher.at(steps, chunk=self.chunk).x0(self.prompts, range(self.count))
             self._teacher = self.family.picture(x0)
         return self._teacher
 
@@ -92,6 +90,11 @@ def teacher_sampler(family: Family, guidance: float, device: torch.device) -> Sa
     """The family's teacher, drawn with that guidance."""
     card = teacher_card(family, guidance)
     return Sampler(family, family.teacher, Path("teacher"), card, device)
+
+
+def teacher_steps(family: Family, wanted: int) -> int:
+    """Of the family's teacher: as many as are wanted, unless it has a number of its own, as one of codes has."""
+    return max(family.many_steps.steps, default=wanted)
 
 
 def preview_prompts(family: Family, source: Source, count: int) -> list[str] | list[int]:

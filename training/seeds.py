@@ -15,7 +15,7 @@ from torch import Tensor
 from stepdistill.drawing import Sampler
 from stepdistill.families.base import Family
 from training.data import Source
-from training.preview import preview_prompts, teacher_sampler
+from training.preview import preview_prompts, teacher_sampler, teacher_steps
 
 PROMPTS, SEEDS, TEACHER_STEPS = 4, 8, 25
 
@@ -37,7 +37,7 @@ class Seeds:
             return {}
         if self._teachers is None:
             teacher = teacher_sampler(self.family, self.guidance, sampler.device)
-            self._teachers = self._measured(teacher, max(teacher.steps or (), default=TEACHER_STEPS))
+            self._teachers = self._measured(teacher, teacher_steps(self.family, TEACHER_STEPS))
         std, spread = self._measured(sampler, min(sampler.steps or (TEACHER_STEPS,)))
         return {
             "samples/std_ratio": std / max(self._teachers[0], 1e-12),

@@ -49,6 +49,10 @@ class Encoder:
     arguments: dict[str, Any] = field(default_factory=dict)
     weight: float = 1.0
 
+    def __post_init__(self) -> None:
+        if self.weight <= 0:
+            raise ValueError(f"weight must be above 0, got {self.weight:g}.")
+
 
 class RDM(Method):
     needs_teacher = False
@@ -95,9 +99,11 @@ class RDM(Method):
     def eyes(self) -> list[Eye]:
         """Made when they are first asked for."""
         if not self._eyes:
+            eyes = []
             for i, (found, each) in enumerate(zip(self._classes, self.encoders, strict=True)):
                 with addressed(f"method.encoders.{i}"):
-                    self._eyes.append(made(found, each.arguments, each.name))
+                    eyes.append(made(found, each.arguments, each.name))
+            self._eyes = eyes
         return self._eyes
 
     @property
