@@ -58,6 +58,8 @@ class DD2(Method):
 
     def __init__(self, config: Any, sampling: Sampling | None = None):
         super().__init__(config, sampling)
+        if config.imitation_steps < 0:
+            raise UserError(f"method.imitation_steps must be at least 0, got {config.imitation_steps}.")
         if not 0 <= config.s_low < config.s_high < 1:
             raise UserError(
                 "method.s_low and method.s_high must rise between 0 and 1, 1 left out,"

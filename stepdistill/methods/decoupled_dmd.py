@@ -55,6 +55,8 @@ class DecoupledDMD(ScoreDistillation):
 
     def __init__(self, config: Any, sampling: Sampling | None = None):
         super().__init__(config, sampling)
+        if config.augmentation < 0:
+            raise UserError(f"method.augmentation must be at least 0, got {config.augmentation:g}.")
         if config.floor <= 0:
             raise UserError(f"method.floor must be above 0, got {config.floor:g}.")
         if config.tell_place and config.critic_pull:

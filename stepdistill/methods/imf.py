@@ -56,6 +56,11 @@ class IMF(MeanFlow):
             raise UserError(
                 f"method.guidance_low and method.guidance_high must be positive and rising, got {low:g} and {high:g}."
             )
+        if not 0 <= config.interval_low < config.interval_high <= 1:
+            raise UserError(
+                "method.interval_low and method.interval_high must be flow times from 0 to 1 in rising order,"
+                f" got {config.interval_low:g} and {config.interval_high:g}."
+            )
         if config.guidance_scale != 1 or config.kappa != 0:
             raise UserError(
                 "method.guidance_scale and method.kappa are meanflow's; here give method.guidance_low and"

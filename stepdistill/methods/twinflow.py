@@ -53,6 +53,8 @@ class TwinFlow(IMF):
         super().__init__(config, sampling)
         if config.direction != "data":
             raise UserError("method.direction: twinflow has no teacher; set it to data.")
+        if config.clamp < 0:
+            raise UserError(f"method.clamp must be at least 0, got {config.clamp:g}.")
 
     def phases(self, step: int) -> Iterator[Phase]:
         config = self.config

@@ -117,6 +117,7 @@ def test_a_fake_score_of_another_make_is_refused():
         world("decoupled_dmd", fake_score_lora={"rank": 2})
     for settings, says in (
         ({"floor": 0.0}, r"method\.floor"),
+        ({"augmentation": -1.0}, r"method\.augmentation"),
         ({"critic_pull": 1.0}, r"method\.critic_pull"),
     ):
         with pytest.raises(UserError, match=says):

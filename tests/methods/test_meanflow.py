@@ -180,3 +180,18 @@ def test_settings_out_of_range_are_refused(name, wrong):
     place = rf"^method\.{'flow_map.' if name == 'anyflow' else ''}{key} must be "
     with pytest.raises(UserError, match=place):
         worlds.method(name, **({"flow_map": wrong} if name == "anyflow" else wrong))
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "place"),
+    [
+        ("imf", {"interval_low": 0.9, "interval_high": 0.1}, r"method\.interval_low"),
+        ("twinflow", {"interval_high": 1.5}, r"method\.interval_low"),
+        ("anyflow", {"flow_map": {"interval_low": -0.1}}, r"method\.flow_map\.interval_low"),
+        ("twinflow", {"clamp": -1.0}, r"method\.clamp must be at least 0"),
+        ("dd2", {"imitation_steps": -5}, r"method\.imitation_steps must be at least 0"),
+    ],
+)
+def test_what_later_flow_maps_and_dd2_cannot_use_is_refused(name, wrong, place):
+    with pytest.raises(UserError, match=place):
+        worlds.method(name, **wrong)
