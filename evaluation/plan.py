@@ -158,9 +158,9 @@ def _teacher_drawers(
     """The teacher at its own step count and then at each of the students', each at every scale to try."""
     scales = [1.0] if teacher.guidance_free else list(dict.fromkeys(map(float, settings.teacher_guidance)))
     full = settings.teacher_steps or teacher.default_steps
-    counts = [full, *sorted({drawer.steps for drawer in students} - {full})]
-    # An autoregressive one has a step for each of its codes, and no others.
-    counts = [count for count in counts if not teacher.steps or count in teacher.steps]
+    others = sorted({drawer.steps for drawer in students} - {full})
+    # An autoregressive one has a step for each of its codes, and no others; what it was asked for is refused by `at`.
+    counts = [full, *(count for count in others if not teacher.steps or count in teacher.steps)]
     return [
         [teacher.at(count, scale, chunk=settings.batch, quantise=quantise) for scale in scales]
         for count in counts

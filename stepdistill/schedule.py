@@ -134,6 +134,20 @@ class Prefix(Flow):
     def agrees(self, other: Schedule) -> bool:
         return isinstance(other, Prefix) and other.length == self.length
 
+    def few_step_grid(self, steps: int, finest: int = 0, first_rho: float = 0.0) -> tuple[float, ...]:
+        return super().few_step_grid(self._within(steps), finest, first_rho)
+
+    def few_step_ode_grid(self, steps: int, finest: int) -> tuple[float, ...]:
+        return super().few_step_ode_grid(self._within(steps), finest)
+
+    def _within(self, steps: int) -> int:
+        """Every step says one place at least. Raises UserError for more steps than there are places."""
+        if steps > self.length:
+            raise UserError(
+                f"{steps} steps are more than the {self.length} places of an image; ask for fewer."
+            )
+        return steps
+
     def kept(self, t: Tensor) -> Tensor:
         """How many places hold data at t (B,), int64."""
         return ((1 - as_time(t)) * self.length).round().long()

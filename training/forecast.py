@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stepdistill.denoiser import map_cond, parameter_count
-from stepdistill.errors import first_line
+from stepdistill.errors import UserError, first_line
 from stepdistill.families.base import Family
 from stepdistill.lora import LoRA
 from stepdistill.methods.assemble import assemble, trained_by
@@ -131,6 +131,9 @@ def forecast(stage: Recipe, family: Family, source: Source, processes: int = 1) 
         if isinstance(made.student, LoRA) and family.exportable:
             # Adapters leave merged into a copy of what they adapt, beside all that training holds.
             said.phases["export"] = said.lasting + bytes_of(made.student.base)
+    except UserError:
+        # The run would end with it too.
+        raise
     except Exception as error:
         # Foreign networks and methods may do what has no meaning without content.
         said.unknown = f"a step could not be counted: {first_line(error)}"

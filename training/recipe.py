@@ -173,11 +173,26 @@ def _staged(base: Mapping[str, Any], partials: Sequence[Mapping[str, Any]]) -> l
         try:
             built.append(_from_mapping(_merged(base, partial), inherited=inherited))
             _refuse_unsampled(partial, [built[-1]])
+        except UnknownKey as error:
+            if error.section == "method" and (meant := _heard(error.key, base, partials)):
+                raise UserError(
+                    f"stages.{i}: unknown key method.{error.key}, which is for another stage; give it as {meant}."
+                ) from None
+            raise UserError(f"stages.{i}: {error}") from None
         except UserError as error:
             raise UserError(f"stages.{i}: {error}") from None
         inherited = {} if built[-1].method.cls.many_steps else built[-1].sampling.inherited()
     _refuse_unsampled(base, built)
     return built
+
+
+def _heard(key: str, base: Mapping[str, Any], partials: Sequence[Mapping[str, Any]]) -> str:
+    """The stages whose methods have a setting of that name, as it is given for them."""
+    names = [as_section(_merged(base, partial).get("method"), "method").get("name") for partial in partials]
+    classes = [resolve(name, EVERY_METHOD, "method") if name in EVERY_METHOD else None for name in names]
+    return " and ".join(
+        f"stages.{i}.method.{key}" for i, cls in enumerate(classes) if cls and key in field_names(cls.Config)
+    )
 
 
 def _check_stage(partial: Any, where: str) -> None:

@@ -266,6 +266,13 @@ def check(recipe: Recipe, family: Family, source: Source) -> None:
             f"student.init_noise={method.sampling.init_noise}: the pipeline of this {family.name!r} teacher starts from"
             f" {family.init_noises[0]} noise; set it to that."
         )
+    try:
+        for steps in method.sampling.steps:
+            method.sampling.grid(family.schedule, steps)
+    except UserError as error:
+        raise UserError(f"student.steps={list(method.sampling.steps)}: {error}") from None
+    # Trajectories that cannot be, and frozen networks that are not there: not after hours, when their stage begins.
+    _ = method.pairs(family.schedule), method.trained_on
     recipe.optim.check_networks(trained_by(method, recipe.run.steps))
     check_metric(recipe.run, family, method)
     check_trackers(recipe.run.trackers)

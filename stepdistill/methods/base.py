@@ -292,11 +292,12 @@ class Method:
 
 
 def _check_settings(config: Any) -> None:
-    """UserError for a weight below nothing or a share of no whole, by the names that all methods give such settings."""
+    """UserError for a weight, spread or scale below nothing or a share of no whole, by the names all methods give them."""
     for name, value in vars(config).items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
-        if name.endswith("weight") and not 0 <= value < math.inf:
+        nonnegative = name.endswith(("weight", "_std")) or "guidance" in name
+        if nonnegative and not 0 <= value < math.inf:
             raise UserError(f"method.{name} must be 0 or more, got {value:g}.")
         if name.endswith(("dropout", "_share")) and not 0 <= value <= 1:
             raise UserError(f"method.{name} must be a share from 0 to 1, got {value:g}.")

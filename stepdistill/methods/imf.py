@@ -49,13 +49,18 @@ class IMF(MeanFlow):
         equal_share: float = 0.5
         weight_c: float = 1e-2
 
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            # `sampled` takes their root.
+            if not 0 < self.guidance_low <= self.guidance_high:
+                raise ValueError(
+                    "guidance_low must be above 0 and at most guidance_high,"
+                    f" got {self.guidance_low:g} and {self.guidance_high:g}."
+                )
+
     def __init__(self, config: Any, sampling: Sampling | None = None):
         super().__init__(config, sampling)
         low, high = config.guidance_low, config.guidance_high
-        if not 0 < low <= high:
-            raise UserError(
-                f"method.guidance_low and method.guidance_high must be positive and rising, got {low:g} and {high:g}."
-            )
         if not 0 <= config.interval_low < config.interval_high <= 1:
             raise UserError(
                 "method.interval_low and method.interval_high must be flow times from 0 to 1 in rising order,"

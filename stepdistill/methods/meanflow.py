@@ -87,9 +87,8 @@ class MeanFlow(Method):
             for name in ("equal_share", "cond_dropout"):
                 if not 0 <= getattr(self, name) <= 1:
                     raise ValueError(f"{name} must be a share from 0 to 1, got {getattr(self, name):g}.")
-            for name in ("time_std", "end_std", "difference_step"):
-                if getattr(self, name) < 0:
-                    raise ValueError(f"{name} must be at least 0, got {getattr(self, name):g}.")
+            if self.difference_step < 0:
+                raise ValueError(f"difference_step must be at least 0, got {self.difference_step:g}.")
             if self.weight_c <= 0:
                 raise ValueError(f"weight_c must be above 0, got {self.weight_c:g}.")
 

@@ -103,6 +103,11 @@ class RDM(Method):
             for i, (found, each) in enumerate(zip(self._classes, self.encoders, strict=True)):
                 with addressed(f"method.encoders.{i}"):
                     eyes.append(made(found, each.arguments, each.name))
+            if self.config.prompt_weight and not any(eye.prompt_width for eye in eyes):
+                raise UserError(
+                    f"method.prompt_weight={self.config.prompt_weight:g}: none of method.encoders embeds prompts; set it to 0,"
+                    " or add {name: clip}."
+                )
             self._eyes = eyes
         return self._eyes
 

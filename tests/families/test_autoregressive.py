@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from tiny import ar
 from worlds import method, world
 
 import stepdistill
+from evaluation.plan import _teacher_drawers
+from evaluation.settings import Settings
 from stepdistill import export
 from stepdistill.code_flow import flow_to_codes
 from stepdistill.denoiser import guided
@@ -121,6 +125,10 @@ def test_time_is_the_share_of_places_that_are_noise():
     assert schedule.kept(t).tolist() == [0, 2, 8]
     assert schedule.add_noise(x0, eps, t).sum((1, 2)).tolist() == [0, 4, 16]
     assert schedule.few_step_grid(2) == (1.0, 0.5) and schedule.teacher_grid(4) == (1.0, 0.75, 0.5, 0.25)
+    for grid in (schedule.few_step_grid, schedule.few_step_ode_grid):
+        assert len(grid(8, 50)) == 8
+        with pytest.raises(UserError, match="9 steps are more than the 8 places"):
+            grid(9, 50)
     assert schedule.agrees(Prefix(8)) and not schedule.agrees(Prefix(4))
 
 
@@ -335,3 +343,14 @@ def test_a_run_of_codes_draws_previews_and_is_counted_from_random_weights(tmp_pa
 def test_a_teacher_of_codes_is_not_checked_by_denoising():
     with pytest.raises(UserError, match="says codes one after another"):
         subject_of(str(ar.directory()), [], "")
+
+
+def test_a_teacher_that_is_asked_for_other_steps_than_its_places_is_refused():
+    """And the students' counts, which it does not take, are left out."""
+    teacher, other = stepdistill.load(ar.directory()), SimpleNamespace(steps=2)
+    settings = partial(Settings, pipelines=(), out="out")
+    for asked in (None, ar.LENGTH):
+        drawers = _teacher_drawers(teacher, [other], settings(teacher_steps=asked), "round")
+        assert [drawer.steps for each in drawers for drawer in each][:1] == [ar.LENGTH] and len(drawers) == 1
+    with pytest.raises(UserError, match=f"steps=50 .* use one of {ar.LENGTH}"):
+        _teacher_drawers(teacher, [other], settings(teacher_steps=50), "round")

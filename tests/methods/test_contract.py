@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from stepdistill.errors import UserError
 from stepdistill.losses import distribution_matching
 from stepdistill.methods import METHODS
 from stepdistill.methods.base import Networks
+from stepdistill.registry import resolve
 from stepdistill.sampling import RULES
 from stepdistill.schedule import VP, Flow
 
@@ -249,3 +251,11 @@ def test_scoped_networks_name_what_is_missing():
     with pytest.raises(AttributeError, match="no network 'own'; there are student"):
         _ = nets.own
     assert distribution_matching(torch.ones(2, 1), torch.ones(2, 1), torch.ones(2, 1)).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_spreads_and_scales_below_nothing_are_refused(name):
+    for field in fields(resolve(name, METHODS, "method").Config):
+        if field.type == "float" and (field.name.endswith("_std") or "guidance" in field.name):
+            with pytest.raises(UserError, match=rf"^method.*\b{field.name}\b.*-0\.5"):
+                worlds.method(name, **(SETTINGS.get(name, {}) | {field.name: -0.5}))

@@ -10,8 +10,10 @@ import torch
 from runs import LCM, sd, toy
 from torch import nn
 
+from stepdistill.errors import UserError
 from training.forecast import Forecast, forecast
 from training.ledger import META, Ledger, without_content
+from training.recipe import recipe_from
 from training.run import build
 
 MEMORY = Path(__file__).parents[2] / "benchmarks" / "memory.json"
@@ -111,6 +113,16 @@ def test_a_step_that_cannot_be_counted_is_said_so(tmp_path, monkeypatch):
         "before activations (a step could not be counted: ValueError: reads what is there)"
         in found.lines()[-1]
     )
+
+
+def test_what_a_run_refuses_its_forecast_refuses(tmp_path):
+    """One real sample, which `rdm` compares with nothing."""
+    method = {"name": "rdm", "distance": "mmd", "encoders": [{"name": "fourier"}]}
+    mapping = toy(tmp_path).mapping() | {"method": method, "student": {"steps": [1]}}
+    recipe = recipe_from(mapping | {"optim": {"batch_size": 1}})
+    family, sources = build(recipe)
+    with pytest.raises(UserError, match=r"set optim\.micro_batch_size to at least 2"):
+        forecast(recipe, family, sources[0])
 
 
 def test_the_published_forecasts_are_within_fifteen_percent():

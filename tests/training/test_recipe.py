@@ -265,3 +265,12 @@ def test_changes() -> None:
     fixed, _ = changes(old, new)
     assert ("stages.0", "a stage", None) in fixed
     assert changes(BASE, dict(BASE)) == ([], [])
+
+
+def test_a_setting_of_another_stages_method_is_named_with_that_stage() -> None:
+    path = Path(__file__).parents[2] / "training" / "recipes" / "scenes_anyflow.yaml"
+    says = r"^stages\.0: unknown key method\.normalise, .* give it as stages\.1\.method\.normalise\.$"
+    with pytest.raises(UserError, match=says):
+        load_recipe(path, ["method.normalise=true"])
+    with pytest.raises(UserError, match=r"^stages\.0: unknown key method\.nobodys; known are"):
+        load_recipe(path, ["method.nobodys=1"])

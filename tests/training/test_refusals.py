@@ -122,6 +122,28 @@ def test_what_a_later_stages_method_refuses_is_said_with_the_number_of_that_stag
     assert said.startswith("method.t_low and method.t_high")
 
 
+@pytest.mark.parametrize(
+    ("method", "student", "says"),
+    [
+        ({"name": "add", "eye": "dino", "arguments": {"directory": "nowhere"}}, [1], "no directory nowhere of a DINOv2"),
+        ({"name": "rdm", "encoders": [{"name": "fourier"}], "prompt_weight": 1.0}, [1], "method.prompt_weight=1: none of"),
+        ({"name": "kd", "pair_count": 0}, [1], "method.pair_count must be at least 1, got 0"),
+        ({"name": "dmd2"}, [1, 2000], "student.steps=[1, 2000]: 2000 steps are more than the 1000 timesteps"),
+    ],
+)  # fmt: skip
+def test_what_a_later_stage_would_end_with_is_refused_before_the_first(method, student, says):
+    stages = [
+        {"method": {"name": "dmd2"}, "run": {"steps": 1}},
+        {"method": method, "student": {"steps": student}, "run": {"steps": 1}},
+    ]
+    family = {"name": "toy", "schedule": "vp"}
+    said = refusal(
+        build,
+        recipe_from({"family": family, "data": {"name": "toy"}, "stages": stages, "run": {"out": "runs/x"}}),
+    )
+    assert said.startswith("stages.1: ") and says in said
+
+
 def test_a_pipeline_no_family_serves_is_refused_with_those_that_are(tiny_ddpm, tmp_path):
     path = edited(tiny_ddpm, tmp_path / "other", "model_index.json", _class_name="AudioLDMPipeline")
     said = refusal(load, path)
