@@ -109,8 +109,9 @@ class DecoupledDMD(ScoreDistillation):
         with torch.no_grad():
             real, fake = self.ask(nets, batch, x0, **self.told(t))
         pull = real.x0 - fake.x0
-        loss = displaced(x0, pull, self.scale(x0, real.x0))
-        return {"total": loss, "matching": loss} | compared(x0, real, fake), pull
+        norm = self.scale(x0, real.x0)
+        loss = displaced(x0, pull, norm)
+        return {"total": loss, "matching": loss, "norm": norm} | compared(x0, real, fake), pull
 
     def augmentation(self, nets: Networks, batch: Batch, x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """CA's direction at x0, and its loss."""

@@ -13,6 +13,9 @@ are its own. `prompt_weight` puts the caption's embedding beside the features: t
 `fd` keeps running moments of both sides, constants but for this batch's share 1 - `memory`: features outnumber a batch. It
 needs some hundred updates before they say something, in which the rate should be low (`optim.warmup_steps`).
 
+Left out of FD-loss: its start from moments of 50,000 samples, and real moments that stand still. Left out of iRDM: landmarks
+in place of the reals, and weights of encoders by what real samples leave of each; here `weight` says them.
+
 An encoder that is trained on says nothing as a judge any more: `run.metric` by the same network is refused. Begin from a
 student that another method left (`student.init`).
 

@@ -10,6 +10,9 @@ asked to end at pure noise it says the velocity of *its own samples*. Both are o
 Where samples and data are of one law, both velocities must be one, and g nothing: so both are learned by the same loss. (A
 weight by a sample's own error, MeanFlow's, turns the mean into something nearer the median.)
 
+The flow map's loss is ours: the authors have a consistency target of second order there, by differences, and deal out a batch
+in quarters among the terms. Here each term sees all of it.
+
 g is the difference of fake and real velocity, DMD's direction, with no second network in memory. (The authors tell the twin by a
 negative time; ends above the own noise say the same to networks of all families.)
 

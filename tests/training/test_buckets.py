@@ -21,7 +21,8 @@ from training import precompute
 from training.batches import Batches
 from training.data import Source
 from training.data.buckets import bucket_sizes, nearest_size, next_bucket, shared_out
-from training.run import check, run
+from training.fitting import check
+from training.run import run
 from training.state import TrainState
 
 # Eight upright, five lying and three square ones.

@@ -15,10 +15,12 @@ from stepdistill.errors import UserError
 from stepdistill.families.pixel import Pixel
 from stepdistill.families.schedulers import schedule_of
 from stepdistill.families.sd import SD
+from stepdistill.families.toy import SCHEDULES
 from stepdistill.methods import METHODS
 from training.data.prompts import Prompts
+from training.fitting import check
 from training.recipe import recipe_from
-from training.run import build, check
+from training.run import build
 
 DATA_FREE = (
     "dmd2", "sim", "sid", "diff_instruct", "vsd", "dmd", "kd", "boot", "reward", "disback", "compose",
@@ -110,6 +112,23 @@ def test_a_first_state_the_students_pipeline_cannot_start_from_is_refused(name, 
     said = refusal(check, recipe(), family, prompts)
     assert said.startswith("student.init_noise=sigma: ") and "starts from unit noise; set it to that" in said
     check(recipe(init_noise="unit"), family, prompts)
+
+
+def test_a_time_of_ones_own_is_refused_where_a_student_is_called_at_listed_times():
+    """`scm`'s own is not: nobody asked for it."""
+
+    def made(schedule: str, **student: object):
+        sections = {"family": {"name": "toy", "schedule": schedule}, "data": {"name": "toy"}}
+        method, run = {"name": "scm"}, {"steps": 1, "out": "runs/x"}
+        return recipe_from(sections | {"student": {"steps": [1, 2], **student}, "method": method, "run": run})
+
+    assert refusal(build, made("edm", middle_time=1.3)).startswith(
+        "student.middle_time=1.3 changes nothing under"
+    )
+    for schedule in SCHEDULES:
+        build(made(schedule))
+        if schedule != "edm":
+            build(made(schedule, middle_time=1.3))
 
 
 def test_what_a_later_stages_method_refuses_is_said_with_the_number_of_that_stage():
