@@ -101,6 +101,27 @@ def test_running_moments_are_means_at_first_and_then_forget():
 
 
 @pytest.mark.parametrize("distance", ["mmd", "fd"])
+def test_a_gaussian_student_reaches_the_datas_mean_and_covariance(distance):
+    """From a unit one; the running moments give the gradient of a batch its share alone, and do not bias where it ends."""
+    true = torch.tensor([[1.2, 0.0], [0.7, 0.4]], dtype=torch.float64), torch.tensor([1.5, -1.0]).double()
+    factor = torch.eye(2, dtype=torch.float64).requires_grad_()
+    mean = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    optimizer, held = torch.optim.Adam([factor, mean], lr=0.03), Moments([2])
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, 300)
+    for step in range(300):
+        real = drawn(256, 2, 2 * step) @ true[0].T + true[1]
+        ours = drawn(256, 2, 2 * step + 1) @ factor.T + mean
+        loss = mmd(ours, real) if distance == "mmd" else frechet(*held.blended(0, ours, real, 0.9))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        held.update([(ours.detach(), real)], 0.9)
+    torch.testing.assert_close(mean.detach(), true[1], atol=0.05, rtol=0)
+    torch.testing.assert_close((factor @ factor.T).detach(), true[0] @ true[0].T, atol=0.12, rtol=0)
+
+
+@pytest.mark.parametrize("distance", ["mmd", "fd"])
 def test_cached_chunks_have_the_gradient_of_one_statistic_over_all(distance):
     """Which the mean of the chunks' own statistics has not."""
     made = world("rdm", distance=distance, chunks=3, encoders=worlds.SETTINGS["rdm"]["encoders"])
