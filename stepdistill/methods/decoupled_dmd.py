@@ -16,14 +16,15 @@ decides how saturated the images are, and no loss shows it.
 
 Times of CA are flow's, t = rho / (1 + rho), whatever the schedule. Where there are no conditions there is no CA.
 
-Normal ranges: "gap" falls; "balance", the size of DM beside CA's, about 0.1 to 1: far below, CA runs away, which shows as
-x0_std above teacher_x0_std; "agreement", their cosine, is near 0.
+Normal ranges: "gap" falls; "norm" is n; "agreement", the cosine of the two, is near 0. "balance", the size of DM beside CA's, is
+about 1 where the student rests, for there they cancel. Far below CA runs away and images saturate, and x0_std does not tell:
+what the teacher answers to such images is as wide.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ from stepdistill.ema import track_average
 from stepdistill.errors import UserError
 from stepdistill.losses import displaced
 from stepdistill.methods.base import Batch, Losses, Networks
+from stepdistill.methods.ranges import SCORES
 from stepdistill.methods.score import Made, ScoreDistillation, compared
 from stepdistill.prediction import Prediction
 from stepdistill.sampling import Sampling
@@ -40,6 +42,16 @@ from stepdistill.schedule import Flow, Schedule
 
 
 class DecoupledDMD(ScoreDistillation):
+    # Healthy 1.2 to 1.9 (decoupled_dmd and cdm); with ten times the augmentation at most 0.3 (benchmarks/health.json).
+    health: ClassVar[dict[str, tuple[float, float, str]]] = SCORES | {
+        "student/balance_recent": (
+            0.5,
+            10.0,
+            "below, guidance outruns distribution matching and images saturate: lower method.augmentation or"
+            " optim.student.lr; above, there is next to no guidance: raise method.augmentation",
+        )
+    }
+
     @dataclass
     class Config(ScoreDistillation.Config):
         student_every: int = 5

@@ -24,7 +24,7 @@ SCORES: dict[str, tuple[float, float, str]] = {
         " the data, or the fake score lags; lower optim.student.lr or raise method.student_every",
     ),
     # Healthy 0.70 (DisBack and Phased DMD, as they begin) to 0.984 (Phased DMD on the toy, as it ends). The student's rate ten
-    # times too high: 0.35, on the toy 0.63; the fake score's ten to fifty times: 0.11 to 0.45; collapse of f-distill 0.36.
+    # times too high: 0.35, on the toy 0.63; the fake score's ten to fifty times: down to 0.11 to 0.45; collapse of f-distill 0.36.
     # The fake score's rate a hundred times too low 0.993, on the toy two thousand times 0.994; there, two hundred times, 0.985
     # at most, are not told.
     "student/scores_cosine_recent": (

@@ -18,6 +18,7 @@ from stepdistill.methods import METHODS
 from stepdistill.methods.base import Method
 from stepdistill.methods.dmd2 import DMD2
 from stepdistill.methods.ranges import SCORES
+from stepdistill.registry import resolve
 from training import run as running
 from training.health import COMMON, RECENT, Health
 from training.recipe import load_recipe
@@ -268,9 +269,14 @@ def test_ranges_hold_what_was_measured_of_runs_that_ended_well():
     for name, rows in healthy.items():
         for row in rows:
             assert row["said"] == [], name
-            for value, (low, high, _) in SCORES.items():
+            for value, (low, high, _) in resolve(row["method"], METHODS, "method").health.items():
                 least, most = row.get(value, (low, high))
                 assert low <= least <= most <= high, (name, value)
+    (saturated,) = measured["scenes_decoupled_dmd?300?method.augmentation=15"]
+    assert (
+        "student/balance_recent" in saturated["said"][0]
+        and "lower method.augmentation" in saturated["said"][0]
+    )
     (collapsed,) = measured["runs/fair/120/f_distill/run"]
     assert collapsed["student/scores_cosine_recent"][0] < SCORES["student/scores_cosine_recent"][0]
     assert [said.split(":")[1].strip().split(" = ")[0] for said in collapsed["said"]] == [
