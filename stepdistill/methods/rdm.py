@@ -24,7 +24,7 @@ Normal ranges: "distance" falls, and for mmd passes below 0 where student and da
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -32,29 +32,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from stepdistill.config import build
 from stepdistill.denoiser import Denoiser
 from stepdistill.errors import UserError
-from stepdistill.eyes import EYES, Eye
+from stepdistill.frozen import Encoders
 from stepdistill.losses import moments
-from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase, addressed
-from stepdistill.registry import made, resolve
+from stepdistill.methods.base import Batch, Losses, Method, Networks, Phase
 from stepdistill.representation import Moments, frechet, mmd
 from stepdistill.sampling import Sampling
 from stepdistill.schedule import times_like
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """One frozen network: a name in eyes.EYES, or with --allow-code my_module:MyEye, its arguments and its weight."""
-
-    name: str = "clip"
-    arguments: dict[str, Any] = field(default_factory=dict)
-    weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.weight <= 0:
-            raise ValueError(f"weight must be above 0, got {self.weight:g}.")
 
 
 class RDM(Method):
@@ -85,49 +70,20 @@ class RDM(Method):
                 "method.chunks must be at least 1, and method.memory at least 0 and below 1,"
                 f" got {config.chunks} and {config.memory:g}."
             )
-        if not config.encoders:
-            raise UserError("method.encoders is empty; give at least one, {name: clip} say.")
-        self.encoders = [
-            build(Encoder, each, f"method.encoders.{i}") for i, each in enumerate(config.encoders)
-        ]
-        self._classes = [
-            resolve(each.name, EYES, "eye", where=f"method.encoders.{i}.name")
-            for i, each in enumerate(self.encoders)
-        ]
-        self._eyes: list[Eye] = []
+        self.encoders = Encoders(config.encoders, config.prompt_weight)
         # Of the iteration's passes, by encoder, for the running moments.
         self._seen: list[list[tuple[Tensor, Tensor]]] = []
 
     @property
-    def eyes(self) -> list[Eye]:
-        """Made when they are first asked for."""
-        if not self._eyes:
-            eyes = []
-            for i, (found, each) in enumerate(zip(self._classes, self.encoders, strict=True)):
-                with addressed(f"method.encoders.{i}"):
-                    eyes.append(made(found, each.arguments, each.name))
-            if self.config.prompt_weight and not any(eye.prompt_width for eye in eyes):
-                raise UserError(
-                    f"method.prompt_weight={self.config.prompt_weight:g}: none of method.encoders embeds prompts; set it to 0,"
-                    " or add {name: clip}."
-                )
-            self._eyes = eyes
-        return self._eyes
-
-    @property
     def trained_on(self) -> tuple[str, ...]:
-        return tuple(eye.directory for eye in self.eyes if eye.directory)
+        return self.encoders.directories
 
     @property
     def needs_captions(self) -> bool:
-        return self.config.prompt_weight > 0 and any(each.reads_captions for each in self._classes)
+        return self.encoders.reads_captions
 
     def networks(self, teacher: Denoiser | None, student: Denoiser) -> dict[str, nn.Module]:
-        if self.config.distance == "mmd":
-            return {}
-        told = self.config.prompt_weight > 0
-        widths = [sum(eye.widths) + told * eye.prompt_width for eye in self.eyes]
-        return {"moments": Moments(widths)}
+        return {"moments": Moments(self.encoders.widths)} if self.config.distance == "fd" else {}
 
     def phases(self, step: int) -> Iterator[Phase]:
         yield Phase("student", ("student",), ((1.0, self.loss),))
@@ -154,11 +110,11 @@ class RDM(Method):
                 " optim.micro_batch_size to at least 2, or method.distance to fd."
             )
         with torch.no_grad():
-            real = self.features(nets.decode(batch.x0), batch)
+            real = self.encoders.features(nets.decode(batch.x0), batch.prompts)
         drawn = [self.chunk(nets, batch) for _ in range(self.config.chunks)]
         x0 = torch.cat([each[0] for each in drawn]).detach()
         total, losses, seen = x0.new_zeros(()), {}, []
-        for i, each in enumerate(self.encoders):
+        for i, weight in enumerate(self.encoders.weights):
             ours = torch.cat([features[i] for _, features in drawn])
             if self.config.distance == "fd":
                 distance = frechet(*nets.moments.blended(i, ours, real[i], self.config.memory))
@@ -166,7 +122,7 @@ class RDM(Method):
                 distance = mmd(ours, real[i])
             seen.append((ours.detach(), real[i]))
             losses[f"distance_{i}"] = distance.detach().float()
-            total = total + each.weight * distance.float()
+            total = total + weight * distance.float()
         self._seen.append(seen)
         count = len(batch.index)
         # One number of the whole batch, which the trainer averages over samples.
@@ -180,24 +136,7 @@ class RDM(Method):
 
         def seen(x: Tensor) -> tuple[Tensor, ...]:
             x0 = nets.student(x, times_like(first, x), batch.cond).x0
-            return x0, *self.features(nets.decode(x0), batch)
+            return x0, *self.encoders.features(nets.decode(x0), batch.prompts)
 
         x0, *features = checkpoint(seen, x, use_reentrant=False)
         return x0, features
-
-    def features(self, images: Tensor, batch: Batch) -> list[Tensor]:
-        """By encoder, (B, width): means over places of each of its layers, in a row, and the captions'."""
-        found = []
-        for eye in self.eyes:
-            parts = [layer.float().mean(1) for layer in eye.features(images)]
-            if self.config.prompt_weight and eye.prompt_width:
-                told = eye.prompts(_texts(batch.prompts), images.device)
-                parts.append(self.config.prompt_weight * told.to(parts[0]))
-            found.append(torch.cat(parts, 1))
-        return found
-
-
-def _texts(prompts: Sequence[Any] | None) -> Sequence[Any]:
-    if prompts is None:
-        raise UserError("method.prompt_weight needs captions, and this data has none; set it to 0.")
-    return prompts

@@ -128,13 +128,13 @@ def test_cached_chunks_have_the_gradient_of_one_statistic_over_all(distance):
     student, method = list(made.nets.student.parameters()), made.method
     ours = torch.autograd.grad(method.loss(made.nets, made.batch())["total"].mean(), student)
     batch = made.batch()
-    real = method.features(batch.x0, batch)[0]
+    real = method.encoders.features(batch.x0, batch.prompts)[0]
     first = method.sampling.grid(made.nets.schedule, 1)[0]
     chunks = []
     for _ in range(3):
         x = method.sampling.first_input(made.nets.schedule, batch.randn(), first)
         x0 = made.nets.student(x, torch.full((COUNT,), first, dtype=torch.float64), batch.cond).x0
-        chunks.append(method.features(x0, batch)[0])
+        chunks.append(method.encoders.features(x0, batch.prompts)[0])
 
     def statistic(features: torch.Tensor) -> torch.Tensor:
         return mmd(features, real) if distance == "mmd" else of_moments(features, real)
@@ -161,7 +161,7 @@ class Looking(Eye):
 def test_features_are_means_over_places_beside_the_weighed_captions():
     made = world("rdm", prompt_weight=0.25, chunks=2, encoders=[{"name": f"{__name__}:Looking"}])
     batch = made.batch()
-    (found,) = made.method.features(batch.x0, batch)
+    (found,) = made.method.encoders.features(batch.x0, batch.prompts)
     told = torch.tensor([[0.25 * label] for label in batch.prompts])
     torch.testing.assert_close(found, torch.cat((-batch.x0 / 2, told), 1))
     # Classes will do for this eye, and not for CLIP.
