@@ -51,7 +51,7 @@ class LPIPS(nn.Module):
         from torchvision.models.vgg import cfgs, make_layers
 
         super().__init__()
-        self.side = side
+        self.side, self.file = side, Path(path)
         layers = list(make_layers(cfgs["D"], batch_norm=False))[: max(TAPS) + 1]
         if pooling == "average":
             layers = [nn.AvgPool2d(2) if isinstance(layer, nn.MaxPool2d) else layer for layer in layers]
@@ -60,7 +60,7 @@ class LPIPS(nn.Module):
         self.register_buffer("std", torch.tensor(STD).view(3, 1, 1))
         for number, channels in enumerate(TAPS.values()):
             self.register_buffer(f"head_{number}", torch.empty(channels, 1, 1))
-        self._read(Path(path))
+        self._read(self.file)
         self.eval().requires_grad_(False)
 
     def _read(self, path: Path) -> None:

@@ -223,7 +223,7 @@ class Method:
     # Networks whose weights a stage takes over from networks of the same names of the stage before, key by key
     # (the student always is). Any other network is made anew.
     carried: tuple[str, ...] = ()
-    # Directories of the frozen networks a loss sees images through, which then cannot judge.
+    # Where the frozen networks lie that a loss sees images through, which then cannot judge. Asking makes them.
     trained_on: tuple[str, ...] = ()
     # Normal ranges of logged values, "phase/name": (low, high, likely cause when it is left). The trainer
     # shows them in previews and warns; what is common to all methods is in COMMON_HEALTH.

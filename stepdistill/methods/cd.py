@@ -22,12 +22,12 @@ the student averaging over trajectories.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from stepdistill.denoiser import Denoiser
 from stepdistill.jvp import same_draws
 from stepdistill.lpips import LPIPS
 from stepdistill.methods.base import Batch, Losses, Networks, consistency, guided_teacher
@@ -68,11 +68,14 @@ class CD(Linked):
     def needs_decoder(self) -> bool:
         return self.config.distance == "lpips"
 
-    def networks(self, teacher: Denoiser, student: Denoiser) -> dict[str, nn.Module]:
-        if self.config.distance == "lpips":
-            # Now, so that a wrong file does not end a run at its first step. It is no network of the run, which are saved.
-            self.lpips = LPIPS(self.config.lpips_weights, self.config.lpips_pooling)
-        return super().networks(teacher, student)
+    @cached_property
+    def lpips(self) -> LPIPS:
+        """Made when it is first asked for. It is no network of the run, which are saved."""
+        return LPIPS(self.config.lpips_weights, self.config.lpips_pooling)
+
+    @property
+    def trained_on(self) -> tuple[str, ...]:
+        return (str(self.lpips.file),) if self.config.distance == "lpips" else ()
 
     def distance(self, nets: Networks, online: Tensor, target: Tensor) -> Tensor:
         if self.config.distance != "lpips":

@@ -146,6 +146,7 @@ def test_what_a_later_stages_method_refuses_is_said_with_the_number_of_that_stag
     [
         ({"name": "add", "eye": "dino", "arguments": {"directory": "nowhere"}}, [1], "no directory nowhere of a DINOv2"),
         ({"name": "rdm", "encoders": [{"name": "fourier"}], "prompt_weight": 1.0}, [1], "method.prompt_weight=1: none of"),
+        ({"name": "cd", "distance": "lpips", "lpips_weights": "no.safetensors"}, [1], "there is no file no.safetensors"),
         ({"name": "kd", "pair_count": 0}, [1], "method.pair_count must be at least 1, got 0"),
         ({"name": "dmd2"}, [1, 2000], "student.steps=[1, 2000]: 2000 steps are more than the 1000 timesteps"),
     ],
