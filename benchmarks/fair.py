@@ -55,7 +55,6 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
     # Links that count alike, and a link's loss over the noise between its ends.
     "cd_uniform": ("cd", ("method.link_weight=uniform",)),
     "tscd_uniform": ("tscd", ("method.link_weight=uniform",)),
-    "lcm_gap": ("lcm", ("method.link_weight=inverse_gap",)),
     "anyflow_told": ("anyflow", ("stages.1.method.tell_place=true",)),
     # Less of Diff-Instruct, at half its rate: in a long run of f_distill that rate lost the seeds' diversity.
     "sida_long": (
