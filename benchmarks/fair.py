@@ -52,7 +52,7 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
         "dmd2",
         ("student.steps=[2,4]", *(f"stages.{k}.method.diversity_weight=0.05" for k in range(6))),
     ),
-    # Links that count alike, and a link's loss over the noise between its ends.
+    # Links that count alike, as the papers have them.
     "cd_uniform": ("cd", ("method.link_weight=uniform",)),
     "tscd_uniform": ("tscd", ("method.link_weight=uniform",)),
     "anyflow_told": ("anyflow", ("stages.1.method.tell_place=true",)),
