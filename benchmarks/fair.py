@@ -55,6 +55,14 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
     # Links that count alike, as the papers have them.
     "cd_uniform": ("cd", ("method.link_weight=uniform",)),
     "tscd_uniform": ("tscd", ("method.link_weight=uniform",)),
+    # And a link's loss over the noise between its ends.
+    "hyper_sd_gap": (
+        "hyper_sd",
+        (
+            *(f"stages.{k}.method.link_weight=inverse_gap" for k in (0, 1)),
+            *(f"stages.{k}.method.parts.0.link_weight=inverse_gap" for k in (2, 3, 4, 5)),
+        ),
+    ),
     "anyflow_told": ("anyflow", ("stages.1.method.tell_place=true",)),
     # Less of Diff-Instruct, at half its rate: in a long run of f_distill that rate lost the seeds' diversity.
     "sida_long": (
