@@ -52,7 +52,7 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
         "dmd2",
         ("student.steps=[2,4]", *(f"stages.{k}.method.diversity_weight=0.05" for k in range(6))),
     ),
-    # Links that count alike, as the papers have them.
+    # Links that count alike.
     "cd_uniform": ("cd", ("method.link_weight=uniform",)),
     "tscd_uniform": ("tscd", ("method.link_weight=uniform",)),
     # And a link's loss over the noise between its ends.

@@ -99,14 +99,21 @@ class Compose(Method):
 
     @property
     def trained_on(self) -> tuple[str, ...]:
-        return tuple(directory for part in self.parts for directory in part.method.trained_on)
+        found: list[str] = []
+        for number, part in enumerate(self.parts):
+            with addressed(f"method.parts.{number}"):
+                found += part.method.trained_on
+        return tuple(found)
 
     @property
     def carried(self) -> tuple[str, ...]:
         return tuple(f"{part.scope}/{name}" for part in self.parts for name in part.method.carried)
 
     def pairs(self, schedule: Schedule) -> PairSettings | None:
-        wanted = {settings for part in self.parts if (settings := part.method.pairs(schedule))}
+        wanted = set()
+        for number, part in enumerate(self.parts):
+            with addressed(f"method.parts.{number}"):
+                wanted |= {part.method.pairs(schedule)} - {None}
         if len(wanted) > 1:
             raise UserError("method.parts cannot be composed: two of them want different trajectory pairs.")
         return wanted.pop() if wanted else None

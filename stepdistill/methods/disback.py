@@ -95,7 +95,8 @@ class DisBack(Method):
         return self.config.stage == "backtrack" and self.base.needs_images
 
     def pairs(self, schedule: Schedule) -> PairSettings | None:
-        return self.base.pairs(schedule) if self.config.stage == "backtrack" else None
+        with addressed("method.base"):
+            return self.base.pairs(schedule) if self.config.stage == "backtrack" else None
 
     def networks(self, teacher: Denoiser, student: Denoiser) -> dict[str, nn.Module]:
         made = self.base.networks(teacher, student)

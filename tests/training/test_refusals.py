@@ -148,6 +148,13 @@ def test_what_a_later_stages_method_refuses_is_said_with_the_number_of_that_stag
         ({"name": "rdm", "encoders": [{"name": "fourier"}], "prompt_weight": 1.0}, [1], "method.prompt_weight=1: none of"),
         ({"name": "cd", "distance": "lpips", "lpips_weights": "no.safetensors"}, [1], "there is no file no.safetensors"),
         ({"name": "kd", "pair_count": 0}, [1], "method.pair_count must be at least 1, got 0"),
+        (
+            {"name": "compose", "parts": [{"name": "dmd2"}, {"name": "add", "eye": "dino", "arguments": {"directory": "no"}}]},
+            [1],
+            "method.parts.1.arguments.directory: there is no directory no of a DINOv2",
+        ),
+        ({"name": "compose", "parts": [{"name": "dmd2"}, {"name": "kd", "pair_steps": 0}]}, [1], "method.parts.1.pair_steps must"),
+        ({"name": "disback", "base": {"name": "dmd", "pair_count": 0}}, [1], "method.base.pair_count must be at least 1"),
         ({"name": "dmd2"}, [1, 2000], "student.steps=[1, 2000]: 2000 steps are more than the 1000 timesteps"),
     ],
 )  # fmt: skip
